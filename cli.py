@@ -1,0 +1,145 @@
+"""The command line: one command per file in stages/, and the one place that prints results and errors."""
+
+import errno
+import importlib
+import inspect
+import json
+import signal
+import sys
+import typing
+from dataclasses import MISSING, fields
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from pipeline.artifact import UserError
+from pipeline.interrupt import Interrupted
+from pipeline.menu import nearest
+
+UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+COMMANDS = {
+    "export-teacher": ("stages.export_teacher", "Run the frozen teacher once over every view and keep its embeddings."),
+    "distill": ("stages.distill", "Train students from a store of teacher embeddings."),
+    "evaluate": ("stages.evaluate", "Nearest neighbours, clusters and linear probes, with a report."),
+    "inspect": ("stages.inspect", "What a store, run or evaluation is and how far it got."),
+    "compare": ("stages.compare", "One table and page over many evaluations, the teacher first."),
+    "models": ("stages.menus:Models", "What can be named as teacher, student or --model."),
+    "methods": ("stages.menus:Methods", "What can be named as --method, with the published recipes."),
+    "protocols": ("stages.menus:Protocols", "What can be named as --protocol."),
+    "demo": ("stages.demo", "The three stages on embedded data, minutes on two cores."),
+}
+"""name: (module, or module:Config, summary). A module is imported when its command is asked for."""
+
+
+class Commands(TyperGroup):
+    """The command table. Listing it imports no stage."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            raise UserError(f"no command {cmd_name!r}{nearest(cmd_name, COMMANDS) or '.'} Known: {', '.join(COMMANDS)}")
+        where, summary = COMMANDS[cmd_name]
+        if "--help" in sys.argv[1:] and cmd_name not in sys.argv[1:]:
+            return TyperCommand(cmd_name, help=summary)
+        return _command(cmd_name, where, summary)
+
+
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root() -> None:
+    """Compress a self-supervised vision model into small ones: export its views once, distill many, evaluate."""
+
+
+def _command(name: str, where: str, summary: str) -> Any:
+    """A Typer command from a stage's Config: one option per field."""
+    module_name, _, config_name = where.partition(":")
+    module = importlib.import_module(module_name)
+    config = getattr(module, config_name or "Config")
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name, help=inspect.getdoc(config) or summary)(_function(config, module.run))
+    return typer.main.get_command(single)
+
+
+def _function(config: Any, run: Any) -> Any:
+    """A function whose signature is the Config's fields, for Typer to read."""
+
+    def call(**values: Any) -> None:
+        as_json = values.pop("json")
+        made = run(config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+        print(json.dumps(made, default=str) if as_json else made.get("summary", ""))
+
+    parameters = []
+    hints = typing.get_type_hints(config)
+    for f in fields(config):
+        kind = list[str] if typing.get_origin(hints[f.name]) is tuple else hints[f.name]
+        name, short = f.name.replace("_", "-"), f.metadata.get("short")
+        names = [f"--{name}/--no-{name}" if kind is bool else f"--{name}", *([short] if short else [])]
+        text = f.metadata.get("help")
+        info = typer.Argument(help=text) if f.metadata.get("place") else typer.Option(*names, help=text)
+        default = inspect.Parameter.empty if f.default is MISSING else f.default
+        default = list(default) if isinstance(default, tuple) else default
+        parameters.append(
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+        )
+    as_json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout instead of the summary")]
+    parameters.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=as_json))
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
+
+
+_DISK = {
+    errno.ENOSPC: "the disk is full; make room and repeat the command, it continues where it stopped",
+    errno.EDQUOT: "the disk quota is used up; make room and repeat the command, it continues where it stopped",
+    errno.EFBIG: "the file size limit was reached (ulimit -f); raise it and repeat the command",
+    errno.EACCES: "no permission; choose another folder or change its rights",
+    errno.EPERM: "not permitted; choose another folder or change its rights",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
+    errno.EISDIR: "a folder stands where a file is needed",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+def main() -> None:
+    """Run a command; exit with 0, 2 (the user can mend it), 130 or 143 (signals), 1 (a bug)."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False)
+    except UserError as problem:
+        code = _fail(str(problem))
+    except Interrupted as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        code = 128 + stop.signum
+    except (KeyboardInterrupt, typer.Abort):
+        print("stopped: repeat the command to continue", file=sys.stderr)
+        code = 130
+    except UsageProblem as problem:
+        code = _fail(problem.format_message().rstrip())
+    except OSError as problem:
+        if problem.errno not in _DISK:
+            raise
+        code = _fail(f"{problem.filename or 'writing'}: {_DISK[problem.errno]}")
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(text: str) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted(signum, "repeat the command to continue")
+
+
+if __name__ == "__main__":
+    main()

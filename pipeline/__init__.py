@@ -1,0 +1,1 @@
+"""The library: nouns. Never parses flags, never prints, never knows a stage."""

@@ -1,0 +1,53 @@
+"""What every data set offers: an order frozen at construction, names, labels, pixels."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from pipeline.artifact import fingerprint
+
+
+class Dataset(ABC):
+    """N images. `ids` and `label` say what row i is; `load` decodes it."""
+
+    ids: list[str]  # relative path or key, unique, bytes that are not UTF-8 percent-escaped
+    label: np.ndarray  # (N,) int64 into `classes`, -1 where there is none
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @abstractmethod
+    def load(self, i: int) -> tuple[np.ndarray, int]:
+        """((H, W, 3) uint8, 64-bit hash of the image as stored). Raises pipeline.images.BadImage."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Stands for the names, their order and their labels; contents are hashed as they are read."""
+        names = [self.classes[y] if y >= 0 else None for y in self.label.tolist()]
+        return fingerprint([self.ids, names])
+
+    def subset(self, n: int) -> "Dataset":
+        """The first n images of every n/N-th position: an even sample, in order."""
+        return Subset(self, np.linspace(0, len(self) - 1, n).round().astype(int)) if n < len(self) else self
+
+
+class Subset(Dataset):
+    """Some rows of another data set."""
+
+    def __init__(self, whole: Dataset, rows: Any):
+        self.whole, self.rows = whole, rows
+        self.ids = [whole.ids[i] for i in rows]
+        self.label = whole.label[rows]
+        self.classes = whole.classes
+
+    def load(self, i: int) -> tuple[np.ndarray, int]:
+        return self.whole.load(int(self.rows[i]))
+
+
+def content_hash(data: Any) -> int:
+    """BLAKE2b-64 of bytes or an array's memory, as an integer."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

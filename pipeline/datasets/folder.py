@@ -1,0 +1,73 @@
+"""Image files below a folder."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.artifact import UserError
+from pipeline.datasets.base import Dataset, content_hash
+from pipeline.images import UNREADABLE, BadImage, decode
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .ico .tga".split()
+)
+_SPLITS = ("train", "training", "val", "valid", "validation", "test")
+
+
+class Folder(Dataset):
+    """Image files, sorted by path; class subfolders give labels.
+
+    Labelled if every image lies in a subfolder of the root (its first folder is its class);
+    a flat or mixed folder is unlabelled. `labels=false` ignores the subfolders.
+
+    Raises UserError if there is no such folder, no image, or it holds splits side by side.
+    """
+
+    def __init__(self, path: Path, /, *, labels: bool = True):
+        if not path.is_dir():
+            raise UserError(f"data folder {path} does not exist" if not path.exists() else f"{path} is not a folder")
+        self.path = path
+        splits = [name for name in _SPLITS if (path / name).is_dir()]
+        if len(splits) > 1:
+            choices = " or ".join(f"folder:{path / name}" for name in splits)
+            raise UserError(f"{path} holds {' and '.join(f'{name}/' for name in splits)}; name one of them: {choices}")
+        self._files = sorted(_image_files(os.fsencode(path)))
+        if not self._files:
+            known = " ".join(sorted(SUFFIXES))
+            raise UserError(f"{path} holds no image files (looked in all its subfolders for {known})")
+        self.ids = [escape(file) for file in self._files]
+        labelled = labels and all(b"/" in file for file in self._files)
+        tops = [escape(file.partition(b"/")[0]) for file in self._files] if labelled else []
+        self.classes = tuple(sorted(set(tops)))
+        number = {name: y for y, name in enumerate(self.classes)}
+        self.label = np.array([number[top] for top in tops] or [-1] * len(self.ids), np.int64)
+
+    def load(self, i: int) -> tuple[np.ndarray, int]:
+        try:
+            with open(os.path.join(os.fsencode(self.path), self._files[i]), "rb") as file:
+                data = file.read()
+        except OSError as problem:
+            raise BadImage(UNREADABLE, problem.strerror or str(problem)) from None
+        return decode(data), content_hash(data)
+
+
+def _image_files(root: bytes) -> list[bytes]:
+    """Relative paths, as bytes: names need not be UTF-8. Hidden files and folders are passed over."""
+    found = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(b".")]
+        base = os.path.relpath(folder, root)
+        for name in names:
+            if os.path.splitext(name)[1].lower().decode("ascii", "replace") in SUFFIXES and not name.startswith(b"."):
+                found.append(name if base == b"." else base + b"/" + name)
+    return found
+
+
+def escape(name: bytes) -> str:
+    """UTF-8 text; a name that is not UTF-8 has its odd bytes and its % signs percent-escaped."""
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError:
+        text = name.replace(b"%", b"%25").decode("utf-8", "surrogateescape")
+        return "".join(f"%{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)

@@ -1,0 +1,85 @@
+"""What a protocol takes and gives: two splits of features in, metrics and arrays out.
+
+Shapes: n images of a split, d dims, C classes. All accuracies are percentages in [0, 100].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from pipeline.artifact import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Features of the usable images of one data set, view 0. Both splits share one class list."""
+
+    features: np.ndarray  # (n, d) float32, raw: every protocol normalises for itself
+    label: np.ndarray  # (n,) int64 into `classes`, -1 where there is none
+    rows: np.ndarray  # (n,) int64: i, the row in the data set, for drawing the image
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 2 or not len(self.features) == len(self.label) == len(self.rows):
+            shapes = self.features.shape, self.label.shape, self.rows.shape
+            raise ValueError(f"features, label and rows have shapes {shapes}, not (n, d), (n,), (n,)")
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What one protocol found."""
+
+    metrics: dict[str, Any]  # goes into metrics.json under the protocol's name
+    arrays: dict[str, np.ndarray]  # what the report draws; saved beside
+
+
+class Evaluator(Protocol):
+    """A protocol with its options. The same splits and options give the same Result."""
+
+    name: ClassVar[str]  # the key in metrics.json
+    needs_labels: ClassVar[bool]
+
+    def __call__(
+        self, train: Split, val: Split, folder: Path, augmented: Callable[[int], np.ndarray] | None = None
+    ) -> Result:
+        """`folder` takes files too large to return; `augmented(epoch)` is (n, d) raw features of a fresh
+        augmented view of every training image, in the order of `train`, where the caller can make them."""
+        ...
+
+
+def require_labels(protocol: str, train: Split, val: Split) -> None:
+    """Raises UserError unless every image has a label and training knows two classes or more.
+
+    A class of `val` that `train` lacks is the caller's to refuse; here its images count as errors.
+    """
+    for which, split in (("training", train), ("validation", val)):
+        if not len(split):
+            raise UserError(f"protocol {protocol!r}: there are no {which} images; give a set that has some")
+        if missing := int((split.label < 0).sum()):
+            raise UserError(
+                f"protocol {protocol!r} needs labels, but {missing} of {len(split)} {which} images have none; give a "
+                "set with a folder per class, or score without labels: --protocol cluster:clusters=K"
+            )
+    if len(found := np.unique(train.label)) < 2:
+        raise UserError(
+            f"protocol {protocol!r}: every training image is of the one class {train.classes[int(found[0])]!r}, so any "
+            "feature would score 100; give a training set of two classes or more"
+        )
+
+
+def percent(hits: np.ndarray) -> float:
+    """The share of True, in percent."""
+    return 100 * float(np.mean(hits))
+
+
+def per_class(prediction: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
+    """(C,) float64: the accuracy within each class in percent, NaN for a class without images."""
+    images = np.bincount(label, minlength=classes)
+    hits = np.bincount(label[prediction == label], minlength=classes)
+    return np.divide(100.0 * hits, images, out=np.full(classes, np.nan), where=images > 0)

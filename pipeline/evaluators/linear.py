@@ -1,0 +1,194 @@
+"""The whitened linear layer of CompRess on frozen features."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from pipeline import neighbors
+from pipeline.artifact import UserError
+from pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
+
+if TYPE_CHECKING:
+    import torch
+
+EPS = 1e-5  # added to the variance. Of normalised features that is at most 1/d on average, so it is not nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe:
+    """Top-1 and top-5 of a linear layer trained on frozen, L2-normalised, whitened features.
+
+    Koohpayegani et al. 2020, eval_linear.py: x = (f/|f| - mean) / sqrt(var + 1e-5), the statistics
+    over the centre crops of the whole training set (unbiased variance) and fixed; Linear with bias;
+    SGD, momentum 0.9, weight decay on weight and bias; the rate divided by 10 after 15/40 and 30/40
+    of the epochs. The paper trains on random crops and flips: that is augment=true. The default,
+    centre crops alone, is a protocol of its own and says so.
+
+    `last` is the layer after the last epoch. `best` is the best epoch on validation, which is what
+    the authors report; it is selected on the set it is scored on.
+    """
+
+    augment: bool = False
+    epochs: int = 40
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    batch_size: int = 256
+    seed: int = 0
+    device: str = "auto"
+    name: ClassVar[str] = "linear"
+    needs_labels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"protocol 'linear': {key}={getattr(self, key)} must be 1 or more")
+        if not self.lr > 0:
+            raise UserError(f"protocol 'linear': lr={self.lr} must be above 0, for instance 0.01")
+
+    def __call__(
+        self, train: Split, val: Split, folder: Path, augmented: Callable[[int], np.ndarray] | None = None
+    ) -> Result:
+        """Metrics `last` and `best` {"top1", "top5"}, `protocol`. With fewer than five classes top-5 is 100.
+
+        Arrays: `curve` (epochs, 3): mean training loss in nats, top-1, top-5 on validation; of the last
+        epoch `weight` (C, d), `bias` (C,) and `prediction` (n_val,), `per_class` (C,) in percent; `mean`
+        and `scale` (d,): x = (f/|f| - mean) * scale. The global random state is neither read nor moved.
+        """
+        require_labels(self.name, train, val)
+        if self.augment and augmented is None:
+            raise UserError(
+                "protocol 'linear:augment=true' embeds augmented training images in every epoch, and only stored "
+                "features are at hand here; evaluate a run or a model with --train DATA, or use protocol 'linear'"
+            )
+        import torch
+
+        unit = neighbors.normalize(train.features)
+        mean, scale = whitening(unit)
+        centre = None if self.augment else _whiten(unit, mean, scale)
+        held_out = torch.from_numpy(_whiten(neighbors.normalize(val.features), mean, scale))
+        layer = _Layer(self, unit.shape[1], len(train.classes))
+        label = torch.from_numpy(train.label.astype(np.int64))
+        curve = np.empty((self.epochs, 3))
+        for epoch in range(self.epochs):
+            x = _view(augmented, epoch, unit.shape, mean, scale) if augmented and centre is None else centre
+            loss = layer.train(torch.from_numpy(x), label, self.rate(epoch))
+            ranking = layer.rank(held_out)
+            hits = ranking == val.label[:, None]
+            curve[epoch] = loss, percent(hits[:, 0]), percent(hits.any(axis=1))
+        weight, bias = layer.arrays()
+        arrays = {"curve": curve, "weight": weight, "bias": bias, "mean": mean, "scale": scale}
+        arrays |= {"prediction": ranking[:, 0], "per_class": per_class(ranking[:, 0], val.label, len(val.classes))}
+        return Result(self._metrics(curve), arrays)
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 0."""
+        drops = sum(epoch >= -(-self.epochs * part // 40) for part in (15, 30))
+        return self.lr * 0.1**drops
+
+    def _metrics(self, curve: np.ndarray) -> dict[str, Any]:
+        best = int(curve[:, 1].argmax())
+        seen = "augmented training images" if self.augment else "centre-crop features"
+        return {
+            "last": {"top1": float(curve[-1, 1]), "top5": float(curve[-1, 2])},
+            "best": {
+                "top1": float(curve[best, 1]),
+                "top5": float(curve[best, 2]),
+                "epoch": best + 1,
+                "selected_on": "validation",
+            },
+            "protocol": f"{seen}, whitened",
+        }
+
+
+class _Layer:
+    """A linear layer and its optimiser, with randomness of its own."""
+
+    def __init__(self, probe: LinearProbe, dims: int, classes: int) -> None:
+        import torch
+
+        self.batch_size, self.device = probe.batch_size, _device(probe.device)
+        self.random = torch.Generator().manual_seed(probe.seed)
+        bound = dims**-0.5  # torch.nn.Linear's own start: U(-1/sqrt(d), 1/sqrt(d)) for both
+        parts = [torch.empty(classes, dims), torch.empty(classes)]
+        self.weight, self.bias = (
+            part.uniform_(-bound, bound, generator=self.random).to(self.device).requires_grad_() for part in parts
+        )
+        self.sgd = torch.optim.SGD(
+            [self.weight, self.bias], probe.lr, momentum=probe.momentum, weight_decay=probe.weight_decay
+        )
+
+    def train(self, x: "torch.Tensor", label: "torch.Tensor", rate: float) -> float:
+        """One epoch over x (n, d) and label (n,) in a new random order, the last batch ragged; the mean loss."""
+        import torch
+
+        self.sgd.param_groups[0]["lr"] = rate
+        total = torch.zeros((), dtype=torch.float64, device=self.device)  # read once: no wait for the device per step
+        for rows in torch.randperm(len(x), generator=self.random).split(self.batch_size):
+            logits = torch.nn.functional.linear(x[rows].to(self.device), self.weight, self.bias)  # (B, C)
+            loss = torch.nn.functional.cross_entropy(logits, label[rows].to(self.device))
+            self.sgd.zero_grad()
+            loss.backward()
+            self.sgd.step()
+            total += loss.detach() * len(rows)
+        return total.item() / len(x)
+
+    def rank(self, x: "torch.Tensor") -> np.ndarray:
+        """(n, up to 5) int64: the likeliest classes of each row, best first."""
+        import torch
+
+        most, ranks = min(5, len(self.bias)), []
+        with torch.no_grad():
+            for part in x.split(4096):
+                logits = torch.nn.functional.linear(part.to(self.device), self.weight, self.bias)  # (4096, C)
+                ranks.append(logits.topk(most).indices.cpu())
+        return torch.cat(ranks).numpy()
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weight (C, d) and bias (C,)."""
+        return self.weight.detach().cpu().numpy(), self.bias.detach().cpu().numpy()
+
+
+def whitening(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, scale), each (d,) float32, of (n, d) normalised features: scale = 1 / sqrt(var + 1e-5).
+
+    The variance is unbiased. A dimension that never fires has scale 316, as in the authors' code.
+    """
+    mean = unit.mean(axis=0, dtype=np.float64)
+    square = np.zeros_like(mean)
+    for start in range(0, len(unit), 4096):  # in float64, a block at a time
+        square += np.square(unit[start : start + 4096] - mean).sum(axis=0)
+    scale = 1 / np.sqrt(square / (len(unit) - 1) + EPS)
+    return mean.astype(np.float32), scale.astype(np.float32)
+
+
+def _whiten(unit: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """In place: the caller's own copy, which may be most of the memory."""
+    unit -= mean
+    unit *= scale
+    return unit
+
+
+def _view(
+    augmented: Callable[[int], np.ndarray], epoch: int, shape: tuple[int, ...], mean: np.ndarray, scale: np.ndarray
+) -> np.ndarray:
+    """(n, d): this epoch's augmented features, whitened by the centre crops' statistics."""
+    features = augmented(epoch)
+    if features.shape != shape:
+        raise ValueError(f"augmented({epoch}) gave features of shape {features.shape}, not {shape}")
+    return _whiten(neighbors.normalize(features), mean, scale)
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        first = str(problem).splitlines()[0]
+        raise UserError(f"protocol 'linear': device={name} cannot be used ({first}); give auto, cpu or cuda") from None
+    return device

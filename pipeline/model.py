@@ -1,0 +1,188 @@
+"""A model as everybody here sees it: pixels in, one pooled embedding per image out."""
+
+import functools
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import weights
+from pipeline.artifact import UserError
+
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
+Pool = Literal["auto", "avg", "cls", "max", "none"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model wants its pixels.
+
+    View 0 is the shorter side resized to round(size / crop_ratio) pixels, then a centre crop of
+    `size`; mean and std are those of pixels in [0, 1], by channel.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_ratio: float
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Preprocessing":
+        """Back from `record`."""
+        return cls(**{**record, "mean": tuple(record["mean"]), "std": tuple(record["std"])})
+
+
+IMAGENET = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", 0.875)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a user may say of any model; a kind may leave some out. See docs of `--model` for each."""
+
+    weights: Path | None = None
+    key: str = ""
+    prefix: str = ""
+    drop: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+    pretrained: bool | None = None
+    size: int | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    interpolation: Interpolation | None = None
+    crop: float | None = None
+    pool: Pool = "auto"
+
+
+@dataclass
+class Network:
+    """What a kind of model hands over: a bare library module and what its library knows about it."""
+
+    module: nn.Module
+    name: str
+    preprocessing: Preprocessing
+    trained: bool = False  # its weights came with it
+    dialect: Callable[[], weights.Dialect] = weights.Dialect  # asked only when a file is loaded: it may cost a build
+    features: Callable[[nn.Module, Tensor], Tensor] | None = None  # instead of calling the module; must pickle
+    pool: Pool | None = None  # what is left to pool, where the kind has seen to the user's pool= itself
+
+
+class Embedder(nn.Module):
+    """A backbone with its preprocessing and pooling; its width is probed, not assumed.
+
+    The state dict of `backbone` is what its own library calls the model without classifier.
+    """
+
+    def __init__(self, network: Network, pool: Pool = "auto", keys_in_head: weights.State | None = None):
+        super().__init__()
+        self.spec = network.name
+        self.name = network.name
+        self.backbone = network.module
+        self.preprocessing = network.preprocessing
+        self.keys_in_head = keys_in_head or {}
+        self._features = network.features
+        self._pool = pool
+        self.width = self._probe()
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels (B, 3, S, S) -> normalised float32 of the same shape, memory format and device."""
+        mean, std = (
+            torch.tensor(values, device=pixels.device).view(3, 1, 1)
+            for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        return (pixels / 255).sub_(mean).div_(std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, d)"""
+        out = self._features(self.backbone, images) if self._features else self.backbone(images)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"it returns a {type(out).__name__}, not one tensor")
+        return pooled(out, self._pool)
+
+    def digest(self) -> str:
+        """SHA-256 over names, types, shapes and bytes of the backbone's tensors, in hexadecimal."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.backbone.state_dict().items()):
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return total.hexdigest()
+
+    @torch.no_grad()
+    def _probe(self) -> int:
+        """d, from one forward of two black images in eval mode, which leaves batch-norm statistics alone."""
+        size, modes = self.preprocessing.size, [(module, module.training) for module in self.modules()]
+        here = next((tensor.device for tensor in self.backbone.state_dict().values()), torch.device("cpu"))
+        self.eval()
+        try:
+            out = self(self.prepare(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=here)))
+        except Exception as wrong:  # any library, any reason: to the user it is one thing
+            raise UserError(
+                f"{self.name} cannot take images of {size} pixels ({one_line(wrong)}); choose another --image-size or size="
+            ) from wrong
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        if out.shape[:1] != (2,) or not out.is_floating_point():
+            raise UserError(f"{self.name} turns 2 images into {out.dtype} {tuple(out.shape)}; wanted is float (2, d)")
+        return out.shape[1]
+
+
+def pooled(out: Tensor, pool: Pool) -> Tensor:
+    """A map (B, C, H, W), tokens (B, T, C) or a vector (B, d) -> (B, d). `auto` is the mean of a map."""
+    if out.dim() == 2 and pool in ("auto", "none"):
+        return out
+    if out.dim() == 4 and pool in ("auto", "avg", "max"):
+        return out.amax((2, 3)) if pool == "max" else out.mean((2, 3))
+    if out.dim() == 3 and pool in ("avg", "cls", "max"):
+        return {"avg": lambda: out.mean(1), "cls": lambda: out[:, 0], "max": lambda: out.amax(1)}[pool]()
+    if pool == "none":
+        return out.flatten(1)
+    raise ValueError(f"it returns {out.dim()}-d output, for which there is no pool={pool}")
+
+
+def one_line(wrong: BaseException) -> str:
+    """An exception as part of a sentence."""
+    text = " ".join(str(wrong).split())
+    return f"{type(wrong).__name__}: {text[:200]}" if text else type(wrong).__name__
+
+
+def safe_name(*parts: object) -> str:
+    """Parts of a spec as a name for files: `timm`, `resnet18` -> `timm-resnet18`."""
+    return "-".join(re.sub(r"[^\w.]+", "-", str(part)).strip("-.") for part in parts)
+
+
+def entry(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., Network]], Callable[..., Embedder]]:
+    """Make a menu entry of a function (Options, argument, /, *, own keys) -> Network.
+
+    The entry takes the argument, the function's own keys and all Options but those in `without`.
+    """
+
+    def decorate(make: Callable[..., Network]) -> Callable[..., Embedder]:
+        common = [p for p in inspect.signature(Options).parameters.values() if p.name not in without]
+        own = list(inspect.signature(make).parameters.values())[1:]
+
+        @functools.wraps(make)
+        def build(
+            *argument: Any, image_size: int | None = None, pretrained_default: bool = False, **given: Any
+        ) -> Embedder:
+            asked = Options(**{p.name: given.pop(p.name) for p in common if p.name in given})
+            if image_size is not None:
+                asked = replace(asked, size=image_size)
+            return _assemble(functools.partial(make, *(), **given), argument, asked, pretrained_default)
+
+        rest = [p for p in own if p.kind is inspect.Parameter.VAR_KEYWORD]
+        mine = [p for p in own if p not in rest]
+        build.__signature__ = inspect.Signature([*mine, *common, *rest])  # type: ignore[attr-defined]
+        return build
+
+    return decorate

@@ -1,0 +1,40 @@
+"""Digests of a few rendered views, so that a machine that renders differently is noticed.
+
+Decoders and resamplers differ between versions and processors. The store keeps what some images
+looked like to the teacher; whoever trains or verifies looks at the same ones first.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from pipeline import artifact
+from pipeline.images import BadImage
+from pipeline.model import Preprocessing
+from pipeline.views import ViewSpec, draw, see
+
+PROBES = 3
+VIEWS = (0, 1, 2)
+
+
+def probe(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, keys: Any = None) -> dict[str, str]:
+    """{row: digest of its probe views at the teacher's size}, over the first, middle and last good image.
+
+    keys: (N,) view keys; the row numbers unless given.
+    """
+    out: dict[str, str] = {}
+    for i in sorted({0, len(dataset) // 2, len(dataset) - 1}):
+        if (seen := look(dataset, spec, preprocessing, i, i if keys is None else int(keys[i]))) is not None:
+            out[str(i)] = seen
+    return out
+
+
+def look(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, i: int, key: int) -> str | None:
+    """Digest of image i's probe views; None if it is bad."""
+    try:
+        image, _ = dataset.load(i)
+    except BadImage:
+        return None
+    variates = draw(spec.seed, key, np.array(VIEWS, np.uint64))
+    size = [(preprocessing.size, preprocessing.interpolation)]
+    return artifact.digest(see(image, spec, variates, VIEWS, size)[0].numpy().tobytes())

@@ -1,0 +1,85 @@
+"""A progress line with rate and time left: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+EVERY = 15.0  # seconds between lines where there is no terminal
+
+
+class Meter:
+    """Counts `unit`s towards a total. `advance(n, note)` is all a loop calls."""
+
+    def __init__(self, what: str, total: int, unit: str, start: int = 0, stream: TextIO | None = None):
+        self.what, self.total, self.unit, self.start, self.now = what, total, unit, start, start
+        self.stream = stream or sys.stderr
+        self.began = self.said = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def advance(self, n: int, note: str = "") -> None:
+        self.now += n
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.now, note=note, rate=self.rate)
+        elif time.monotonic() - self.said >= EVERY:
+            self.said = time.monotonic()
+            left = (self.total - self.now) / self.rate if self.rate else 0.0
+            print(
+                f"{self.what}: {self.now}/{self.total} {self.unit}, {self.rate:.0f} {self.unit}/s, "
+                f"{duration(left)} left{'  ' + note if note else ''}",
+                file=self.stream,
+                flush=True,
+            )
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the meter began."""
+        return (self.now - self.start) / max(1e-9, time.monotonic() - self.began)
+
+    def _draw(self) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        rate = TextColumn("{task.fields[rate]:.0f} " + self.unit + "/s")
+        return Progress(
+            *columns, rate, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(file=self.stream)
+        )
+
+
+@contextmanager
+def meter(what: str, total: int, unit: str, start: int = 0) -> Iterator[Meter]:
+    """A Meter that draws a bar while the block runs if stderr is a terminal."""
+    out = Meter(what, total, unit, start)
+    if not out.stream.isatty():
+        yield out
+        return
+    with out._draw() as bar:
+        out._bar = bar
+        out._task = bar.add_task(what, total=total, completed=start, note="", rate=0.0)
+        yield out
+
+
+def say(text: str) -> None:
+    """One line for people, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`41 s`, `3 min 05 s`, `2 h 10 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def size(count: float) -> str:
+    """Bytes for people: `812 B`, `3.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

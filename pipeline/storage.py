@@ -1,0 +1,118 @@
+"""Get, put, list, put-if-absent: the one way to the disk for all that is not Zarr."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+PART = ".part"  # what a killed writer leaves behind ends in this; readers never see it
+
+
+class Storage(Protocol):
+    """A flat space of keys ("done/000.json") and bytes. Every put is whole or not there at all."""
+
+    def get(self, key: str) -> bytes:
+        """Raises FileNotFoundError."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None: ...
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Put if absent; False if somebody was there first."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Nothing happens if it is not there."""
+        ...
+
+    def exists(self, key: str) -> bool: ...
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Keys below a folder prefix ("done"), in no order."""
+        ...
+
+    def __str__(self) -> str: ...
+
+
+class Folder:
+    """Storage in a local folder: written beside, fsynced, renamed, and the folder fsynced."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path).expanduser()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def get(self, key: str) -> bytes:
+        return (self.path / key).read_bytes()
+
+    def put(self, key: str, data: bytes) -> None:
+        target = self.path / key
+        part = self._beside(target, data)
+        os.replace(part, target)
+        sync(target.parent)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        target = self.path / key
+        part = self._beside(target, data)
+        try:
+            os.link(part, target)
+        except FileExistsError:
+            return False
+        finally:
+            part.unlink()
+        sync(target.parent)
+        return True
+
+    def delete(self, key: str) -> None:
+        (self.path / key).unlink(missing_ok=True)
+
+    def exists(self, key: str) -> bool:
+        return (self.path / key).exists()
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        top = str(self.path / prefix) if prefix else str(self.path)
+        for folder, _, names in os.walk(top):
+            base = os.path.relpath(folder, self.path)
+            for name in names:
+                if not name.endswith(PART):
+                    yield name if base == "." else f"{base}/{name}"
+
+    def sweep(self, older_than: float = 0.0) -> int:
+        """Delete what killed writers left, last touched before the given time; how many."""
+        count = 0
+        for part in self.path.rglob(f"*{PART}"):
+            try:
+                if not older_than or part.stat().st_mtime < older_than:
+                    part.unlink()
+                    count += 1
+            except FileNotFoundError:
+                continue  # its writer was alive and has just renamed it
+        return count
+
+    def _beside(self, target: Path, data: bytes) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PART}")
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        return part
+
+
+def sync(path: Path) -> None:
+    """fsync a file or folder; a folder that cannot be synced (some network mounts) is let be."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)

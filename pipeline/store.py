@@ -1,0 +1,421 @@
+"""FeatureStore: features[i, v] on disk, by shards.
+
+A shard is a run of consecutive rows and up to four views; it has one writer. Zarr encodes a shard
+in memory, `Storage` puts it in place whole, and the done record follows: what a done record names
+is there, what none names is pending. "The chunk is absent" says nothing: Zarr writes no chunk
+that is all fill value. Names and layout: docs/store.md.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from pipeline import artifact
+from pipeline.artifact import UserError
+from pipeline.codecs import Codec, codec
+from pipeline.images import GOOD, REASONS
+from pipeline.storage import Folder, Storage
+
+GROUP = "features.zarr"
+COPY = "copy"  # second copies of the manifest, of the Zarr metadata and of the tables
+VIEW_BLOCK = 4
+SHARD_ROWS = 2048
+SHARD_BYTES = 256_000_000
+TABLE_ROWS = 2**20
+UNWRITTEN = 255  # status of a row no writer has reached
+_DONE = re.compile(r"done/(\d+)\.(\d+)-(\d+)\.json$")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one task computes: rows start..stop-1 in `views`; nobody else writes row block `block`."""
+
+    block: int
+    start: int
+    stop: int
+    views: tuple[int, ...]
+
+
+def shard_rows(images: int, batch_size: int, arrays: Mapping[str, Sequence[int]], itemsize: int) -> int:
+    """Rows per shard: whole batches, at most 2048 rows and 256 MB, and about 16 shards in a small set."""
+    row_bytes = max(int(np.prod(shape)) for shape in arrays.values()) * itemsize * VIEW_BLOCK
+    most = min(SHARD_ROWS, SHARD_BYTES // row_bytes, max(256, -(-images // 16)))
+    return max(1, most // batch_size) * batch_size
+
+
+class FeatureStore:
+    """Open a store. Raises UserError if there is none or its manifest is damaged."""
+
+    def __init__(self, storage: Storage):
+        self.storage = storage
+        self.manifest = artifact.read(storage, "store")
+        self.identity: dict[str, Any] = self.manifest["identity"]
+        self.about: dict[str, Any] = self.manifest["about"]
+        self.images: int = self.identity["data"]["images"]
+        self.rows: int = self.identity["shard_rows"]
+        self.codec: Codec = codec(self.identity["codec"])
+        self.arrays: dict[str, tuple[int, ...]] = {k: tuple(s) for k, s in self.identity["arrays"].items()}
+
+    @classmethod
+    def make(
+        cls, storage: Storage, identity: Mapping[str, Any], about: Mapping[str, Any], tables: Mapping[str, Any]
+    ) -> "FeatureStore":
+        """Claim a folder for a store, or open the one that is there; more views than it has is growth.
+
+        identity: {"data": {"images", ...}, "arrays": {name: shape of one (i, v)}, "shard_rows", "codec", ...}
+        about: {"views": V, ...}; tables: {"sample_id": (N,) str, "label": (N,), "view_key": (N,)}.
+        Raises Mismatch if it was made with other settings, UserError for fewer views than it has.
+        """
+        if not storage.exists(artifact.MANIFEST):
+            small = _layout(identity, about["views"]) | _table_files(tables)
+            about = {**about, "small": {key: artifact.digest(data) for key, data in small.items()}}
+            artifact.claim(storage, "store", identity, about)
+            cls(storage)._put_small(small)
+            return cls(storage)
+        artifact.claim(storage, "store", identity)
+        store = cls(storage)
+        if about["views"] > store.views:
+            store._grow(about["views"])
+        elif not all(storage.exists(f"{COPY}/{key}") for key in store.about["small"]):
+            store._put_small(_layout(identity, store.views) | _table_files(tables))  # killed while it was being made
+        return cls(storage)
+
+    @property
+    def views(self) -> int:
+        return self.about["views"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What children record as their parent: identity only, so a moved or grown store still fits."""
+        return artifact.fingerprint(self.identity)
+
+    # ------------------------------------------------------------------ what is there
+
+    def done(self) -> dict[int, list[tuple[int, int]]]:
+        """{row block: [(first view, one past the last), ...]} from the names of the done records."""
+        out: dict[int, list[tuple[int, int]]] = {}
+        for key in self.storage.list("done"):
+            if match := _DONE.match(key):
+                block, first, stop = map(int, match.groups())
+                out.setdefault(block, []).append((first, stop))
+        return out
+
+    def pending(self) -> list[Shard]:
+        """Row blocks with views that are not done, in order."""
+        done = self.done()
+        wanted = set(range(self.views))
+        out = []
+        for block in range(-(-self.images // self.rows)):
+            spans = done.get(block, [])
+            missing = wanted.difference(*(range(first, stop) for first, stop in spans)) if spans else wanted
+            if missing:
+                start, stop = self.span(block)
+                out.append(Shard(block, start, stop, tuple(sorted(missing))))
+        return out
+
+    def span(self, block: int) -> tuple[int, int]:
+        """First row of a block and one past its last."""
+        return block * self.rows, min(self.images, (block + 1) * self.rows)
+
+    def require_complete(self, views: Sequence[int] | None = None) -> None:
+        """Raises UserError if any (i, v) of these views (all of them unless given) is not done."""
+        wanted = set(range(self.views) if views is None else views)
+        if over := [v for v in wanted if v >= self.views]:
+            raise UserError(
+                f"{self.storage} holds views 0 to {self.views - 1}, but view {over[0]} was asked for; "
+                f"repeat its export-teacher command with --views {max(over) + 1}"
+            )
+        total = -(-self.images // self.rows)
+        lacking = sum(1 for shard in self.pending() if wanted & set(shard.views))
+        if lacking:
+            raise UserError(
+                f"{self.storage} lacks {lacking} of {total} shards; repeat the export-teacher command that made it"
+            )
+
+    # ------------------------------------------------------------------ reading
+
+    @cached_property
+    def group(self) -> zarr.Group:
+        try:
+            return zarr.open_group(_zarr_store(self.storage), path=GROUP, mode="r")
+        except (FileNotFoundError, ValueError, KeyError, json.JSONDecodeError) as problem:
+            raise UserError(f"{self.storage}/{GROUP} is damaged: {problem}; see compress verify --repair") from None
+
+    def array(self, name: str) -> zarr.Array:
+        """One Zarr array. Raises UserError if the store does not keep it or its metadata is damaged."""
+        try:
+            return self.group[name]  # type: ignore[return-value]
+        except KeyError:
+            kept = ", ".join(self.arrays)
+            raise UserError(
+                f"{self.storage} keeps {kept}, not {name!r}; export anew with --keep {','.join([*self.arrays, name])}"
+            ) from None
+        except (ValueError, TypeError) as problem:
+            raise UserError(f"{self.storage}: metadata of {name!r} is damaged: {problem}; see verify --repair") from None
+
+    def table(self, name: str) -> np.ndarray:
+        """(N,) label, sample_id, view_key, content or status."""
+        return self._read(name, slice(None))
+
+    def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
+        """What lies on disk of one view: ((n, ...) as the codec keeps it, (n, ...) scale or None)."""
+        scale = self._read(f"{name}_scale", (rows, view)) if self.codec.scaled else None
+        return self._read(name, (rows, view)), scale
+
+    def read(self, name: str, view: int, rows: slice = slice(None)) -> np.ndarray:
+        """(n, ...) float32 features of one view."""
+        return self.codec.decode(*self.stored(name, view, rows))
+
+    def _read(self, name: str, selection: Any) -> np.ndarray:
+        array = self.array(name)
+        try:
+            return np.asarray(array[selection])
+        except (ValueError, RuntimeError, OSError) as problem:
+            if isinstance(problem, OSError) and problem.errno:
+                raise
+            raise UserError(
+                f"{self.storage}: array {name!r} is damaged ({_one_line(problem)}); "
+                "compress verify --repair marks the shards to export again"
+            ) from None
+
+    # ------------------------------------------------------------------ writing
+
+    def write(
+        self,
+        shard: Shard,
+        features: Mapping[str, tuple[np.ndarray, np.ndarray | None]],
+        status: np.ndarray,
+        content: np.ndarray,
+        bad: Mapping[int, str],
+    ) -> None:
+        """Store a shard whole, then its done records.
+
+        features: per array what the codec made, ((rows, views, ...), (rows, views, ...) or None);
+        status (rows,) uint8; content (rows,) uint64; bad: {row number: reason}.
+        Raises UserError if images changed since earlier views of these rows were stored.
+        """
+        held = self.done().get(shard.block, [])
+        if held:
+            status = self._same_images(shard, status, content)
+        records = []
+        for first in sorted({v - v % VIEW_BLOCK for v in shard.views}):
+            views = range(first, min(first + VIEW_BLOCK, self.views))
+            digests: dict[str, list[str]] = {}
+            for name in self.arrays:
+                stored, scale = self._merge(name, shard, views, features[name])
+                self._put_chunk(name, (shard.block, first // VIEW_BLOCK), stored)
+                if scale is not None:
+                    self._put_chunk(f"{name}_scale", (shard.block, first // VIEW_BLOCK), scale)
+                digests[name] = [
+                    view_digest(stored[:, j], None if scale is None else scale[:, j]) for j in range(len(views))
+                ]
+            records.append((views, digests))
+        self._put_chunk("status", (shard.block,), status)
+        self._put_chunk("content", (shard.block,), content)
+        rows = {"rows": [shard.start, shard.stop], "bad": {str(i): why for i, why in sorted(bad.items())}}
+        rows |= {"status": artifact.digest(status.tobytes()), "content": artifact.digest(content.tobytes())}
+        for views, digests in records:  # after the data: a crash between costs a shard, not its truth
+            record = {**rows, "views": [views.start, views.stop], "digest": digests}
+            self.storage.put(done_key(shard.block, views.start, views.stop), artifact.canonical(record) + b"\n")
+            for old in [s for s in held if s[0] == views.start and s[1] != views.stop]:
+                self.storage.delete(done_key(shard.block, *old))
+
+    def _same_images(self, shard: Shard, status: np.ndarray, content: np.ndarray) -> np.ndarray:
+        """Status merged with what earlier views found; the images must be the ones seen then."""
+        rows = slice(shard.start, shard.stop)
+        changed = np.flatnonzero(self._read("content", rows) != content)
+        if len(changed):
+            name = self.table("sample_id")[shard.start + changed[0]]
+            raise UserError(
+                f"{len(changed)} images are not those the stored views were made from, the first is {name}; "
+                "put them back, or export into a new folder"
+            )
+        return np.maximum(self._read("status", rows), status)
+
+    def _merge(
+        self, name: str, shard: Shard, views: range, new: tuple[np.ndarray, np.ndarray | None]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """One shard's content: the new views, and what a ragged view block already held."""
+        if all(v in shard.views for v in views):
+            where = slice(shard.views.index(views.start), shard.views.index(views.start) + len(views))
+            return new[0][:, where], None if new[1] is None else new[1][:, where]
+        parts, scales = [], []
+        for v in views:
+            if v in shard.views:
+                j = shard.views.index(v)
+                stored, scale = new[0][:, j], None if new[1] is None else new[1][:, j]
+            else:
+                stored, scale = self.stored(name, v, slice(shard.start, shard.stop))
+            parts.append(stored)
+            scales.append(scale)
+        return np.stack(parts, 1), None if scales[0] is None else np.stack([s for s in scales if s is not None], 1)
+
+    def _put_chunk(self, name: str, place: tuple[int, ...], data: np.ndarray) -> None:
+        """Encode one shard or chunk in memory and put it in place whole; all fill value is no file."""
+        grid = _grid(self.identity, name)
+        where = "/".join(map(str, place + (0,) * (len(grid.shards) - len(place))))
+        encoded = _encode(grid, data)
+        key = f"{GROUP}/{name}/c/{where}"
+        if encoded is None:
+            self.storage.delete(key)
+        else:
+            self.storage.put(key, encoded)
+
+    def _grow(self, views: int) -> None:
+        """More views: new metadata, then the manifest that knows them."""
+        small = _layout(self.identity, views)
+        digests = {**self.about["small"], **{key: artifact.digest(data) for key, data in small.items()}}
+        for key, data in small.items():
+            self.storage.put(key, data)
+        self.manifest = artifact.write(
+            self.storage, "store", self.identity, {**self.about, "views": views, "small": digests}
+        )
+        self.about = self.manifest["about"]
+        self._put_small(small)
+
+    def _put_small(self, small: Mapping[str, bytes]) -> None:
+        for key, data in small.items():
+            self.storage.put(key, data)
+        for key, data in small.items():
+            self.storage.put(f"{COPY}/{key}", data)
+        self.storage.put(f"{COPY}/{artifact.MANIFEST}", artifact.spell(self.manifest))
+
+    # ------------------------------------------------------------------ what could not be used
+
+    def bad_images(self) -> list[tuple[int, str, str]]:
+        """[(row, sample_id, reason), ...] from the done records of blocks that have any."""
+        status = self.table("status")
+        bad = np.flatnonzero((status != GOOD) & (status != UNWRITTEN))
+        if not len(bad):
+            return []
+        ids = self.table("sample_id")
+        reasons: dict[int, str] = {}
+        for block, spans in self.done().items():
+            if np.any(bad // self.rows == block):
+                for span in spans:
+                    record = json.loads(self.storage.get(done_key(block, *span)))
+                    reasons |= {int(i): why for i, why in record["bad"].items()}
+        return [(int(i), str(ids[i]), reasons.get(int(i), REASONS[int(status[i])])) for i in bad]
+
+    def remember(self, event: Mapping[str, Any]) -> None:
+        """Add a line to history.jsonl: who made it when, at what cost. Outside every digest."""
+        key = "history.jsonl"
+        old = self.storage.get(key) if self.storage.exists(key) else b""
+        self.storage.put(key, old + artifact.canonical(event) + b"\n")
+
+
+def done_key(block: int, first: int, stop: int) -> str:
+    return f"done/{block:07d}.{first:04d}-{stop:04d}.json"
+
+
+def view_digest(stored: np.ndarray, scale: np.ndarray | None) -> str:
+    """Digest of one view of a shard: the stored rows, then their scales, little-endian."""
+    return artifact.digest(stored.tobytes() + (b"" if scale is None else scale.tobytes()))
+
+
+# ---------------------------------------------------------------------- the Zarr side
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How an array is cut: shards (one file each) and the chunks inside them (one read each)."""
+
+    dtype: Any
+    shards: tuple[int, ...]
+    chunks: tuple[int, ...]
+    fill: Any
+    names: tuple[str, ...]
+
+
+def _grid(identity: Mapping[str, Any], name: str) -> _Grid:
+    """Grid of a feature array, of its scales, or of a per-row array."""
+    rows, kind = identity["shard_rows"], codec(identity["codec"])
+    if name in ("status", "content"):
+        dtype, fill = ("u1", UNWRITTEN) if name == "status" else ("<u8", 0)
+        return _Grid(dtype, (rows,), (rows,), fill, ("image",))
+    base = name.removesuffix("_scale")
+    shape = tuple(identity["arrays"][base])
+    axes = ("image", "view", *[f"{base}_{j}" for j in range(len(shape))])
+    if name != base:
+        return _Grid("<f4", (rows, VIEW_BLOCK, *shape[:-1]), (rows, VIEW_BLOCK, *shape[:-1]), 0, axes[:-1])
+    inner = max(n for n in range(1, min(rows, 1024) + 1) if rows % n == 0)
+    return _Grid(kind.dtype, (rows, VIEW_BLOCK, *shape), (inner, 1, *shape), 0, axes)
+
+
+def _layout(identity: Mapping[str, Any], views: int) -> dict[str, bytes]:
+    """{key: bytes} of the Zarr metadata of everything but the tables."""
+    n = identity["data"]["images"]
+    small = {f"{GROUP}/zarr.json": json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}).encode()}
+    for name, shape in identity["arrays"].items():
+        small |= _metadata(name, (n, views, *shape), _grid(identity, name))
+        if codec(identity["codec"]).scaled:
+            small |= _metadata(f"{name}_scale", (n, views, *shape[:-1]), _grid(identity, f"{name}_scale"))
+    for name in ("status", "content"):
+        small |= _metadata(name, (n,), _grid(identity, name))
+    return small
+
+
+def _create(files: dict[str, Any], name: str, shape: tuple[int, ...], grid: _Grid) -> zarr.Array:
+    sharded = grid.shards != grid.chunks
+    return zarr.create_array(
+        zarr.storage.MemoryStore(store_dict=files),
+        name=name,
+        shape=shape,
+        shards=grid.shards if sharded else None,
+        chunks=grid.chunks,
+        dtype=grid.dtype,
+        compressors=[Crc32cCodec()],
+        fill_value=grid.fill,
+        dimension_names=grid.names,
+    )
+
+
+def _metadata(name: str, shape: tuple[int, ...], grid: _Grid) -> dict[str, bytes]:
+    files: dict[str, Any] = {}
+    _create(files, name, shape, grid)
+    key = f"{name}/zarr.json"
+    return {f"{GROUP}/{key}": files[key].to_bytes()}
+
+
+def _encode(grid: _Grid, data: np.ndarray) -> bytes | None:
+    """One shard as Zarr writes it; rows and views short of the shard's shape stay fill value."""
+    files: dict[str, Any] = {}
+    array = _create(files, "a", grid.shards, grid)
+    array[tuple(slice(0, n) for n in data.shape)] = data
+    return next((buffer.to_bytes() for key, buffer in files.items() if "/c/" in key), None)
+
+
+def _table_files(tables: Mapping[str, Any]) -> dict[str, bytes]:
+    """{key: bytes} of the per-image tables, metadata and chunks: sample_id, label, view_key."""
+    out: dict[str, bytes] = {}
+    for name, column in tables.items():
+        files: dict[str, Any] = {}
+        kind, fill = {"sample_id": (str, ""), "label": ("<i8", -1), "view_key": ("<u8", 0)}[name]
+        size = min(max(1, len(column)), TABLE_ROWS)
+        array = _create(files, name, (len(column),), _Grid(kind, (size,), (size,), fill, ("image",)))
+        array[...] = np.asarray(column, object) if kind is str else np.asarray(column)
+        out |= {f"{GROUP}/{key}": buffer.to_bytes() for key, buffer in files.items() if key.startswith(f"{name}/")}
+    return out
+
+
+def _zarr_store(storage: Storage) -> Any:
+    if isinstance(storage, Folder):
+        return zarr.storage.LocalStore(storage.path, read_only=True)
+    raise UserError(f"{storage}: Zarr cannot read from this kind of storage yet")
+
+
+def _one_line(problem: BaseException) -> str:
+    return " ".join(str(problem).split())[:160]
+
+
+def batches(shard: Shard, size: int) -> Iterator[tuple[int, int]]:
+    """Row spans of the forward batches of a shard: they never cross it."""
+    for start in range(shard.start, shard.stop, size):
+        yield start, min(start + size, shard.stop)

@@ -1,0 +1,1 @@
+"""The corridor: each command one file, readable top to bottom: Config, then run(Config)."""

@@ -1,0 +1,237 @@
+"""Dataset -> views -> frozen teacher -> feature store: each (i, v) once, ever."""
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import artifact
+from pipeline.artifact import UserError
+from pipeline.codecs import CODECS, codec
+from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
+from pipeline.interrupt import Interrupt
+from pipeline.progress import duration, meter, say, size
+from pipeline.storage import Folder
+
+if TYPE_CHECKING:
+    from pipeline.datasets.base import Dataset
+    from pipeline.model import Embedder
+    from pipeline.store import FeatureStore
+    from pipeline.views import ViewSpec
+
+
+@dataclass(frozen=True)
+class Config:
+    """Run the frozen teacher once over every view of a data set and keep its embeddings.
+
+    The same command again continues; a larger --views adds views and recomputes nothing.
+    """
+
+    data: str = flag(help="images: folder:PATH, digits, torchvision:NAME,root=DIR")
+    teacher: str = flag(help="timm:NAME, torchvision:NAME, python:module:factory, torchscript:FILE, ...")
+    out: Path = flag(help="folder of the store")
+    views: int = flag(8, "views per image; view 0 is the plain one, the others are random")
+    policy: str = flag("crop-flip", "what random views are: crop-flip, moco-v2, dino, none")
+    image_size: int | None = flag(None, "side in pixels (default: the teacher's own)")
+    seed: int = flag(0, "of the views")
+    keep: str = flag("embedding", "what to keep of the teacher's outputs")
+    codec: str = flag("int8", f"how features are stored: {', '.join(CODECS)}")
+    batch_size: int = flag(64, "images per forward on a device", short="-b")
+    workers: int | None = flag(None, "loader processes (default: one per core up to 16; 1 on CPU)", short="-j")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1")
+    precision: str = flag("fp32", "fp32, bf16, fp16")
+    shard_size: int | None = flag(None, "rows per shard (default: up to 2048, fewer in small sets)")
+    limit: int | None = flag(None, "only this many images, evenly spread")
+    dry_run: bool = flag(False, "say what would be done and what it would cost")
+    overwrite: bool = flag(False, "start anew; an earlier store is set aside, not deleted")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Export what is pending. Returns {"summary", "store", "fingerprint", ...}."""
+    check(config)
+    from pipeline.datasets import DATASETS
+    from pipeline.models import MODELS
+
+    MODELS.parse(config.teacher)
+    dataset = DATASETS.order(config.data)
+    dataset = dataset.subset(config.limit) if config.limit else dataset
+    if config.overwrite and not config.dry_run and (aside := artifact.set_aside(config.out)):
+        say(f"set the earlier {config.out} aside as {aside}")
+
+    from pipeline.device import choose, loader_workers
+    from pipeline.model import build
+    from pipeline.views import ViewSpec
+
+    embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True)
+    spec = ViewSpec(config.policy, config.seed, embedder.preprocessing.crop_ratio)
+    identity, about = describe(config, dataset, embedder, spec)
+    if config.dry_run:
+        return plan(config, identity)
+
+    from pipeline.embed import Forward, embed
+    from pipeline.store import FeatureStore
+
+    tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
+    store = FeatureStore.make(Folder(config.out), identity, about, tables)
+    pending = store.pending()
+    rows = sum(shard.stop - shard.start for shard in pending)
+    if not pending:
+        return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views")
+    device = choose(config.device)
+    say(f"{rows} of {store.images} images to embed, {store.views} views, on {device}, {embedder.width} dimensions")
+    with Interrupt() as stop, meter("export", store.images, "images", store.images - rows) as bar:
+        cost = embed(
+            store,
+            dataset,
+            spec,
+            Forward(embedder, device, config.precision, config.batch_size),
+            workers=loader_workers(config.workers, device),
+            progress=bar.advance,
+            stopped=lambda: stop.requested,
+        )
+        store.remember(event(config, cost, device))
+        left = len(store.pending())
+        stop.check(f"{len(pending) - left} of {len(pending)} pending shards are kept; repeat the command to continue")
+    return finish(
+        store,
+        f"{config.out}: {store.images} images x {store.views} views x {embedder.width} {config.codec}, "
+        f"{duration(cost.seconds)}, {cost.views / max(cost.seconds, 1e-9):.0f} views/s",
+    )
+
+
+def check(config: Config) -> None:
+    """All that can be refused before torch is imported."""
+    require(
+        config,
+        {
+            "views": POSITIVE,
+            "batch_size": POSITIVE,
+            "image_size": POSITIVE,
+            "workers": NOT_NEGATIVE,
+            "shard_size": POSITIVE,
+            "limit": POSITIVE,
+            "seed": (lambda x: 0 <= x < 2**64, "must be from 0 to 2**64 - 1"),
+            "precision": one_of("fp32", "bf16", "fp16"),
+            "policy": one_of("crop-flip", "moco-v2", "dino", "none"),
+            "keep": one_of("embedding"),
+        },
+    )
+    codec(config.codec)
+    if config.policy == "none" and config.views > 1:
+        raise UserError(f"--policy none has one view, the plain one, but --views {config.views} was asked; use --views 1")
+
+
+def describe(
+    config: Config, dataset: "Dataset", embedder: "Embedder", spec: "ViewSpec"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(identity, about) of the store's manifest: what it is, and what may change."""
+    from pipeline.pixels import probe
+    from pipeline.store import shard_rows
+
+    arrays = {"embedding": [embedder.width]}
+    rows = config.shard_size or shard_rows(
+        len(dataset), config.batch_size, arrays, codec(config.codec).dtype.itemsize
+    )
+    identity = {
+        "data": {"fingerprint": dataset.fingerprint, "images": len(dataset)},
+        "teacher": {
+            "name": embedder.name,
+            "weights": embedder.digest(),
+            "width": embedder.width,
+            "preprocessing": embedder.preprocessing.record(),
+        },
+        "views": spec.record(),
+        "arrays": arrays,
+        "codec": config.codec,
+        "batch_size": config.batch_size,
+        "precision": config.precision,
+        "shard_rows": rows,
+    }
+    about = {
+        "data": absolute(config.data, config.limit),
+        "teacher": config.teacher,
+        "classes": list(dataset.classes),
+        "views": config.views,
+        "parameters": sum(p.numel() for p in embedder.backbone.parameters()),
+        "pixels": probe(dataset, spec, embedder.preprocessing),
+    }
+    return identity, about
+
+
+def absolute(data: str, limit: int | None) -> dict[str, Any]:
+    """The data spec so that it holds from any working directory, and how many of it."""
+    from pipeline.datasets import DATASETS
+
+    spec = DATASETS.parse(data)
+    if spec.kind == "folder":
+        path = str(Path(spec.argument).expanduser().absolute())
+        return {"spec": str(type(spec)("folder", path, spec.options)), "limit": limit}
+    return {"spec": str(spec), "limit": limit}
+
+
+def plan(config: Config, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What an export would take: forwards, bytes, files, and the free disk."""
+    import shutil
+
+    from pipeline.store import VIEW_BLOCK
+
+    n, rows, kind = identity["data"]["images"], identity["shard_rows"], codec(identity["codec"])
+    per_view = sum(shape[-1] for shape in identity["arrays"].values()) * kind.dtype.itemsize + 4 * kind.scaled
+    blocks, view_blocks = -(-n // rows), -(-config.views // VIEW_BLOCK)
+    files = blocks * (view_blocks * (2 + kind.scaled) + 2)
+    there = next(p for p in [config.out.absolute(), *config.out.absolute().parents] if p.exists())
+    out = {
+        "images": n,
+        "views": config.views,
+        "forwards": n * config.views,
+        "bytes": n * config.views * per_view,
+        "files": files,
+        "shard_rows": rows,
+        "free_bytes": shutil.disk_usage(there).free,
+    }
+    text = (
+        f"dry run: {n} images x {config.views} views = {out['forwards']} forwards; {size(out['bytes'])} in {files} "
+        f"files, shards of {rows} rows; {size(out['free_bytes'])} free in {there}"
+    )
+    return {"summary": text, **out}
+
+
+def event(config: Config, cost: Any, device: Any) -> dict[str, Any]:
+    """A line of history: who, when, with what, at what cost."""
+    import torch
+    import torchvision
+
+    return {
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "vision": torchvision.__version__},
+        "images": cost.images,
+        "views": cost.views,
+        "seconds": round(cost.seconds, 3),
+        "waited": round(cost.waited, 3),
+    }
+
+
+def finish(store: "FeatureStore", text: str) -> dict[str, Any]:
+    """List what could not be used, check that anything could, and say what was made."""
+    bad = store.bad_images()
+    if bad:
+        lines = ["row\tid\treason", *(f"{i}\t{name}\t{' '.join(why.split())}" for i, name, why in bad)]
+        store.storage.put("bad-images.tsv", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+        first = "; ".join(f"{name}: {why}" for _, name, why in bad[:3])
+        say(f"{len(bad)} of {store.images} images could not be used (bad-images.tsv): {first}")
+    if len(bad) == store.images:
+        raise UserError(f"none of the {store.images} images could be used; the first is {bad[0][1]}: {bad[0][2]}")
+    return {
+        "summary": text + (f"; {len(bad)} bad images" if bad else ""),
+        "store": str(store.storage),
+        "fingerprint": store.fingerprint,
+        "images": store.images,
+        "views": store.views,
+        "bad_images": len(bad),
+    }

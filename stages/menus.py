@@ -1,0 +1,45 @@
+"""`compress models|methods|protocols`: what can be named."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import flag
+from pipeline.menu import Menu
+
+
+@dataclass(frozen=True)
+class Models:
+    """What can be named as --teacher, --student or --model."""
+
+    search: str = flag("", "only names that hold this text (timm's and torchvision's models are searched too)")
+
+
+@dataclass(frozen=True)
+class Methods:
+    """What can be named as --method, with every key and its default."""
+
+
+@dataclass(frozen=True)
+class Protocols:
+    """What can be named as --protocol, with every key and its default."""
+
+
+def run(config: Models | Methods | Protocols) -> dict[str, Any]:
+    """The menu as text and as {kind: {"summary", "keys"}}."""
+    if isinstance(config, Methods):
+        from pipeline.methods import METHODS as menu
+    elif isinstance(config, Protocols):
+        from pipeline.evaluators import PROTOCOLS as menu
+    else:
+        from pipeline.models import MODELS as menu
+    return {"summary": "", "menu": {}} | _listing(menu)
+
+
+def _listing(menu: Menu) -> dict[str, Any]:
+    kinds, lines = {}, []
+    for kind in menu.entries:
+        keys = {name: str(p.default) for name, p in menu.keys(kind).items()}
+        kinds[kind] = {"summary": menu.summary(kind), "keys": keys}
+        lines.append(f"{kind}  {kinds[kind]['summary']}")
+        lines += [f"    {name}={default}" for name, default in keys.items()]
+    return {"summary": "\n".join(lines), "menu": kinds}
