@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +48,10 @@ IMAGENET = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bil
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a user may say of any model; a kind may leave some out. See docs of `--model` for each."""
+    """What a user may say of any model; a kind may leave some out.
+
+    A kind gets them with `size` resolved (None: the model's own) and `pretrained` decided.
+    """
 
     weights: Path | None = None
     key: str = ""
@@ -106,7 +109,7 @@ class Embedder(nn.Module):
         """(B, 3, S, S) -> (B, d)"""
         out = self._features(self.backbone, images) if self._features else self.backbone(images)
         if not isinstance(out, Tensor):
-            raise TypeError(f"it returns a {type(out).__name__}, not one tensor")
+            raise UserError(f"the model returns a {type(out).__name__}, not one tensor; wrap it in a python: factory")
         return pooled(out, self._pool)
 
     def digest(self) -> str:
@@ -125,9 +128,12 @@ class Embedder(nn.Module):
         self.eval()
         try:
             out = self(self.prepare(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=here)))
+        except UserError as wrong:
+            raise UserError(f"{self.name}: {wrong}") from None
         except Exception as wrong:  # any library, any reason: to the user it is one thing
             raise UserError(
-                f"{self.name} cannot take images of {size} pixels ({one_line(wrong)}); choose another --image-size or size="
+                f"{self.name} cannot take images of {size} pixels ({one_line(wrong)}); "
+                "choose another --image-size (or size=)"
             ) from wrong
         finally:
             for module, mode in modes:
@@ -138,16 +144,18 @@ class Embedder(nn.Module):
 
 
 def pooled(out: Tensor, pool: Pool) -> Tensor:
-    """A map (B, C, H, W), tokens (B, T, C) or a vector (B, d) -> (B, d). `auto` is the mean of a map."""
-    if out.dim() == 2 and pool in ("auto", "none"):
-        return out
-    if out.dim() == 4 and pool in ("auto", "avg", "max"):
-        return out.amax((2, 3)) if pool == "max" else out.mean((2, 3))
-    if out.dim() == 3 and pool in ("avg", "cls", "max"):
-        return {"avg": lambda: out.mean(1), "cls": lambda: out[:, 0], "max": lambda: out.amax(1)}[pool]()
-    if pool == "none":
+    """A map (B, C, H, W), tokens (B, T, C) or a vector (B, d) -> (B, d). `auto` is the mean of a map.
+
+    Raises UserError where there is nothing to pool, or tokens and no word on how.
+    """
+    if pool == "none" or (out.dim() == 2 and pool == "auto"):
         return out.flatten(1)
-    raise ValueError(f"it returns {out.dim()}-d output, for which there is no pool={pool}")
+    if out.dim() == 4 and pool != "cls":
+        return out.amax((2, 3)) if pool == "max" else out.mean((2, 3))
+    if out.dim() == 3 and pool != "auto":
+        return out[:, 0] if pool == "cls" else out.amax(1) if pool == "max" else out.mean(1)
+    advice = {2: "leave pool= out", 3: "say pool=cls or pool=avg"}.get(out.dim(), "say pool=avg or pool=none")
+    raise UserError(f"the model's output has shape {tuple(out.shape)}, which pool={pool} does not fit; {advice}")
 
 
 def one_line(wrong: BaseException) -> str:
@@ -170,19 +178,81 @@ def entry(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., Network]]
     def decorate(make: Callable[..., Network]) -> Callable[..., Embedder]:
         common = [p for p in inspect.signature(Options).parameters.values() if p.name not in without]
         own = list(inspect.signature(make).parameters.values())[1:]
+        anything = [p for p in own if p.kind is inspect.Parameter.VAR_KEYWORD]
 
         @functools.wraps(make)
         def build(
-            *argument: Any, image_size: int | None = None, pretrained_default: bool = False, **given: Any
+            *argument: Any, image_size: int | None = None, pretrained_default: bool = False, **keys: Any
         ) -> Embedder:
-            asked = Options(**{p.name: given.pop(p.name) for p in common if p.name in given})
+            asked = Options(**{p.name: keys.pop(p.name) for p in common if p.name in keys})
+            _check(asked)
             if image_size is not None:
                 asked = replace(asked, size=image_size)
-            return _assemble(functools.partial(make, *(), **given), argument, asked, pretrained_default)
+            if asked.pretrained is None:
+                asked = replace(asked, pretrained=pretrained_default and asked.weights is None)
+            return _assemble(make(asked, *argument, **keys), asked)
 
-        rest = [p for p in own if p.kind is inspect.Parameter.VAR_KEYWORD]
-        mine = [p for p in own if p not in rest]
-        build.__signature__ = inspect.Signature([*mine, *common, *rest])  # type: ignore[attr-defined]
+        parameters = [*(p for p in own if p not in anything), *common, *anything]
+        build.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what a Menu reads
         return build
 
     return decorate
+
+
+def _check(asked: Options) -> None:
+    """Refuse options that contradict each other or are out of range. Raises UserError."""
+    choice = str(_choice(asked))
+    if choice and not asked.weights:
+        raise UserError(f"{choice} selects from a file of weights, and none is given; add weights=FILE")
+    if asked.weights and asked.pretrained:
+        raise UserError("weights=FILE and pretrained=true contradict each other; keep one")
+    if asked.size is not None and asked.size < 1:
+        raise UserError(f"size={asked.size} is no image size; give pixels, as in size=224")
+    if asked.crop is not None and not 0 < asked.crop <= 1:
+        raise UserError(f"crop={asked.crop} is no share of the resized image; give a number in (0, 1], as 0.875")
+    for key, numbers in (("mean", asked.mean), ("std", asked.std)):
+        if numbers and (len(numbers) != 3 or (key == "std" and min(numbers) <= 0)):
+            text = "+".join(map(str, numbers))
+            raise UserError(f"{key}={text} must be three numbers, one a channel, for pixels in [0, 1]: 0.5+0.5+0.5")
+
+
+def _choice(asked: Options) -> weights.Choice:
+    return weights.Choice(asked.key, asked.prefix, asked.drop, asked.head)
+
+
+def _assemble(network: Network, asked: Options) -> Embedder:
+    """Load what is asked into a network, let the user's options win, and probe it."""
+    head: weights.State = {}
+    if asked.weights:
+        head = weights.load(
+            network.module, asked.weights, name=network.name, choice=_choice(asked), dialect=network.dialect()
+        )
+    elif asked.pretrained and not network.trained:
+        raise UserError(
+            f"{network.name} comes without trained weights; give weights=FILE, or pretrained=false for random ones"
+        )
+    said = {
+        "size": asked.size,
+        "mean": asked.mean,
+        "std": asked.std,
+        "interpolation": asked.interpolation,
+        "crop_ratio": asked.crop,
+    }
+    kept = network.preprocessing.record()
+    network.preprocessing = Preprocessing.of({**kept, **{key: value for key, value in said.items() if value}})
+    return Embedder(network, network.pool or asked.pool, head)
+
+
+def build(spec_text: str, *, image_size: int | None = None, pretrained_default: bool = False) -> Embedder:
+    """The model a spec names. Its input size is `image_size`, else its size=, else its own.
+
+    Raises UserError for whatever the user can mend: names, keys, files, sizes.
+    """
+    from pipeline.models import MODELS  # a table of names; the kinds in it import this file
+
+    spec = MODELS.parse(spec_text)
+    if "image_size" in spec.options:
+        raise UserError(f"{spec_text}: a model's key for its input size is size=, not image_size=")
+    embedder: Embedder = MODELS.order(spec, image_size=image_size, pretrained_default=pretrained_default)
+    embedder.spec = spec_text
+    return embedder

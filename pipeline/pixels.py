@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import artifact
+from pipeline.artifact import UserError
 from pipeline.images import BadImage
 from pipeline.model import Preprocessing
 from pipeline.views import ViewSpec, draw, see
@@ -38,3 +39,23 @@ def look(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, i: int, key
     variates = draw(spec.seed, key, np.array(VIEWS, np.uint64))
     size = [(preprocessing.size, preprocessing.interpolation)]
     return artifact.digest(see(image, spec, variates, VIEWS, size)[0].numpy().tobytes())
+
+
+def require_same(
+    there: dict[str, str], dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, keys: Any, allow: bool
+) -> str:
+    """Look at the probed images again: "" if they look the same, else what differs if `allow` is set.
+
+    Raises UserError if they differ: a student would be taught features of other pixels.
+    """
+    unlike = [i for i, seen in there.items() if look(dataset, spec, preprocessing, int(i), int(keys[int(i)])) != seen]
+    if not unlike:
+        return ""
+    first = dataset.ids[int(unlike[0])]
+    words = f"{len(unlike)} of {len(there)} probe images do not look as they did to the teacher, the first is {first}"
+    if not allow:
+        raise UserError(
+            f"{words}: the file changed, or Pillow or torchvision render differently here; install the versions in "
+            "the store's history.jsonl, or accept it with --allow-other-pixels"
+        )
+    return words

@@ -5,6 +5,7 @@ another shape is known; if anything is, the error names the key=, prefix= and dr
 """
 
 import argparse
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,8 @@ from pipeline.artifact import UserError
 from pipeline.menu import nearest
 
 State = dict[str, Tensor]
+
+_STUMBLES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def read(file: Path) -> Mapping[str, Any]:
     except OSError as wrong:
         raise UserError(f"weights={file} cannot be read: {wrong.strerror or wrong}") from None
     except Exception as wrong:  # torch raises a dozen types for damaged files
-        raise UserError(_unreadable(file, wrong)) from None
+        raise UserError(_unreadable(file, wrong)) from wrong
     if not isinstance(content, Mapping):
         raise UserError(f"weights={file} holds a {type(content).__name__}, not tensors by name; save a state dict")
     return content
@@ -151,9 +154,7 @@ def _keys(tables: Iterable[str]) -> str:
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a pattern is a dotted beginning of the name or a glob for it."""
-    return any(
-        name == p.rstrip(".") or name.startswith(p.rstrip(".") + ".") or fnmatchcase(name, p) for p in patterns
-    )
+    return any(name == p.rstrip(".") or name.startswith(p.rstrip(".") + ".") or fnmatchcase(name, p) for p in patterns)
 
 
 def _fit(table: State, wanted: Mapping[str, Tensor], choice: Choice, dialect: Dialect) -> Fit:
@@ -161,10 +162,8 @@ def _fit(table: State, wanted: Mapping[str, Tensor], choice: Choice, dialect: Di
     head = {names.get(key, key): table[key] for key in table if matches(names.get(key, key), choice.head)}
     state = {name: table[key] for key, name in names.items() if name not in head}
     if dialect.translate and state:
-        try:
+        with contextlib.suppress(*_STUMBLES):  # over foreign names; the comparison below says what is wrong
             state = dialect.translate(dict(state))
-        except Exception:  # a translator trips over foreign names; the comparison below says what is wrong
-            pass
     # torch itself fills in num_batches_tracked, which files from before 0.4.1 lack
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]

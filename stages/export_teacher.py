@@ -61,10 +61,13 @@ def run(config: Config) -> dict[str, Any]:
     if config.overwrite and not config.dry_run and (aside := artifact.set_aside(config.out)):
         say(f"set the earlier {config.out} aside as {aside}")
 
+    import torch
+
     from pipeline.device import choose, loader_workers
     from pipeline.model import build
     from pipeline.views import ViewSpec
 
+    torch.manual_seed(0)  # a teacher with random weights is the same one every time
     embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True)
     spec = ViewSpec(config.policy, config.seed, embedder.preprocessing.crop_ratio)
     identity, about = describe(config, dataset, embedder, spec)
@@ -72,10 +75,12 @@ def run(config: Config) -> dict[str, Any]:
         return plan(config, identity)
 
     from pipeline.embed import Forward, embed
+    from pipeline.pixels import require_same
     from pipeline.store import FeatureStore
 
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     store = FeatureStore.make(Folder(config.out), identity, about, tables)
+    require_same(store.about["pixels"], dataset, spec, embedder.preprocessing, range(len(dataset)), allow=False)
     pending = store.pending()
     rows = sum(shard.stop - shard.start for shard in pending)
     if not pending:

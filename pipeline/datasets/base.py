@@ -30,6 +30,15 @@ class Dataset(ABC):
         names = [self.classes[y] if y >= 0 else None for y in self.label.tolist()]
         return fingerprint([self.ids, names])
 
+    def unlike(self, ids: Any) -> str:
+        """In words, how these images differ from the (N,) ids of a store: gone, added, or labelled otherwise."""
+        there, here = set(map(str, ids)), set(self.ids)
+        parts = []
+        for names, words in ((there - here, "are gone"), (here - there, "are new")):
+            if names:
+                parts.append(f"{len(names)} {words}, as {min(names)}")
+        return "; ".join(parts) or "same names, but other labels or another order"
+
     def subset(self, n: int) -> "Dataset":
         """The first n images of every n/N-th position: an even sample, in order."""
         return Subset(self, np.linspace(0, len(self) - 1, n).round().astype(int)) if n < len(self) else self

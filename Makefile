@@ -1,0 +1,58 @@
+# make demo   make the environment and run the three stages on embedded data, into ./demo
+# make test   make the environment if need be and run the tests
+# make lint   ruff and mypy
+# make bench  speed and memory, as JSON
+# make soak   the tests that run for long on purpose
+#
+# PYTHON=python3.12 picks the interpreter, VENV=DIR another place for the environment,
+# ARGS="-k store" goes to pytest.
+
+PYTHON ?= python3
+VENV = .venv
+DEMO = ./demo
+ARGS =
+BIN = $(VENV)/bin
+
+.PHONY: help install demo test lint bench soak
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+
+demo: install
+	@"$(BIN)/compress" demo --out "$(DEMO)"
+
+test: install
+	@"$(BIN)/python" -m pytest $(ARGS)
+
+lint: install
+	@"$(BIN)/python" -m ruff check .
+	@"$(BIN)/python" -m mypy
+
+bench: install
+	@"$(BIN)/python" -m benchmarks
+
+soak: install
+	@"$(BIN)/python" -m pytest -m soak $(ARGS)
+
+# The stamp holds a checksum of the pins and of this folder's path, not a time: a fresh clone, a
+# touch or a switched branch reinstalls only if the content differs. It is written last, so that an
+# interrupted install is taken up again.
+install:
+	@stamp="$(VENV)/.installed"; \
+	key=$$(pwd | cat - pyproject.toml constraints.txt | cksum); \
+	works() { "$(BIN)/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }; \
+	if [ "$$key" = "$$(cat "$$stamp" 2>/dev/null)" ] && works; then exit 0; fi; \
+	if ! works; then \
+	    command -v "$(PYTHON)" >/dev/null || { \
+	        echo "error: there is no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 2; }; \
+	    "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	        echo "error: $(PYTHON) is $$("$(PYTHON)" -V 2>&1), Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 2; }; \
+	    "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
+	        echo "error: $(PYTHON) lacks its venv module; install it (on Debian and Ubuntu: the package python3-venv)" >&2; exit 2; }; \
+	    clear=; if [ -f "$(VENV)/pyvenv.cfg" ]; then clear=--clear; fi; \
+	    "$(PYTHON)" -m venv $$clear "$(VENV)" || exit 1; \
+	fi; \
+	rm -f "$$stamp"; \
+	echo "installing into $(VENV): minutes and about 6 GB the first time" >&2; \
+	"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]' || exit 1; \
+	printf '%s\n' "$$key" > "$$stamp"

@@ -1,0 +1,128 @@
+"""The seam between the one training loop and every method.
+
+The loop builds students and a method, hands over a `Batch` and what the students made of it, and
+steps on the losses that come back. A method owns its heads and banks; both are checkpointed as
+its `state_dict`. One method serves one student, or all students of a run if it needs `peers`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline import philox
+from pipeline.artifact import UserError
+from pipeline.bank import MemoryBank, Read
+from pipeline.model import Embedder
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of the store and the loop."""
+
+    arrays: tuple[str, ...] = ("embedding",)  # of the store, for every (i, v) of a batch
+    outputs: tuple[str, ...] = ("embedding",)  # of the students
+    views: int = 1  # views per step at least
+    pairings: tuple[str, ...] = ("same", "fresh", "cross")
+    peers: bool = False  # all students of the run in one method
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The published training recipe; every field has a flag that overrides it."""
+
+    optimizer: str = "sgd"
+    lr: float = 0.01  # at 256 images per step; scaled linearly with the batch
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    batch_size: int = 256
+    epochs: int = 130
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    drops: tuple[tuple[float, float], ...] = ((90 / 130, 0.2), (120 / 130, 0.04))
+
+
+@dataclass
+class Setting:
+    """What a method is built for."""
+
+    students: Sequence[Embedder]
+    widths: dict[str, tuple[int, ...]]  # of the store's arrays: {"embedding": (D,)}
+    rows: np.ndarray  # good rows of the data
+    view: int  # a stored view whose features are in memory when training begins
+    seed: int
+    notes: list[str] = field(default_factory=list)  # for the user: choices the method made
+
+    @property
+    def teacher_width(self) -> int:
+        return self.widths["embedding"][-1]
+
+
+@dataclass
+class Batch:
+    """B images in W views. Everything is on the device; `images` is this student's own input."""
+
+    step: int
+    rows: Tensor  # (B,) int64
+    student_views: Tensor  # (B, W) int64
+    teacher_views: Tensor  # (B, W) int64
+    teacher: dict[str, Tensor]  # name: (B, W, ...) float32, not normalised
+    images: list[Tensor]  # per student: (B * W, 3, S, S) float, normalised
+
+    @property
+    def pair_rows(self) -> Tensor:
+        """(B * W,) row of every pair."""
+        return self.rows[:, None].expand_as(self.teacher_views).flatten()
+
+
+Outputs = dict[str, Tensor]  # name: (B, W, ...), e.g. "embedding": (B, W, d)
+
+
+class Method(nn.Module):
+    """Subclass, say what you need and what was published, return one loss per student.
+
+    `__init__` takes `setting` and keyword-only hyper-parameters: these are the keys of the method
+    on the command line.
+    """
+
+    needs: ClassVar[Needs] = Needs()
+    recipe: ClassVar[Recipe] = Recipe()
+
+    def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
+        """One scalar loss per student."""
+        raise NotImplementedError
+
+    def after_step(self, batch: Batch) -> None:
+        """Called after the optimiser's step: banks and momentum encoders move here."""
+
+    def fill(self, read: Read) -> None:
+        """Called before the first step of a run and of a resumed run: read anchors from the store."""
+        for module in self.modules():
+            if isinstance(module, MemoryBank):
+                module.fill(read)
+
+
+def bank_size(asked: int | None, published: int, setting: Setting) -> int:
+    """Slots of a bank: as asked, else as published but at most half the images.
+
+    A longer one would hold older views of the very images of the batch. Raises UserError if more
+    slots than images are asked for.
+    """
+    n = len(setting.rows)
+    if asked is not None:
+        if not 0 < asked <= n:
+            raise UserError(f"bank={asked} was asked, but must be from 1 to the {n} usable images; take bank={n // 2}")
+        return asked
+    size = min(published, max(1, n // 2))
+    if size < published:
+        setting.notes.append(f"bank of {size} anchors instead of the published {published}: half of {n} images")
+    return size
+
+
+def store_rows(setting: Setting, size: int) -> Tensor:
+    """(size,) distinct rows to start a bank with, a function of the seed."""
+    order = philox.permutation(setting.seed, philox.BANK, 0, len(setting.rows))
+    return torch.from_numpy(setting.rows[order[:size]])

@@ -1,0 +1,124 @@
+"""Models of timm, without their classifier."""
+
+import functools
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.layers import PatchEmbed
+from timm.models import get_model_input_config, resolve_model_input_args
+from torch import nn
+
+from pipeline.artifact import UserError
+from pipeline.menu import nearest
+from pipeline.model import Network, Options, Pool, Preprocessing, entry, one_line, safe_name
+from pipeline.weights import Dialect, State
+
+# timm's own name for each pool=, where it is another
+_POOL = {"cls": "token", "none": ""}
+
+
+@entry()
+def model(asked: Options, name: str, /, **options: Any) -> Network:
+    """timm:NAME, a timm model without classifier. Further keys go to timm.create_model."""
+    if "num_classes" in options:
+        raise UserError(f"timm:{name} is used without classifier; leave num_classes= out")
+    module = _create(name, asked.size, bool(asked.pretrained), options)
+    return Network(
+        module,
+        safe_name("timm", name),
+        _preprocessing(module, name, asked.size),
+        trained=bool(asked.pretrained),
+        dialect=functools.partial(_dialect, name, asked.size, options, module),
+        pool=_pool(module, name, asked.pool),
+    )
+
+
+def _create(name: str, size: int | None, pretrained: bool, options: Mapping[str, Any], classes: int = 0) -> nn.Module:
+    source = re.match(r"(hf-hub|hf_hub|local-dir):", name)
+    if not source and not timm.is_model(name.partition(".")[0]):
+        known = timm.list_models()
+        raise UserError(f"timm has no model {name!r}{nearest(name, known) or '.'} It knows {len(known)} others")
+    try:
+        wanted = {"img_size": size} if size else {}
+        resolved = resolve_model_input_args(name, wanted, num_classes=classes, **options)
+        return timm.create_model(**resolved, pretrained=pretrained)
+    except Exception as wrong:  # whatever a thousand constructors and a download may raise
+        raise UserError(_refusal(name, size, pretrained, wrong)) from wrong
+
+
+def _refusal(name: str, size: int | None, pretrained: bool, wrong: Exception) -> str:
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(wrong)):
+        keys = [*Options.__dataclass_fields__, "drop_rate", "drop_path_rate", "img_size", "dynamic_img_size"]
+        return f"timm:{name} has no key {unknown[1]!r}{nearest(unknown[1], keys) or '; leave it out'}"
+    if pretrained or isinstance(wrong, OSError):
+        return (
+            f"the weights of timm:{name} could not be fetched ({one_line(wrong)}); "
+            "give weights=FILE, or pretrained=false for random ones"
+        )
+    at = f" for images of {size} pixels" if size else ""
+    return f"timm cannot build {name}{at} ({one_line(wrong)}); choose another size or mend its keys"
+
+
+def _preprocessing(module: nn.Module, name: str, size: int | None) -> Preprocessing:
+    config = timm.data.resolve_model_data_config(module)
+    size = size or int(get_model_input_config(module)["input_size"][-1])
+    patches = getattr(module, "patch_embed", None)
+    if isinstance(patches, PatchEmbed) and patches.strict_img_size and not patches.dynamic_img_pad:
+        side = patches.patch_size[0]
+        if size % side:  # timm would silently leave out the last rows and columns
+            near = ", ".join(str(n * side) for n in (size // side, size // side + 1) if n)
+            raise UserError(
+                f"timm:{name} cuts images into patches of {side} pixels, and {size} is no multiple; use {near}"
+            )
+    known = config["interpolation"] in ("bilinear", "bicubic", "nearest")
+    return Preprocessing(
+        size,
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        config["interpolation"] if known else "bicubic",
+        float(config["crop_pct"]),
+    )
+
+
+def _pool(module: nn.Module, name: str, pool: Pool) -> Pool | None:
+    if pool == "auto":
+        return None
+    try:
+        module.reset_classifier(0, _POOL.get(pool, pool))  # type: ignore[operator]
+    except Exception as wrong:
+        raise UserError(f"timm:{name} has no pool={pool} ({one_line(wrong)}); leave it out") from wrong
+    return "none" if pool == "none" else "auto"
+
+
+def _dialect(name: str, size: int | None, options: Mapping[str, Any], bare: nn.Module) -> Dialect:
+    """timm's checkpoint filter for this model, and the names of the classifier it has been built without."""
+    with torch.device("meta"):  # names only: no memory, no initialisation
+        full, translate = _caught(functools.partial(_create, name, size, True, options, classes=1000))
+    classifier = frozenset(full.state_dict()) - frozenset(bare.state_dict())
+    if translate is None:
+        return Dialect(classifier)
+    return Dialect(classifier, functools.partial(_translate, translate, bare))
+
+
+def _translate(translate: Callable[[State, nn.Module], State], bare: nn.Module, state: State) -> State:
+    return translate(state, bare)
+
+
+def _caught(create: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[[State, nn.Module], State] | None]:
+    """What `create` makes, and the filter timm was about to hand to its loader.
+
+    Each architecture chooses its filter on the way from create_model to load_pretrained and keeps
+    it nowhere, so the loader is replaced by an ear for the time of the call.
+    """
+    builder: Any = importlib.import_module("timm.models._builder")
+    heard: dict[str, Any] = {}
+    loader = builder.load_pretrained
+    builder.load_pretrained = lambda module, **how: heard.update(how)
+    try:
+        return create(), heard.get("filter_fn")
+    finally:
+        builder.load_pretrained = loader

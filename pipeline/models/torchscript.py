@@ -1,0 +1,26 @@
+"""A TorchScript program: network and weights in one file."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pipeline.artifact import UserError
+from pipeline.model import IMAGENET, Network, Options, entry, one_line, safe_name
+
+
+@entry(without=("weights", "key", "prefix", "drop", "head", "pretrained"))
+def model(asked: Options, file: Path, /) -> Network:
+    """torchscript:FILE, a saved torch.jit program; say size= and, unless they are ImageNet's, mean= and std=."""
+    if not file.is_file():
+        raise UserError(f"torchscript:{file} does not exist; check the path")
+    if asked.size is None:
+        raise UserError(f"torchscript:{file} does not say its image size; add size= or --image-size")
+    try:
+        module = torch.jit.load(str(file), map_location="cpu")
+    except Exception as wrong:  # torch raises several types for damaged and foreign files
+        raise UserError(
+            f"torchscript:{file} is damaged or no TorchScript program ({one_line(wrong)}); "
+            "a state dict is loaded with weights= into a model that is named"
+        ) from wrong
+    return Network(module, safe_name("torchscript", file.stem), replace(IMAGENET, size=asked.size), trained=True)

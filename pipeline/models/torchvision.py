@@ -1,0 +1,95 @@
+"""Classification models of torchvision, without the last layer of their classifier."""
+
+import functools
+from typing import Any
+
+import torchvision
+from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+from pipeline.artifact import UserError
+from pipeline.menu import nearest
+from pipeline.model import IMAGENET, Network, Options, Preprocessing, entry, one_line, safe_name
+from pipeline.weights import Dialect, State
+
+# families that fix their input size when they are built, and how they call it
+_SIZED = {"vit_": lambda size: {"image_size": size}, "maxvit_": lambda size: {"input_size": (size, size)}}
+
+
+@entry()
+def model(asked: Options, name: str, /, **options: Any) -> Network:
+    """torchvision:NAME, a classification model without its last layer. Further keys go to torchvision."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise UserError(f"torchvision has no model {name!r}{nearest(name, known) or '.'} It knows: {', '.join(known)}")
+    published = getattr(torchvision.models.get_model_weights(name), "DEFAULT", None)
+    preprocessing = _preprocessing(published)
+    size = asked.size or preprocessing.size
+    for family, keyword in _SIZED.items():
+        if name.startswith(family):
+            options = {**keyword(size), **options}
+    module = _create(name, size, published if asked.pretrained else None, options)
+    removed = _without_classifier(module)
+    return Network(
+        module,
+        safe_name("torchvision", name),
+        preprocessing,
+        trained=bool(asked.pretrained),
+        dialect=functools.partial(Dialect, frozenset(removed), functools.partial(_resized, module)),
+    )
+
+
+def _create(name: str, size: int, published: Any, options: dict[str, Any]) -> nn.Module:
+    resize = name.startswith("vit_") and published and options["image_size"] != published.meta["min_size"][0]
+    try:
+        module = torchvision.models.get_model(name, weights=None if resize else published, **options)
+        if resize:  # the builder refuses to load into another size
+            state = published.get_state_dict(progress=False, check_hash=True)
+            module.load_state_dict(_resized(module, state))
+        return module
+    except OSError as wrong:
+        raise UserError(
+            f"the weights of torchvision:{name} could not be fetched ({one_line(wrong)}); "
+            "give weights=FILE, or pretrained=false for random ones"
+        ) from wrong
+    except Exception as wrong:  # whatever the constructors raise for the user's keys and size
+        raise UserError(
+            f"torchvision cannot build {name} for images of {size} pixels ({one_line(wrong)}); "
+            "choose another size or mend its keys"
+        ) from wrong
+
+
+def _preprocessing(published: Any) -> Preprocessing:
+    """What the best published weights were evaluated with, asked of torchvision's own transforms."""
+    if published is None:
+        return IMAGENET
+    preset = published.transforms()
+    size, resized = preset.crop_size[0], preset.resize_size[0]
+    return Preprocessing(size, tuple(preset.mean), tuple(preset.std), preset.interpolation.value, size / resized)
+
+
+def _without_classifier(module: nn.Module) -> set[str]:
+    """Replace the last layer of the classifier by nn.Identity and return the names of what is gone."""
+    before = set(module.state_dict())
+    heads = [name for name in ("fc", "classifier", "head", "heads") if hasattr(module, name)]
+    layers = [
+        f"{head}.{name}".rstrip(".")
+        for head in heads
+        for name, layer in getattr(module, head).named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d))  # SqueezeNet's last layer is a convolution
+    ]
+    parent, _, last = layers[-1].rpartition(".")
+    setattr(module.get_submodule(parent), last, nn.Identity())
+    if hasattr(module, "aux_logits"):  # Inception and GoogLeNet: classifiers on the way, which train() would return
+        module.aux_logits = False  # type: ignore[assignment]
+        for side in ("AuxLogits", "aux1", "aux2"):
+            if hasattr(module, side):
+                setattr(module, side, None)
+    return before - set(module.state_dict())
+
+
+def _resized(module: nn.Module, state: State) -> State:
+    """A ViT's position embedding interpolated to the module's size, torchvision's way; all else as it is."""
+    if not isinstance(module, VisionTransformer):
+        return state
+    return interpolate_embeddings(module.image_size, module.patch_size, state)

@@ -1,0 +1,126 @@
+"""What each step looks at: [(i, v_student, v_teacher), ...] as a function of (seed, step).
+
+Positions run through one permutation of the good rows after another, so batches never run short:
+one that reaches an epoch's end goes on into the next. An epoch uses the same W views for all
+images, in turns, so that it reads only these from the store.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pipeline import philox
+from pipeline.artifact import UserError
+from pipeline.loader import Piece
+from pipeline.store import FeatureStore
+from pipeline.views import FRESH
+
+PAIRINGS = ("same", "fresh", "cross")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of a run. rows: the good rows; views: stored views used; B images, W views a step."""
+
+    seed: int
+    rows: np.ndarray
+    views: tuple[int, ...]
+    batch: int
+    per_step: int
+    pairing: str
+    steps: int
+    first: int = 0  # step that piece 0 is
+
+    def __post_init__(self) -> None:
+        if self.pairing not in PAIRINGS:
+            raise UserError(f"--pairing is {self.pairing}, but must be one of {', '.join(PAIRINGS)}")
+        need = self.per_step + (1 if self.pairing == "cross" and self.per_step == 1 else 0)
+        if len(self.views) < need:
+            raise UserError(
+                f"the store has {len(self.views)} views to train on, but --pairing {self.pairing} with "
+                f"--views-per-step {self.per_step} needs {need}; repeat its export-teacher command with more --views"
+            )
+
+    def __len__(self) -> int:
+        """Steps from `first` to the end, as pieces for the loader."""
+        return self.steps - self.first
+
+    def __getitem__(self, number: int) -> Piece:
+        rows, student, _ = self.at(self.first + number)
+        return Piece(rows, student)
+
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(rows (B,), student views (B, W), teacher views (B, W)) of a step, int64."""
+        place = step * self.batch + np.arange(self.batch)
+        epochs, ranks = np.divmod(place, len(self.rows))
+        rows, student, teacher = [], [], []
+        for epoch in np.unique(epochs):
+            mine = ranks[epochs == epoch]
+            rows.append(self.rows[_shuffled(self.seed, int(epoch), len(self.rows))[mine]])
+            for out, views in zip((student, teacher), self.epoch_views(int(epoch)), strict=True):
+                out.append(np.tile(views, (len(mine), 1)))
+        return np.concatenate(rows), np.concatenate(student), np.concatenate(teacher)
+
+    def epoch_views(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(student (W,), teacher (W,)) views of an epoch: every stored view in turn, in shuffled rounds."""
+        count, w = len(self.views), self.per_step
+        turn = epoch * w + np.arange(w)
+        rounds = [philox.permutation(self.seed, philox.PAIRING, int(t) // count, count) for t in turn]
+        places = np.array([order[t % count] for order, t in zip(rounds, turn, strict=True)])
+        while len(set(places.tolist())) < w:  # two rounds meet inside this epoch and repeat a view
+            free = sorted(set(range(count)) - set(places.tolist()))
+            seen: set[int] = set()
+            for j, p in enumerate(places.tolist()):
+                if p in seen:
+                    places[j] = free.pop(0)
+                seen.add(int(places[j]))
+        stored = np.array(self.views)[places]
+        if self.pairing == "same":
+            return stored, stored
+        if self.pairing == "fresh":
+            return FRESH + turn, stored
+        if w > 1:
+            return stored, np.roll(stored, 1)
+        shift = 1 + int(philox.words(self.seed, philox.PAIRING, epoch, 2**31, 1)[0]) % (count - 1)
+        return stored, np.array(self.views)[(places + shift) % count]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
+    return philox.permutation(seed, philox.ORDER, epoch, n)
+
+
+class Features:
+    """Teacher features in memory, one stored view at a time, as the codec keeps them.
+
+    The latest views stay until they pass `limit` bytes; at least `least` of them always stay.
+    """
+
+    def __init__(self, store: FeatureStore, name: str = "embedding", *, limit: int = 4_000_000_000, least: int = 2):
+        self.store, self.name, self.limit, self.least = store, name, limit, least
+        self._held: OrderedDict[int, tuple[np.ndarray, np.ndarray | None]] = OrderedDict()
+
+    def rows(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """(n, ...) float32 features of (rows[j], views[j])."""
+        out: Any = None
+        for view in np.unique(views):
+            mine = views == view
+            stored, scale = self._view(int(view))
+            picked = rows[mine]
+            part = self.store.codec.decode(stored[picked], None if scale is None else scale[picked])
+            if out is None:
+                out = np.empty((len(rows), *part.shape[1:]), np.float32)
+            out[mine] = part
+        return out
+
+    def _view(self, view: int) -> tuple[np.ndarray, np.ndarray | None]:
+        if view not in self._held:
+            self._held[view] = self.store.stored(self.name, view)
+            each = self._held[view][0].nbytes
+            while len(self._held) > self.least and len(self._held) * each > self.limit:
+                self._held.popitem(last=False)
+        self._held.move_to_end(view)
+        return self._held[view]

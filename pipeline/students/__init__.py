@@ -1,0 +1,1 @@
+"""Small networks of our own, for small images. Named in pipeline.models."""

@@ -1,0 +1,408 @@
+"""Who may import whom, read off the syntax trees; see docs/architecture.md.
+
+    cli -> stages -> plug-in menus, first floor, ground floor
+                     plug-in member -> its own base, first floor, ground floor
+                     first floor    -> ground floor, and each other without a circle
+"""
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from pipeline.artifact import UserError
+from pipeline.menu import Menu
+
+# ---------------------------------------------------------------- the rules
+
+GROUND = {
+    f"pipeline.{name}"
+    for name in (
+        "storage", "artifact", "config", "menu", "checkpoint", "schedule", "order", "journal",
+        "interrupt", "progress", "device",
+    )
+}  # fmt: skip
+"""What a run is made of. Every other file of pipeline/ is on the first floor."""
+
+FAMILIES = {"datasets", "models", "teachers", "students", "methods", "evaluators"}
+"""Plug-in families: folders of pipeline/. `__init__` is the menu, `base` what its members share."""
+
+HOMES = {
+    "typer": {"cli.py"},
+    "click": {"cli.py"},
+    "zarr": {"pipeline/store.py"},
+    "numcodecs": {"pipeline/codecs.py", "pipeline/store.py"},
+    "dask": {"pipeline/scheduler.py"},
+    "distributed": {"pipeline/scheduler.py"},
+    "faiss": {"pipeline/neighbors.py", "pipeline/codecs.py"},
+    "obstore": {"pipeline/storage.py", "pipeline/store.py"},
+    "timm": {"pipeline/models/"},
+    "torchvision": {"pipeline/models/", "pipeline/views.py", "pipeline/datasets/"},
+}
+"""Third-party package: the files, or the folders, that may import it."""
+
+LIGHT = {"cli", "stages.*", "pipeline.artifact", "pipeline.config", "pipeline.menu", "pipeline.storage"} | {
+    f"pipeline.{family}" for family in FAMILIES
+}
+HEAVY = {"torch", "torchvision", "timm", "faiss", "zarr", "dask", "distributed"}
+"""Loading a LIGHT file must not load a HEAVY package: `--help` and refused flags do not wait for torch."""
+
+NAMES_OF_NOTHING = {"utils", "util", "misc", "common", "helpers", "helper", "core", "manager"}
+
+GLOBAL_STATE = {
+    "os.environ", "os.getenv", "os.putenv", "os.unsetenv", "os.umask", "os.chdir",
+    "random.seed", "np.random.seed", "numpy.random.seed", "torch.manual_seed", "torch.cuda.manual_seed_all",
+    "torch.set_num_threads", "torch.set_default_dtype", "torch.set_default_device",
+    "torch.use_deterministic_algorithms", "torch.set_float32_matmul_precision",
+    "warnings.filterwarnings", "warnings.simplefilter", "logging.basicConfig", "signal.signal",
+    "atexit.register", "multiprocessing.set_start_method", "torch.multiprocessing.set_sharing_strategy",
+    "matplotlib.use", "sys.path", "sys.setrecursionlimit", "faiss.omp_set_num_threads",
+}  # fmt: skip
+"""Not to be read or changed by an import, in any expression."""
+
+# ---------------------------------------------------------------- reading the tree
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Import(NamedTuple):
+    line: int
+    module: str
+    lazy: bool  # inside a function
+    typing: bool  # under `if TYPE_CHECKING:`
+
+
+def sources(*folders: str) -> list[Path]:
+    return [*ROOT.glob("*.py"), *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))]
+
+
+OURS = sources("pipeline", "stages")
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(path): path for path in OURS}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, path in FILES.items()}
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a chain of attributes, "" of anything else."""
+    if isinstance(node, ast.Attribute):
+        below = dotted(node.value)
+        return f"{below}.{node.attr}" if below else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def guarded(node: ast.AST) -> str:
+    """"typing" for `if TYPE_CHECKING:`, "main" for `if __name__ == "__main__":`, else ""."""
+    if not isinstance(node, ast.If):
+        return ""
+    if dotted(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        return "typing"
+    if isinstance(node.test, ast.Compare) and dotted(node.test.left) == "__name__":
+        return "main"
+    return ""
+
+
+def imports(name: str) -> list[Import]:
+    """All imports of a module, in functions too; `from package import submodule` names the submodule."""
+    return list(_imports(TREES[name], name, False, False))
+
+
+def _imports(node: ast.AST, name: str, lazy: bool, typing: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(child.lineno, alias.name, lazy, typing) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            base = child.module or ""
+            if child.level:
+                package = name.split(".") if FILES[name].name == "__init__.py" else name.split(".")[:-1]
+                above = package[: len(package) - child.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            names = [f"{base}.{alias.name}" for alias in child.names]
+            found = [full if full in FILES else base for full in names]
+            yield from (Import(child.lineno, module, lazy, typing) for module in dict.fromkeys(found))
+        else:
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if guarded(child) == "typing":
+                assert isinstance(child, ast.If)
+                for part in child.body:
+                    yield from _imports(ast.Module([part], []), name, lazy, True)
+                yield from _imports(ast.Module(child.orelse, []), name, lazy, typing)
+            else:
+                yield from _imports(child, name, lazy or function, typing)
+
+
+def family_of(module: str) -> str | None:
+    """The plug-in family a module of pipeline/ belongs to."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "pipeline" and parts[1] in FAMILIES else None
+
+
+def is_menu(module: str) -> bool:
+    return family_of(module) is not None and module.count(".") == 1
+
+
+def floor(module: str) -> str:
+    """cli, stages, menu, base, member, ground or first."""
+    if module.split(".")[0] in ("cli", "stages"):
+        return module.split(".")[0]
+    if family_of(module):
+        return "menu" if is_menu(module) else "base" if module.split(".")[2] == "base" else "member"
+    return "ground" if module in GROUND else "first"
+
+
+LIBRARY = {"ground", "first"}
+MAY_IMPORT = {
+    "cli": {"stages", "menu"} | LIBRARY,
+    "stages": {"menu", "base"} | LIBRARY,
+    "menu": LIBRARY,
+    "base": LIBRARY,
+    "member": {"base"} | LIBRARY,
+    "first": LIBRARY,
+    "ground": {"ground"},
+}
+"""Floor: the floors it may import from. A base or menu only of the importer's own family; stages: any."""
+
+
+def forbidden(importer: str, imported: str) -> str:
+    """Why one of our files may not import another, "" if it may."""
+    here, there = floor(importer), floor(imported)
+    if imported in ("pipeline", "stages"):
+        return ""
+    if there not in MAY_IMPORT[here]:
+        return f"{here} imports {there}"
+    if family_of(importer) and family_of(imported) and family_of(importer) != family_of(imported):
+        return f"{family_of(importer)} imports {family_of(imported)}"
+    return ""
+
+
+def our(module: str) -> bool:
+    return module.split(".")[0] in ("cli", "stages", "pipeline")
+
+
+def at(name: str, line: int) -> str:
+    return f"{FILES[name].relative_to(ROOT)}:{line}"
+
+
+# ---------------------------------------------------------------- the tests
+
+
+def test_imports_go_down_never_up_and_plugins_do_not_know_each_other() -> None:
+    broken = [
+        f"{at(name, found.line)} imports {found.module}: {why}"
+        for name in FILES
+        for found in imports(name)
+        if our(found.module) and (why := forbidden(name, found.module))
+    ]
+    assert not broken, "\n".join(broken)
+
+
+def test_every_folder_of_the_library_is_a_known_plugin_family() -> None:
+    folders = {path.parent.name for path in (ROOT / "pipeline").glob("*/*.py")}
+    assert folders <= FAMILIES, f"not in FAMILIES above: {sorted(folders - FAMILIES)}"
+
+
+def test_the_files_of_the_library_import_each_other_without_a_circle() -> None:
+    below = {
+        name: {found.module for found in imports(name) if found.module in FILES and not found.typing}
+        for name in FILES
+        if floor(name) in LIBRARY and name != "pipeline"
+    }
+    below = {name: {m for m in modules if m in below} for name, modules in below.items()}
+    while free := [name for name, modules in below.items() if not modules]:
+        for name in free:
+            del below[name]
+        for modules in below.values():
+            modules.difference_update(free)
+    assert not below, f"a circle of imports among or below {sorted(below)}"
+
+
+def test_each_third_party_package_has_its_home() -> None:
+    strays = []
+    for name, path in FILES.items():
+        where = path.relative_to(ROOT).as_posix()
+        for found in imports(name):
+            homes = HOMES.get(found.module.split(".")[0])
+            if homes and not any(where.startswith(h) if h.endswith("/") else where == h for h in homes):
+                strays.append(f"{at(name, found.line)} imports {found.module}; its home is {', '.join(sorted(homes))}")
+    assert not strays, "\n".join(strays)
+
+
+def test_no_room_is_named_after_nothing() -> None:
+    paths = [path.relative_to(ROOT) for path in sources("pipeline", "stages", "tests", "benchmarks")]
+    bad = [str(path) for path in paths if NAMES_OF_NOTHING & {*path.parts, path.stem}]
+    assert not bad
+
+
+def light() -> list[str]:
+    return [name for name in FILES if name in LIGHT or (name.startswith("stages") and "stages.*" in LIGHT)]
+
+
+@pytest.mark.parametrize("start", light())
+def test_loading_a_light_file_loads_no_heavy_package(start: str) -> None:
+    way, todo = {start: start}, [start]
+    while todo:
+        name = todo.pop()
+        for found in imports(name):
+            if found.lazy or found.typing:
+                continue
+            heavy = found.module.split(".")[0] in HEAVY
+            assert not heavy, f"{way[name]} imports {found.module} at {at(name, found.line)}; import it later"
+            parts = found.module.split(".")
+            for module in (".".join(parts[: n + 1]) for n in range(len(parts))):  # a package's __init__ runs first
+                if module in FILES and module not in way:
+                    way[module] = f"{way[name]} -> {module}"
+                    todo.append(module)
+
+
+def test_help_is_printed_without_any_heavy_package() -> None:
+    if "cli" not in FILES:
+        pytest.skip("cli.py is not there yet")
+    program = (
+        "import sys; sys.argv = ['compress', '--help']; import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        f"loaded = sorted(set(sys.modules) & {HEAVY!r}); assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "distill" in done.stdout
+
+
+def at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that importing a module carries out, class bodies and branches included."""
+    for statement in body:
+        if guarded(statement):
+            continue
+        yield statement
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            for inner in ("body", "orelse", "finalbody"):
+                yield from at_import(getattr(statement, inner, []))
+            for handler in getattr(statement, "handlers", []):
+                yield from at_import(handler.body)
+
+
+def evaluated(statement: ast.stmt) -> Iterator[ast.AST]:
+    """The expressions a statement evaluates there and then: defaults and decorators, not bodies or annotations."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+        arguments = statement.args
+        todo: list[ast.AST] = [*statement.decorator_list, *arguments.defaults, *filter(None, arguments.kw_defaults)]
+    else:
+        todo = [node for node in ast.iter_child_nodes(statement) if not isinstance(node, ast.stmt | ast.ExceptHandler)]
+    while todo:
+        node = todo.pop()
+        yield node
+        if not isinstance(node, ast.Lambda):
+            todo.extend(ast.iter_child_nodes(node))
+
+
+def deeds(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, what) importing a module would do to the world."""
+    for statement in at_import(tree.body):
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            yield statement.lineno, f"calls {ast.unparse(statement.value.func)}() for its effect"
+        if isinstance(statement, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Delete):
+            targets = statement.targets if isinstance(statement, ast.Assign | ast.Delete) else [statement.target]
+            for target in targets:
+                if isinstance(target, ast.Attribute | ast.Subscript):
+                    yield statement.lineno, f"changes {ast.unparse(target)}"
+        for node in evaluated(statement):
+            if dotted(node) in GLOBAL_STATE:
+                yield statement.lineno, f"touches {dotted(node)}"
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_importing_does_nothing(name: str) -> None:
+    done = [f"{at(name, line)} {what}" for line, what in deeds(TREES[name])]
+    assert not done, "\n".join(done)
+
+
+MENUS = {
+    f"pipeline.{path.parent.name}": [
+        value
+        for value in vars(importlib.import_module(f"pipeline.{path.parent.name}")).values()
+        if isinstance(value, Menu)
+    ]
+    for path in sorted((ROOT / "pipeline").glob("*/__init__.py"))
+}
+
+
+@pytest.mark.parametrize(
+    ("menu", "kind"),
+    [
+        pytest.param(menu, kind, id=f"{menu.family}-{kind}")
+        for menus in MENUS.values()
+        for menu in menus
+        for kind in menu.entries
+    ],
+)
+def test_every_entry_of_every_menu_resolves(menu: Menu, kind: str) -> None:
+    try:
+        entry = menu.resolve(kind)
+    except UserError as problem:
+        if isinstance(problem.__cause__, ModuleNotFoundError):
+            pytest.skip(str(problem))
+        raise
+    assert callable(entry)
+    assert menu.summary(kind), f"{menu.entries[kind]} has no docstring for the menu to show"
+
+
+# ---------------------------------------------------------------- the rules bite
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        ("cli", "stages.distill", True),
+        ("stages.distill", "pipeline.methods", True),
+        ("stages.distill", "pipeline.methods.base", True),
+        ("stages.distill", "pipeline.methods.seed", False),
+        ("stages.distill", "stages.evaluate", False),
+        ("stages.distill", "cli", False),
+        ("pipeline.methods.seed", "pipeline.methods.base", True),
+        ("pipeline.methods.seed", "pipeline.bank", True),
+        ("pipeline.methods.seed", "pipeline.methods.compress", False),
+        ("pipeline.methods.seed", "pipeline.methods", False),
+        ("pipeline.methods.seed", "pipeline.models.timm", False),
+        ("pipeline.methods.seed", "pipeline.evaluators.base", False),
+        ("pipeline.methods.base", "pipeline.models", False),
+        ("pipeline.store", "pipeline.storage", True),
+        ("pipeline.store", "pipeline.views", True),
+        ("pipeline.storage", "pipeline.store", False),
+        ("pipeline.pairs", "pipeline.methods", False),
+        ("pipeline.pairs", "stages.distill", False),
+    ],
+)
+def test_the_rule_of_imports_tells_good_from_bad(importer: str, imported: str, allowed: bool) -> None:
+    assert (forbidden(importer, imported) == "") is allowed
+
+
+@pytest.mark.parametrize(
+    ("text", "does"),
+    [
+        ("torch.manual_seed(0)", True),
+        ("os.environ['OMP_NUM_THREADS'] = '1'", True),
+        ("THREADS = os.environ.get('THREADS')", True),
+        ("if os.getenv('A'):\n    B = 1", True),
+        ("def f(x=os.getenv('A')): ...", True),
+        ("torch.backends.cudnn.benchmark = True", True),
+        ("_ = warnings.simplefilter('ignore')", True),
+        ("class C:\n    signal.signal(1, None)", True),
+        ("try:\n    pass\nexcept OSError:\n    sys.path.append('x')", True),
+        ("if __name__ == '__main__':\n    main()", False),
+        ("def f():\n    torch.manual_seed(0)", False),
+        ("TABLE = dict(a=1)\n@dataclass(frozen=True)\nclass C:\n    x: int = field(default=1)", False),
+        ('"""A docstring."""\nPATTERN = re.compile("x")', False),
+    ],
+)
+def test_the_rule_of_importing_tells_deeds_from_definitions(text: str, does: bool) -> None:
+    assert bool(list(deeds(ast.parse(text)))) is does

@@ -1,0 +1,211 @@
+"""pyproject.toml, constraints.txt, environment.yml, the Makefile and what is installed say the same."""
+
+import importlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+NAME = canonicalize_name(PROJECT["name"])
+
+CONDA_NAMES = {"torch": ["pytorch-gpu"], "dask": ["dask", "distributed"], "faiss-cpu": []}
+"""pip's name: conda's names, where they differ. faiss-cpu: the environment is for a GPU."""
+
+LATER_IN_CONDA = {"faiss-gpu"}
+"""Floors that conda's channels cannot meet yet."""
+
+
+def requirements() -> list[Requirement]:
+    """Every dependency pyproject.toml names, those of the extras too, this project's own extras aside."""
+    lines = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+    return [r for r in map(Requirement, lines) if canonicalize_name(r.name) != NAME]
+
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line and not line.startswith("#")]
+    bad = [row for row in rows if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", row)]
+    assert not bad, f"not of the form name==version: {bad}"
+    names = [row.partition("==")[0] for row in rows]
+    assert names == sorted(set(names)), "the names are not sorted, or one stands twice"
+    return {name: Version(version) for name, _, version in (row.partition("==") for row in rows)}
+
+
+def conda() -> tuple[dict[str, Requirement], list[str]]:
+    """(conda's packages by name, the lines for pip) of environment.yml."""
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    packages = [Requirement(line) for line in listed if isinstance(line, str)]
+    assert isinstance(listed[-1], dict), "environment.yml does not end with its pip section"
+    return {canonicalize_name(p.name): p for p in packages}, listed[-1]["pip"]
+
+
+def installed(name: str) -> importlib.metadata.Distribution | None:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def in_conda() -> bool:
+    return (Path(sys.prefix) / "conda-meta").is_dir()
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_every_dependency_is_pinned_at_a_version_it_allows(requirement: Requirement) -> None:
+    pin = pins().get(canonicalize_name(requirement.name))
+    assert pin is not None, f"{requirement.name} is not in constraints.txt"
+    assert pin in requirement.specifier
+
+
+def test_every_package_that_gets_installed_is_pinned() -> None:
+    if in_conda():
+        pytest.skip("conda chose the versions here")
+    known, seen, missing = pins(), set[tuple[str, str]](), set[str]()
+    todo = [(r, "") for r in requirements()]
+    while todo:
+        requirement, asked_by = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if requirement.marker and not requirement.marker.evaluate({"extra": asked_by}):
+            continue
+        if name not in known and not re.match(r"(nvidia|cuda)-", name):
+            missing.add(name)
+        for extra in ("", *requirement.extras):
+            if (name, extra) not in seen and (there := installed(name)):
+                seen.add((name, extra))
+                todo += [(Requirement(line), extra) for line in there.requires or []]
+    assert not missing, f"not in constraints.txt: {sorted(missing)}"
+
+
+def test_what_is_installed_is_what_is_pinned() -> None:
+    if in_conda():
+        pytest.skip("conda chose the versions here")
+    other = {
+        name: f"{there.version}, pinned {pin}"
+        for name, pin in pins().items()
+        if (there := installed(name)) and Version(there.version).public != pin.public
+    }
+    assert not other, f"installed otherwise than pinned: {other}; `make install` mends it"
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_every_dependency_is_in_the_conda_environment(requirement: Requirement) -> None:
+    packages, for_pip = conda()
+    name = canonicalize_name(requirement.name)
+    if name in {canonicalize_name(Requirement(line).name) for line in for_pip if not line.startswith("-")}:
+        return
+    for there in CONDA_NAMES.get(name, [name]):
+        assert there in packages, f"{there} is not in environment.yml"
+        if there not in LATER_IN_CONDA:
+            assert packages[there].specifier == requirement.specifier, f"{there} has another floor in environment.yml"
+
+
+def test_the_conda_environment_installs_this_checkout_last_and_names_no_host() -> None:
+    packages, for_pip = conda()
+    assert for_pip[-1] == "-e ."
+    assert packages["python"].specifier == Requirement(f"python{PROJECT['requires-python']}").specifier
+    assert "://" not in (ROOT / "environment.yml").read_text(encoding="utf-8")
+
+
+def test_the_console_script_leads_to_a_function() -> None:
+    module, _, name = PROJECT["scripts"]["compress"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_the_installed_command_is_the_one_of_pyproject() -> None:
+    there = installed(NAME)
+    assert there is not None, f"{NAME} is not installed here; `make install` does it"
+    scripts = {entry.name: entry.value for entry in there.entry_points if entry.group == "console_scripts"}
+    assert scripts == PROJECT["scripts"]
+    assert there.version == PROJECT["version"]
+
+
+def test_cli_pipeline_and_stages_load_from_this_checkout_wherever_one_stands(tmp_path: Path) -> None:
+    program = "import cli, pipeline, stages; print(cli.__file__, pipeline.__file__, stages.__file__, sep='\\n')"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, f"{done.stderr}\n`make install` installs this checkout"
+    wanted = [ROOT / "cli.py", ROOT / "pipeline" / "__init__.py", ROOT / "stages" / "__init__.py"]
+    assert [Path(line).resolve() for line in done.stdout.split("\n") if line] == wanted
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`make install` in a folder that holds our Makefile and pins, with a Python that notes what it is asked."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON")}
+    return subprocess.run(
+        ["make", "install", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+PRETENDER = """#!/bin/sh
+case "$*" in
+*"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo venv >> asked;;
+*"-m pip install"*) echo pip >> asked; exit 0;;
+esac
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    if not shutil.which("make"):
+        pytest.skip("there is no make here")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "pretender").write_text(PRETENDER)
+    (tmp_path / "pretender").chmod(0o755)
+    return tmp_path
+
+
+def asked(folder: Path) -> list[str]:
+    return (folder / "asked").read_text().split()
+
+
+def test_make_installs_once_and_again_only_when_the_pins_differ(folder: Path) -> None:
+    assert make(folder, "PYTHON=./pretender").returncode == 0
+    assert asked(folder) == ["venv", "pip"]
+    for name in ("pyproject.toml", "constraints.txt", "Makefile"):
+        (folder / name).touch()
+    again = make(folder, "PYTHON=./pretender")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert asked(folder) == ["venv", "pip"]
+    with open(folder / "constraints.txt", "a") as file:
+        file.write("zzz==1\n")
+    assert make(folder, "PYTHON=./pretender").returncode == 0
+    assert asked(folder) == ["venv", "pip", "pip"]
+
+
+def test_make_takes_up_an_install_that_failed(folder: Path) -> None:
+    (folder / "pretender").write_text(PRETENDER.replace("exit 0", "exit 1"))
+    assert make(folder, "PYTHON=./pretender").returncode != 0
+    (folder / ".venv/bin/python").write_text(PRETENDER)
+    assert make(folder, "PYTHON=./pretender").returncode == 0
+    assert asked(folder) == ["venv", "pip", "pip"]
+
+
+def test_make_refuses_in_words_a_python_that_is_missing_old_or_without_venv(folder: Path) -> None:
+    (folder / "old").write_text('#!/bin/sh\ncase "$*" in\n-V) echo Python 3.9.1;;\n*version_info*) exit 1;;\nesac\n')
+    (folder / "bare").write_text('#!/bin/sh\ncase "$*" in\n*ensurepip*) exit 1;;\nesac\n')
+    for name in ("old", "bare"):
+        (folder / name).chmod(0o755)
+    for python, words in (
+        ("./absent", "there is no ./absent here"),
+        ("./old", "./old is Python 3.9.1, Python 3.11 or newer is needed"),
+        ("./bare", "./bare lacks its venv module"),
+    ):
+        refused = make(folder, f"PYTHON={python}")
+        assert refused.returncode != 0
+        assert f"error: {words}" in refused.stderr
+        assert not (folder / ".venv").exists()
