@@ -16,7 +16,7 @@ BIN = $(VENV)/bin
 .PHONY: help install demo test lint bench soak
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: install
 	@"$(BIN)/compress" demo --out "$(DEMO)"
@@ -53,6 +53,6 @@ install:
 	    "$(PYTHON)" -m venv $$clear "$(VENV)" || exit 1; \
 	fi; \
 	rm -f "$$stamp"; \
-	echo "installing into $(VENV): minutes and about 6 GB the first time" >&2; \
+	echo "installing into $(VENV): the first time takes minutes and about 8 GB" >&2; \
 	"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]' || exit 1; \
 	printf '%s\n' "$$key" > "$$stamp"

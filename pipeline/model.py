@@ -4,7 +4,7 @@ import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline import weights
 from pipeline.artifact import UserError
+from pipeline.menu import nearest
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 Pool = Literal["auto", "avg", "cls", "max", "none"]
@@ -162,6 +163,20 @@ def one_line(wrong: BaseException) -> str:
     """An exception as part of a sentence."""
     text = " ".join(str(wrong).split())
     return f"{type(wrong).__name__}: {text[:200]}" if text else type(wrong).__name__
+
+
+def unbuilt(name: str, size: int | None, wrong: Exception, keys: Iterable[str] = ()) -> UserError:
+    """What a library's constructor or download raised, in words; `keys` are those it is known to take."""
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(wrong)):
+        hint = nearest(unknown[1], [*Options.__dataclass_fields__, *keys])
+        return UserError(f"{name} has no key {unknown[1]!r}{hint or '; leave it out'}")
+    if isinstance(wrong, OSError):
+        return UserError(
+            f"the weights of {name} could not be fetched ({one_line(wrong)}); "
+            "give weights=FILE, or pretrained=false for random ones"
+        )
+    at = f" for images of {size} pixels" if size else ""
+    return UserError(f"{name} cannot be built{at} ({one_line(wrong)}); choose another size or mend its keys")
 
 
 def safe_name(*parts: object) -> str:

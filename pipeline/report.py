@@ -133,7 +133,10 @@ def write(
     if "confusion" in by_name.get("cluster", {}):
         page.add("Clusters against categories", _confusion(page, by_name["cluster"]["confusion"], val.classes))
     if "curve" in by_name.get("linear", {}):
-        page.add("Linear layer", _probe(page, by_name["linear"]["curve"], str(metrics["linear"].get("protocol", ""))))
+        page.add(
+            "Linear layer",
+            _probe(page, by_name["linear"]["curve"], str((metrics.get("linear") or {}).get("protocol", ""))),
+        )
     raw = html.escape(json.dumps(metrics, indent=1, default=str))
     page.add("", f"<details><summary>metrics.json</summary><pre>{raw}</pre></details>")
     model = metrics.get("model") or {}
@@ -477,6 +480,8 @@ def _heat_labels(axes: Axes, share: np.ndarray, names: list[str]) -> None:
     high, wide = share.shape
     axes.set_ylabel("category", color=MUTED)
     axes.set_xlabel("category of its cluster", color=MUTED)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
     axes.tick_params(colors=MUTED, length=0, labelsize=8)
     for spine in axes.spines.values():
         spine.set_color(GRID)
@@ -790,7 +795,7 @@ width:3px;margin-left:-1px;border-radius:2px;background:var(--second)}
 .compare b{color:var(--accent)}
 .teacher td{background:color-mix(in srgb,var(--second) 9%,transparent)}
 .strip{display:flex;gap:5px;align-items:center;margin:0 0 5px;min-width:max-content}
-.who{width:10rem;flex:none;font-size:.85rem;line-height:1.3;overflow-wrap:anywhere;padding-right:.5rem}
+.who{width:11.5rem;flex:none;font-size:.85rem;line-height:1.3;overflow-wrap:anywhere;padding-right:.5rem}
 .strip img{width:64px;height:64px;border-radius:5px;border:3px solid transparent;display:block}
 .strip .query{border-color:var(--ink);margin-right:10px}
 .strip .yes{border-color:var(--yes)}

@@ -1,4 +1,4 @@
-"""View 0 of a data set through a model in memory, and the quick check made while training."""
+"""Features of one view in memory, and the quick check made while training."""
 
 from typing import Any
 
@@ -9,39 +9,52 @@ from torch import Tensor
 from pipeline.artifact import UserError
 from pipeline.embed import autocast
 from pipeline.images import GOOD
-from pipeline.loader import Eyes, feed, pieces_of
+from pipeline.loader import Eyes, Piece, feed
 from pipeline.model import Embedder
 from pipeline.views import ViewSpec
 
 
 @torch.no_grad()
-def plain_features(
-    embedder: Embedder, dataset: Any, spec: ViewSpec, device: torch.device, precision: str = "fp32", batch: int = 256
+def view_features(
+    embedder: Embedder,
+    dataset: Any,
+    spec: ViewSpec,
+    device: torch.device,
+    precision: str = "fp32",
+    view: int = 0,
+    rows: np.ndarray | None = None,
+    workers: int = 0,
+    batch: int = 256,
 ) -> tuple[Tensor, np.ndarray]:
-    """((n, d) float32 features of view 0 on the device, (n,) rows they belong to); bad images are left out."""
+    """One view of some rows (all unless given), in evaluation mode.
+
+    -> ((n, d) float32 features on the device, (n,) the rows they belong to); bad images are left out.
+    """
     was_training, size = embedder.training, embedder.preprocessing.size
     embedder.eval()
-    pieces = [p for a in range(0, len(dataset), batch) for p in pieces_of(a, min(a + batch, len(dataset)), (0,), size)]
+    wanted = np.arange(len(dataset)) if rows is None else rows
+    step = max(1, min(batch, 32_000_000 // (3 * size * size)))
+    pieces = [Piece(part := wanted[a : a + step], np.full((len(part), 1), view)) for a in range(0, len(wanted), step)]
     eyes = Eyes(dataset, spec, np.arange(len(dataset)), [(size, embedder.preprocessing.interpolation)], pieces)
-    features, rows = [], []
-    for piece, sight in zip(pieces, feed(eyes, 0), strict=True):
+    features, seen = [], []
+    for piece, sight in zip(pieces, feed(eyes, workers), strict=True):
         good = sight.status == GOOD
         if good.any():
             with autocast(device, precision):
                 pixels = sight.pixels[0][torch.from_numpy(good), 0].to(device)
                 features.append(embedder(embedder.prepare(pixels)).float())
-            rows.append(piece.rows[good])
+            seen.append(piece.rows[good])
     embedder.train(was_training)
-    if not rows:
-        raise UserError(f"none of the {len(dataset)} validation images can be used")
-    return torch.cat(features), np.concatenate(rows)
+    if not seen:
+        raise UserError(f"none of {len(wanted)} images can be used")
+    return torch.cat(features), np.concatenate(seen)
 
 
 def leave_one_out(
     embedder: Embedder, dataset: Any, spec: ViewSpec, device: torch.device, precision: str = "fp32"
 ) -> float:
     """Share of labelled images, in percent, whose nearest other image by cosine has their label."""
-    features, rows = plain_features(embedder, dataset, spec, device, precision)
+    features, rows = view_features(embedder, dataset, spec, device, precision)
     label = torch.from_numpy(dataset.label[rows]).to(device)
     known = label >= 0
     unit, label = features[known] / features[known].norm(dim=1, keepdim=True).clamp_min(1e-12), label[known]

@@ -6,6 +6,7 @@ another shape is known; if anything is, the error names the key=, prefix= and dr
 
 import argparse
 import contextlib
+import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -130,10 +131,12 @@ def read(file: Path) -> Mapping[str, Any]:
 def _unreadable(file: Path, wrong: Exception) -> str:
     if "TorchScript" in str(wrong):
         return f"weights={file} is a TorchScript program; name it as the model: torchscript:{file}"
-    if code := re.search(r"(?:GLOBAL|Trying to (?:load|call)\D*?) ?`?([\w.]+\.[\w.]+)", str(wrong)):
+    if isinstance(wrong, pickle.UnpicklingError):
+        code = re.search(r"GLOBAL (\S+)", str(wrong))
+        wants = f"wants to run code when it is loaded ({code[1]})" if code else "is damaged, or a pickle that runs code"
         return (
-            f"weights={file} wants to run code when it is loaded ({code[1]}), and compress reads only tensors; "
-            "if you trust it, save its state dict anew: torch.save(model.state_dict(), FILE)"
+            f"weights={file} {wants}; compress reads only tensors. "
+            "If you trust it, save its state dict anew: torch.save(model.state_dict(), FILE)"
         )
     return f"weights={file} is damaged or no checkpoint ({type(wrong).__name__}); fetch it anew"
 

@@ -1,5 +1,6 @@
 """pyproject.toml, constraints.txt, environment.yml, the Makefile and what is installed say the same."""
 
+import ast
 import importlib
 import importlib.metadata
 import os
@@ -67,6 +68,35 @@ def test_every_dependency_is_pinned_at_a_version_it_allows(requirement: Requirem
     pin = pins().get(canonicalize_name(requirement.name))
     assert pin is not None, f"{requirement.name} is not in constraints.txt"
     assert pin in requirement.specifier
+
+
+def imported(*files: Path) -> set[str]:
+    """Top-level names that files import, anywhere in them."""
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    parts = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in plain | parts}
+
+
+def declares(lines: list[str]) -> set[str]:
+    """The names dependencies declare; `dask[distributed]` declares distributed too."""
+    asked = [Requirement(line) for line in lines]
+    return {canonicalize_name(name) for r in asked for name in (r.name, *r.extras)}
+
+
+def test_every_package_that_is_imported_is_a_dependency() -> None:
+    if in_conda():
+        pytest.skip("conda names its packages otherwise")
+    project = [ROOT / "cli.py", *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")]
+    tests = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    homes = importlib.metadata.packages_distributions()
+    extras = PROJECT["optional-dependencies"]
+    run = declares(PROJECT["dependencies"] + extras["efficientnet-lite"])
+    dev = run | declares(extras["dev"])
+    for files, declared in ((project, run), (tests, dev)):
+        names = imported(*(path for path in files if path.exists())) & set(homes)
+        undeclared = [n for n in names if not {canonicalize_name(d) for d in homes[n]} & (declared | {NAME})]
+        assert not undeclared, f"imported, but not in pyproject.toml: {sorted(undeclared)}"
 
 
 def test_every_package_that_gets_installed_is_pinned() -> None:

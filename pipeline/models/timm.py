@@ -14,11 +14,13 @@ from torch import nn
 
 from pipeline.artifact import UserError
 from pipeline.menu import nearest
-from pipeline.model import Network, Options, Pool, Preprocessing, entry, one_line, safe_name
+from pipeline.model import Network, Options, Pool, Preprocessing, entry, one_line, safe_name, unbuilt
 from pipeline.weights import Dialect, State
 
 # timm's own name for each pool=, where it is another
 _POOL = {"cls": "token", "none": ""}
+# what users most often pass on to timm.create_model, for near misses
+_KEYS = ("drop_rate", "drop_path_rate", "img_size", "dynamic_img_size", "dynamic_img_pad", "depth", "embed_dim")
 
 
 @entry()
@@ -47,20 +49,7 @@ def _create(name: str, size: int | None, pretrained: bool, options: Mapping[str,
         resolved = resolve_model_input_args(name, wanted, num_classes=classes, **options)
         return timm.create_model(**resolved, pretrained=pretrained)
     except Exception as wrong:  # whatever a thousand constructors and a download may raise
-        raise UserError(_refusal(name, size, pretrained, wrong)) from wrong
-
-
-def _refusal(name: str, size: int | None, pretrained: bool, wrong: Exception) -> str:
-    if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(wrong)):
-        keys = [*Options.__dataclass_fields__, "drop_rate", "drop_path_rate", "img_size", "dynamic_img_size"]
-        return f"timm:{name} has no key {unknown[1]!r}{nearest(unknown[1], keys) or '; leave it out'}"
-    if pretrained or isinstance(wrong, OSError):
-        return (
-            f"the weights of timm:{name} could not be fetched ({one_line(wrong)}); "
-            "give weights=FILE, or pretrained=false for random ones"
-        )
-    at = f" for images of {size} pixels" if size else ""
-    return f"timm cannot build {name}{at} ({one_line(wrong)}); choose another size or mend its keys"
+        raise unbuilt(f"timm:{name}", size, wrong, _KEYS) from wrong
 
 
 def _preprocessing(module: nn.Module, name: str, size: int | None) -> Preprocessing:

@@ -9,7 +9,7 @@ from torchvision.models.vision_transformer import VisionTransformer, interpolate
 
 from pipeline.artifact import UserError
 from pipeline.menu import nearest
-from pipeline.model import IMAGENET, Network, Options, Preprocessing, entry, one_line, safe_name
+from pipeline.model import IMAGENET, Network, Options, Preprocessing, entry, safe_name, unbuilt
 from pipeline.weights import Dialect, State
 
 # families that fix their input size when they are built, and how they call it
@@ -47,16 +47,8 @@ def _create(name: str, size: int, published: Any, options: dict[str, Any]) -> nn
             state = published.get_state_dict(progress=False, check_hash=True)
             module.load_state_dict(_resized(module, state))
         return module
-    except OSError as wrong:
-        raise UserError(
-            f"the weights of torchvision:{name} could not be fetched ({one_line(wrong)}); "
-            "give weights=FILE, or pretrained=false for random ones"
-        ) from wrong
-    except Exception as wrong:  # whatever the constructors raise for the user's keys and size
-        raise UserError(
-            f"torchvision cannot build {name} for images of {size} pixels ({one_line(wrong)}); "
-            "choose another size or mend its keys"
-        ) from wrong
+    except Exception as wrong:  # whatever the constructors and a download may raise
+        raise unbuilt(f"torchvision:{name}", size, wrong, ("dropout", "stochastic_depth_prob", "width_mult")) from wrong
 
 
 def _preprocessing(published: Any) -> Preprocessing:

@@ -1,0 +1,40 @@
+"""`compress compare DIR...`: one table and page over many evaluations, the teacher first."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.artifact import UserError
+from pipeline.config import flag
+from pipeline.storage import Folder
+
+
+@dataclass(frozen=True)
+class Config:
+    """One table and page over many evaluations, the teacher as the first row."""
+
+    folder: tuple[str, ...] = flag(help="evaluations, or runs and stores that have one", place=True)
+    out: Path = flag(Path("compare.html"), "the page to write")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Write the page. Returns {"summary": table and path, "rows": the metrics}."""
+    rows = [metrics(Path(folder)) for folder in config.folder]
+
+    from pipeline.report import compare
+
+    table, page = compare(rows)
+    Folder(config.out.parent).put(config.out.name, page.encode())
+    return {"summary": f"{table}\n{config.out}", "rows": rows, "page": str(config.out)}
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json of an evaluation, or of the evaluation of a run or a store."""
+    places = [folder, folder / "evaluation", folder.with_name(f"{folder.name}-evaluation")]
+    for place in places:
+        if (place / artifact.MANIFEST).exists() and (place / "metrics.json").exists():
+            artifact.read(Folder(place), "evaluation")
+            return json.loads((place / "metrics.json").read_text())
+    raise UserError(f"{folder} has no evaluation; make one with compress evaluate (looked in {', '.join(map(str, places))})")

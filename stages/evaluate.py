@@ -1,0 +1,444 @@
+"""Model -> features on disk -> FAISS indices -> protocols -> metrics.json and report.html."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import artifact
+from pipeline.artifact import UserError
+from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
+from pipeline.interrupt import Interrupt
+from pipeline.progress import meter, say
+from pipeline.storage import Folder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.datasets.base import Dataset
+    from pipeline.embed import Forward
+    from pipeline.evaluators.base import Result, Split
+    from pipeline.model import Embedder
+    from pipeline.store import FeatureStore
+    from pipeline.views import ViewSpec
+
+THUMBNAIL = 96  # pixels, of the report's pictures
+
+
+@dataclass(frozen=True)
+class Config:
+    """Score a student, the teacher of a store, or any model: neighbours, clusters, linear probes.
+
+    Features, index and finished protocols stay on disk; the same command computes what is missing.
+    """
+
+    val: str = flag(help="images to score, labelled: folder:PATH, digits:split=test, ...")
+    train: str | None = flag(None, "images to learn neighbours and clusters from (default: those of the run or store)")
+    run: Path | None = flag(None, "a run of compress distill: its student is scored")
+    store: Path | None = flag(None, "a feature store: its teacher is scored, from stored view 0 where it has it")
+    model: str | None = flag(None, "any model: timm:NAME, cifar-resnet:20, ...")
+    protocol: tuple[str, ...] = flag(("nn", "knn:k=20", "cluster", "linear"), "nn, knn:k=20, cluster, linear, ...")
+    out: Path | None = flag(None, "folder (default: RUN/evaluation, STORE-evaluation)")
+    teacher: Path | None = flag(None, "evaluation of the teacher, to stand beside in the report")
+    image_size: int | None = flag(None, "side in pixels (default: as trained, the model's own)")
+    batch_size: int = flag(64, "images per forward on a device", short="-b")
+    workers: int | None = flag(None, "loader processes (default: one per core up to 16; 1 on CPU)", short="-j")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1")
+    precision: str = flag("fp32", "fp32, bf16, fp16")
+    overwrite: bool = flag(False, "start anew; an earlier evaluation is set aside, not deleted")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Score what is missing. Returns {"summary", "evaluation", "metrics"}."""
+    check(config)
+    from pipeline.evaluators import PROTOCOLS
+
+    for spec in config.protocol:
+        PROTOCOLS.parse(spec)
+    subject = open_subject(config)
+    out = config.out or subject.home
+    if config.overwrite and (aside := artifact.set_aside(out)):
+        say(f"set the earlier {out} aside as {aside}")
+    evaluators = {spec: PROTOCOLS.order(spec) for spec in config.protocol}
+    train_data, val_data = open_sets(config, subject)
+    identity = {
+        "model": {"weights": subject.weights, "preprocessing": subject.preprocessing},
+        "crop_ratio": subject.spec.crop_ratio,
+        "data": {"train": train_data.fingerprint, "val": val_data.fingerprint},
+        "precision": config.precision,
+    }
+    about = {"model": subject.model, "train": subject.train_spec(config), "val": config.val}
+    artifact.claim(Folder(out), "evaluation", identity, about)
+    train, val = splits(config, subject, train_data, val_data, out)
+    metrics, results = score(config, subject, evaluators, train, val, train_data, out)
+    Folder(out).put("metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
+    page = write_report(config, subject, metrics, results, train, val, train_data, val_data, out)
+    return {"summary": f"{headline(metrics)}\n{page}", "evaluation": str(out), "metrics": metrics}
+
+
+def check(config: Config) -> None:
+    """All that can be refused before torch is imported."""
+    require(config, {"batch_size": POSITIVE, "image_size": POSITIVE, "workers": NOT_NEGATIVE})
+    require(config, {"precision": one_of("fp32", "bf16", "fp16")})
+    given = [name for name in ("run", "store", "model") if getattr(config, name)]
+    if len(given) != 1:
+        raise UserError(f"give one of --run, --store and --model; given: {' and '.join(given) or 'none'}")
+    if config.model and not (config.out and config.train):
+        raise UserError("--model needs --train and --out: a bare model knows neither images nor a folder of its own")
+    if config.store and config.image_size:
+        raise UserError("--image-size does not go with --store: its features are stored already")
+
+
+@dataclass
+class Subject:
+    """What is scored: how to build it, how it sees, where it belongs."""
+
+    model: dict[str, Any]  # for metrics.json: name, role, parameters, width, spec
+    weights: str  # digest
+    preprocessing: dict[str, Any]
+    spec: "ViewSpec"
+    build: Callable[[], "Embedder"]
+    home: Path  # where its evaluation goes by default
+    data: dict[str, Any] | None = None  # the images it came from: {"spec", "limit"}
+    store: "FeatureStore | None" = None  # stored features, for the teacher
+    run: Path | None = None
+    beside: Path | None = None  # where the teacher's evaluation would be
+
+    def train_spec(self, config: Config) -> str:
+        return config.train or str((self.data or {}).get("spec"))
+
+
+def open_subject(config: Config) -> Subject:
+    if config.run:
+        return open_run(config, config.run)
+    if config.store:
+        return open_store(config.store)
+    return open_model(config)
+
+
+def open_run(config: Config, folder: Path) -> Subject:
+    """A student: its network as the run's manifest names it, its weights from student.safetensors."""
+    manifest = artifact.read(Folder(folder), "run")
+    about, student = manifest["about"], manifest["identity"]["student"]
+    file = folder / "student.safetensors"
+    if not file.exists():
+        raise UserError(f"{folder} is not finished: it holds no student.safetensors; repeat its distill command")
+
+    from pipeline.views import ViewSpec
+
+    size = config.image_size or student["preprocessing"]["size"]
+
+    def build() -> "Embedder":
+        import safetensors.torch
+
+        from pipeline.model import build as build_model
+
+        embedder = build_model(student["spec"], image_size=size, pretrained_default=False)
+        embedder.backbone.load_state_dict(safetensors.torch.load_file(file))
+        return embedder
+
+    embedder = build()
+    model = {"name": about["name"], "role": "student", "parameters": about["parameters"], "width": student["width"]}
+    store = Path(about["store"])
+    return Subject(
+        {**model, "spec": student["spec"], "run": str(folder), "method": manifest["identity"]["method"]},
+        embedder.digest(),
+        embedder.preprocessing.record(),
+        ViewSpec(**about["views_spec"]),
+        lambda: embedder,
+        folder / "evaluation",
+        about["data"],
+        run=folder,
+        beside=store.with_name(f"{store.name}-evaluation"),
+    )
+
+
+def open_store(folder: Path) -> Subject:
+    """A teacher: its features from the store; the network itself is built only for other images."""
+    from pipeline.store import FeatureStore
+    from pipeline.views import ViewSpec
+
+    store = FeatureStore(Folder(folder))
+    store.require_complete([0])
+    teacher, about = store.identity["teacher"], store.about
+
+    def build() -> "Embedder":
+        import torch
+
+        from pipeline.model import build as build_model
+
+        torch.manual_seed(0)
+        size = teacher["preprocessing"]["size"]
+        embedder = build_model(about["teacher"], image_size=size, pretrained_default=True)
+        if embedder.digest() != teacher["weights"]:
+            raise UserError(f"{about['teacher']} has other weights now than when {folder} was made; restore them")
+        return embedder
+
+    model = {"name": teacher["name"], "role": "teacher", "parameters": about["parameters"], "width": teacher["width"]}
+    home = folder.with_name(f"{folder.name}-evaluation")
+    return Subject(
+        {**model, "spec": about["teacher"], "store": str(folder)},
+        teacher["weights"],
+        teacher["preprocessing"],
+        ViewSpec(**store.identity["views"]),
+        build,
+        home,
+        about["data"],
+        store=store,
+    )
+
+
+def open_model(config: Config) -> Subject:
+    """Any model by its spec. Random weights are those a run with --seed 0 begins with."""
+    import torch
+
+    from pipeline.model import build
+    from pipeline.views import ViewSpec
+
+    assert config.model and config.out
+    torch.manual_seed(0)
+    embedder = build(config.model, image_size=config.image_size, pretrained_default=False)
+    parameters = sum(p.numel() for p in embedder.backbone.parameters())
+    model = {"name": embedder.name, "role": "model", "parameters": parameters, "width": embedder.width}
+    return Subject(
+        {**model, "spec": config.model},
+        embedder.digest(),
+        embedder.preprocessing.record(),
+        ViewSpec("crop-flip", 0, embedder.preprocessing.crop_ratio),
+        lambda: embedder,
+        config.out,
+    )
+
+
+def open_sets(config: Config, subject: Subject) -> tuple["Dataset", "Dataset"]:
+    """Training and validation images. Raises UserError for a class in val that train lacks."""
+    from pipeline.datasets import DATASETS
+
+    if config.train:
+        train = DATASETS.order(config.train)
+    else:
+        assert subject.data
+        train = DATASETS.order(subject.data["spec"])
+        train = train.subset(subject.data["limit"]) if subject.data["limit"] else train
+    val = DATASETS.order(config.val)
+    unknown = [name for name in val.classes if name not in train.classes]
+    if unknown and (train.label >= 0).any():
+        raise UserError(
+            f"{len(unknown)} classes of --val are not among the training images, the first is {unknown[0]!r}; "
+            "give the training images they belong to with --train, or take them out of --val"
+        )
+    return train, val
+
+
+def splits(
+    config: Config, subject: Subject, train: "Dataset", val: "Dataset", out: Path
+) -> tuple["Split", "Split"]:
+    """Features of both sets on disk, resumed where they stopped; labels joined by class name."""
+    stored = subject.store
+    if stored and stored.identity["data"]["fingerprint"] == train.fingerprint:
+        first = stored
+    else:
+        first = embed_set(config, subject, train, out / "features" / "train")
+    if stored and stored.identity["data"]["fingerprint"] == val.fingerprint:
+        second = stored
+    else:
+        second = embed_set(config, subject, val, out / "features" / "val")
+    return split(first, train, train.classes), split(second, val, train.classes)
+
+
+def embed_set(config: Config, subject: Subject, dataset: "Dataset", folder: Path) -> "FeatureStore":
+    """View 0 of a data set through the subject, as a store of one exact view."""
+    from pipeline.device import choose, loader_workers
+    from pipeline.embed import Forward, embed
+    from pipeline.store import FeatureStore, shard_rows
+
+    arrays = {"embedding": [subject.model["width"]]}
+    identity = {
+        "data": {"fingerprint": dataset.fingerprint, "images": len(dataset)},
+        "teacher": {"weights": subject.weights, "preprocessing": subject.preprocessing},
+        "views": {**subject.spec.record(), "policy": "none"},
+        "arrays": arrays,
+        "codec": "float32",
+        "batch_size": config.batch_size,
+        "precision": config.precision,
+        "shard_rows": shard_rows(len(dataset), config.batch_size, arrays, 4),
+    }
+    tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
+    store = FeatureStore.make(Folder(folder), identity, {"views": 1}, tables)
+    if pending := store.pending():
+        device = choose(config.device)
+        rows = sum(s.stop - s.start for s in pending)
+        with Interrupt() as stop, meter(f"features {folder.name}", store.images, "images", store.images - rows) as bar:
+            forward = Forward(subject.build(), device, config.precision, config.batch_size)
+            workers = loader_workers(config.workers, device)
+            embed(
+                store, dataset, subject.spec, forward, workers=workers, progress=bar.advance,
+                stopped=lambda: stop.requested,
+            )  # fmt: skip
+            stop.check("features so far are kept; repeat the command to continue")
+    return store
+
+
+def split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -> "Split":
+    """The usable rows of view 0, labels as numbers into `classes`. Raises UserError if there are none."""
+    import numpy as np
+
+    from pipeline.evaluators.base import Split
+    from pipeline.images import GOOD
+
+    rows = np.flatnonzero(store.table("status") == GOOD)
+    if not len(rows):
+        raise UserError(f"none of the {len(dataset)} images of {store.storage} can be used")
+    if len(rows) < len(dataset):
+        say(f"{len(dataset) - len(rows)} of {len(dataset)} images cannot be used and are left out")
+    number = {name: y for y, name in enumerate(classes)}
+    joined = np.array([number.get(name, -1) for name in dataset.classes] + [-1], np.int64)
+    return Split(store.read("embedding", 0)[rows], joined[dataset.label[rows]], rows, classes)
+
+
+def score(
+    config: Config, subject: Subject, evaluators: dict[str, Any], train: "Split", val: "Split",
+    train_data: "Dataset", out: Path,
+) -> tuple[dict[str, Any], dict[str, "Result"]]:  # fmt: skip
+    """metrics.json as a dictionary, with every protocol ever scored here, and the results of those asked."""
+    metrics: dict[str, Any] = {
+        "model": subject.model,
+        "data": {
+            "train": subject.train_spec(config), "train_images": len(train),
+            "val": config.val, "val_images": len(val), "classes": len(train.classes),
+        },
+    }  # fmt: skip
+    results = {}
+    augmented = augmenter(config, subject, train, train_data)
+    for spec, evaluator in evaluators.items():
+        results[spec] = finished(spec, evaluator, out) or keep(
+            spec, evaluator, evaluator(train, val, out, augmented), out
+        )
+    for file in sorted((out / "results").glob("*.json")):
+        saved = json.loads(file.read_text())
+        merge(metrics, saved["name"], saved["metrics"])
+    return metrics, results
+
+
+def merge(metrics: dict[str, Any], name: str, found: dict[str, Any]) -> None:
+    """Several knn protocols share one key; of other kinds asked twice with other options, the last stays."""
+    if name == "knn":
+        metrics.setdefault("knn", {}).update(found)
+    else:
+        metrics[name] = found
+
+
+def result_name(evaluator: Any) -> str:
+    """A file name that stands for a protocol with all its options."""
+    return f"{evaluator.name}-{artifact.fingerprint(asdict(evaluator))[:12]}"
+
+
+def finished(spec: str, evaluator: Any, out: Path) -> "Result | None":
+    """A protocol's result from an earlier command, if it is whole."""
+    import numpy as np
+
+    from pipeline.evaluators.base import Result
+
+    name = result_name(evaluator)
+    try:
+        saved = json.loads((out / "results" / f"{name}.json").read_text())
+        with np.load(out / "results" / f"{name}.npz") as arrays:
+            return Result(saved["metrics"], dict(arrays))
+    except (FileNotFoundError, ValueError, KeyError, OSError):
+        return None
+
+
+def keep(spec: str, evaluator: Any, result: "Result", out: Path) -> "Result":
+    """Write a result, arrays first; the JSON says it is done."""
+    import numpy as np
+
+    name, buffer = result_name(evaluator), io.BytesIO()
+    np.savez(buffer, **result.arrays)  # type: ignore[arg-type]
+    Folder(out).put(f"results/{name}.npz", buffer.getvalue())
+    said = {"name": evaluator.name, "protocol": spec, "options": asdict(evaluator), "metrics": result.metrics}
+    Folder(out).put(f"results/{name}.json", json.dumps(said, indent=1).encode())
+    return result
+
+
+def augmenter(
+    config: Config, subject: Subject, train: "Split", dataset: "Dataset"
+) -> "Callable[[int], np.ndarray] | None":
+    """epoch -> (n, d) features of another random view of every training image.
+
+    From the store, its random views in turn; else crops and flips seen afresh.
+    """
+    stored = subject.store
+    if stored and stored.identity["data"]["fingerprint"] == dataset.fingerprint:
+        if stored.views == 1:
+            return None
+        return lambda epoch: stored.read("embedding", 1 + epoch % (stored.views - 1))[train.rows]
+    return partial(fresh_features, config, subject, dataset, train.rows)
+
+
+def fresh_features(config: Config, subject: Subject, dataset: "Dataset", rows: "np.ndarray", epoch: int) -> "np.ndarray":
+    from pipeline.device import choose, loader_workers
+    from pipeline.validation import view_features
+    from pipeline.views import FRESH, ViewSpec
+
+    device = choose(config.device)
+    embedder = subject.build().to(device)
+    spec = ViewSpec("crop-flip", subject.spec.seed, subject.spec.crop_ratio)
+    workers = loader_workers(config.workers, device)
+    features, seen = view_features(embedder, dataset, spec, device, config.precision, FRESH + epoch, rows, workers)
+    if len(seen) != len(rows):
+        raise UserError(f"{len(rows) - len(seen)} training images can no longer be read; put them back")
+    return features.cpu().numpy()
+
+
+def write_report(
+    config: Config, subject: Subject, metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
+    val: "Split", train_data: "Dataset", val_data: "Dataset", out: Path,
+) -> Path:  # fmt: skip
+    from pipeline import journal, report
+
+    sets = {"train": train_data, "val": val_data}
+    return report.write(
+        out,
+        metrics,
+        train=train,
+        val=val,
+        results=results,
+        teacher=teacher_metrics(config, subject, metrics),
+        curves=journal.read(subject.run / "metrics.jsonl") if subject.run else None,
+        pictures=lambda which, i: thumbnail(sets[which], i),
+    )
+
+
+def teacher_metrics(config: Config, subject: Subject, metrics: dict[str, Any]) -> dict[str, Any] | None:
+    """The teacher's metrics.json, if it was scored on the same images."""
+    place = config.teacher or subject.beside
+    if place is None or not (place / "metrics.json").exists():
+        if config.teacher:
+            raise UserError(f"--teacher {config.teacher} holds no metrics.json; score the teacher first, with --store")
+        return None
+    teacher = json.loads((place / "metrics.json").read_text())
+    same = all(teacher["data"][k] == metrics["data"][k] for k in ("train_images", "val_images", "classes"))
+    if not same:
+        say(f"{place} was scored on other images, so it is left out of the report")
+    return teacher if same else None
+
+
+def thumbnail(dataset: "Dataset", i: int) -> "np.ndarray":
+    """A small picture of image i, (H, W, 3) uint8."""
+    import numpy as np
+    from PIL import Image
+
+    image = Image.fromarray(dataset.load(i)[0])
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return np.asarray(image)
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """The scores in one line."""
+    from pipeline.report import readings
+
+    scores = "  ".join(f"{title} {value:.2f}" for title, value in readings(metrics).items())
+    return f"{metrics['model']['name']} ({metrics['model']['role']}): {scores}"

@@ -1,0 +1,311 @@
+"""What the pages say, show and never do."""
+
+import html
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import report
+from pipeline.evaluators.base import Result, Split
+
+ROOT = Path(__file__).parents[1]
+EVIL = ("<script>alert(1)</script>", "a\"b'&amp;$\\frac$", "猫\udcff", "plain")
+
+METRICS: dict[str, Any] = {
+    "model": {"name": "small", "role": "student", "parameters": 1_000_000, "width": 128},
+    "data": {"train": "folder:/a", "val": "folder:/b", "classes": 4},
+    "nn": {"top1": 54.12},
+    "knn": {"20": {"top1": 55.0}, "5": {"top1": 53.0}, "100": {"top1": 50.0}},
+    "cluster": {"top1": 33.3, "hungarian_top1": 34.4, "nmi": 40.0, "ari": 20.0, "clusters": 4},
+    "linear": {
+        "last": {"top1": 60.0, "top5": 90.0},
+        "best": {"top1": 61.0, "top5": 91.0},
+        "protocol": "centre-crop features, whitened",
+    },
+}
+CURVES = [{"step": s, "loss": 5 / (1 + s), "lr": 0.1, "val_nn": 50.0 if s % 10 == 0 else None} for s in range(100)]
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """METRICS with `nn__top1=1` and the like; None removes a family."""
+    out = json.loads(json.dumps(METRICS))
+    for key, value in changes.items():
+        family, _, name = key.partition("__")
+        if value is None:
+            del out[family]
+        elif name:
+            out[family][name] = value
+        else:
+            out[family] = value
+    return out
+
+
+TEACHER = changed(model={"name": "large", "role": "teacher", "parameters": 4_000_000, "width": 512}, nn__top1=60.1)
+
+
+def splits(classes: tuple[str, ...] = ("a", "b", "c", "d"), labelled: bool = True) -> tuple[Split, Split]:
+    label = [np.arange(n) % 4 if labelled else np.full(n, -1) for n in (60, 40)]
+    features = [np.zeros((n, 2), np.float32) for n in (60, 40)]
+    rows = [np.arange(60) + 1000, np.arange(40) + 5000]
+    return Split(features[0], label[0], rows[0], classes), Split(features[1], label[1], rows[1], classes)
+
+
+def results() -> dict[str, Result]:
+    draw = np.random.default_rng(0)
+    cluster = {
+        "train_assignment": draw.integers(0, 4, 60),
+        "mapping": np.array([0, 1, 3, -1]),
+        "majority": np.array([0, 1, 2, -1]),
+        "confusion": draw.integers(0, 9, (4, 5)),
+    }
+    nn = {"neighbors": draw.integers(0, 60, (40, 8))}
+    curve = np.column_stack([np.linspace(2, 1, 10), np.linspace(10, 60, 10), np.linspace(40, 90, 10)])
+    return {"nn": Result({}, nn), "cluster:clusters=4": Result({}, cluster), "linear": Result({}, {"curve": curve})}
+
+
+def pictures(which: str, row: int) -> np.ndarray:
+    side = {"train": (100, 140), "val": (8, 8)}[which]
+    return np.random.default_rng(row).integers(0, 256, (*side, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of everything, with names that want to break out."""
+    train, val = splits(EVIL)
+    metrics = changed(model__name="<b>me</b> & $x$", data__note="</section>" + "x" * 300)
+    folder = tmp_path_factory.mktemp("evaluation")
+    return report.write(
+        folder, metrics, train=train, val=val, results=results(), teacher=TEACHER, curves=CURVES, pictures=pictures
+    )
+
+
+def assert_self_contained(text: str) -> None:
+    links = re.findall(r"""(?:\bsrc|\bhref|\bsrcset|\baction|\bdata)\s*=\s*["']?([^"'\s>]*)""", text)
+    assert all(link.startswith("data:image/") for link in links), [link[:40] for link in links]
+    assert not re.search(r"https?:|url\(|@import|<script|<link|<iframe|\bon\w+\s*=", text)
+
+
+def test_the_report_is_one_file_that_asks_the_network_for_nothing(page: Path) -> None:
+    text = page.read_text()
+    assert_self_contained(text)
+    assert len(re.findall("src=", text)) > 50
+
+
+def test_names_are_text_in_the_page_and_never_markup(page: Path) -> None:
+    text = page.read_text()
+    assert "<script" not in text and "<b>me" not in text
+    for name in ("<script>alert(1)</script>", "a\"b'&amp;$\\frac$", "<b>me</b> & $x$"):
+        assert html.escape(name) in text
+    assert "猫" in text  # and its byte that is no UTF-8 does not stop the page
+
+
+def test_every_tag_that_opens_closes(page: Path) -> None:
+    from html.parser import HTMLParser
+
+    open_tags: list[str] = []
+
+    class Check(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in ("meta", "img", "source"):
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert open_tags.pop() == tag
+
+    Check().feed(page.read_text())
+    assert open_tags == []
+
+
+def test_figures_lie_beside_the_page_as_opaque_png(page: Path) -> None:
+    figures = {p.name: Image.open(p) for p in (page.parent / "figures").iterdir()}
+    assert set(figures) == {f"{n}.png" for n in ("training", "clusters", "neighbours", "confusion", "linear")}
+    assert {figure.mode for figure in figures.values()} == {"RGB"}
+    assert all(np.asarray(figure).std() > 5 for figure in figures.values())  # something is drawn
+
+
+def test_the_page_shows_each_score_beside_the_teachers(page: Path) -> None:
+    text = re.sub(r"<small>.*?</small>|<div class=\"bar\">.*?</div>|</?t[rd][^>]*>", " ", page.read_text())
+    assert re.search(r"NN\s+54\.1\s+60\.1\s+−6\.0\s", text)
+    assert re.search(r"NMI\s+40\.0\s+40\.0\s+0\.0\s", text)
+    assert "<b>90 %</b> of the teacher's NN accuracy (54.1 of 60.1) with <b>25 %</b> of its parameters" in text
+
+
+def test_the_centre_crop_probe_and_the_selection_on_validation_are_labelled(page: Path) -> None:
+    text = page.read_text()
+    assert "centre-crop features, whitened" in text and "selected on the very set it is scored on" in text
+
+
+def test_green_and_red_tiles_are_those_whose_labels_agree_and_do_not(page: Path) -> None:
+    train, val = splits()
+    tiles = re.findall(r'<div class="strip">(.*?)</div>(?=<div class="strip"|</div>)', page.read_text(), re.DOTALL)
+    strips = [strip for strip in tiles if 'class="query' in strip]
+    near = results()["nn"].arrays["neighbors"]
+    agreements = {int(n): int((train.label[row] == val.label[n]).sum()) for n, row in enumerate(near)}
+    assert len(strips) == report.STRIPS
+    for strip in strips:
+        same, other = (len(re.findall(f'class="{tone}', strip)) for tone in ("yes", "no"))
+        assert same + other == 8 and f"{same} of 8 agree" in strip and same in agreements.values()
+
+
+def test_pictures_are_asked_for_by_row_of_the_data_set_not_by_place(tmp_path: Path) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def ask(which: str, row: int) -> np.ndarray:
+        asked.append((which, row))
+        return pictures(which, row)
+
+    train, val = splits()
+    report.write(tmp_path, METRICS, train=train, val=val, results=results(), pictures=ask)
+    assert {which for which, _ in asked} == {"train", "val"}
+    assert all(row in (train if which == "train" else val).rows for which, row in asked)
+    assert all(type(row) is int for _, row in asked)
+
+
+def test_pictures_are_drawn_by_the_seed_alone(tmp_path: Path) -> None:
+    train, val = splits()
+    some = {key: found for key, found in results().items() if key != "linear"}
+    pages = [
+        report.write(
+            tmp_path / str(n), {}, train=train, val=val, results=some, pictures=pictures, seed=seed
+        ).read_bytes()
+        for n, seed in enumerate((1, 1, 2))
+    ]
+    assert pages[0] == pages[1] != pages[2]
+
+
+def test_what_is_not_given_is_left_out(tmp_path: Path) -> None:
+    train, val = splits(labelled=False)
+    bare = {"cluster": Result({}, {"train_assignment": np.zeros(60, np.int64)})}
+    scores = {"clusters": 4, "top1": None, "hungarian_top1": None, "nmi": None}
+    page = report.write(tmp_path, {"cluster": scores}, train=train, val=val, results=bare, pictures=pictures)
+    text = page.read_text()
+    assert "no scores" in text and "Random images of random clusters" in text
+    assert not any(word in text for word in ("Training</h2>", "Nearest neighbours", "teacher", "mapped to"))
+    assert report.write(tmp_path, {}, train=train, val=val, results={}).exists()
+
+
+def test_rows_of_the_journal_that_lack_a_value_are_skipped() -> None:
+    rows = [{"step": 3, "loss": 1.0}, {"step": 1, "loss": float("nan")}, {"step": 2, "loss": 4.0, "val_nn": None}, {}]
+    np.testing.assert_array_equal(report._series(rows, "loss"), [[2, 4], [3, 1]])
+    assert report._series(rows, "val_nn").shape == (0, 2)
+
+
+def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
+    names = tuple(f"n{n:08d}" for n in range(1000))
+    confusion = np.eye(1000, 1001, dtype=np.int64) * 50
+    confusion[3, 7] = 99
+    found = {"cluster": Result({}, {"confusion": confusion, "train_assignment": np.zeros(1, np.int64)})}
+    train, val = splits(names)
+    text = report.write(tmp_path, METRICS, train=train, val=val, results=found).read_text()
+    assert 'n00000003 &rarr; n00000007</td><td class="n">99' in text
+    assert Image.open(tmp_path / "figures" / "confusion.png").width < 2000
+
+
+def test_a_picture_of_another_kind_is_a_bug_and_said_so() -> None:
+    with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
+        report._square(np.zeros((3, 8, 8), np.float32))
+
+
+def test_drawing_touches_no_pyplot_and_no_settings() -> None:
+    code = (
+        "import sys, matplotlib; before = dict(matplotlib.rcParams); from pipeline import report\n"
+        "report.compare([{'model': {'name': 'a', 'parameters': 5}, 'nn': {'top1': 1.0}}])\n"
+        "print('matplotlib.pyplot' in sys.modules, before == dict(matplotlib.rcParams))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.stdout.strip() == "False True", said
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def rows() -> list[dict[str, Any]]:
+    return [
+        changed(model__name="one", nn__top1=50.0),
+        changed(model__name="two", nn__top1=52.04, linear=None),
+        TEACHER,
+        changed(model__name="three", nn__top1=51.96, model__parameters=500),
+    ]
+
+
+def test_the_teacher_is_the_first_row_and_the_others_keep_their_order() -> None:
+    text, _ = report.compare(rows())
+    assert [line.split()[0] for line in text.splitlines()[2:6]] == ["large", "one", "two", "three"]
+
+
+def test_the_best_student_of_each_column_is_marked_ties_as_shown_too() -> None:
+    text, page = report.compare(rows())
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert "52.0*" in lines["two"] and "52.0*" in lines["three"]  # as far as one can read they are equal
+    assert "*" not in lines["large"] and "50.0*" not in lines["one"].replace("  50.0*  33.3*", "")
+    assert "* best of the students" in text
+    assert "<b>52.0</b>" in page and "<b>60.1</b>" not in page
+
+
+def test_a_protocol_that_a_row_lacks_is_a_dash() -> None:
+    text, page = report.compare(rows())
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert lines["two"].split()[-3:] == ["–"] * 3 and "–" not in lines["one"]
+    assert page.count('<td class="n">–</td>') == 3
+
+
+def test_the_columns_of_the_table_stand_under_their_heads() -> None:
+    text, _ = report.compare(rows())
+    head, rule, *lines = text.splitlines()[:6]
+    for start, end in [match.span() for match in re.finditer("-+", rule)][2:]:
+        for line in (head, *lines):
+            cell = line[:end].rstrip(" *")
+            assert start < len(cell) <= end and cell[-1] != " ", (line, start, end)
+    order = ["NN", "kNN 5", "kNN 20", "kNN 100", "Cluster", "Hungarian", "NMI", "ARI", "Linear", "Linear top-5"]
+    assert [head.index(title) for title in order] == sorted(head.index(title) for title in order)
+
+
+def test_augmented_and_centre_crop_probes_never_share_a_column() -> None:
+    augmented = changed(linear__protocol="augmented training images, whitened")
+    text, _ = report.compare([METRICS, augmented])
+    head = re.split(r"\s{2,}", text.splitlines()[0])
+    assert "Linear" in head and "Linear (augmented)" in head
+
+
+def test_rows_of_different_data_are_pointed_out() -> None:
+    assert "same data" not in report.compare(rows())[0]
+    text, page = report.compare([*rows(), changed(data__val="folder:/other")])
+    assert "Not all rows were evaluated on the same data; they differ in: val." in text
+    assert "they differ in: val." in page
+
+
+def test_the_comparison_is_self_contained_and_escapes_names() -> None:
+    text, page = report.compare([changed(model__name="<script>x</script>\n$y$"), TEACHER, {}, {"model": None}])
+    assert_self_contained(page)
+    assert html.escape("<script>x</script>") in page
+    assert len(text.splitlines()) == 7  # a line break in a name breaks no row
+
+
+def test_without_any_score_there_is_still_a_table() -> None:
+    text, page = report.compare([{"model": {"name": "a"}}])
+    assert text.splitlines()[2].split() == ["a", "–", "–", "–"] and "<table" in page
+    assert report.compare([])[0].startswith("model")
+
+
+def test_names_in_the_scatter_cover_neither_points_nor_each_other() -> None:
+    x, y = np.array([50.0, 50, 50, 120]), np.array([80.0, 81, 82, 81])
+    places = report._places(x, y, ["one", "two", "three", "four"], 200.0)
+    boxes = []
+    for a, b, (side, rise), name in zip(x, y, places, ("one", "two", "three", "four"), strict=True):
+        left, right = sorted((a + side * 7, a + side * (7 + 4.6 * len(name))))
+        boxes.append((left, right, b + rise))
+    for n, (left, right, height) in enumerate(boxes):
+        assert not any(left < r and near < right and abs(height - h) < 10 for near, r, h in boxes[:n])
+
+
+def test_a_drawn_figure_is_transparent_so_that_any_page_shows_through() -> None:
+    image = Image.open(io.BytesIO(report.render(lambda figure: None, (1, 1))))
+    assert image.mode == "RGBA" and np.asarray(image)[..., 3].max() == 0
