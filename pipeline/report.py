@@ -378,7 +378,7 @@ class _Strip:
 
 
 def _strips(page: _Page, name: str, strips: list[_Strip], note: str) -> str:
-    page.save(name, render(lambda figure: _mosaic(figure, strips), _mosaic_size(strips)))
+    page.save(name, render(lambda figure: _mosaic(figure, strips), _mosaic_size(strips), dpi=100))
     rows = []
     for strip in strips:
         small = "".join(f"<small>{html.escape(line)}</small>" for line in strip.lines)
@@ -422,7 +422,7 @@ def _mosaic_size(strips: list[_Strip]) -> tuple[float, float]:
 
 
 def _mosaic(figure: Figure, strips: list[_Strip]) -> None:
-    """The same rows as one picture for figures/, 100 units to the inch."""
+    """The same rows as one picture for figures/, pixel by pixel at 100 to the inch."""
     wide, high = (round(100 * inches) for inches in _mosaic_size(strips))
     pitch = TILE + 2 * RIM + GAP
     canvas = np.full((high, wide, 3), 255, np.uint8)
@@ -661,9 +661,9 @@ def _places(x: np.ndarray, y: np.ndarray, names: list[str], width: float) -> lis
 # ---------------------------------------------------------------- drawing and spelling
 
 
-def render(draw: Draw, size: tuple[float, float]) -> bytes:
-    """A figure of `size` inches as transparent PNG, 160 dots per inch. No pyplot, so no global state."""
-    figure = Figure(figsize=size, dpi=160, facecolor="none", layout="constrained")
+def render(draw: Draw, size: tuple[float, float], dpi: int = 160) -> bytes:
+    """A figure of `size` inches as transparent PNG. No pyplot, so no global state."""
+    figure = Figure(figsize=size, dpi=dpi, facecolor="none", layout="constrained")
     draw(figure)
     data = io.BytesIO()
     with warnings.catch_warnings():
@@ -676,6 +676,7 @@ def _axes(axes: Axes, title: str) -> Axes:
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.set_facecolor("none")
     axes.grid(color=GRID, linewidth=0.8)
+    axes.locator_params(nbins=5)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, labelsize=8, length=0, which="both")
     for side, spine in axes.spines.items():

@@ -9,8 +9,8 @@ import contextlib
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -203,35 +203,42 @@ def _suggest(
     tables: Mapping[str, State], wanted: Mapping[str, Tensor], choice: Choice, dialect: Dialect
 ) -> list[Choice]:
     """The choices that would load, those that drop least first, at most three."""
-    found: list[tuple[int, Choice]] = []
+    found: list[tuple[Choice, Fit]] = []
     for key, table in tables.items():
         for prefix in _prefixes(table, at_least=len(wanted) // 2):
-            fit = _fit(table, wanted, Choice(key, prefix, choice.drop, choice.head), dialect)
+            other = replace(choice, key=key, prefix=prefix)
+            fit = _fit(table, wanted, other, dialect)
             if not fit.missing and not fit.reshaped:
-                drop = (*choice.drop, *_patterns(fit.left_over, wanted))
-                found.append((len(fit.left_over), Choice(key, prefix, drop, choice.head if fit.head else ())))
-    return [better for _, better in sorted(found, key=lambda item: item[0])[:3]]
+                found.append((other, fit))
+    found.sort(key=lambda pair: len(pair[1].left_over))
+    return [
+        replace(
+            other,
+            drop=(*choice.drop, *_patterns(fit.left_over, wanted)),
+            head=choice.head if fit.head else (),
+        )
+        for other, fit in found[:3]
+    ]
 
 
 def _prefixes(table: State, at_least: int) -> list[str]:
     """The dotted beginnings that enough names share, in the order of the file; the empty one first."""
     shared: Counter[str] = Counter()
     for key in table:
-        parts = key.split(".")
-        shared.update("".join(f"{part}." for part in parts[:depth]) for depth in range(len(parts)))
+        shared.update(["", *(f"{beginning}." for beginning in _beginnings(key) if beginning != key)])
     return [prefix for prefix, count in shared.items() if count >= at_least]
 
 
 def _patterns(left_over: Iterable[str], wanted: Iterable[str]) -> list[str]:
     """The shortest dotted beginnings that cover what is left over and nothing that is wanted."""
-    patterns: list[str] = []
-    for key in left_over:
-        parts = key.split(".")
-        beginnings = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-        pattern = next(b for b in beginnings if not any(matches(name, [b]) for name in wanted))
-        if pattern not in patterns:
-            patterns.append(pattern)
-    return patterns
+    taken = {beginning for key in wanted for beginning in _beginnings(key)}
+    return list(dict.fromkeys(next(b for b in _beginnings(key) if b not in taken) for key in left_over))
+
+
+def _beginnings(key: str) -> Iterator[str]:
+    """`a.b.c` -> `a`, `a.b`, `a.b.c`"""
+    parts = key.split(".")
+    return (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
 
 
 def _few(items: list[str]) -> str:

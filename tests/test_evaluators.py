@@ -152,7 +152,7 @@ def test_of_two_classes_with_the_same_vote_the_first_wins(tmp_path: Path) -> Non
 
 
 def test_more_neighbours_than_training_images_are_refused_with_what_to_pass(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="200 neighbours.*120 training images; pass knn:k=120 or less"):
+    with pytest.raises(UserError, match=r"200 neighbours.*120 training images; pass knn:k=120 or less"):
         run("knn:k=200", TRAIN, VAL, tmp_path)
 
 
