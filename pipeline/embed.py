@@ -1,7 +1,7 @@
 """Data set -> views -> frozen model -> store: the one loop behind every export of features."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -68,17 +68,18 @@ def embed(
     spec: ViewSpec,
     forward: Forward,
     *,
+    shards: Sequence[Shard] | None = None,
     workers: int,
     threads: bool = False,
     progress: Callable[[int], None] = lambda images: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Cost:
-    """Compute what the store lacks. Forward batches are consecutive rows of one view, within a shard.
+    """Compute these shards, else all the store lacks. Forward batches are consecutive rows of one view, within a shard.
 
     So a feature depends on nothing but its image, view, model and batch size: not on workers,
     on where a run was stopped, or on how many views the store has.
     """
-    shards = store.pending()
+    shards = store.pending() if shards is None else shards
     plan = [(shard, a, b) for shard in shards for a, b in batches(shard, forward.batch_size)]
     size, how = forward.embedder.preprocessing.size, forward.embedder.preprocessing.interpolation
     cut = [pieces_of(a, b, shard.views, size) for shard, a, b in plan]

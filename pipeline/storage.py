@@ -106,6 +106,18 @@ class Folder:
         return part
 
 
+def open_storage(where: str | os.PathLike[str]) -> Storage:
+    """A folder, or a bucket for a URL: s3://, gs://, az://, memory://."""
+    text = os.fspath(where)
+    if text.startswith("file://"):
+        return Folder(text.removeprefix("file://"))
+    if "://" in text:
+        from pipeline.bucket import Bucket  # the object-store library is loaded only by who names one
+
+        return Bucket(text)
+    return Folder(text)
+
+
 def sync(path: Path) -> None:
     """fsync a file or folder; a folder that cannot be synced (some network mounts) is let be."""
     handle = os.open(path, os.O_RDONLY)

@@ -408,7 +408,7 @@ def _table_files(tables: Mapping[str, Any]) -> dict[str, bytes]:
 def _zarr_store(storage: Storage) -> Any:
     if isinstance(storage, Folder):
         return zarr.storage.LocalStore(storage.path, read_only=True)
-    raise UserError(f"{storage}: Zarr cannot read from this kind of storage yet")
+    return zarr.storage.ObjectStore(storage.objects, read_only=True)  # type: ignore[attr-defined]
 
 
 def _one_line(problem: BaseException) -> str:

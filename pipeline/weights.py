@@ -113,14 +113,15 @@ def read(file: Path) -> Mapping[str, Any]:
     try:
         with open(file, "rb") as stream:
             start = stream.read(9)
+    except FileNotFoundError:
+        raise UserError(f"weights={file} does not exist; check the path") from None
+    except OSError as wrong:
+        raise UserError(f"weights={file} cannot be read: {wrong.strerror or wrong}; check the path") from None
+    try:
         if start[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
             return safetensors.torch.load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):  # inert; DINO keeps its flags in one
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"weights={file} does not exist; check the path") from None
-    except OSError as wrong:
-        raise UserError(f"weights={file} cannot be read: {wrong.strerror or wrong}") from None
     except Exception as wrong:  # torch raises a dozen types for damaged files
         raise UserError(_unreadable(file, wrong)) from wrong
     if not isinstance(content, Mapping):

@@ -35,7 +35,7 @@ def model(asked: Options, name: str, /, **options: Any) -> Network:
         safe_name("torchvision", name),
         preprocessing,
         trained=bool(asked.pretrained),
-        dialect=functools.partial(Dialect, frozenset(removed), functools.partial(_resized, module)),
+        dialect=functools.partial(Dialect, frozenset(removed), functools.partial(resized, module)),
     )
 
 
@@ -45,7 +45,7 @@ def _create(name: str, size: int, published: Any, options: dict[str, Any]) -> nn
         module = torchvision.models.get_model(name, weights=None if resize else published, **options)
         if resize:  # the builder refuses to load into another size
             state = published.get_state_dict(progress=False, check_hash=True)
-            module.load_state_dict(_resized(module, state))
+            module.load_state_dict(resized(module, state))
         return module
     except Exception as wrong:  # whatever the constructors and a download may raise
         raise unbuilt(f"torchvision:{name}", size, wrong, ("dropout", "stochastic_depth_prob", "width_mult")) from wrong
@@ -56,8 +56,8 @@ def _preprocessing(published: Any) -> Preprocessing:
     if published is None:
         return IMAGENET
     preset = published.transforms()
-    size, resized = preset.crop_size[0], preset.resize_size[0]
-    return Preprocessing(size, tuple(preset.mean), tuple(preset.std), preset.interpolation.value, size / resized)
+    size, ratio = preset.crop_size[0], preset.crop_size[0] / preset.resize_size[0]
+    return Preprocessing(size, tuple(preset.mean), tuple(preset.std), preset.interpolation.value, ratio)
 
 
 def _without_classifier(module: nn.Module) -> set[str]:
@@ -80,7 +80,7 @@ def _without_classifier(module: nn.Module) -> set[str]:
     return before - set(module.state_dict())
 
 
-def _resized(module: nn.Module, state: State) -> State:
+def resized(module: nn.Module, state: State) -> State:
     """A ViT's position embedding interpolated to the module's size, torchvision's way; all else as it is."""
     if not isinstance(module, VisionTransformer):
         return state
