@@ -26,6 +26,7 @@ COMMANDS = {
     "distill": ("stages.distill", "Train students from a store of teacher embeddings."),
     "evaluate": ("stages.evaluate", "Nearest neighbours, clusters and linear probes, with a report."),
     "inspect": ("stages.inspect", "What a store, run or evaluation is and how far it got."),
+    "verify": ("stages.verify", "Every digest of a store, then the live teacher against a sample; --repair."),
     "compare": ("stages.compare", "One table and page over many evaluations, the teacher first."),
     "models": ("stages.menus:Models", "What can be named as teacher, student or --model."),
     "methods": ("stages.menus:Methods", "What can be named as --method, with the published recipes."),
@@ -45,7 +46,7 @@ class Commands(TyperGroup):
         if cmd_name not in COMMANDS:
             raise UserError(f"no command {cmd_name!r}{nearest(cmd_name, COMMANDS) or '.'} Known: {', '.join(COMMANDS)}")
         where, summary = COMMANDS[cmd_name]
-        if "--help" in sys.argv[1:] and cmd_name not in sys.argv[1:]:
+        if cmd_name not in sys.argv[1:]:  # only listed
             return TyperCommand(cmd_name, help=summary)
         return _command(cmd_name, where, summary)
 
@@ -74,7 +75,7 @@ def _function(config: Any, run: Any) -> Any:
     def call(**values: Any) -> None:
         as_json = values.pop("json")
         made = run(config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
-        print(json.dumps(made, default=str) if as_json else made.get("summary", ""))
+        print(json.dumps(made, default=str) if as_json else made.get("summary", ""), flush=True)
 
     parameters = []
     hints = typing.get_type_hints(config)
@@ -104,9 +105,13 @@ _DISK = {
     errno.EPERM: "not permitted; choose another folder or change its rights",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
+    errno.EEXIST: "a file stands where a folder is needed; choose another folder",
     errno.EISDIR: "a folder stands where a file is needed",
     errno.ENOENT: "there is no such file or folder",
     errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "symbolic links lead in a circle",
+    errno.EMFILE: "too many files are open (ulimit -n); raise the limit, or use fewer --workers",
+    errno.EIO: "the disk reports an error; check it, then repeat the command",
 }
 
 
@@ -127,18 +132,38 @@ def main() -> None:
         print("stopped: repeat the command to continue", file=sys.stderr)
         code = 130
     except UsageProblem as problem:
-        code = _fail(problem.format_message().rstrip())
+        code = _fail(_usage(problem))
+    except BrokenPipeError:  # `compress models | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit has somewhere to go
+        code = 128 + signal.SIGPIPE
+    except (MemoryError, RuntimeError) as problem:
+        if not _memory(problem):
+            raise
+        why = " ".join(str(problem).split())[:160] or "of this machine"
+        code = _fail(f"the memory is full ({why}); use a smaller --batch-size (a folder begun with it needs --overwrite)")
     except OSError as problem:
         if problem.errno not in _DISK:
             raise
-        code = _fail(f"{problem.filename or 'writing'}: {_DISK[problem.errno]}")
-    sys.stdout.flush()
+        code = _fail(f"{problem.filename2 or problem.filename or 'writing'}: {_DISK[problem.errno]}")
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(text: str) -> int:
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return 2
+
+
+def _memory(problem: Exception) -> bool:
+    """Whether memory ran out, of the machine or of a GPU: torch has its own words, and is not imported here."""
+    named = type(problem).__name__ in ("MemoryError", "_ArrayMemoryError", "OutOfMemoryError")
+    return named or "can't allocate memory" in str(problem)
+
+
+def _usage(problem: Any) -> str:
+    """What is wrong with the flags, and where they are listed."""
+    text = problem.format_message().strip().rstrip(".") or "no command was given"
+    where = problem.ctx.command_path if problem.ctx else ""
+    return f"{text}; {where} --help lists what there is" if where else text
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

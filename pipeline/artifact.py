@@ -11,14 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.storage import Folder, Storage
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-
-
-class UserError(Exception):
-    """Something the user can mend. The text says what is, what was asked, what to do."""
 
 
 class Mismatch(UserError):
@@ -38,6 +35,12 @@ def fingerprint(record: Any) -> str:
 def digest(data: Any) -> str:
     """BLAKE2b-128 of bytes or of an array's memory, in hexadecimal."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with `seal`, the fingerprint of all else in it: equal to itself if it is whole."""
+    rest = {key: value for key, value in record.items() if key != "seal"}
+    return {**rest, "seal": fingerprint(rest)}
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any], under: str = "") -> list[str]:
@@ -65,12 +68,18 @@ def read(storage: Storage, kind: str | None = None) -> dict[str, Any]:
     try:
         raw = storage.get(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
-        what = f"a {kind}" if kind else "anything compress made"
-        raise UserError(f"{storage} is not {what}: it holds no {MANIFEST}") from None
+        what = _a(kind) if kind else "anything compress made"
+        there = not isinstance(storage, Folder) or storage.path.exists()
+        why = f"it holds no {MANIFEST}" if there else "there is no such folder"
+        raise UserError(f"{storage} is not {what}: {why}; check the path") from None
     manifest = parse(raw, f"{storage}/{MANIFEST}")
     if kind and manifest["kind"] != kind:
-        raise UserError(f"{storage} is a {manifest['kind']}, but a {kind} was asked for")
+        raise UserError(f"{storage} holds {_a(manifest['kind'])}, not {_a(kind)}; name another folder")
     return manifest
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 def parse(raw: bytes, where: str) -> dict[str, Any]:
@@ -82,10 +91,24 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError):
         good = False
     if not good:
-        raise UserError(f"{where} is damaged: its content does not fit its digest; restore it from a copy")
+        raise UserError(
+            f"{where} is damaged, or not of our making: its content does not fit its digest; restore it from a copy "
+            "(a store has one in copy/), or move the folder away and begin anew"
+        )
     if manifest["format"] != FORMAT:
-        raise UserError(f"{where} has format {manifest['format']}; this version of compress reads {FORMAT}")
+        raise UserError(
+            f"{where} has format {manifest['format']}, but this version of compress reads {FORMAT}; "
+            "use the version that made it"
+        )
     return manifest
+
+
+def read_json(storage: Storage, key: str) -> Any:
+    """A small JSON file of ours that has no digest. Raises UserError if it is damaged."""
+    try:
+        return json.loads(storage.get(key))
+    except ValueError:
+        raise UserError(f"{storage}/{key} is damaged; delete it and repeat the command that made it") from None
 
 
 def spell(manifest: Mapping[str, Any]) -> bytes:
@@ -108,8 +131,7 @@ def claim(
 
     Raises Mismatch with the list of what differs, UserError if the folder holds other things.
     """
-    if storage.exists(MANIFEST):
-        manifest = read(storage, kind)
+    if manifest := claimed(storage, kind):
         asked = json.loads(canonical(identity))
         if changed := differences(manifest["identity"], asked):
             raise Mismatch(
@@ -117,25 +139,60 @@ def claim(
                 "Repeat them, choose another --out, or start anew with --overwrite"
             )
         return manifest, False
-    if any(True for _ in storage.list()):
-        raise UserError(f"{storage} is not empty and holds no {MANIFEST} of ours; choose another --out")
     return write(storage, kind, identity, about or {}), True
 
 
-def set_aside(folder: Path) -> Path | None:
-    """For --overwrite: move a folder of ours to the first free NAME.old-N. None if there is nothing.
+def claimed(storage: Storage, kind: str) -> dict[str, Any] | None:
+    """The manifest of a folder that a `kind` may be written to; None if nothing is there yet.
 
-    Raises UserError for a folder that is not ours: it is left as it is.
+    Raises UserError if the folder holds other things.
+    """
+    if storage.exists(MANIFEST):
+        return read(storage, kind)
+    if isinstance(storage, Folder) and storage.path.exists() and not storage.path.is_dir():
+        raise UserError(f"{storage} is a file, and a folder is needed for the {kind}; choose another --out")
+    if any(True for _ in storage.list()):
+        raise UserError(f"{storage} is not empty and holds no {MANIFEST} of ours; choose another --out")
+    return None
+
+
+def replaceable(folder: Path, kind: str) -> bool:
+    """Whether there is a `kind` of ours for --overwrite to set aside.
+
+    Raises UserError for anything else that is there: it is left as it is.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
+        return False
     if not (folder / MANIFEST).exists():
         raise UserError(
             f"--overwrite touches only what compress made, and {folder} holds no {MANIFEST}; choose another --out"
         )
-    read(Folder(folder))
+    read(Folder(folder), kind)  # never a store for a run: it may be the very one that is read
+    if folder.resolve() in (here := Path.cwd(), *here.parents):
+        raise UserError(f"--overwrite cannot set {folder} aside while you work in it; go to another folder")
+    return True
+
+
+def set_aside(folder: Path, kind: str) -> Path | None:
+    """For --overwrite: move a `kind` of ours to the first free NAME.old-N. None if there is nothing.
+
+    Raises UserError for a folder that is not ours or cannot be moved: it is left as it is.
+    """
+    if not replaceable(folder, kind):
+        return None
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+    while (aside := beside(folder, f".old-{number}")).exists():
         number += 1
-    os.rename(folder, aside)
+    try:
+        os.rename(folder, aside)
+    except OSError as problem:
+        raise UserError(
+            f"{folder} cannot be moved to {aside} ({problem.strerror}); move it yourself, or choose another --out"
+        ) from None
     return aside
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """A neighbour of a folder, NAME + ending: `runs/a` -> `runs/a-evaluation`; `.` has a name too."""
+    named = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
+    return named.parent / f"{named.name}{ending}"

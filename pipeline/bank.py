@@ -74,6 +74,6 @@ class MemoryBank(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length 1, in float32: (..., d) -> (..., d)."""
-    x = x.float()
+    """Rows of length 1, in float32 at least: (..., d) -> (..., d)."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -7,14 +7,15 @@ with growing pauses by the library; what does not pass becomes one sentence.
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 import obstore
 from obstore import exceptions
 from obstore.store import MemoryStore, from_url
 
-from pipeline.artifact import UserError
+from pipeline.errors import UserError
+from pipeline.storage import Folder, Storage
 
 T = TypeVar("T")
 RETRY = {
@@ -88,6 +89,12 @@ class Bucket:
             ) from None
 
 
+def open_storage(where: str | os.PathLike[str]) -> Storage:
+    """A folder, or a bucket for a URL: s3://, gs://, az://, memory://."""
+    text = os.fspath(where)
+    return Bucket(text) if "://" in text and not text.startswith("file://") else Folder(text.removeprefix("file://"))
+
+
 def connect(url: str) -> Any:
     """The library's store for a URL; settings come from the environment. Raises UserError."""
     if url.startswith("memory://"):
@@ -100,7 +107,7 @@ def connect(url: str) -> Any:
         raise UserError(f"{url} cannot be opened: {_gist(problem)}") from None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _memory(url: str) -> Any:
     """One store per memory:// URL and process."""
     return MemoryStore()

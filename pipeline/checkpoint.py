@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,18 @@ _STEP = re.compile(r"step-(\d+)\.pt$")
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Any]) -> None:
-    """checkpoints/step-N.pt from {name: object with state_dict, or plain value}; last.pt is the same file."""
+    """checkpoints/step-N.pt from {name: object with state_dict, or plain value}; last.pt is the same file.
+
+    Of earlier ones KEEP - 1 stay; later ones, of a future that was not gone back to, are deleted.
+    """
     data = spell({"step": step, **parts})
     home = Folder(folder)
     name = f"step-{step:08d}.pt"
     home.put(name, data)
     link(folder / name, folder / "last.pt")
-    for old in steps(folder)[:-KEEP]:
-        home.delete(f"step-{old:08d}.pt")
+    kept = [there for there in steps(folder) if there <= step][-KEEP:]
+    for other in set(steps(folder)) - set(kept):
+        home.delete(f"step-{other:08d}.pt")
 
 
 def link(source: Path, target: Path) -> None:
@@ -53,12 +58,17 @@ def steps(folder: Path) -> list[int]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Raises UserError if the file is damaged."""
+    """Raises UserError if the file is not there or damaged."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself reads over a flipped bit
+            if broken := archive.testzip():
+                raise zipfile.BadZipFile(f"bad checksum of {broken}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except Exception as problem:
+    except Exception as problem:  # torch and pickle raise nearly anything on damaged files
+        if isinstance(problem, OSError) and problem.errno:
+            raise
         why = " ".join(str(problem).split())[:120]
         raise UserError(f"checkpoint {path} is damaged ({why}); delete it to go on from an earlier one") from None
 
@@ -76,7 +86,7 @@ def restore(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
         if hasattr(part, "load_state_dict"):
             try:
                 part.load_state_dict(saved[name])
-            except (RuntimeError, KeyError, ValueError) as problem:
+            except (RuntimeError, KeyError, ValueError, TypeError) as problem:
                 why = " ".join(str(problem).split())[:200]
                 raise UserError(f"checkpoint {path} does not fit this run: {name}: {why}") from None
     return saved

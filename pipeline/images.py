@@ -8,9 +8,18 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 _ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAX_PIXELS = 2**27  # 134 million: the largest photographs pass, decompression bombs do not
 
 GOOD, UNREADABLE, NOT_AN_IMAGE, BROKEN, TOO_LARGE, CHANGED, NOT_FINITE = range(7)
@@ -44,9 +53,7 @@ def decode(data: bytes) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(TOO_LARGE, f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
             image.load()
-            if image.getexif().get(_ORIENTATION, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-            return np.array(to_rgb(image))
+            return np.array(to_rgb(upright(image)))
     except BadImage:
         raise
     except Image.DecompressionBombError as bomb:
@@ -57,13 +64,22 @@ def decode(data: bytes) -> np.ndarray:
         raise BadImage(BROKEN, _one_line(problem)) from None
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says. Damaged EXIF says nothing: the pixels are good without it."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode -> RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
-        if values.max(initial=0) > 255 or image.mode.startswith("I;16"):
+        if values.max(initial=0) > 255 or image.mode.startswith("I;16") or image.format == "PPM":
             values = values / 256
         return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -23,8 +23,8 @@ class Journal:
 
         kept = [row for row in read(self.folder / "metrics.jsonl") if row["step"] <= self.step]
         Folder(self.folder).put("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._rows = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._text = open(self.folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115
+        self._rows = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+        self._text = open(self.folder / "train.log", "a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1 if self.step else None)
         self.note(f"from step {self.step}")
         return self

@@ -81,7 +81,8 @@ class Menu:
         if self.path_means and (Path(text).expanduser().exists() or text.startswith((".", "/", "~"))):
             return Spec(self.path_means, text)
         hint = nearest(spec.kind, self.entries) or "."
-        raise UserError(f"unknown {self.family} {spec.kind!r}{hint} Known: {', '.join(self.entries)}")
+        path = ", and there is no file or folder of that name" if self.path_means and text == spec.kind else ""
+        raise UserError(f"unknown {self.family} {spec.kind!r}{path}{hint} Known: {', '.join(self.entries)}")
 
     def resolve(self, kind: str) -> Callable[..., typing.Any]:
         """The object behind an entry. Raises UserError if an optional package is missing."""

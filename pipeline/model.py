@@ -256,18 +256,3 @@ def _assemble(network: Network, asked: Options) -> Embedder:
     kept = network.preprocessing.record()
     network.preprocessing = Preprocessing.of({**kept, **{key: value for key, value in said.items() if value}})
     return Embedder(network, network.pool or asked.pool, head)
-
-
-def build(spec_text: str, *, image_size: int | None = None, pretrained_default: bool = False) -> Embedder:
-    """The model a spec names. Its input size is `image_size`, else its size=, else its own.
-
-    Raises UserError for whatever the user can mend: names, keys, files, sizes.
-    """
-    from pipeline.models import MODELS  # a table of names; the kinds in it import this file
-
-    spec = MODELS.parse(spec_text)
-    if "image_size" in spec.options:
-        raise UserError(f"{spec_text}: a model's key for its input size is size=, not image_size=")
-    embedder: Embedder = MODELS.order(spec, image_size=image_size, pretrained_default=pretrained_default)
-    embedder.spec = spec_text
-    return embedder

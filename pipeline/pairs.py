@@ -8,7 +8,6 @@ images, in turns, so that it reads only these from the store.
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -56,7 +55,9 @@ class Plan:
         """(rows (B,), student views (B, W), teacher views (B, W)) of a step, int64."""
         place = step * self.batch + np.arange(self.batch)
         epochs, ranks = np.divmod(place, len(self.rows))
-        rows, student, teacher = [], [], []
+        rows: list[np.ndarray] = []
+        student: list[np.ndarray] = []
+        teacher: list[np.ndarray] = []
         for epoch in np.unique(epochs):
             mine = ranks[epochs == epoch]
             rows.append(self.rows[_shuffled(self.seed, int(epoch), len(self.rows))[mine]])
@@ -68,15 +69,7 @@ class Plan:
         """(student (W,), teacher (W,)) views of an epoch: every stored view in turn, in shuffled rounds."""
         count, w = len(self.views), self.per_step
         turn = epoch * w + np.arange(w)
-        rounds = [philox.permutation(self.seed, philox.PAIRING, int(t) // count, count) for t in turn]
-        places = np.array([order[t % count] for order, t in zip(rounds, turn, strict=True)])
-        while len(set(places.tolist())) < w:  # two rounds meet inside this epoch and repeat a view
-            free = sorted(set(range(count)) - set(places.tolist()))
-            seen: set[int] = set()
-            for j, p in enumerate(places.tolist()):
-                if p in seen:
-                    places[j] = free.pop(0)
-                seen.add(int(places[j]))
+        places = _turns(self.seed, epoch // count, count, w)[epoch % count]
         stored = np.array(self.views)[places]
         if self.pairing == "same":
             return stored, stored
@@ -93,6 +86,16 @@ def _shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
     return philox.permutation(seed, philox.ORDER, epoch, n)
 
 
+@lru_cache(maxsize=2)
+def _turns(seed: int, cycle: int, count: int, w: int) -> np.ndarray:
+    """(count, W) places: a cycle of `count` epochs goes round all views W times; no epoch sees one twice."""
+    order: list[int] = []
+    for number in range(cycle * w, cycle * w + w):
+        begun = order[len(order) - len(order) % w :]  # seen already by the epoch in which this round begins
+        order += sorted(philox.permutation(seed, philox.PAIRING, number, count).tolist(), key=begun.__contains__)
+    return np.array(order).reshape(count, w)
+
+
 class Features:
     """Teacher features in memory, one stored view at a time, as the codec keeps them.
 
@@ -105,15 +108,12 @@ class Features:
 
     def rows(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """(n, ...) float32 features of (rows[j], views[j])."""
-        out: Any = None
+        out = np.empty((len(rows), *self.store.arrays[self.name]), np.float32)
         for view in np.unique(views):
             mine = views == view
             stored, scale = self._view(int(view))
             picked = rows[mine]
-            part = self.store.codec.decode(stored[picked], None if scale is None else scale[picked])
-            if out is None:
-                out = np.empty((len(rows), *part.shape[1:]), np.float32)
-            out[mine] = part
+            out[mine] = self.store.codec.decode(stored[picked], None if scale is None else scale[picked])
         return out
 
     def _view(self, view: int) -> tuple[np.ndarray, np.ndarray | None]:

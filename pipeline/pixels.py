@@ -42,11 +42,12 @@ def look(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, i: int, key
 
 
 def require_same(
-    there: dict[str, str], dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, keys: Any, allow: bool
+    there: dict[str, str], dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, keys: Any, allow: bool | None
 ) -> str:
     """Look at the probed images again: "" if they look the same, else what differs if `allow` is set.
 
-    Raises UserError if they differ: a student would be taught features of other pixels.
+    Raises UserError if they differ: a student would be taught features of other pixels. `allow` is None
+    where no flag could allow it: half a store of other pixels is of no use.
     """
     unlike = [i for i, seen in there.items() if look(dataset, spec, preprocessing, int(i), int(keys[int(i)])) != seen]
     if not unlike:
@@ -54,8 +55,9 @@ def require_same(
     first = dataset.ids[int(unlike[0])]
     words = f"{len(unlike)} of {len(there)} probe images do not look as they did to the teacher, the first is {first}"
     if not allow:
+        way_out = "export into another --out" if allow is None else "accept it with --allow-other-pixels"
         raise UserError(
-            f"{words}: the file changed, or Pillow or torchvision render differently here; install the versions in "
-            "the store's history.jsonl, or accept it with --allow-other-pixels"
+            f"{words}: the file changed, or Pillow or torchvision render differently here; put the file back, install "
+            f"the versions in the store's history.jsonl, or {way_out}"
         )
     return words

@@ -139,8 +139,7 @@ def write(
         )
     raw = html.escape(json.dumps(metrics, indent=1, default=str))
     page.add("", f"<details><summary>metrics.json</summary><pre>{raw}</pre></details>")
-    model = metrics.get("model") or {}
-    name, role = str(model.get("name", "Evaluation")), str(model.get("role", ""))
+    name, role = (str(_model(metrics).get(key, there)) for key, there in (("name", "Evaluation"), ("role", "")))
     page.storage.put("report.html", page.spell(name, role))
     return Path(folder) / "report.html"
 
@@ -239,8 +238,8 @@ def _score_row(title: str, own: float, other: float | None, metrics: Mapping[str
 MANY = 60  # points from which a running mean over a thirtieth of them is drawn
 PANELS = {
     "loss": "loss",
-    "val_nn": "NN on validation, top-1",
-    "agreement": "agreement with the teacher's NN",
+    "val_nn": "NN on validation, top-1 (%)",
+    "agreement": "agreement with the teacher's NN (%)",
     "spread": "feature spread (0: collapse)",
     "lr": "learning rate",
 }

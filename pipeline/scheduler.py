@@ -82,10 +82,11 @@ def _client(scheduler: str, say: Callable[[str], None]) -> Iterator[Any]:
         try:
             client = Client(argument, timeout=15, set_as_default=False)
         except (OSError, TimeoutError) as problem:
-            raise UserError(f"no dask scheduler answers at {argument} ({problem}); start one, or check the address") from None
+            why = f"no dask scheduler answers at {argument} ({problem}); start one, or check the address"
+            raise UserError(why) from None
         with client:
             if not client.scheduler_info()["workers"]:
-                raise UserError(f"the dask scheduler at {argument} has no workers; start some with dask worker {argument}")
+                raise UserError(f"the dask scheduler at {argument} has no workers; start some: dask worker {argument}")
             yield client
         return
     with (

@@ -100,22 +100,12 @@ class Folder:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+        except BaseException as problem:
             part.unlink(missing_ok=True)
+            if isinstance(problem, OSError) and problem.filename is None:
+                problem.filename = str(target)  # a full disk does not say which
             raise
         return part
-
-
-def open_storage(where: str | os.PathLike[str]) -> Storage:
-    """A folder, or a bucket for a URL: s3://, gs://, az://, memory://."""
-    text = os.fspath(where)
-    if text.startswith("file://"):
-        return Folder(text.removeprefix("file://"))
-    if "://" in text:
-        from pipeline.bucket import Bucket  # the object-store library is loaded only by who names one
-
-        return Bucket(text)
-    return Folder(text)
 
 
 def sync(path: Path) -> None:

@@ -81,6 +81,11 @@ class FeatureStore:
             return cls(storage)
         artifact.claim(storage, "store", identity)
         store = cls(storage)
+        if about["views"] < store.views:
+            raise UserError(
+                f"{storage} has {store.views} views, but --views {about['views']} was asked, and a store only grows; "
+                f"ask for {store.views} or more, or choose another --out"
+            )
         if about["views"] > store.views:
             store._grow(about["views"])
         elif not all(storage.exists(f"{COPY}/{key}") for key in store.about["small"]):
@@ -138,6 +143,43 @@ class FeatureStore:
             raise UserError(
                 f"{self.storage} lacks {lacking} of {total} shards; repeat the export-teacher command that made it"
             )
+        if gone := self._gone(wanted):
+            raise UserError(
+                f"{self.storage} lacks {len(gone)} of the files that its done records promise, the first is {gone[0]}; "
+                "compress verify --repair marks the shards to export again"
+            )
+
+    def _gone(self, views: set[int]) -> list[str]:
+        """Files of done shards that are missing: Zarr says nothing and reads the fill value.
+
+        A file that would hold nothing but fill value is never written; its done record's digest tells.
+        """
+        there = set(self.storage.list(GROUP))
+        gone = []
+        for block, spans in self.done().items():
+            wanted = [(first, stop) for first, stop in spans if views & set(range(first, stop))]
+            for name in ("status", "content") if wanted else ():
+                if (key := self._chunk_key(name, (block,))) not in there and not self._is_fill(name, block, wanted[0]):
+                    gone.append(key)
+            for first, stop in wanted:
+                for name in self.arrays:
+                    names = [name, f"{name}_scale"] if self.codec.scaled else [name]
+                    keys = [self._chunk_key(part, (block, first // VIEW_BLOCK)) for part in names]
+                    missing = [key for key in keys if key not in there]
+                    if missing and not self._is_fill(name, block, (first, stop)):
+                        gone += missing
+        return gone
+
+    def _is_fill(self, name: str, block: int, views: tuple[int, int]) -> bool:
+        """Whether a done record says that an array holds nothing but fill value there."""
+        rows = self.span(block)[1] - self.span(block)[0]
+        record = artifact.read_json(self.storage, done_key(block, *views))
+        grid = _grid(self.identity, name)
+        fill = np.full((rows, *grid.shards[2:]), grid.fill, grid.dtype)
+        if name in ("status", "content"):
+            return record[name] == artifact.digest(fill.tobytes())
+        scale = np.zeros(fill.shape[:-1], "<f4") if self.codec.scaled else None
+        return set(record["digest"][name]) == {view_digest(fill, scale)}
 
     # ------------------------------------------------------------------ reading
 
@@ -160,9 +202,9 @@ class FeatureStore:
         except (ValueError, TypeError) as problem:
             raise UserError(f"{self.storage}: metadata of {name!r} is damaged: {problem}; see verify --repair") from None
 
-    def table(self, name: str) -> np.ndarray:
-        """(N,) label, sample_id, view_key, content or status."""
-        return self._read(name, slice(None))
+    def table(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """(n,) label, sample_id, view_key, content or status."""
+        return self._read(name, rows)
 
     def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
         """What lies on disk of one view: ((n, ...) as the codec keeps it, (n, ...) scale or None)."""
@@ -222,7 +264,7 @@ class FeatureStore:
         rows = {"rows": [shard.start, shard.stop], "bad": {str(i): why for i, why in sorted(bad.items())}}
         rows |= {"status": artifact.digest(status.tobytes()), "content": artifact.digest(content.tobytes())}
         for views, digests in records:  # after the data: a crash between costs a shard, not its truth
-            record = {**rows, "views": [views.start, views.stop], "digest": digests}
+            record = artifact.sealed({**rows, "views": [views.start, views.stop], "digest": digests})
             self.storage.put(done_key(shard.block, views.start, views.stop), artifact.canonical(record) + b"\n")
             for old in [s for s in held if s[0] == views.start and s[1] != views.stop]:
                 self.storage.delete(done_key(shard.block, *old))
@@ -259,14 +301,15 @@ class FeatureStore:
 
     def _put_chunk(self, name: str, place: tuple[int, ...], data: np.ndarray) -> None:
         """Encode one shard or chunk in memory and put it in place whole; all fill value is no file."""
-        grid = _grid(self.identity, name)
-        where = "/".join(map(str, place + (0,) * (len(grid.shards) - len(place))))
-        encoded = _encode(grid, data)
-        key = f"{GROUP}/{name}/c/{where}"
+        encoded, key = _encode(_grid(self.identity, name), data), self._chunk_key(name, place)
         if encoded is None:
             self.storage.delete(key)
         else:
             self.storage.put(key, encoded)
+
+    def _chunk_key(self, name: str, place: tuple[int, ...]) -> str:
+        rank = len(_grid(self.identity, name).shards)
+        return f"{GROUP}/{name}/c/{'/'.join(map(str, place + (0,) * (rank - len(place))))}"
 
     def _grow(self, views: int) -> None:
         """More views: new metadata, then the manifest that knows them."""
@@ -300,7 +343,7 @@ class FeatureStore:
         for block, spans in self.done().items():
             if np.any(bad // self.rows == block):
                 for span in spans:
-                    record = json.loads(self.storage.get(done_key(block, *span)))
+                    record = artifact.read_json(self.storage, done_key(block, *span))
                     reasons |= {int(i): why for i, why in record["bad"].items()}
         return [(int(i), str(ids[i]), reasons.get(int(i), REASONS[int(status[i])])) for i in bad]
 

@@ -147,7 +147,8 @@ def render(image: torch.Tensor, view: View, size: int, interpolation: str) -> to
     if view.plain:
         short = min(image.shape[-2:])
         image = tv.center_crop(image, [min(side, _STRIP * short) for side in image.shape[-2:]])
-        target = [max(size, round(size / view.plain * side / short)) for side in image.shape[-2:]]
+        least = max(size, math.floor(size / view.plain + 1e-6))  # timm's and torchvision's roundings: down, both
+        target = [int(least * side / short) for side in image.shape[-2:]]
         return tv.center_crop(tv.resize(image, target, how, antialias=True), [size, size])
     box = image[:, view.top : view.top + view.height, view.left : view.left + view.width]
     pixels = tv.resize(box, [size, size], how, antialias=True)

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import pickle
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -120,7 +121,8 @@ def read(file: Path) -> Mapping[str, Any]:
     try:
         if start[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
             return safetensors.torch.load_file(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # inert; DINO keeps its flags in one
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():  # DINO's flags: inert
+            warnings.simplefilter("ignore")  # what is wrong with a file, the errors below say
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as wrong:  # torch raises a dozen types for damaged files
         raise UserError(_unreadable(file, wrong)) from wrong

@@ -1,6 +1,5 @@
 """`compress compare DIR...`: one table and page over many evaluations, the teacher first."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,9 @@ def run(config: Config) -> dict[str, Any]:
 
 def metrics(folder: Path) -> dict[str, Any]:
     """metrics.json of an evaluation, or of the evaluation of a run or a store."""
-    places = [folder, folder / "evaluation", folder.with_name(f"{folder.name}-evaluation")]
+    places = [folder, folder / "evaluation", artifact.beside(folder, "-evaluation")]
     for place in places:
         if (place / artifact.MANIFEST).exists() and (place / "metrics.json").exists():
             artifact.read(Folder(place), "evaluation")
-            return json.loads((place / "metrics.json").read_text())
+            return artifact.read_json(Folder(place), "metrics.json")
     raise UserError(f"{folder} has no evaluation; make one with compress evaluate (looked in {', '.join(map(str, places))})")

@@ -56,14 +56,19 @@ def run(config: Config) -> dict[str, Any]:
     check(config)
     from pipeline.evaluators import PROTOCOLS
 
-    for spec in config.protocol:
-        PROTOCOLS.parse(spec)
+    evaluators = {spec: PROTOCOLS.order(spec) for spec in config.protocol}
     subject = open_subject(config)
     out = config.out or subject.home
-    if config.overwrite and (aside := artifact.set_aside(out)):
-        say(f"set the earlier {out} aside as {aside}")
-    evaluators = {spec: PROTOCOLS.order(spec) for spec in config.protocol}
+    anew = config.overwrite and artifact.replaceable(out, "evaluation")
+    earlier = None if anew else artifact.claimed(Folder(out), "evaluation")
     train_data, val_data = open_sets(config, subject)
+    if earlier:
+        require_its_images(config, subject, earlier, train_data, val_data)
+    suits(evaluators, train_data, val_data)
+
+    from pipeline.device import choose
+
+    choose(config.device)
     identity = {
         "model": {"weights": subject.weights, "preprocessing": subject.preprocessing},
         "crop_ratio": subject.spec.crop_ratio,
@@ -71,6 +76,8 @@ def run(config: Config) -> dict[str, Any]:
         "precision": config.precision,
     }
     about = {"model": subject.model, "train": subject.train_spec(config), "val": config.val}
+    if config.overwrite and (aside := artifact.set_aside(out, "evaluation")):  # only now, when little else can be refused
+        say(f"set the earlier {out} aside as {aside}")
     artifact.claim(Folder(out), "evaluation", identity, about)
     train, val = splits(config, subject, train_data, val_data, out)
     metrics, results = score(config, subject, evaluators, train, val, train_data, out)
@@ -134,10 +141,16 @@ def open_run(config: Config, folder: Path) -> Subject:
     def build() -> "Embedder":
         import safetensors.torch
 
-        from pipeline.model import build as build_model
+        from pipeline.models import build as build_model
 
         embedder = build_model(student["spec"], image_size=size, pretrained_default=False)
-        embedder.backbone.load_state_dict(safetensors.torch.load_file(file))
+        try:
+            embedder.backbone.load_state_dict(safetensors.torch.load_file(file))
+        except (safetensors.SafetensorError, RuntimeError) as wrong:
+            why = " ".join(str(wrong).split())[:200]
+            raise UserError(
+                f"{file} is damaged ({why}); delete it and repeat the distill command, which writes it anew"
+            ) from None
         return embedder
 
     embedder = build()
@@ -152,7 +165,7 @@ def open_run(config: Config, folder: Path) -> Subject:
         folder / "evaluation",
         about["data"],
         run=folder,
-        beside=store.with_name(f"{store.name}-evaluation"),
+        beside=artifact.beside(store, "-evaluation"),
     )
 
 
@@ -168,7 +181,7 @@ def open_store(folder: Path) -> Subject:
     def build() -> "Embedder":
         import torch
 
-        from pipeline.model import build as build_model
+        from pipeline.models import build as build_model
 
         torch.manual_seed(0)
         size = teacher["preprocessing"]["size"]
@@ -178,7 +191,7 @@ def open_store(folder: Path) -> Subject:
         return embedder
 
     model = {"name": teacher["name"], "role": "teacher", "parameters": about["parameters"], "width": teacher["width"]}
-    home = folder.with_name(f"{folder.name}-evaluation")
+    home = artifact.beside(folder, "-evaluation")
     return Subject(
         {**model, "spec": about["teacher"], "store": str(folder)},
         teacher["weights"],
@@ -195,7 +208,7 @@ def open_model(config: Config) -> Subject:
     """Any model by its spec. Random weights are those a run with --seed 0 begins with."""
     import torch
 
-    from pipeline.model import build
+    from pipeline.models import build
     from pipeline.views import ViewSpec
 
     assert config.model and config.out
@@ -227,10 +240,31 @@ def open_sets(config: Config, subject: Subject) -> tuple["Dataset", "Dataset"]:
     unknown = [name for name in val.classes if name not in train.classes]
     if unknown and (train.label >= 0).any():
         raise UserError(
-            f"{len(unknown)} classes of --val are not among the training images, the first is {unknown[0]!r}; "
-            "give the training images they belong to with --train, or take them out of --val"
+            f"{len(unknown)} of {len(val.classes)} classes of --val {config.val} are not among the training images, the "
+            f"first is {unknown[0]!r}; give training images of all classes with --train, or take them out of --val"
         )
     return train, val
+
+
+def require_its_images(
+    config: Config, subject: Subject, earlier: dict[str, Any], train: "Dataset", val: "Dataset"
+) -> None:
+    """Raises UserError if the evaluation that is there was made from other images."""
+    for which, dataset, asked in (("train", train, subject.train_spec(config)), ("val", val, config.val)):
+        if earlier["identity"]["data"][which] != dataset.fingerprint:
+            raise artifact.Mismatch(
+                f"{config.out or subject.home} was made with the {which} images of {earlier['about'][which]} as they "
+                f"were then, and those of {asked} are others; choose another --out, or start anew with --overwrite"
+            )
+
+
+def suits(evaluators: dict[str, Any], train: Any, val: Any) -> None:
+    """Refuse a protocol that needs labels where there are none, before hours of features."""
+    from pipeline.evaluators.base import require_labels
+
+    for spec, evaluator in evaluators.items():
+        if evaluator.needs_labels:
+            require_labels(spec, train, val)
 
 
 def splits(
@@ -291,7 +325,11 @@ def split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -
 
     rows = np.flatnonzero(store.table("status") == GOOD)
     if not len(rows):
-        raise UserError(f"none of the {len(dataset)} images of {store.storage} can be used")
+        _, name, why = store.bad_images()[0]
+        raise UserError(
+            f"none of the {len(dataset)} images of {store.storage} can be used, the first is {name}: {why}; "
+            "mend them, then repeat the command with another --out"
+        )
     if len(rows) < len(dataset):
         say(f"{len(dataset) - len(rows)} of {len(dataset)} images cannot be used and are left out")
     number = {name: y for y, name in enumerate(classes)}
@@ -318,7 +356,7 @@ def score(
             spec, evaluator, evaluator(train, val, out, augmented), out
         )
     for file in sorted((out / "results").glob("*.json")):
-        saved = json.loads(file.read_text())
+        saved = artifact.read_json(Folder(file.parent), file.name)
         merge(metrics, saved["name"], saved["metrics"])
     return metrics, results
 
@@ -419,7 +457,7 @@ def teacher_metrics(config: Config, subject: Subject, metrics: dict[str, Any]) -
         if config.teacher:
             raise UserError(f"--teacher {config.teacher} holds no metrics.json; score the teacher first, with --store")
         return None
-    teacher = json.loads((place / "metrics.json").read_text())
+    teacher = artifact.read_json(Folder(place), "metrics.json")
     same = all(teacher["data"][k] == metrics["data"][k] for k in ("train_images", "val_images", "classes"))
     if not same:
         say(f"{place} was scored on other images, so it is left out of the report")
@@ -441,4 +479,4 @@ def headline(metrics: dict[str, Any]) -> str:
     from pipeline.report import readings
 
     scores = "  ".join(f"{title} {value:.2f}" for title, value in readings(metrics).items())
-    return f"{metrics['model']['name']} ({metrics['model']['role']}): {scores}"
+    return f"{metrics['model']['name']} ({metrics['model']['role']}): {scores or 'no labels, so no scores'}"

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.store import FeatureStore
     from pipeline.views import ViewSpec
 
+PACKAGES = ("torch", "torchvision", "pillow", "zarr", "numpy")  # whose versions may change a feature's last bits
+
 
 @dataclass(frozen=True)
 class Config:
@@ -56,17 +58,20 @@ def run(config: Config) -> dict[str, Any]:
     from pipeline.models import MODELS
 
     MODELS.parse(config.teacher)
+    anew = config.overwrite and artifact.replaceable(config.out, "store")
+    earlier = None if anew else artifact.claimed(Folder(config.out), "store")
     dataset = DATASETS.order(config.data)
     dataset = dataset.subset(config.limit) if config.limit else dataset
-    if config.overwrite and not config.dry_run and (aside := artifact.set_aside(config.out)):
-        say(f"set the earlier {config.out} aside as {aside}")
+    if earlier:
+        require_its_images(config, earlier, dataset)
 
     import torch
 
     from pipeline.device import choose, loader_workers
-    from pipeline.model import build
+    from pipeline.models import build
     from pipeline.views import ViewSpec
 
+    device = choose(config.device)
     torch.manual_seed(0)  # a teacher with random weights is the same one every time
     embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True)
     spec = ViewSpec(config.policy, config.seed, embedder.preprocessing.crop_ratio)
@@ -78,14 +83,17 @@ def run(config: Config) -> dict[str, Any]:
     from pipeline.pixels import require_same
     from pipeline.store import FeatureStore
 
+    if config.overwrite and (aside := artifact.set_aside(config.out, "store")):  # only now, when nothing else can be refused
+        say(f"set the earlier {config.out} aside as {aside}")
+    elif earlier:  # refuse before anything grows
+        artifact.claim(Folder(config.out), "store", identity)
+        require_same(earlier["about"]["pixels"], dataset, spec, embedder.preprocessing, range(len(dataset)), allow=None)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     store = FeatureStore.make(Folder(config.out), identity, about, tables)
-    require_same(store.about["pixels"], dataset, spec, embedder.preprocessing, range(len(dataset)), allow=False)
     pending = store.pending()
     rows = sum(shard.stop - shard.start for shard in pending)
     if not pending:
         return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views")
-    device = choose(config.device)
     say(f"{rows} of {store.images} images to embed, {store.views} views, on {device}, {embedder.width} dimensions")
     with Interrupt() as stop, meter("export", store.images, "images", store.images - rows) as bar:
         cost = embed(
@@ -129,6 +137,18 @@ def check(config: Config) -> None:
         raise UserError(f"--policy none has one view, the plain one, but --views {config.views} was asked; use --views 1")
 
 
+def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dataset") -> None:
+    """Raises UserError, with what differs, if the store that is there was made from other images."""
+    if dataset.fingerprint != earlier["identity"]["data"]["fingerprint"]:
+        from pipeline.store import FeatureStore
+
+        unlike = dataset.unlike(FeatureStore(Folder(config.out)).table("sample_id"))
+        raise artifact.Mismatch(
+            f"{config.out} was made from other images than --data {config.data}: {unlike}. "
+            "Give the same images, choose another --out, or start anew with --overwrite"
+        )
+
+
 def describe(
     config: Config, dataset: "Dataset", embedder: "Embedder", spec: "ViewSpec"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -164,6 +184,11 @@ def describe(
         "pixels": probe(dataset, spec, embedder.preprocessing),
     }
     return identity, about
+
+
+def one_cell(text: str) -> str:
+    """Text that cannot break a table of tabs and lines: a file's name may hold either."""
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 
 def absolute(data: str, limit: int | None) -> dict[str, Any]:
@@ -206,15 +231,16 @@ def plan(config: Config, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def event(config: Config, cost: Any, device: Any) -> dict[str, Any]:
     """A line of history: who, when, with what, at what cost."""
+    from importlib.metadata import version
+
     import torch
-    import torchvision
 
     return {
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "pid": os.getpid(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "vision": torchvision.__version__},
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in PACKAGES}},
         "images": cost.images,
         "views": cost.views,
         "seconds": round(cost.seconds, 3),
@@ -223,15 +249,19 @@ def event(config: Config, cost: Any, device: Any) -> dict[str, Any]:
 
 
 def finish(store: "FeatureStore", text: str) -> dict[str, Any]:
-    """List what could not be used, check that anything could, and say what was made."""
+    """Check that all is there, list what could not be used, and say what was made."""
+    store.require_complete()
     bad = store.bad_images()
     if bad:
-        lines = ["row\tid\treason", *(f"{i}\t{name}\t{' '.join(why.split())}" for i, name, why in bad)]
+        lines = ["row\tid\treason", *(f"{i}\t{one_cell(name)}\t{one_cell(why)}" for i, name, why in bad)]
         store.storage.put("bad-images.tsv", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
-        first = "; ".join(f"{name}: {why}" for _, name, why in bad[:3])
+        first = "; ".join(f"{one_cell(name)}: {why}" for _, name, why in bad[:3])
         say(f"{len(bad)} of {store.images} images could not be used (bad-images.tsv): {first}")
     if len(bad) == store.images:
-        raise UserError(f"none of the {store.images} images could be used; the first is {bad[0][1]}: {bad[0][2]}")
+        raise UserError(
+            f"none of the {store.images} images could be used; the first is {bad[0][1]}: {bad[0][2]}. "
+            "Mend the cause, then export again with --overwrite"
+        )
     return {
         "summary": text + (f"; {len(bad)} bad images" if bad else ""),
         "store": str(store.storage),

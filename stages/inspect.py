@@ -29,11 +29,12 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def store(storage: Folder, manifest: dict[str, Any]) -> dict[str, Any]:
+    from pipeline import journal
     from pipeline.store import FeatureStore
 
     here = FeatureStore(storage)
     total = -(-here.images // here.rows)
-    history = [json.loads(row) for row in storage.get("history.jsonl").splitlines()] if _has(storage) else []
+    history = journal.read(storage.path / "history.jsonl")
     seconds = sum(event["seconds"] for event in history)
     views = sum(event["views"] for event in history)
     return {
@@ -47,10 +48,6 @@ def store(storage: Folder, manifest: dict[str, Any]) -> dict[str, Any]:
         "on disk": size(sum((storage.path / key).stat().st_size for key in storage.list())),
         "cost": f"{duration(seconds)}, {views / seconds:.0f} views/s" if seconds else "not known",
     }
-
-
-def _has(storage: Folder) -> bool:
-    return storage.exists("history.jsonl")
 
 
 def distillation(storage: Folder, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +73,7 @@ def distillation(storage: Folder, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluation(storage: Folder, manifest: dict[str, Any]) -> dict[str, Any]:
-    scores = json.loads(storage.get("metrics.json")) if storage.exists("metrics.json") else {}
+    scores = artifact.read_json(storage, "metrics.json") if storage.exists("metrics.json") else {}
     return {
         "model": f"{manifest['about']['model']['name']} ({manifest['about']['model']['role']})",
         "train": manifest["about"]["train"],

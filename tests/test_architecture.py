@@ -40,7 +40,7 @@ HOMES = {
     "dask": {"pipeline/scheduler.py"},
     "distributed": {"pipeline/scheduler.py"},
     "faiss": {"pipeline/neighbors.py", "pipeline/codecs.py"},
-    "obstore": {"pipeline/storage.py", "pipeline/store.py"},
+    "obstore": {"pipeline/bucket.py"},
     "timm": {"pipeline/models/"},
     "torchvision": {"pipeline/models/", "pipeline/views.py", "pipeline/datasets/"},
 }

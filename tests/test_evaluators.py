@@ -65,10 +65,10 @@ def test_a_protocol_neither_reads_nor_moves_the_global_random_state(spec: str, t
     for seed in (1, 2):
         np.random.seed(seed)
         torch.manual_seed(seed)
-        before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()
         results.append(run(spec, TRAIN, VAL, tmp_path).metrics)
         assert torch.equal(torch.get_rng_state(), before[0])
-        np.testing.assert_array_equal(np.random.get_state()[1], before[1])
+        np.testing.assert_array_equal(np.random.get_state(legacy=False)["state"]["key"], before[1])
     assert results[0] == results[1]
 
 
@@ -185,7 +185,9 @@ def test_cluster_top1_is_the_papers_on_any_assignment_even_with_an_empty_cluster
     ours, theirs = draw.integers(0, k - empty, 40), draw.integers(0, k, 25)
     train, val = draw.integers(0, k, 40), draw.integers(0, k, 25)
     found, _ = score(ours, train, theirs, val, k, k)
-    assert found["top1"] == pytest.approx(the_papers_way(*(a.tolist() for a in (ours, train, theirs, val)), k))
+    assert found["top1"] == pytest.approx(
+        the_papers_way(ours.tolist(), train.tolist(), theirs.tolist(), val.tolist(), k)
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -311,8 +313,8 @@ class FullBatchNorm(torch.nn.Module):
 
 def compress_probe(
     train: Split, val: Split, view: Callable[[int], np.ndarray], epochs: int, milestones: list[int], seed: int
-) -> list[tuple[float, float]]:
-    """(top-1, top-5) on validation after each epoch, by eval_linear.py's main loop."""
+) -> tuple[list[tuple[float, float]], np.ndarray]:
+    """(top-1, top-5) on validation after each epoch and the last weight, by eval_linear.py's main loop."""
 
     def embed(features: np.ndarray) -> torch.Tensor:
         x = torch.from_numpy(features)
@@ -340,14 +342,15 @@ def compress_probe(
             order = model(embed(val.features)).argsort(dim=1, descending=True)
         hits = order[:, :5] == torch.from_numpy(val.label)[:, None]
         found.append((100 * hits[:, 0].double().mean().item(), 100 * hits.any(dim=1).double().mean().item()))
-    return found
+    return found, layer.weight.detach().numpy()
 
 
 def test_linear_is_the_compress_loop_epoch_by_epoch(tmp_path: Path) -> None:
     train, val = blobs(600, classes=8, seed=1), blobs(200, classes=8, seed=2)
     with torch.random.fork_rng():
-        wanted = compress_probe(train, val, lambda _: train.features, 40, [15, 30, 40], seed=3)
+        wanted, weight = compress_probe(train, val, lambda _: train.features, 40, [15, 30, 40], seed=3)
     found = run("linear:seed=3", train, val, tmp_path)
+    np.testing.assert_allclose(found.arrays["weight"], weight, atol=1e-4)
     np.testing.assert_allclose(found.arrays["curve"][:, 1:], wanted, atol=0.51)  # at most one image of 200
     assert np.mean(np.isclose(found.arrays["curve"][:, 1:], wanted)) > 0.95
     assert found.metrics["last"] == {
@@ -400,7 +403,8 @@ def test_the_augmented_probe_sees_a_fresh_view_each_epoch_and_the_centre_crops_s
     assert asked == [0, 1, 2, 3]
     assert found.metrics["protocol"] == "augmented training images, whitened"
     with torch.random.fork_rng():
-        wanted = compress_probe(TRAIN, VAL, view, 4, [2, 3], seed=0)
+        wanted, weight = compress_probe(TRAIN, VAL, view, 4, [2, 3], seed=0)
+    np.testing.assert_allclose(found.arrays["weight"], weight, atol=1e-4)
     np.testing.assert_allclose(found.arrays["curve"][:, 1:], wanted, atol=1.7)  # one image of 60
     np.testing.assert_array_equal(found.arrays["mean"], run("linear:epochs=1", TRAIN, VAL, tmp_path).arrays["mean"])
 

@@ -82,7 +82,7 @@ def test_more_neighbours_than_keys_are_refused_in_words() -> None:
 
 
 def test_normalize_gives_unit_rows_and_leaves_its_input_and_dead_rows_alone() -> None:
-    features = random(5, 3) * np.float32([[1], [1e-15], [1e25], [0], [1]])
+    features = random(5, 3) * np.array([[1], [1e-15], [1e25], [0], [1]], np.float32)
     before = features.copy()
     unit = neighbors.normalize(features)
     np.testing.assert_array_equal(features, before)
@@ -115,12 +115,12 @@ def test_kmeans_uses_every_row_however_many_there_are_per_cluster() -> None:
 
 
 def test_kmeans_is_a_function_of_its_seed_and_leaves_numpy_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    features, state = random(300, 5), np.random.get_state()[1].copy()
+    features, state = random(300, 5), np.random.get_state(legacy=False)["state"]["key"].copy()
     first, second, other = (neighbors.kmeans(features, 12, 5, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(first[1], second[1])
     assert not np.array_equal(first[0], other[0])
-    np.testing.assert_array_equal(np.random.get_state()[1], state)
+    np.testing.assert_array_equal(np.random.get_state(legacy=False)["state"]["key"], state)
     assert capfd.readouterr() == ("", "")  # few images per cluster is no warning of FAISS's to print
 
 
@@ -130,8 +130,10 @@ def test_more_clusters_than_images_are_refused_in_words() -> None:
 
 
 def test_assign_takes_the_nearest_and_of_two_the_lower_number() -> None:
-    centroids = np.float32([[0, 0], [2, 0], [2, 0]])
-    np.testing.assert_array_equal(neighbors.assign(np.float32([[1, 0], [1.5, 0], [0, 9]]), centroids), [0, 1, 0])
+    centroids = np.array([[0, 0], [2, 0], [2, 0]], np.float32)
+    np.testing.assert_array_equal(
+        neighbors.assign(np.array([[1, 0], [1.5, 0], [0, 9]], np.float32), centroids), [0, 1, 0]
+    )
 
 
 def test_an_index_on_disk_opens_in_faiss_and_finds_itself(tmp_path: Path) -> None:

@@ -204,7 +204,12 @@ def test_what_is_not_given_is_left_out(tmp_path: Path) -> None:
 
 
 def test_rows_of_the_journal_that_lack_a_value_are_skipped() -> None:
-    rows = [{"step": 3, "loss": 1.0}, {"step": 1, "loss": float("nan")}, {"step": 2, "loss": 4.0, "val_nn": None}, {}]
+    rows: list[dict[str, Any]] = [
+        {"step": 3, "loss": 1.0},
+        {"step": 1, "loss": float("nan")},
+        {"step": 2, "loss": 4.0, "val_nn": None},
+        {},
+    ]
     np.testing.assert_array_equal(report._series(rows, "loss"), [[2, 4], [3, 1]])
     assert report._series(rows, "val_nn").shape == (0, 2)
 

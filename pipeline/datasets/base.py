@@ -34,9 +34,9 @@ class Dataset(ABC):
         """In words, how these images differ from the (N,) ids of a store: gone, added, or labelled otherwise."""
         there, here = set(map(str, ids)), set(self.ids)
         parts = []
-        for names, words in ((there - here, "are gone"), (here - there, "are new")):
+        for names, words in ((there - here, "gone"), (here - there, "new")):
             if names:
-                parts.append(f"{len(names)} {words}, as {min(names)}")
+                parts.append(f"{len(names)} {'is' if len(names) == 1 else 'are'} {words}, as {min(names)}")
         return "; ".join(parts) or "same names, but other labels or another order"
 
     def subset(self, n: int) -> "Dataset":

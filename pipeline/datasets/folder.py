@@ -1,17 +1,21 @@
 """Image files below a folder."""
 
 import os
+import re
+import stat
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.artifact import UserError
 from pipeline.datasets.base import Dataset, content_hash
-from pipeline.images import UNREADABLE, BadImage, decode
+from pipeline.images import TOO_LARGE, UNREADABLE, BadImage, decode
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .ico .tga".split()
 )
+MAX_BYTES = 2**31  # of one file: far more than the largest image that is decoded needs
+_LIKE_AN_ESCAPE = re.compile(rb"%(?=25|[89A-F][0-9A-F])")
 _SPLITS = ("train", "training", "val", "valid", "validation", "test")
 
 
@@ -26,7 +30,8 @@ class Folder(Dataset):
 
     def __init__(self, path: Path, /, *, labels: bool = True):
         if not path.is_dir():
-            raise UserError(f"data folder {path} does not exist" if not path.exists() else f"{path} is not a folder")
+            what = "is not a folder" if path.exists() else "does not exist"
+            raise UserError(f"data folder {path} {what}; give a folder of image files")
         self.path = path
         splits = [name for name in _SPLITS if (path / name).is_dir()]
         if len(splits) > 1:
@@ -45,18 +50,37 @@ class Folder(Dataset):
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
         try:
-            with open(os.path.join(os.fsencode(self.path), self._files[i]), "rb") as file:
+            with open(os.path.join(os.fsencode(self.path), self._files[i]), "rb", opener=_open) as file:
+                about = os.fstat(file.fileno())
+                if not stat.S_ISREG(about.st_mode):
+                    raise BadImage(UNREADABLE, "no regular file")
+                if about.st_size > MAX_BYTES:
+                    raise BadImage(TOO_LARGE, f"{about.st_size} bytes, the limit is {MAX_BYTES}")
                 data = file.read()
         except OSError as problem:
             raise BadImage(UNREADABLE, problem.strerror or str(problem)) from None
         return decode(data), content_hash(data)
 
 
+def _open(path: bytes, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would wait for ever
+
+
 def _image_files(root: bytes) -> list[bytes]:
-    """Relative paths, as bytes: names need not be UTF-8. Hidden files and folders are passed over."""
+    """Relative paths, as bytes: names need not be UTF-8. Hidden files and folders are passed over.
+
+    Raises UserError for a subfolder that cannot be listed: half a data set would pass for a whole one.
+    """
     found = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(b".")]
+    for folder, folders, names in os.walk(root, onerror=_unlisted, followlinks=True):
+        inside = os.path.realpath(folder) + b"/"
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(b".")
+            and name != b"lost+found"
+            and not inside.startswith(os.path.realpath(os.path.join(folder, name)) + b"/")  # a link that leads back up
+        ]
         base = os.path.relpath(folder, root)
         for name in names:
             if os.path.splitext(name)[1].lower().decode("ascii", "replace") in SUFFIXES and not name.startswith(b"."):
@@ -64,10 +88,11 @@ def _image_files(root: bytes) -> list[bytes]:
     return found
 
 
+def _unlisted(problem: OSError) -> None:
+    raise UserError(f"{os.fsdecode(problem.filename)} cannot be listed ({problem.strerror}); change its rights, or move it")
+
+
 def escape(name: bytes) -> str:
-    """UTF-8 text; a name that is not UTF-8 has its odd bytes and its % signs percent-escaped."""
-    try:
-        return name.decode("utf-8")
-    except UnicodeDecodeError:
-        text = name.replace(b"%", b"%25").decode("utf-8", "surrogateescape")
-        return "".join(f"%{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
+    """UTF-8 text: bytes that are not UTF-8 are percent-escaped, and so are the % signs that would look like that."""
+    text = _LIKE_AN_ESCAPE.sub(b"%25", name).decode("utf-8", "surrogateescape")
+    return "".join(f"%{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)

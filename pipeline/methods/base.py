@@ -5,7 +5,7 @@ steps on the losses that come back. A method owns its heads and banks; both are 
 its `state_dict`. One method serves one student, or all students of a run if it needs `peers`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -98,11 +98,28 @@ class Method(nn.Module):
     def after_step(self, batch: Batch) -> None:
         """Called after the optimiser's step: banks and momentum encoders move here."""
 
+    def suit(self, name: str, arrays: Container[str], pairing: str, views_per_step: int) -> None:
+        """Raises UserError if it needs what is not there; `name` is what the user calls it."""
+        for array in self.needs.arrays:
+            if array not in arrays:
+                raise UserError(f"{name} needs {array!r} of the teacher, which the store lacks; export it with --keep")
+        if pairing not in self.needs.pairings:
+            raise UserError(f"{name} needs --pairing {' or '.join(self.needs.pairings)}, not {pairing}")
+        if views_per_step < self.needs.views:
+            raise UserError(f"{name} needs --views-per-step {self.needs.views} or more")
+
     def fill(self, read: Read) -> None:
         """Called before the first step of a run and of a resumed run: read anchors from the store."""
         for module in self.modules():
             if isinstance(module, MemoryBank):
                 module.fill(read)
+
+
+def require(**values: float) -> None:
+    """Hyper-parameters that must be more than 0. Raises UserError."""
+    for name, value in values.items():
+        if not value > 0:
+            raise UserError(f"{name}={value} was asked, but must be more than 0")
 
 
 def bank_size(asked: int | None, published: int, setting: Setting) -> int:

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.artifact import UserError
 from pipeline.bank import MemoryBank, unit
-from pipeline.methods.base import Batch, Method, Outputs, Recipe, Setting, bank_size, store_rows
+from pipeline.methods.base import Batch, Method, Outputs, Recipe, Setting, bank_size, require, store_rows
 from pipeline.similarity import relation_kl
 
 PUBLISHED = 128_000
@@ -34,6 +35,7 @@ class TwoQueues(Method):
         start: Literal["empty", "random"] = "empty",
     ):
         super().__init__()
+        require(tau=tau)
         self.tau = tau
         columns = {"teacher": setting.teacher_width, "student": setting.students[0].width}
         size = bank_size(bank, PUBLISHED, setting)
@@ -71,6 +73,8 @@ class TwoQueuesMomentum(TwoQueues):
         momentum: float = 0.999,
     ):
         super().__init__(setting=setting, bank=bank, tau=tau, start=start)
+        if not 0 <= momentum <= 1:
+            raise UserError(f"momentum={momentum} was asked, but must be from 0 to 1")
         self.momentum = momentum
         self._student = [setting.students[0]]  # in a list: it is not ours to checkpoint
         self.slow = copy.deepcopy(setting.students[0]).requires_grad_(False)
@@ -112,6 +116,7 @@ class OneQueue(Method):
         start: Literal["store", "empty", "random"] = "store",
     ):
         super().__init__()
+        require(tau=tau)
         self.tau = tau
         self.head = nn.Linear(setting.students[0].width, setting.teacher_width)
         size = bank_size(bank, PUBLISHED, setting)

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.bank import MemoryBank, unit
-from pipeline.methods.base import Batch, Method, Outputs, Recipe, Setting, bank_size, store_rows
+from pipeline.methods.base import Batch, Method, Outputs, Recipe, Setting, bank_size, require, store_rows
 from pipeline.similarity import relation_cross_entropy
 
 
@@ -32,9 +32,10 @@ class Seed(Method):
         start: Literal["store", "empty", "random"] = "store",
     ):
         super().__init__()
+        require(tau_t=tau_t, tau_s=tau_s)
         self.tau_t, self.tau_s = tau_t, tau_s
         width, target = setting.students[0].width, setting.teacher_width
-        setting.notes.append(f"seed: the store keeps no projection, so the teacher's {target}-d embedding is the target")
+        setting.notes.append(f"seed: the store keeps no projection; the teacher's {target}-d embedding is the target")
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, target))
         size = bank_size(bank, 65_536, setting)
         self.bank = MemoryBank(size, {"teacher": target}, reread=("teacher",), seed=setting.seed)

@@ -1,5 +1,6 @@
 """A TorchScript program: network and weights in one file."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def model(asked: Options, file: Path, /) -> Network:
     if asked.size is None:
         raise UserError(f"torchscript:{file} does not say its image size; add size= or --image-size")
     try:
-        module = torch.jit.load(str(file), map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch advises another format; files in this one remain
+            module = torch.jit.load(str(file), map_location="cpu")
     except Exception as wrong:  # torch raises several types for damaged and foreign files
         raise UserError(
             f"torchscript:{file} is damaged or no TorchScript program ({one_line(wrong)}); "

@@ -1,0 +1,47 @@
+"""Run benchmarks by name (all unless given) and print one JSON object: the machine, then a result each."""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+NAMES = ("startup", "hydrate", "export")
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    from importlib.metadata import version
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next(
+        (line.partition(":")[2].strip() for line in lines if "model name" in line),
+        platform.processor(),
+    )
+    packages = {name: version(name) for name in ("torch", "torchvision", "zarr", "numpy", "pillow")}
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **packages}
+
+
+def main() -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"{', '.join(NAMES)} (default: all)")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    asked = parser.parse_args()
+    if unknown := [name for name in asked.names if name not in NAMES]:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
+    results: dict[str, object] = {"machine": machine(), "when": time.strftime("%Y-%m-%d")}
+    for name in asked.names or NAMES:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        results[name] = importlib.import_module(f"benchmarks.{name}").measure()
+    text = json.dumps(results, indent=1)
+    print(text)
+    if asked.out:
+        asked.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

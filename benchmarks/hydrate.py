@@ -1,0 +1,61 @@
+"""Reading one view of a store into memory, as an epoch does, against reading the same bytes from files."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore, Shard
+
+IMAGES, VIEWS, WIDTH, ROWS, RUNS = 65_536, 4, 1024, 2048, 5
+
+
+def measure() -> dict[str, float]:
+    """MB/s from a warm local disk: Zarr with checksums, and the plain read of files of the same size."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = made(Path(folder) / "store")
+        size = IMAGES * WIDTH / 1e6
+        ours = _median(lambda: store.stored("embedding", 1))
+        flat = Path(folder) / "flat"
+        flat.write_bytes(bytes(IMAGES * WIDTH))
+        plain = _median(lambda: np.fromfile(flat, np.int8))
+    return {
+        "MB": size,
+        "hydrate MB/s": round(size / ours, 1),
+        "plain file MB/s": round(size / plain, 1),
+        "ratio": round(plain / ours, 3),
+    }
+
+
+def made(folder: Path) -> FeatureStore:
+    """A store of random int8 features."""
+    identity = {
+        "data": {"images": IMAGES, "fingerprint": "benchmark"},
+        "arrays": {"embedding": [WIDTH]},
+        "codec": "int8",
+        "shard_rows": ROWS,
+    }
+    tables = {"sample_id": [str(i) for i in range(IMAGES)], "label": np.zeros(IMAGES), "view_key": range(IMAGES)}
+    store = FeatureStore.make(Folder(folder), identity, {"views": VIEWS}, tables)
+    random = np.random.default_rng(0)
+    for block in range(IMAGES // ROWS):
+        start, stop = store.span(block)
+        stored = random.integers(-127, 128, (ROWS, VIEWS, WIDTH), dtype=np.int8)
+        features: dict[str, Any] = {"embedding": (stored, np.ones((ROWS, VIEWS), np.float32))}
+        shard = Shard(block, start, stop, tuple(range(VIEWS)))
+        store.write(shard, features, np.zeros(ROWS, np.uint8), np.zeros(ROWS, np.uint64), {})
+    return store
+
+
+def _median(act: Callable[[], object]) -> float:
+    times = []
+    for _ in range(RUNS + 1):
+        began = time.perf_counter()
+        act()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])

@@ -1,0 +1,105 @@
+"""Is a store what its records say? Every digest checked, damage named, and what can be mended mended.
+
+Small files (manifest, Zarr metadata, tables) are mended from their second copies. A damaged shard
+loses its done record, so that the export command that made the store computes it again.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline import artifact
+from pipeline.artifact import UserError
+from pipeline.storage import Storage
+from pipeline.store import COPY, GROUP, FeatureStore, done_key, view_digest
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is not what it should be, and how it is mended."""
+
+    key: str
+    what: str
+    mend: Callable[[], None]
+
+
+def small_files(storage: Storage) -> list[Damage]:
+    """Damage to the manifest, the Zarr metadata and the tables, and to their second copies."""
+    manifests = {place: _manifest(storage, place) for place in (artifact.MANIFEST, f"{COPY}/{artifact.MANIFEST}")}
+    good = next((m for m in manifests.values() if m is not None), None)
+    if good is None:
+        raise UserError(f"{storage}: the manifest and its copy are both damaged; the store cannot be mended")
+    out = [_mend(storage, place, artifact.spell(good)) for place, found in manifests.items() if found != good]
+    for key, claimed in good["about"]["small"].items():
+        places = (key, f"{COPY}/{key}")
+        found = {place: _get(storage, place) for place in places}
+        whole = next((data for data in found.values() if data is not None and artifact.digest(data) == claimed), None)
+        for place in places:
+            if found[place] is None or artifact.digest(found[place]) != claimed:
+                out.append(_mend(storage, place, whole))
+    return out
+
+
+def _manifest(storage: Storage, place: str) -> dict | None:
+    data = _get(storage, place)
+    try:
+        return None if data is None else artifact.parse(data, place)
+    except UserError:
+        return None
+
+
+def _get(storage: Storage, key: str) -> bytes | None:
+    try:
+        return storage.get(key)
+    except FileNotFoundError:
+        return None
+
+
+def _mend(storage: Storage, place: str, whole: bytes | None) -> Damage:
+    def mend() -> None:
+        if whole is None:
+            raise UserError(f"{storage}/{place} and its second copy are both damaged; they cannot be mended")
+        storage.put(place, whole)
+
+    return Damage(place, "does not fit its digest" if whole is not None else "damaged, and so is its copy", mend)
+
+
+def shards(store: FeatureStore, progress: Callable[[int], None] = lambda n: None) -> Iterator[Damage]:
+    """Damage to shards and done records. Every stored byte that a reader could meet is read."""
+    for block, spans in sorted(store.done().items()):
+        for span in sorted(spans):
+            key = done_key(block, *span)
+            why = _shard(store, block, span)
+            if why:
+                yield Damage(key, why, lambda key=key: store.storage.delete(key))  # type: ignore[misc]
+        progress(1)
+
+
+def _shard(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
+    """What is wrong with one (row block, span of views), or nothing."""
+    start, stop = store.span(block)
+    rows = slice(start, stop)
+    try:
+        record = json.loads(store.storage.get(done_key(block, *span)))
+        if artifact.sealed(record) != record:
+            return "the done record does not fit its own digest"
+        for name in ("status", "content"):
+            if artifact.digest(np.ascontiguousarray(store.table(name, rows)).tobytes()) != record[name]:
+                return f"{name} differs from the done record"
+        for name in store.arrays:
+            for j, view in enumerate(range(*span)):
+                if view_digest(*store.stored(name, view, rows)) != record["digest"][name][j]:
+                    return f"{name} of view {view} differs from the done record"
+    except UserError as damage:
+        return str(damage)
+    except (ValueError, KeyError, IndexError, TypeError):
+        return "the done record is damaged"
+    return ""
+
+
+def strays(store: FeatureStore) -> list[str]:
+    """Keys in the group that no manifest entry and no done record accounts for."""
+    known = set(store.about["small"])
+    return [key for key in store.storage.list(GROUP) if "/c/" not in key and key not in known]

@@ -1,0 +1,194 @@
+"""The memory bank: a ring of slots, one (i, v) across all columns, of which only what the store lacks is saved."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.artifact import UserError
+from pipeline.bank import MemoryBank, unit
+from pipeline.methods.base import Setting, bank_size, store_rows
+
+
+def feature(rows: Tensor, views: Tensor) -> Tensor:
+    """A store that is a formula: (n,) rows and views -> (n, 3)."""
+    return torch.stack([torch.sin(rows + 1.0), torch.cos(views + 2.0 * rows), 1.0 + views], 1).float()
+
+
+def bank(size: int, seed: int = 0) -> MemoryBank:
+    return MemoryBank(size, {"teacher": 3, "student": 2}, reread=("teacher",), seed=seed)
+
+
+def push(into: MemoryBank, rows: list[int], view: int) -> None:
+    i, v = torch.tensor(rows), torch.full((len(rows),), view)
+    student = unit(torch.stack([i + 1.0, v + 1.0], 1))
+    into.push(i, v, {"teacher": unit(feature(i, v)), "student": student})
+
+
+def content(of: MemoryBank) -> set[tuple[float, ...]]:
+    columns = [of.rows[: of.filled, None], of.views[: of.filled, None], of["teacher"], of["student"]]
+    return {tuple(row) for row in torch.cat([column.double() for column in columns], 1).tolist()}
+
+
+# ---------------------------------------------------------------- the ring
+
+
+@given(st.integers(1, 11), st.lists(st.integers(1, 7), max_size=12))
+def test_it_holds_the_latest_slots_whether_or_not_the_batch_divides_its_size(size: int, batches: list[int]) -> None:
+    ring, queue = bank(size), deque[tuple[int, int]](maxlen=size)
+    number = 0
+    for view, n in enumerate(batches):
+        rows = list(range(number, number + n))
+        number += n
+        push(ring, rows, view)
+        queue.extend((i, view) for i in rows)
+        assert ring.filled == len(queue) == len(ring["teacher"]) == len(ring["student"])
+        assert set(zip(ring.rows[: ring.filled].tolist(), ring.views[: ring.filled].tolist(), strict=True)) == set(queue)
+
+
+@given(st.integers(1, 11), st.lists(st.integers(1, 7), max_size=12))
+def test_a_slot_is_the_same_image_and_view_in_every_column(size: int, batches: list[int]) -> None:
+    ring = bank(size)
+    for view, n in enumerate(batches):
+        push(ring, list(range(10 * view, 10 * view + n)), view)
+    rows, views = ring.rows[: ring.filled], ring.views[: ring.filled]
+    assert torch.equal(ring["teacher"], unit(feature(rows, views)))
+    assert torch.equal(ring["student"], unit(torch.stack([rows + 1.0, views + 1.0], 1)))
+
+
+def test_a_push_overwrites_the_oldest_slots_and_nothing_else() -> None:
+    ring = bank(5)
+    push(ring, [0, 1, 2], 0)
+    push(ring, [3, 4, 5], 1)
+    assert ring.rows.tolist() == [5, 1, 2, 3, 4]
+    assert (ring.pointer, ring.filled) == (1, 5)
+
+
+def test_it_hands_out_its_slots_without_copying_them() -> None:
+    ring = bank(4)
+    push(ring, [0, 1, 2, 3], 0)
+    assert ring["teacher"].data_ptr() == ring.column_teacher.data_ptr()
+
+
+# ---------------------------------------------------------------- how it starts
+
+
+def test_a_random_start_has_expected_norm_one_and_is_a_function_of_the_seed() -> None:
+    wide = MemoryBank(2000, {"teacher": 512, "student": 64}, seed=3)
+    wide.start("random")
+    assert (wide.filled, wide.rows.unique().tolist()) == (2000, [-1])
+    for name, width in (("teacher", 512), ("student", 64)):
+        norms = wide[name].norm(dim=1)
+        assert float(norms.mean()) == pytest.approx(1.0, abs=0.01), "U(-s, s), s = sqrt(3 / d)"
+        assert float(wide[name].abs().max()) <= (3 / width) ** 0.5
+    again, other = (MemoryBank(2000, {"teacher": 512, "student": 64}, seed=seed) for seed in (3, 4))
+    assert torch.equal(again.column_teacher, wide.column_teacher)
+    assert not torch.equal(other.column_teacher, wide.column_teacher)
+
+
+def test_an_empty_start_has_no_anchors() -> None:
+    ring = bank(5)
+    ring.start("empty")
+    ring.fill(feature)
+    assert (len(ring["teacher"]), len(ring["student"])) == (0, 0)
+
+
+def test_a_start_from_the_store_holds_the_features_of_these_rows_in_this_view() -> None:
+    ring = MemoryBank(4, {"teacher": 3}, reread=("teacher",))
+    rows = torch.tensor([9, 2, 7, 4])
+    ring.start("store", rows, view=5)
+    ring.fill(feature)
+    assert ring.filled == 4
+    assert torch.equal(ring["teacher"], unit(feature(rows, torch.full((4,), 5))))
+
+
+# ---------------------------------------------------------------- what is saved
+
+
+@pytest.mark.parametrize("start", ["empty", "random"])
+@given(st.lists(st.integers(1, 7), max_size=6))
+def test_saved_restored_and_filled_again_it_is_the_same_to_the_bit(start: str, batches: list[int]) -> None:
+    ring, again = bank(9), bank(9)
+    ring.start(start)
+    again.start(start)
+    for view, n in enumerate(batches):
+        push(ring, list(range(10 * view, 10 * view + n)), view)
+    again.load_state_dict(ring.state_dict())
+    again.fill(feature)
+    for name, tensor in ring.named_buffers():
+        assert torch.equal(tensor, dict(again.named_buffers())[name]), name
+    assert (again.pointer, again.filled) == (ring.pointer, ring.filled)
+    for each in (ring, again):
+        push(each, [77, 78], 7)
+    assert content(again) == content(ring)
+
+
+@given(st.integers(1, 3), st.integers(1, 700), st.integers(0, 99))
+def test_the_bits_do_not_depend_on_how_many_rows_are_normalised_at_once(block: int, width: int, seed: int) -> None:
+    x = torch.randn(17, width, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(torch.cat([unit(part) for part in x.split(block)]), unit(x))
+
+
+def test_the_checkpoint_names_its_slots_and_leaves_out_what_the_store_holds() -> None:
+    ring = bank(4)
+    push(ring, [3, 1], 2)
+    state = ring.state_dict()
+    assert set(state) == {"rows", "views", "column_student", "_extra_state"}
+    assert state["_extra_state"] == {"pointer": 2, "filled": 2}
+    assert state["rows"].tolist() == [3, 1, -1, -1]
+
+
+def test_it_reads_large_banks_block_by_block() -> None:
+    ring, asked = MemoryBank(10, {"teacher": 3}, reread=("teacher",)), []
+    ring.start("store", torch.arange(10))
+
+    def read(rows: Tensor, views: Tensor) -> Tensor:
+        asked.append(len(rows))
+        return feature(rows, views)
+
+    ring.fill(read, block=4)
+    assert asked == [4, 4, 2]
+    assert torch.equal(ring["teacher"], unit(feature(torch.arange(10), torch.zeros(10))))
+
+
+# ---------------------------------------------------------------- its size
+
+
+def setting(images: int, seed: int = 0) -> Setting:
+    return Setting([], {"embedding": (3,)}, np.arange(5, 5 + images), 1, seed)
+
+
+def test_its_size_is_the_published_one_where_there_are_images_enough() -> None:
+    large = setting(300)
+    assert bank_size(None, 128, large) == 128
+    assert not large.notes
+
+
+def test_a_small_set_caps_it_to_half_its_images_and_says_so() -> None:
+    small = setting(200)
+    assert bank_size(None, 128, small) == 100
+    assert small.notes == ["bank of 100 anchors instead of the published 128: half of 200 images"]
+
+
+def test_an_asked_size_is_taken_as_it_is_up_to_the_number_of_images() -> None:
+    small = setting(200)
+    assert [bank_size(n, 128, small) for n in (1, 150, 200)] == [1, 150, 200]
+    assert not small.notes
+
+
+@pytest.mark.parametrize("asked", [201, 0, -1])
+def test_a_size_beyond_the_data_is_refused_with_one_that_fits(asked: int) -> None:
+    with pytest.raises(UserError, match=f"bank={asked} .* from 1 to the 200 usable images; take bank=100"):
+        bank_size(asked, 128, setting(200))
+
+
+def test_the_rows_it_starts_with_are_distinct_good_ones_and_a_function_of_the_seed() -> None:
+    rows = store_rows(setting(200, seed=1), 150)
+    assert len(rows.unique()) == 150
+    assert 5 <= int(rows.min()) <= int(rows.max()) < 205
+    assert torch.equal(rows, store_rows(setting(200, seed=1), 150))
+    assert not torch.equal(rows, store_rows(setting(200, seed=2), 150))

@@ -1,0 +1,71 @@
+"""The learning rate as a function of the step."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.artifact import UserError
+from pipeline.methods.base import Recipe
+from pipeline.methods.compress import TwoQueues
+from pipeline.schedule import SCHEDULES, Schedule
+
+
+def released(epoch: int, lr: float = 0.01) -> float:
+    """CompRess, util.py: x 0.2 for every milestone (90, 120) that the 1-based epoch is beyond."""
+    for milestone in (90, 120):
+        if epoch > milestone:
+            lr *= 0.2
+    return lr
+
+
+@pytest.mark.parametrize("per_epoch", [1, 7, 5005])
+def test_the_step_schedule_is_compress_published_one_epoch_for_epoch(per_epoch: int) -> None:
+    recipe = TwoQueues.recipe
+    assert (recipe.epochs, recipe.lr, recipe.schedule) == (130, 0.01, "step")
+    schedule, steps = Schedule(recipe.schedule, drops=recipe.drops), 130 * per_epoch
+    for epoch in range(1, 131):
+        for step in {(epoch - 1) * per_epoch, epoch * per_epoch - 1}:  # the first and the last of the epoch
+            assert recipe.lr * schedule(step / steps) == pytest.approx(released(epoch)), (epoch, step)
+
+
+def test_a_shorter_run_drops_at_the_same_fractions() -> None:
+    schedule = Schedule("step", drops=Recipe().drops)
+    rates = [schedule(step / 13) for step in range(13)]
+    assert rates == pytest.approx([1.0] * 9 + [0.2] * 3 + [0.04])
+
+
+def test_cosine_goes_from_one_through_a_half_to_zero() -> None:
+    schedule = Schedule("cosine")
+    assert [schedule(done) for done in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
+    assert schedule(1 / 3) == pytest.approx(0.75)
+
+
+def test_constant_is_constant() -> None:
+    assert {Schedule("constant")(step / 7) for step in range(7)} == {1.0}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_warm_up_rises_linearly_from_zero_to_the_full_rate(kind: str) -> None:
+    schedule = Schedule(kind, warmup=0.2)
+    assert [schedule(done) for done in (0.0, 0.05, 0.1, 0.15)] == pytest.approx([0.0, 0.25, 0.5, 0.75])
+    assert schedule(0.2) == pytest.approx(1.0)
+
+
+def test_cosine_after_a_warm_up_still_ends_at_zero() -> None:
+    schedule = Schedule("cosine", warmup=0.2)
+    assert [schedule(done) for done in (0.2, 0.6, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+@given(st.sampled_from(SCHEDULES), st.floats(0, 1), st.floats(0, 1, exclude_max=True))
+def test_a_factor_is_between_zero_and_one_and_never_rises_after_the_warm_up(
+    kind: str, warmup: float, done: float
+) -> None:
+    schedule = Schedule(kind, warmup)
+    assert 0.0 <= schedule(done) <= 1.0
+    later = done + (1 - done) / 2
+    assert done < warmup or schedule(later) <= schedule(done) + 1e-9
+
+
+def test_an_unknown_schedule_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match="unknown schedule 'cosin'. Known: cosine, step, constant"):
+        Schedule("cosin")
