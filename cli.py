@@ -75,7 +75,7 @@ def _function(config: Any, run: Any) -> Any:
     def call(**values: Any) -> None:
         as_json = values.pop("json")
         made = run(config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
-        print(json.dumps(made, default=str) if as_json else made.get("summary", ""), flush=True)
+        _show(json.dumps(made, default=str) if as_json else made.get("summary", ""))
 
     parameters = []
     hints = typing.get_type_hints(config)
@@ -133,9 +133,6 @@ def main() -> None:
         code = 130
     except UsageProblem as problem:
         code = _fail(_usage(problem))
-    except BrokenPipeError:  # `compress models | head`: whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit has somewhere to go
-        code = 128 + signal.SIGPIPE
     except (MemoryError, RuntimeError) as problem:
         if not _memory(problem):
             raise
@@ -146,6 +143,13 @@ def main() -> None:
             raise
         code = _fail(f"{problem.filename2 or problem.filename or 'writing'}: {_DISK[problem.errno]}")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `compress models | head`: the work is done, and whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit has somewhere to go
 
 
 def _fail(text: str) -> int:

@@ -60,7 +60,8 @@ class Int8(Codec):
     def encode(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scale = np.abs(features).max(-1, initial=0.0).astype(np.float32) / np.float32(127)
         safe = np.where(scale > 0, scale, np.float32(1))
-        return np.rint(features / safe[..., None]).astype(self.dtype), scale.astype("<f4")
+        # clip: a scale of a few denormal steps is rounded, and 128 would turn into -128
+        return np.rint(features / safe[..., None]).clip(-127, 127).astype(self.dtype), scale.astype("<f4")
 
     def decode(self, stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
         assert scale is not None

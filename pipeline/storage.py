@@ -2,12 +2,17 @@
 
 import errno
 import os
+import platform
+import re
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 PART = ".part"  # what a killed writer leaves behind ends in this; readers never see it
+_WRITER = re.compile(r"\.[0-9a-f]{8}\.(\d+)\.(.*)\.part$")  # process, machine
+_DAY = 86_400.0  # seconds
 
 
 class Storage(Protocol):
@@ -80,12 +85,14 @@ class Folder:
                 if not name.endswith(PART):
                     yield name if base == "." else f"{base}/{name}"
 
-    def sweep(self, older_than: float = 0.0) -> int:
-        """Delete what killed writers left, last touched before the given time; how many."""
+    def sweep(self) -> int:
+        """Delete what killed writers left; how many. Of another machine's only what is a day old: it may be alive."""
         count = 0
         for part in self.path.rglob(f"*{PART}"):
+            writer = _WRITER.search(part.name)
             try:
-                if not older_than or part.stat().st_mtime < older_than:
+                dead = writer and writer[2] == platform.node() and not _alive(int(writer[1]))
+                if dead or part.stat().st_mtime < time.time() - _DAY:
                     part.unlink()
                     count += 1
             except FileNotFoundError:
@@ -94,7 +101,7 @@ class Folder:
 
     def _beside(self, target: Path, data: bytes) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PART}")
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}.{platform.node()}{PART}")
         try:
             with open(part, "wb") as file:
                 file.write(data)
@@ -106,6 +113,17 @@ class Folder:
                 problem.filename = str(target)  # a full disk does not say which
             raise
         return part
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
 
 
 def sync(path: Path) -> None:

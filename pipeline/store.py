@@ -81,15 +81,17 @@ class FeatureStore:
             return cls(storage)
         artifact.claim(storage, "store", identity)
         store = cls(storage)
+        store._tidy()
         if about["views"] < store.views:
             raise UserError(
                 f"{storage} has {store.views} views, but --views {about['views']} was asked, and a store only grows; "
                 f"ask for {store.views} or more, or choose another --out"
             )
+        last = f"{COPY}/{artifact.MANIFEST}"
+        if not storage.exists(last) or storage.get(last) != artifact.spell(store.manifest):
+            store._put_small(_layout(identity, store.views) | _table_files(tables))  # killed while it was being made
         if about["views"] > store.views:
             store._grow(about["views"])
-        elif not all(storage.exists(f"{COPY}/{key}") for key in store.about["small"]):
-            store._put_small(_layout(identity, store.views) | _table_files(tables))  # killed while it was being made
         return cls(storage)
 
     @property
@@ -244,14 +246,18 @@ class FeatureStore:
         Raises UserError if images changed since earlier views of these rows were stored.
         """
         held = self.done().get(shard.block, [])
+        stale: set[int] = set()
         if held:
-            status = self._same_images(shard, status, content)
+            status, bad, stale = self._as_before(shard, held, status, content, bad)
         records = []
-        for first in sorted({v - v % VIEW_BLOCK for v in shard.views}):
+        for first in sorted({v - v % VIEW_BLOCK for v in shard.views} | stale):
             views = range(first, min(first + VIEW_BLOCK, self.views))
             digests: dict[str, list[str]] = {}
             for name in self.arrays:
                 stored, scale = self._merge(name, shard, views, features[name])
+                if np.any(status != GOOD):  # a bad image is zero in every view, whichever view found it out
+                    stored = np.where(_along(status == GOOD, stored), stored, stored.dtype.type(0))
+                    scale = None if scale is None else np.where(_along(status == GOOD, scale), scale, np.float32(0))
                 self._put_chunk(name, (shard.block, first // VIEW_BLOCK), stored)
                 if scale is not None:
                     self._put_chunk(f"{name}_scale", (shard.block, first // VIEW_BLOCK), scale)
@@ -269,8 +275,18 @@ class FeatureStore:
             for old in [s for s in held if s[0] == views.start and s[1] != views.stop]:
                 self.storage.delete(done_key(shard.block, *old))
 
-    def _same_images(self, shard: Shard, status: np.ndarray, content: np.ndarray) -> np.ndarray:
-        """Status merged with what earlier views found; the images must be the ones seen then."""
+    def _as_before(
+        self,
+        shard: Shard,
+        held: Sequence[tuple[int, int]],
+        status: np.ndarray,
+        content: np.ndarray,
+        bad: Mapping[int, str],
+    ) -> tuple[np.ndarray, dict[int, str], set[int]]:
+        """(status, bad, first views whose done records say otherwise), joined with what earlier views found.
+
+        Raises UserError if the images are not the ones seen then.
+        """
         rows = slice(shard.start, shard.stop)
         changed = np.flatnonzero(self._read("content", rows) != content)
         if len(changed):
@@ -279,7 +295,11 @@ class FeatureStore:
                 f"{len(changed)} images are not those the stored views were made from, the first is {name}; "
                 "put them back, or export into a new folder"
             )
-        return np.maximum(self._read("status", rows), status)
+        status = np.maximum(self._read("status", rows), status)
+        records = {span: artifact.read_json(self.storage, done_key(shard.block, *span)) for span in held}
+        earlier = {int(i): why for record in records.values() for i, why in record["bad"].items()}
+        now = artifact.digest(status.tobytes())
+        return status, {**bad, **earlier}, {span[0] for span in held if records[span]["status"] != now}
 
     def _merge(
         self, name: str, shard: Shard, views: range, new: tuple[np.ndarray, np.ndarray | None]
@@ -323,6 +343,15 @@ class FeatureStore:
         self.about = self.manifest["about"]
         self._put_small(small)
 
+    def _tidy(self) -> None:
+        """Clear away what a killed writer left: unfinished files, done records that a wider one has replaced."""
+        if isinstance(self.storage, Folder):
+            self.storage.sweep()
+        for block, spans in self.done().items():
+            for first, stop in spans:
+                if any(a <= first and stop <= b for a, b in spans if (a, b) != (first, stop)):
+                    self.storage.delete(done_key(block, first, stop))
+
     def _put_small(self, small: Mapping[str, bytes]) -> None:
         for key, data in small.items():
             self.storage.put(key, data)
@@ -356,6 +385,11 @@ class FeatureStore:
 
 def done_key(block: int, first: int, stop: int) -> str:
     return f"done/{block:07d}.{first:04d}-{stop:04d}.json"
+
+
+def _along(rows: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """(n,) as (n, 1, ...), to go with data (n, ...)."""
+    return rows.reshape(-1, *[1] * (data.ndim - 1))
 
 
 def view_digest(stored: np.ndarray, scale: np.ndarray | None) -> str:

@@ -22,7 +22,7 @@ def run(config: Config) -> dict[str, Any]:
     """Write the page. Returns {"summary": table and path, "rows": the metrics}."""
     rows = [metrics(Path(folder)) for folder in config.folder]
 
-    from pipeline.report import compare
+    from pipeline.comparison import compare
 
     table, page = compare(rows)
     Folder(config.out.parent).put(config.out.name, page.encode())

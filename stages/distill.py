@@ -144,10 +144,9 @@ def run_folder(config: Config, student: str) -> Path:
 def recipe_of(config: Config) -> "Recipe":
     """The published recipe with the flags that were given."""
     from pipeline.methods import METHODS
-    from pipeline.methods.base import Method
 
     spec = METHODS.check(config.method, given=("setting",))
-    recipe = getattr(METHODS.resolve(spec.kind), "recipe", Method.recipe)
+    recipe = METHODS.resolve(spec.kind).published(spec.argument)  # type: ignore[attr-defined]
     names = ("optimizer", "lr", "momentum", "weight_decay", "batch_size", "epochs", "schedule", "warmup_epochs")
     return replace(recipe, **{n: v for n in names if (v := getattr(config, n)) is not None})
 

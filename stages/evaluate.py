@@ -357,8 +357,13 @@ def score(
         )
     for file in sorted((out / "results").glob("*.json")):
         saved = artifact.read_json(Folder(file.parent), file.name)
-        merge(metrics, saved["name"], saved["metrics"])
+        merge(metrics, metrics_key(saved), saved["metrics"])
     return metrics, results
+
+
+def metrics_key(saved: dict[str, Any]) -> str:
+    """Where a saved result stands in metrics.json: augmented and centre-crop probes do not overwrite each other."""
+    return saved["name"] + "_augmented" * bool(saved["options"].get("augment"))
 
 
 def merge(metrics: dict[str, Any], name: str, found: dict[str, Any]) -> None:
@@ -476,7 +481,7 @@ def thumbnail(dataset: "Dataset", i: int) -> "np.ndarray":
 
 def headline(metrics: dict[str, Any]) -> str:
     """The scores in one line."""
-    from pipeline.report import readings
+    from pipeline.scores import readings
 
     scores = "  ".join(f"{title} {value:.2f}" for title, value in readings(metrics).items())
     return f"{metrics['model']['name']} ({metrics['model']['role']}): {scores or 'no labels, so no scores'}"

@@ -4,7 +4,8 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from pipeline.evaluators import PROTOCOLS
 from pipeline.evaluators.base import Evaluator, Result, Split, per_class
 from pipeline.evaluators.cluster import contingency, match, score
 from pipeline.evaluators.linear import LinearProbe, whitening
+from pipeline.scores import readings
+from stages import evaluate
 
 ALL = ("nn", "knn:k=5", "cluster", "linear:epochs=2")
 
@@ -413,6 +416,21 @@ def test_views_that_are_the_centre_crops_give_the_plain_probe(tmp_path: Path) ->
     plain = run("linear:epochs=3", TRAIN, VAL, tmp_path)
     same = run("linear:epochs=3,augment=true", TRAIN, VAL, tmp_path, lambda _: TRAIN.features)
     np.testing.assert_array_equal(plain.arrays["weight"], same.arrays["weight"])
+
+
+@pytest.mark.parametrize("commands", [("linear", "linear:augment=true"), ("linear:augment=true", "linear")])
+def test_metrics_keep_a_plain_and_an_augmented_probe_whichever_is_scored_last(
+    commands: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "augmenter", lambda *_: lambda epoch: TRAIN.features)
+    config = evaluate.Config(val="folder:val", train="folder:train")
+    subject: Any = SimpleNamespace(model={"name": "small"}, train_spec=lambda _: "folder:train")
+    for spec in commands:
+        asked = {spec: PROTOCOLS.order(spec)}
+        metrics, _ = evaluate.score(config, subject, asked, TRAIN, VAL, cast("Any", None), tmp_path)
+    assert metrics["linear"]["protocol"] == "centre-crop features, whitened"
+    assert metrics["linear_augmented"]["protocol"] == "augmented training images, whitened"
+    assert {"Linear", "Linear (augmented)"} <= set(readings(metrics))
 
 
 def test_the_augmented_probe_without_images_is_refused_in_words(tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def anchors(of: Method, column: str) -> list[Vector]:
     return of.bank[column].tolist()
 
 
-STARTS = [(name, start) for name in MENU for start in ("empty", "random")] + [("compress-1q", "store"), ("seed", "store")]
+STARTS = [(name, start) for name in MENU for start in ("empty", "random")]
+STARTS += [("compress-1q", "store"), ("seed", "store")]
 
 
 @pytest.mark.parametrize(("k", "w"), [(12, 1), (10, 1), (7, 2), (3, 1), (20, 2)])
@@ -359,8 +360,9 @@ def test_seed_without_a_stored_projection_says_that_it_uses_the_embedding() -> N
 
 
 OWN = """
-from pipeline.methods.base import Method, Needs
+from pipeline.methods.base import Method, Needs, Recipe
 class Mine(Method):
+    recipe = Recipe(lr=0.7)
     needs = Needs(arrays=("embedding", "logits"), views=2, pairings=("cross",))
     def __init__(self, *, setting, strength: float = 1.0):
         super().__init__()
@@ -378,6 +380,15 @@ def own(tmp_path: Path) -> str:
 
 def test_a_method_of_the_users_own_is_built_from_its_file_with_its_keys(own: str) -> None:
     assert method(f"{own}:Mine,strength=2.5", student()).strength == 2.5  # type: ignore[comparison-overlap]
+
+
+def test_a_method_of_the_users_own_brings_its_own_recipe(own: str) -> None:
+    assert METHODS.resolve("python").published(f"{own.removeprefix('python:')}:Mine").lr == 0.7
+
+
+def test_a_key_that_the_users_method_does_not_know_is_refused(own: str) -> None:
+    with pytest.raises(UserError, match="has no key 'strenght'; did you mean 'strength'. Known: strength"):
+        method(f"{own}:Mine,strenght=2", student())
 
 
 def test_what_is_no_method_is_refused(own: str) -> None:

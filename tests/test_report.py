@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import report
+from pipeline import comparison, figures, gallery, report, scores
 from pipeline.evaluators.base import Result, Split
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,11 @@ def results() -> dict[str, Result]:
     }
     nn = {"neighbors": draw.integers(0, 60, (40, 8))}
     curve = np.column_stack([np.linspace(2, 1, 10), np.linspace(10, 60, 10), np.linspace(40, 90, 10)])
-    return {"nn": Result({}, nn), "cluster:clusters=4": Result({}, cluster), "linear": Result({}, {"curve": curve})}
+    return {
+        "nn": Result({}, nn),
+        "cluster:clusters=4": Result({}, cluster),
+        "linear": Result(METRICS["linear"], {"curve": curve}),
+    }
 
 
 def pictures(which: str, row: int) -> np.ndarray:
@@ -81,7 +85,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the figures are not the point: an empty one for each."""
     dot = io.BytesIO()
     Image.new("RGBA", (1, 1)).save(dot, "PNG")
-    monkeypatch.setattr(report, "render", lambda draw, size, dpi=160: dot.getvalue())
+    monkeypatch.setattr(figures, "render", lambda chart: dot.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +161,7 @@ def test_green_and_red_tiles_are_those_whose_labels_agree_and_do_not(page: Path)
     strips = [strip for strip in tiles if 'class="query' in strip]
     near = results()["nn"].arrays["neighbors"]
     agreements = {int(n): int((train.label[row] == val.label[n]).sum()) for n, row in enumerate(near)}
-    assert len(strips) == report.STRIPS
+    assert len(strips) == gallery.STRIPS
     for strip in strips:
         same, other = (len(re.findall(f'class="{tone}', strip)) for tone in ("yes", "no"))
         assert same + other == 8 and f"{same} of 8 agree" in strip and same in agreements.values()
@@ -210,8 +214,8 @@ def test_rows_of_the_journal_that_lack_a_value_are_skipped() -> None:
         {"step": 2, "loss": 4.0, "val_nn": None},
         {},
     ]
-    np.testing.assert_array_equal(report._series(rows, "loss"), [[2, 4], [3, 1]])
-    assert report._series(rows, "val_nn").shape == (0, 2)
+    np.testing.assert_array_equal(report.series(rows, "loss"), [[2, 4], [3, 1]])
+    assert report.series(rows, "val_nn").shape == (0, 2)
 
 
 def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
@@ -228,13 +232,13 @@ def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
 
 def test_a_picture_of_another_kind_is_a_bug_and_said_so() -> None:
     with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
-        report._square(np.zeros((3, 8, 8), np.float32))
+        gallery.square(np.zeros((3, 8, 8), np.float32))
 
 
 def test_drawing_touches_no_pyplot_and_no_settings() -> None:
     code = (
-        "import sys, matplotlib; before = dict(matplotlib.rcParams); from pipeline import report\n"
-        "report.compare([{'model': {'name': 'a', 'parameters': 5}, 'nn': {'top1': 1.0}}])\n"
+        "import sys, matplotlib; before = dict(matplotlib.rcParams); from pipeline import comparison\n"
+        "comparison.compare([{'model': {'name': 'a', 'parameters': 5}, 'nn': {'top1': 1.0}}])\n"
         "print('matplotlib.pyplot' in sys.modules, before == dict(matplotlib.rcParams))"
     )
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -255,13 +259,13 @@ def rows() -> list[dict[str, Any]]:
 
 @pytest.mark.usefixtures("quick")
 def test_the_teacher_is_the_first_row_and_the_others_keep_their_order() -> None:
-    text, _ = report.compare(rows())
+    text, _ = comparison.compare(rows())
     assert [line.split()[0] for line in text.splitlines()[2:6]] == ["large", "one", "two", "three"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_best_student_of_each_column_is_marked_ties_as_shown_too() -> None:
-    text, page = report.compare(rows())
+    text, page = comparison.compare(rows())
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert "52.0*" in lines["two"] and "52.0*" in lines["three"]  # as far as one can read they are equal
     assert "*" not in lines["large"] and "49.0*" not in lines["one"]
@@ -271,7 +275,7 @@ def test_the_best_student_of_each_column_is_marked_ties_as_shown_too() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_protocol_that_a_row_lacks_is_a_dash() -> None:
-    text, page = report.compare(rows())
+    text, page = comparison.compare(rows())
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert lines["two"].split()[-3:] == ["–"] * 3 and "–" not in lines["one"]
     assert page.count('<td class="n">–</td>') == 3
@@ -279,7 +283,7 @@ def test_a_protocol_that_a_row_lacks_is_a_dash() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_the_columns_of_the_table_stand_under_their_heads() -> None:
-    text, _ = report.compare(rows())
+    text, _ = comparison.compare(rows())
     head, rule, *lines = text.splitlines()[:6]
     for start, end in [match.span() for match in re.finditer("-+", rule)][2:]:
         for line in (head, *lines):
@@ -292,21 +296,43 @@ def test_the_columns_of_the_table_stand_under_their_heads() -> None:
 @pytest.mark.usefixtures("quick")
 def test_augmented_and_centre_crop_probes_never_share_a_column() -> None:
     augmented = changed(linear__protocol="augmented training images, whitened")
-    text, _ = report.compare([METRICS, augmented])
+    text, _ = comparison.compare([METRICS, augmented])
     head = re.split(r"\s{2,}", text.splitlines()[0])
     assert "Linear" in head and "Linear (augmented)" in head
 
 
+def test_both_probes_of_one_evaluation_have_columns_and_notes_of_their_own() -> None:
+    augmented = {"last": {"top1": 70.0, "top5": 95.0}, "best": {"top1": 71.0}, "protocol": "augmented training images"}
+    both = changed(linear_augmented=augmented)
+    own = scores.readings(both)
+    assert (own["Linear"], own["Linear (augmented)"], own["Linear (augmented) best"]) == (60.0, 70.0, 71.0)
+    assert list(own)[-6:] == [
+        f"Linear{kind}{what}" for kind in ("", " (augmented)") for what in ("", " top-5", " best")
+    ]
+    assert "(centre-crop features, whitened)" in scores.meaning("Linear", both)
+    assert "(augmented training images)" in scores.meaning("Linear (augmented)", both)
+
+
+def test_both_probes_are_drawn_each_with_its_protocol_the_first_asked_of_each(tmp_path: Path) -> None:
+    curve = {"curve": np.linspace(1, 50, 12).reshape(4, 3)}
+    said = {"linear:epochs=4": "centre crops", "linear": "later", "linear:augment=true": "augmented & flipped"}
+    found = {spec: Result({"protocol": protocol}, curve) for spec, protocol in said.items()}
+    train, val = splits()
+    text = report.write(tmp_path, {}, train=train, val=val, results=found).read_text()
+    assert re.findall("Protocol: (.*?)</p>", text) == ["centre crops.", "augmented &amp; flipped."]
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"linear.png", "linear_augmented.png"}
+
+
 @pytest.mark.usefixtures("quick")
 def test_rows_of_different_data_are_pointed_out() -> None:
-    assert "same data" not in report.compare(rows())[0]
-    text, page = report.compare([*rows(), changed(data__val="folder:/other")])
+    assert "same data" not in comparison.compare(rows())[0]
+    text, page = comparison.compare([*rows(), changed(data__val="folder:/other")])
     assert "Not all rows were evaluated on the same data; they differ in: val." in text
     assert "they differ in: val." in page
 
 
 def test_the_comparison_is_self_contained_and_escapes_names() -> None:
-    text, page = report.compare([changed(model__name="<script>x</script>\n$y$"), TEACHER, {}, {"model": None}])
+    text, page = comparison.compare([changed(model__name="<script>x</script>\n$y$"), TEACHER, {}, {"model": None}])
     assert_self_contained(page)
     assert html.escape("<script>x</script>") in page
     assert len(text.splitlines()) == 2 + 4 + 2  # a line break in a name breaks no row
@@ -314,14 +340,14 @@ def test_the_comparison_is_self_contained_and_escapes_names() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_without_any_score_there_is_still_a_table() -> None:
-    text, page = report.compare([{"model": {"name": "a"}}])
+    text, page = comparison.compare([{"model": {"name": "a"}}])
     assert text.splitlines()[2].split() == ["a", "–", "–", "–"] and "<table" in page
-    assert report.compare([])[0].startswith("model")
+    assert comparison.compare([])[0].startswith("model")
 
 
 def test_names_in_the_scatter_cover_neither_points_nor_each_other() -> None:
     x, y = np.array([50.0, 50, 50, 120]), np.array([80.0, 81, 82, 81])
-    places = report._places(x, y, ["one", "two", "three", "four"], 200.0)
+    places = figures.places(x, y, ["one", "two", "three", "four"], 200.0)
     boxes = []
     for a, b, (side, rise), name in zip(x, y, places, ("one", "two", "three", "four"), strict=True):
         left, right = sorted((a + side * 7, a + side * (7 + 4.6 * len(name))))
@@ -331,5 +357,5 @@ def test_names_in_the_scatter_cover_neither_points_nor_each_other() -> None:
 
 
 def test_a_drawn_figure_is_transparent_so_that_any_page_shows_through() -> None:
-    image = Image.open(io.BytesIO(report.render(lambda figure: None, (1, 1))))
+    image = Image.open(io.BytesIO(figures.render(figures.Chart(lambda figure: None, (1, 1)))))
     assert image.mode == "RGBA" and np.asarray(image)[..., 3].max() == 0

@@ -9,6 +9,6 @@ METHODS = Menu(
         "compress-2q-momentum": "pipeline.methods.compress:TwoQueuesMomentum",
         "compress-1q": "pipeline.methods.compress:OneQueue",
         "seed": "pipeline.methods.seed:Seed",
-        "python": "pipeline.methods.python:python",
+        "python": "pipeline.methods.python:Own",
     },
 )

@@ -91,6 +91,11 @@ class Method(nn.Module):
     needs: ClassVar[Needs] = Needs()
     recipe: ClassVar[Recipe] = Recipe()
 
+    @classmethod
+    def published(cls, argument: str) -> Recipe:
+        """The recipe of the method as it was named; `argument` is what follows its kind."""
+        return cls.recipe
+
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         """One scalar loss per student."""
         raise NotImplementedError

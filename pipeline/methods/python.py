@@ -5,12 +5,32 @@ from typing import Any
 
 from pipeline.artifact import UserError
 from pipeline.imports import load
-from pipeline.methods.base import Method, Setting
+from pipeline.menu import nearest
+from pipeline.methods.base import Method, Recipe, Setting
 
 
-def python(place: str, /, *, setting: Setting, **options: Any) -> Method:
+class Own:
     """Your own: a subclass of pipeline.methods.base.Method, from a module or a file."""
+
+    def __new__(cls, place: str, /, *, setting: Setting, **options: Any) -> Method:  # type: ignore[misc]
+        build = named(place)
+        parameters = inspect.signature(build).parameters.values()
+        known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "setting"]
+        anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        for key in () if anything else options:
+            if key not in known:
+                raise UserError(f"python:{place} has no key {key!r}{nearest(key, known) or '.'} Known: {', '.join(known)}")
+        return build(setting=setting, **options)
+
+    @staticmethod
+    def published(place: str) -> Recipe:
+        """The recipe that the class itself gives."""
+        return named(place).recipe
+
+
+def named(place: str) -> type[Method]:
+    """Raises UserError if there is no such class, or it is no method."""
     build = load(place)
     if not (inspect.isclass(build) and issubclass(build, Method)):
         raise UserError(f"python:{place} is no subclass of pipeline.methods.base.Method")
-    return build(setting=setting, **options)
+    return build

@@ -1,0 +1,114 @@
+"""Many evaluations in one table, as text and as a page."""
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pipeline import figures
+from pipeline.page import Page, note
+from pipeline.scores import NOTES, Metrics, is_teacher, model, readings
+from pipeline.wording import DASH, amount, finite, flat, number, short, spelt
+
+FACTS = ["model", "role", "parameters", "width"]  # the columns before the scores
+WORDS = 2  # the first of them are words and stand to the left
+PLOTTED, MOST = ("NN", "Cluster", "Linear", "Linear (augmented)"), 3  # scores against size, the first that there are
+
+
+def compare(rows: Sequence[Metrics]) -> tuple[str, str]:
+    """(plain table, HTML page) of many metrics.json: teachers first, then in the order given.
+
+    The best score of a column is marked, among the rows that are not a teacher if there are any. A
+    protocol that a row lacks is a dash. Says so when the rows were not evaluated on the same data.
+    """
+    rows = sorted(rows, key=lambda row: not is_teacher(row))
+    made, warning = tabulate(rows), unlike(rows)
+    return plain(made, warning), _page(rows, made, warning)
+
+
+@dataclass(frozen=True)
+class Table:
+    head: list[str]
+    body: list[list[str]]
+    best: list[set[int]]  # of each row: the columns in which none is better
+    legend: str  # what is marked; "" where there are no scores
+
+
+def tabulate(rows: Sequence[Metrics]) -> Table:
+    scores = [readings(row) for row in rows]
+    fullest = sorted(scores, key=lambda score: -len(score))  # so that the columns stand in the order of this row
+    titles = list(dict.fromkeys(title for score in fullest for title in score))
+    rivals = [n for n, row in enumerate(rows) if not is_teacher(row)] or list(range(len(rows)))
+    top = {t: max((round(scores[n][t], 1) for n in rivals if t in scores[n]), default=None) for t in titles}
+    body, best = [], []
+    for n, row in enumerate(rows):
+        own, who = scores[n], model(row)
+        facts = [str(who.get("name", DASH)), str(who.get("role") or DASH)]
+        facts += [amount(who.get("parameters")), spelt(who.get("width"))]
+        body.append(facts + [number(own.get(title)) for title in titles])
+        wins = {len(FACTS) + t for t, title in enumerate(titles) if title in own and round(own[title], 1) == top[title]}
+        best.append(wins if n in rivals else set())
+    legend = f"best of the {'students' if len(rivals) < len(rows) else 'rows'}" if titles else ""
+    return Table([*FACTS, *titles], body, best, legend)
+
+
+def unlike(rows: Sequence[Metrics]) -> str:
+    """A warning if the rows' data records differ, with the keys that do."""
+    records = [dict(flat(row.get("data") or {})) for row in rows]
+    keys = sorted({key for record in records for key in record})
+    odd = [key for key in keys if len({json.dumps(r.get(key), sort_keys=True, default=str) for r in records}) > 1]
+    return f"Not all rows were evaluated on the same data; they differ in: {', '.join(odd)}." if odd else ""
+
+
+def plain(table: Table, warning: str) -> str:
+    """Names to the left, numbers to the right, * for the best."""
+    cells = [table.head]
+    for row, best in zip(table.body, table.best, strict=True):
+        cells.append([short(cell, 60) + ("*" if n in best else "") for n, cell in enumerate(row)])
+    cells = [[c if c.endswith("*") or n < len(FACTS) else c + " " for n, c in enumerate(row)] for row in cells]
+    width = [max(len(row[n]) for row in cells) for n in range(len(table.head))]
+    lines = [
+        "  ".join(c.ljust(w) if n < WORDS else c.rjust(w) for n, (c, w) in enumerate(zip(row, width, strict=True)))
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * w for w in width))
+    lines += [f"* {table.legend}"] * bool(table.legend) + [warning] * bool(warning)
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _page(rows: Sequence[Metrics], table: Table, warning: str) -> str:
+    page = Page()
+    lines = [_row("th", map(html.escape, table.head))]
+    for row, cells, best in zip(rows, table.body, table.best, strict=True):
+        marked = (f"<b>{html.escape(c)}</b>" if n in best else html.escape(c) for n, c in enumerate(cells))
+        lines.append(_row("td", marked, "teacher" if is_teacher(row) else ""))
+    legend = note(f"Bold: {table.legend}.") if table.legend else ""
+    grid = f'<div class="wide"><table class="compare">{"".join(lines)}</table></div>'
+    page.add("", note(warning, "warning") + grid + legend)
+    page.add("Accuracy against size", _sizes(page, rows))
+    used = [key for key in NOTES if any(key in title.split() for title in table.head)]
+    terms = "".join(f"<dt>{key}</dt><dd>{html.escape(NOTES[key])}</dd>" for key in used)
+    page.add("What the columns are", f"<dl>{terms}</dl>" if terms else "")
+    return page.spell("Comparison").decode()
+
+
+def _row(tag: str, cells: Iterable[str], tone: str = "") -> str:
+    spelled = (f"<{tag}>{c}</{tag}>" if n < WORDS else f'<{tag} class="n">{c}</{tag}>' for n, c in enumerate(cells))
+    return f'<tr class="{tone}">{"".join(spelled)}</tr>' if tone else f"<tr>{''.join(spelled)}</tr>"
+
+
+def _sizes(page: Page, rows: Sequence[Metrics]) -> str:
+    """Parameters against some of the scores."""
+    panels: dict[str, list[figures.Dot]] = {}
+    for row in rows:
+        who, own = model(row), readings(row)
+        size = who.get("parameters")
+        for title in PLOTTED:
+            if finite(size) and size > 0 and title in own:
+                dot = figures.Dot(str(who.get("name", "")), size, own[title], is_teacher(row))
+                panels.setdefault(title, []).append(dot)
+    panels = {title: panels[title] for title in [title for title in PLOTTED if title in panels][:MOST]}
+    if not panels:
+        return ""
+    chart = page.chart("compare", figures.scatter(panels), "accuracy against number of parameters")
+    return chart + note("Star: a teacher. The axis of parameters is logarithmic.")

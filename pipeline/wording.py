@@ -1,0 +1,65 @@
+"""How names, numbers and records are written where people read them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+DASH = "\N{EN DASH}"
+
+
+def finite(value: Any) -> TypeGuard[float]:
+    """A number that can be shown or drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def short(text: str, most: int) -> str:
+    """One printable line of at most `most` characters."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return line if len(line) <= most else line[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def number(value: float | None) -> str:
+    return DASH if value is None else f"{value:.1f}"
+
+
+def signed(value: float | None) -> str:
+    if value is None:
+        return DASH
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}") if round(value, 1) else "0.0"
+
+
+def amount(value: Any) -> str:
+    """11689512 -> 11.7M"""
+    if not finite(value):
+        return DASH
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return spelt(value)
+
+
+def spelt(value: Any) -> str:
+    """2048 -> 2048"""
+    if not finite(value):
+        return DASH
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def fact(value: Any) -> str:
+    """Any value of a record: digits in groups, long lists cut."""
+    if value is None:
+        return DASH
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value[:12])) + (f" and {len(value) - 12} more" if len(value) > 12 else "")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def flat(record: Mapping[str, Any], under: str = "") -> list[tuple[str, Any]]:
+    """Nested records as dotted names."""
+    out: list[tuple[str, Any]] = []
+    for key, value in record.items():
+        name = f"{under}.{key}" if under else str(key)
+        out += flat(value, name) if isinstance(value, Mapping) else [(name, value)]
+    return out

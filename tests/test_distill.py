@@ -1,0 +1,863 @@
+"""Distill end to end: stopped anywhere and run again is never stopped; a run is what its folder says it is."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline import checkpoint
+from pipeline.artifact import Mismatch, UserError
+from pipeline.interrupt import Interrupted
+from pipeline.journal import read as read_journal
+from pipeline.methods import METHODS
+from pipeline.session import Session
+from stages import distill, export_teacher
+from stages.distill import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = "convnet:channels=8+16,pretrained=false"
+RESNET = "cifar-resnet:8,width=4,drop_path=0.5"
+CONVNET = "convnet:channels=4+8"
+STEPS, BATCH, IMAGES = 14, 24, 120  # five steps an epoch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many threads in this process as in those it starts: the last bit of a sum depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 digits in 4 views, embedded by a small random teacher."""
+    out = tmp_path_factory.mktemp("store") / "store"
+    export(out)
+    return out
+
+
+def export(out: Path, data: str = "digits", **said: Any) -> None:
+    default = {"views": 4, "image_size": 8, "limit": IMAGES, "batch_size": 40, "workers": 0, "device": "cpu"}
+    export_teacher.run(export_teacher.Config(data, TEACHER, out, **{**default, **said}))
+
+
+def config(store: Path, out: Path, **said: Any) -> Config:
+    default = {
+        "student": (RESNET,), "method": "compress-1q", "steps": STEPS, "batch_size": BATCH, "image_size": 8,
+        "lr": 0.2, "save_every": 4, "workers": 0, "device": "cpu",
+    }  # fmt: skip
+    return Config(store=store, out=out, **{**default, **said})
+
+
+@pytest.fixture
+def run(store: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """run("name", lr=0.1, ...) trains in tmp_path/name."""
+    return lambda name="run", **said: distill.run(config(said.pop("store", store), tmp_path / name, **said))
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+
+def tensors(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a nested checkpoint by its path."""
+    if isinstance(part, dict):
+        for key, value in part.items():
+            yield from tensors(value, f"{name}/{key}")
+    elif isinstance(part, list | tuple):
+        for number, value in enumerate(part):
+            yield from tensors(value, f"{name}/{number}")
+    else:
+        yield name, part
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    return [
+        {key: value for key, value in row.items() if key not in ("images_per_s", "data_wait")}
+        for row in read_journal(folder / "metrics.jsonl")
+    ]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """To the bit: the delivered student, every tensor of the last checkpoint, every logged number."""
+    a, b = (dict(tensors(checkpoint.load(run / "checkpoints/last.pt"))) for run in (one, other))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        same = torch.equal(value, b[name]) if isinstance(value, Tensor) else value == b[name]
+        assert same, f"{name} differs"
+    assert rows(one) == rows(other)
+    assert (one / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
+
+
+# ---------------------------------------------------------------- stopped and run again
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, deed: Callable[[], None]) -> None:
+    """Do something in the middle of step `number`, counted from 0."""
+    step = Session.step
+
+    def stepped(self: Session, n: int, *rest: Any) -> Any:
+        if n == number:
+            deed()
+        return step(self, n, *rest)
+
+    monkeypatch.setattr(Session, "step", stepped)
+
+
+def stopped_by_signal(again: Callable[[], Any], number: int, signum: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, number, lambda: os.kill(os.getpid(), signum))
+        with pytest.raises(Interrupted) as stop:
+            again()
+    assert stop.value.signum == signum
+    assert f"saved at step {number + 1} of " in str(stop.value) and "repeat the command to continue" in str(stop.value)
+
+
+def crash(*_: Any, **__: Any) -> None:
+    raise Crash
+
+
+def crashed_at(again: Callable[[], Any], number: int) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, number, crash)
+        again()
+
+
+def crashed_while_saving(again: Callable[[], Any], what: str) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(checkpoint, what, crash)
+        again()
+
+
+DROPOUT = """
+from torch import nn
+def net():
+    return nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5))
+"""
+
+CASES: dict[str, dict[str, Any]] = {
+    "compress-2q": {"method": "compress-2q:bank=50"},
+    "compress-2q-momentum": {
+        "method": "compress-2q-momentum:bank=50,momentum=0.9",
+        "pairing": "fresh", "optimizer": "adamw", "lr": 0.01, "clip": 1.0, "warmup_epochs": 0.5,
+    },
+    "compress-1q": {"pairing": "cross", "views_per_step": 2, "norm_decay": False},
+    "seed": {"method": "seed:bank=50", "precision": "bf16", "val": "digits:split=test", "val_every": 1.0},
+    "a random start, meaningless anchors and all": {"method": "compress-2q:bank=119,start=random"},
+    "dropout": {"method": "compress-2q-momentum:bank=50", "student": ("python:DROPOUT:net",)},
+    "a step schedule, no average": {"schedule": "step", "method": "seed:bank=50,start=empty", "ema": None},
+    "timm": {"student": ("timm:test_resnet,drop_path_rate=0.3,drop_rate=0.2",), "image_size": 32},
+}  # fmt: skip
+
+
+def test_every_method_of_the_menu_is_stopped_and_run_again_below() -> None:
+    used = {case.get("method", "compress-1q").partition(":")[0] for case in CASES.values()}
+    assert used == set(METHODS.entries) - {"python"}
+
+
+@pytest.mark.parametrize(("name", "workers"), [*((name, 0) for name in CASES), ("compress-2q-momentum", 1)])
+def test_stopped_at_any_step_and_run_again_is_never_stopped_to_the_bit(
+    name: str, workers: int, run: Callable[..., Any], tmp_path: Path, reference: Callable[[str], Path]
+) -> None:
+    case = said(name, tmp_path)
+
+    def again() -> Any:
+        return run("stopped", workers=workers, **case)
+
+    stopped_by_signal(again, 0, signal.SIGTERM)
+    stopped_by_signal(again, 4, signal.SIGINT)
+    crashed_at(again, 5)  # nothing saved since step 5
+    crashed_at(again, 11)  # goes back to step 8
+    crashed_while_saving(again, "link")
+    stopped_by_signal(again, 12, signal.SIGTERM)
+    again()
+    assert_same_run(tmp_path / "stopped", reference(name))
+
+
+def said(name: str, folder: Path) -> dict[str, Any]:
+    case = {"ema": 0.9, **CASES[name]}
+    if name == "dropout":
+        (folder / "dropout.py").write_text(DROPOUT)
+        case["student"] = (f"python:{folder / 'dropout.py'}:net",)
+    return case
+
+
+@pytest.fixture
+def reference(run: Callable[..., Any], tmp_path: Path) -> Callable[[str], Path]:
+    """A run of a case in one go."""
+
+    def made(name: str) -> Path:
+        run("whole", **said(name, tmp_path))
+        return tmp_path / "whole"
+
+    return made
+
+
+def test_the_cases_have_something_random_in_every_step(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Otherwise the test above would prove little."""
+    (tmp_path / "dropout.py").write_text(DROPOUT)
+    for number, student in enumerate((RESNET, f"python:{tmp_path / 'dropout.py'}:net")):
+        states = []
+        for seed in (1, 2):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "manual_seed", other_seed(torch.manual_seed, seed))
+                run(f"{number}-{seed}", student=(student,), steps=4)
+            states.append((tmp_path / f"{number}-{seed}" / "student.safetensors").read_bytes())
+        assert states[0] != states[1]
+
+
+def other_seed(plant: Callable[[int], Any], seed: int) -> Callable[[int], Any]:
+    """Weights from the asked seed, which is 0; all else from another."""
+    return lambda asked: plant(asked if asked == 0 else asked ^ seed)
+
+
+# ---------------------------------------------------------------- killed for real
+
+SUICIDAL = """
+import os, signal
+from torch import nn
+class Net(nn.Sequential):
+    def forward(self, x):
+        if self.training and os.environ.get("DIE"):
+            which, step = os.environ["DIE"].split(":")
+            Net.calls = getattr(Net, "calls", 0) + 1
+            if Net.calls == int(step):
+                (os.killpg if which == "SIGINT" else os.kill)(os.getpid(), getattr(signal, which))
+        return super().forward(x)
+def net():
+    return Net(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(54, 5))
+"""
+
+
+def command(store: Path, out: Path, student: str, *more: str) -> list[str]:
+    flags = f"--method compress-2q:bank=50 --steps 160 -b {BATCH} --image-size 8 --lr 0.2 --save-every 7 --ema 0.9"
+    places = ["--store", str(store), "--student", student, "--out", str(out)]
+    return [sys.executable, str(ROOT / "cli.py"), "distill", *places, *flags.split(), "--device", "cpu", *more]
+
+
+def child(line: list[str], die: str = "") -> "subprocess.Popen[str]":
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DIE": die}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, env=env, start_new_session=True, **pipes)  # type: ignore[call-overload]
+
+
+def newest(out: Path) -> int:
+    return max(checkpoint.steps(out / "checkpoints"), default=0)
+
+
+def kill_after(process: "subprocess.Popen[str]", out: Path, step: int, wait: float) -> None:
+    """kill -9 some time after the checkpoint of a step at or beyond `step` is there."""
+    while newest(out) < step and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(wait)
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def suicidal(tmp_path: Path) -> str:
+    (tmp_path / "suicidal.py").write_text(SUICIDAL)
+    return f"python:{tmp_path / 'suicidal.py'}:net"
+
+
+@pytest.mark.slow
+def test_the_real_command_interrupted_terminated_and_killed_ends_at_the_same_bits(
+    store: Path, tmp_path: Path, suicidal: str
+) -> None:
+    out = tmp_path / "killed"
+    line = command(store, out, suicidal, "--workers", "1")
+    for signame, code in (("SIGINT", 130), ("SIGTERM", 143)):
+        process, before = child(line, f"{signame}:9"), newest(out)
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == code, told
+        assert f"stopped: saved at step {before + 9} of 160; repeat the command to continue" in told
+        assert "Traceback" not in told
+        assert newest(out) == before + 9
+    kill_after(child(line), out, 40, 0.05)
+    assert newest(out) >= 40
+    process = child(line, "SIGKILL:20")
+    process.communicate(timeout=120)
+    process = child(line)
+    made, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert made.splitlines()[-1] == f"{out}: 160 steps, student.safetensors"
+    assert not list(out.rglob("*.part")), "what the killed ones left half-written"
+    whole = config(store, tmp_path / "whole", student=(suicidal,), method="compress-2q:bank=50", steps=160, ema=0.9)
+    distill.run(replace(whole, save_every=50))
+    assert_same_run(out, tmp_path / "whole")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("method", [m for m in METHODS.entries if m != "python"])
+def test_killed_twenty_times_at_random_moments_it_ends_at_the_same_bits(
+    method: str, store: Path, tmp_path: Path, suicidal: str
+) -> None:
+    out, chance = tmp_path / "killed", random.Random(method)
+    line = command(store, out, suicidal, "--workers", "1", "--steps", "900")
+    line[line.index("compress-2q:bank=50")] = f"{method}:bank=50"
+    for _ in range(20):
+        kill_after(child(line), out, newest(out) + 7, chance.uniform(0, 0.5))
+    process = child(line)
+    _, told = process.communicate(timeout=600)
+    assert process.returncode == 0, told
+    whole = config(store, tmp_path / "whole", student=(suicidal,), method=f"{method}:bank=50", steps=900, ema=0.9)
+    distill.run(replace(whole, save_every=500))
+    assert_same_run(out, tmp_path / "whole")
+
+
+# ---------------------------------------------------------------- finished, growing, changed
+
+
+def test_the_same_command_on_finished_work_says_so_and_changes_nothing(run: Callable[..., Any], tmp_path: Path) -> None:
+    assert run()["summary"] == f"{tmp_path / 'run'}: 14 steps, student.safetensors"
+    before = snapshot(tmp_path / "run")
+    assert run()["summary"] == f"{tmp_path / 'run'}: is finished already, 14 steps, student.safetensors"
+    assert snapshot(tmp_path / "run") == before
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_crash_after_the_last_step_still_delivers_the_student(run: Callable[..., Any], tmp_path: Path) -> None:
+    from pipeline.apprentice import Apprentice
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Apprentice, "deliver", crash)
+        run()
+    assert not (tmp_path / "run/student.safetensors").exists()
+    run()
+    run("whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_more_epochs_train_on_and_what_was_learned_is_kept(run: Callable[..., Any], tmp_path: Path) -> None:
+    run(steps=None, epochs=2.0)
+    first = rows(tmp_path / "run")
+    run(steps=None, epochs=3.0, schedule=None)
+    assert newest(tmp_path / "run") == 15
+    grown = rows(tmp_path / "run")
+    assert grown[: len(first)] == first
+    assert [row["step"] for row in grown] == [1, 10, 11, 15]
+
+
+def test_a_constant_rate_makes_growing_the_same_as_never_having_stopped(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    for steps in (5, 9, 14):
+        run("grown", steps=steps, schedule="constant", ema=0.9)
+    run("whole", schedule="constant", ema=0.9)
+    one, other = (checkpoint.load(tmp_path / name / "checkpoints/last.pt") for name in ("grown", "whole"))
+    assert all(torch.equal(one["student"][key], value) for key, value in other["student"].items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"lr": 0.1}, "training.lr is 0.2 there, 0.1 asked"),
+        ({"momentum": 0.5}, "training.momentum is 0.9 there, 0.5 asked"),
+        ({"weight_decay": 0.0}, "training.weight_decay is 0.0001 there, 0.0 asked"),
+        ({"norm_decay": False}, "training.norm_decay is true there, false asked"),
+        ({"optimizer": "adamw"}, 'training.optimizer is "sgd" there, "adamw" asked'),
+        ({"schedule": "cosine"}, 'training.schedule.kind is "step" there, "cosine" asked'),
+        ({"warmup_epochs": 1.0}, "training.schedule.warmup_epochs is 0.0 there, 1.0 asked"),
+        ({"clip": 1.0}, "training.clip is null there, 1.0 asked"),
+        ({"ema": 0.9}, "training.ema is null there, 0.9 asked"),
+        ({"precision": "bf16"}, 'training.precision is "fp32" there, "bf16" asked'),
+        ({"seed": 1}, "training.seed is 0 there, 1 asked"),
+        ({"batch_size": 20}, "batch_size is 24 there, 20 asked"),
+        ({"method": "compress-1q:tau=0.05"}, 'method is "compress-1q" there, "compress-1q:tau=0.05" asked'),
+        ({"pairing": "cross"}, 'pairing is "same" there, "cross" asked'),
+        ({"views_per_step": 2}, "views_per_step is 1 there, 2 asked"),
+        ({"views": 3}, "views is [1, 2, 3] there, [1, 2] asked"),
+        ({"image_size": 12}, "student.preprocessing.size is 8 there, 12 asked"),
+        ({"student": (CONVNET,)}, f'student.spec is "{RESNET}" there, "{CONVNET}" asked'),
+    ],
+)
+def test_changed_settings_are_refused_with_the_list_of_what_differs(
+    changed: dict[str, Any], words: str, store: Path, begun: Path
+) -> None:
+    with pytest.raises(Mismatch) as refusal:
+        distill.run(config(store, begun, steps=3, **changed))
+    assert words in str(refusal.value)
+    assert "Repeat them, choose another --out, or start anew with --overwrite" in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def begun(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("begun") / "run"
+    distill.run(config(store, out, steps=2))
+    return out
+
+
+def test_all_that_differs_is_listed_at_once(store: Path, begun: Path) -> None:
+    with pytest.raises(Mismatch, match=r"batch_size is .*; training.lr is .*; training.seed is "):
+        distill.run(config(store, begun, lr=0.1, seed=4, batch_size=9))
+
+
+def test_where_and_how_fast_may_change(run: Callable[..., Any], tmp_path: Path) -> None:
+    run("moved", steps=5)
+    changed = {"save_every": 3, "workers": 1, "device": "auto", "val": "digits:split=test", "val_every": 2.0}
+    run("moved", **changed)
+    run("whole")
+    one, other = (tmp_path / name / "student.safetensors" for name in ("moved", "whole"))
+    assert one.read_bytes() != other.read_bytes(), "steps=5 had another schedule"
+    assert newest(tmp_path / "moved") == STEPS
+
+
+def test_overwrite_starts_anew_and_sets_the_old_run_aside(run: Callable[..., Any], tmp_path: Path) -> None:
+    run(lr=0.1)
+    old = (tmp_path / "run/student.safetensors").read_bytes()
+    run(overwrite=True, views=3)
+    run("whole", views=3)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert (tmp_path / "run.old-1/student.safetensors").read_bytes() == old
+
+
+def test_overwrite_that_is_refused_leaves_the_old_run_in_its_place(run: Callable[..., Any], tmp_path: Path) -> None:
+    run(steps=2)
+    before = snapshot(tmp_path)
+    for wrong in ({"method": "compress-1q:bank=500"}, {"student": ("cifar-resnet:9",)}, {"views": 9}):
+        with pytest.raises(UserError):
+            run(overwrite=True, **wrong)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(run: Callable[..., Any], tmp_path: Path, store: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not empty and holds no manifest.json of ours; choose another --out"):
+        run()
+    with pytest.raises(UserError, match="--overwrite touches only what compress made"):
+        run(overwrite=True)
+    with pytest.raises(UserError, match="a store, not a run"):
+        distill.run(config(store, store))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+# ---------------------------------------------------------------- the store under the run
+
+
+def test_fewer_views_are_used_when_asked_and_more_than_there_are_refused(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    run(views=2, steps=6)
+    identity = json.loads((tmp_path / "run/manifest.json").read_text())["identity"]
+    assert identity["views"] == [1]
+    bank = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["method"]
+    assert bank["bank.views"].unique().tolist() == [1]
+    with pytest.raises(UserError, match="--views 5 was asked, but .* has 4; export more, or use fewer"):
+        run("other", views=5)
+    with pytest.raises(UserError, match="--pairing cross with --views-per-step 1 needs 2"):
+        run("other", views=2, pairing="cross")
+
+
+def test_a_run_goes_on_with_its_views_when_the_store_has_grown(store: Path, tmp_path: Path) -> None:
+    grown, out = tmp_path / "grown", tmp_path / "run"
+    shutil.copytree(store, grown)
+    stopped_by_signal(lambda: distill.run(config(grown, out)), 5, signal.SIGTERM)
+    export(grown, views=6)
+    distill.run(config(grown, out))
+    distill.run(config(store, tmp_path / "whole"))
+    assert_same_run(out, tmp_path / "whole")
+    distill.run(config(grown, tmp_path / "new", steps=2))
+    assert json.loads((tmp_path / "new/manifest.json").read_text())["identity"]["views"] == [1, 2, 3, 4, 5]
+
+
+def test_a_moved_store_still_fits_and_another_one_does_not(store: Path, tmp_path: Path) -> None:
+    moved, out = tmp_path / "moved", tmp_path / "run"
+    distill.run(config(store, out, steps=4))
+    shutil.copytree(store, moved)
+    distill.run(config(moved, out, steps=6))
+    export(tmp_path / "other", seed=1)
+    with pytest.raises(Mismatch, match="store is .* there, .* asked"):
+        distill.run(config(tmp_path / "other", out))
+
+
+def test_an_unfinished_store_is_refused(store: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(store, half)
+    next((half / "done").iterdir()).unlink()
+    with pytest.raises(UserError, match="lacks 1 of .* repeat the export-teacher command that made it"):
+        distill.run(config(half, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def picture(folder: Path, i: int, shift: int = 0) -> Path:
+    pixels = np.random.default_rng(i + shift).integers(0, 255, (9, 9, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return folder / f"{i:02d}.png"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(20):
+        picture(folder, i)
+    (folder / "07.png").write_bytes(b"no image")
+    export(tmp_path / "store", f"folder:{folder}", views=3)
+    return folder
+
+
+def on_pictures(folder: Path, **said: Any) -> Any:
+    return distill.run(config(folder.parent / "store", folder.parent / "run", **{"batch_size": 6, **said}))
+
+
+def test_a_changed_image_is_noticed_in_the_step_that_sees_it(pictures: Path) -> None:
+    picture(pictures, 3, shift=100)  # not one of the probed ones: 0, 10, 19
+    with pytest.raises(UserError, match="image 03.png changed since the export: its content differs .* put it back"):
+        on_pictures(pictures)
+    picture(pictures, 3)
+    on_pictures(pictures)
+
+
+def test_an_image_that_became_unreadable_is_named_with_the_reason(pictures: Path) -> None:
+    (pictures / "04.png").write_bytes(b"")
+    with pytest.raises(UserError, match="image 04.png changed since the export: the file is empty"):
+        on_pictures(pictures)
+
+
+def test_a_changed_probe_is_noticed_before_the_first_step(pictures: Path) -> None:
+    picture(pictures, 10, shift=100)
+    with pytest.raises(UserError, match="1 of 3 probe images do not look as they did .* the first is 10.png"):
+        on_pictures(pictures)
+    assert not (pictures.parent / "run").exists()
+
+
+def test_other_pixels_are_refused_unless_allowed(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.pixels.look", lambda *_: "rendered otherwise")
+    with pytest.raises(UserError, match="3 of 3 probe images do not look as they did .* --allow-other-pixels"):
+        on_pictures(pictures)
+    on_pictures(pictures, allow_other_pixels=True)
+    assert "warning: 3 of 3 probe images do not look as they did" in capsys.readouterr().err
+
+
+def test_images_that_are_gone_or_new_are_refused(pictures: Path) -> None:
+    (pictures / "05.png").rename(pictures / "55.png")
+    with pytest.raises(UserError, match="1 is gone, as 05.png; 1 is new, as 55.png; give the right ones with --data"):
+        on_pictures(pictures)
+
+
+def test_moved_images_are_found_with_data(pictures: Path) -> None:
+    moved = pictures.rename(pictures.with_name("moved"))
+    with pytest.raises(UserError, match="pictures does not exist"):
+        on_pictures(pictures)
+    on_pictures(pictures, data=f"folder:{moved}")
+
+
+def test_bad_images_are_passed_over(pictures: Path) -> None:
+    on_pictures(pictures, steps=8)
+    bank = checkpoint.load(pictures.parent / "run/checkpoints/last.pt")["method"]["bank.rows"]
+    assert 7 not in bank.tolist()
+    identity = json.loads((pictures.parent / "run/manifest.json").read_text())["identity"]
+    assert identity["images"] == 19
+
+
+# ---------------------------------------------------------------- when it goes wrong
+
+DIVERGING = """
+from pipeline.methods.compress import OneQueue
+class Diverging(OneQueue):
+    def forward(self, batch, outputs):
+        losses = super().forward(batch, outputs)
+        return [loss * float("WHAT") if batch.step == 9 else loss for loss in losses]
+"""
+
+
+@pytest.mark.parametrize("what", ["nan", "inf", "-inf"])
+def test_a_loss_that_is_not_finite_stops_with_step_and_causes_and_the_last_checkpoint_stays(
+    what: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "diverging.py").write_text(DIVERGING.replace("WHAT", what))
+    with pytest.raises(UserError) as stop:
+        run(method=f"python:{tmp_path / 'diverging.py'}:Diverging")
+    for words in (
+        f"the loss is {what} at step 9",
+        "learning rate 0.2",
+        "lower --lr",
+        "--precision bf16",
+        "temperature",
+    ):
+        assert words in str(stop.value)
+    last = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    assert last["step"] == 8
+    assert all(bool(t.isfinite().all()) for t in last["student"].values())
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS.entries if m != "python"])
+def test_a_rate_far_too_high_never_leaves_a_broken_checkpoint(
+    method: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"not finite|the loss is (nan|inf)"):
+        run(method=method, lr=1e30, save_every=1)
+    for file in (tmp_path / "run/checkpoints").iterdir():
+        saved = checkpoint.load(file)
+        assert all(bool(t.isfinite().all()) for t in saved["student"].values())
+    assert not (tmp_path / "run/student.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"student": ()}, "no --student was given"),
+        ({"student": (CONVNET, CONVNET)}, "would share"),
+        ({"student": ("convnet:channels=4,crop=1", "convnet:channels=4-crop=1")}, "would share"),
+        ({"epochs": 2.0}, "--epochs and --steps were both given; keep one"),
+        ({"steps": 0}, "--steps is 0, but must be more than 0"),
+        ({"steps": None, "epochs": float("inf")}, "--epochs is inf"),
+        ({"lr": -1.0}, "--lr is -1.0"),
+        ({"momentum": 1.0}, "--momentum is 1.0"),
+        ({"ema": 1.0}, "--ema is 1.0"),
+        ({"pairing": "twins"}, "must be one of same, fresh, cross"),
+        ({"precision": "fp8"}, "must be one of fp32, bf16, fp16"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"method": "compress-3q"}, "did you mean 'compress-"),
+        ({"method": "compress-1q:tua=1"}, "has no key 'tua'; did you mean 'tau'?"),
+        ({"method": "compress-1q:bank=121"}, "bank=121 was asked, but must be from 1 to the 120 usable images"),
+        ({"student": ("cifar-resent:8",)}, "did you mean 'cifar-resnet'?"),
+        ({"val": "digits", "val_every": 0.0}, "--val-every is 0.0"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words_and_nothing_is_written(
+    wrong: dict[str, Any], words: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        run(**wrong)
+    assert words in str(refusal.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_small_set_takes_a_smaller_batch_and_bank_and_says_so(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(batch_size=None, steps=2)
+    told = capsys.readouterr().err
+    assert "batch of 120 instead of 256: that is all the usable images" in told
+    assert "bank of 60 anchors instead of the published 128000: half of 120 images" in told
+    assert "global batch 120 images x 1 views" in told
+
+
+def test_a_damaged_checkpoint_is_refused_and_without_it_an_earlier_one_serves(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    crashed_at(run, 9)
+    newest_file = tmp_path / "run/checkpoints/step-00000008.pt"
+    newest_file.write_bytes(newest_file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="step-00000008.pt is damaged .*; delete it to go on from an earlier one"):
+        run()
+    newest_file.unlink()
+    run()
+    run("whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------- what is delivered
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+@pytest.mark.parametrize(
+    ("student", "bare"),
+    [
+        ("torchvision:resnet18", lambda: no_fc(torchvision.models.resnet18(weights=None))),
+        ("timm:test_resnet", lambda: timm.create_model("test_resnet", num_classes=0)),
+    ],
+)
+def test_the_delivered_student_loads_strictly_with_its_own_library_alone(
+    student: str, bare: Callable[[], nn.Module], ema: float | None, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    run(student=(student,), steps=2, image_size=32, batch_size=4, ema=ema, save_every=2)
+    network = bare()
+    network.load_state_dict(safetensors.torch.load_file(tmp_path / "run/student.safetensors"), strict=True)
+    last = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    kept = last["average" if ema else "student"]
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, kept[f"backbone.{name}"]), name
+    assert any(not torch.equal(last["student"][name], tensor) for name, tensor in kept.items()) == bool(ema)
+    assert (last["average"] is None) == (ema is None)
+    with safetensors.safe_open(tmp_path / "run/student.safetensors", "pt") as file:
+        assert file.metadata()["model"] == student
+        assert json.loads(file.metadata()["preprocessing"])["size"] == 32
+
+
+def no_fc(network: Any) -> nn.Module:
+    network.fc = nn.Identity()
+    return network
+
+
+@pytest.mark.parametrize("method", ["compress-1q", "seed", "compress-2q-momentum"])
+def test_heads_and_banks_are_saved_but_not_delivered(method: str, run: Callable[..., Any], tmp_path: Path) -> None:
+    run(method=f"{method}:bank=50", steps=2, student=(CONVNET,))
+    last = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    assert any(name.startswith(("head.", "slow.")) for name in last["method"])
+    delivered = safetensors.torch.load_file(tmp_path / "run/student.safetensors")
+    assert {f"backbone.{name}" for name in delivered} == set(last["student"])
+
+
+def test_the_journal_tells_loss_rate_speed_spread_and_agreement(run: Callable[..., Any], tmp_path: Path) -> None:
+    run(val="digits:split=test", val_every=2.0)
+    told = read_journal(tmp_path / "run/metrics.jsonl")
+    logged = [row for row in told if "loss" in row]
+    assert [(row["step"], row["epoch"]) for row in logged] == [(1, 0.2), (11, 2.2), (14, 2.8)]
+    numbers = {"step", "epoch", "loss", "lr", "spread", "agreement", "images_per_s", "data_wait"}
+    assert all(row.keys() == numbers for row in logged)
+    assert all(0 <= row["spread"] <= 1 and 0 <= row["agreement"] <= 100 for row in logged)
+    assert [row["lr"] for row in logged] == pytest.approx([0.2, 0.04, 0.008]), "drops after 90 and 120 of 130"
+    checks = [row for row in told if "val_nn" in row]
+    assert [row["step"] for row in checks] == [10, 14]
+    best = checkpoint.load(tmp_path / "run/checkpoints/best.pt")
+    assert best["best"] == max(row["val_nn"] for row in checks)
+    assert best["step"] == max(checks, key=lambda row: row["val_nn"])["step"]
+    assert "from step 0" in (tmp_path / "run/train.log").read_text()
+    assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+def test_val_without_labels_is_refused(run: Callable[..., Any], pictures: Path) -> None:
+    with pytest.raises(UserError, match="has no labels, so nearest neighbours cannot be scored; leave --val out"):
+        run("other", val=f"folder:{pictures}")
+
+
+# ---------------------------------------------------------------- the loop itself
+
+
+def test_a_run_is_the_plain_loop_over_pairs_of_pixels_and_stored_features(
+    run: Callable[..., Any], store: Path, tmp_path: Path
+) -> None:
+    """SGD on KL(teacher || student) written down without the classes under test."""
+    from pipeline.datasets.digits import Digits
+    from pipeline.models import build
+    from pipeline.pairs import Plan
+    from pipeline.storage import Folder
+    from pipeline.store import FeatureStore
+    from pipeline.views import ViewSpec, draw, see
+
+    run(student=(CONVNET,), method="compress-2q:bank=30", steps=6, ema=0.5, schedule="cosine")
+
+    source, digits = FeatureStore(Folder(store)), Digits().subset(IMAGES)
+    table = np.stack([source.read("embedding", v) for v in range(4)], 1)  # (N, V, D)
+    spec = ViewSpec(**source.identity["views"])
+    plan = Plan(0, np.arange(IMAGES), (1, 2, 3), BATCH, 1, "same", 6)
+    torch.manual_seed(0)
+    student = build(CONVNET, image_size=8).train()
+    average = {name: p.detach().clone() for name, p in student.named_parameters()}
+    speed = {name: torch.zeros_like(p) for name, p in student.named_parameters()}
+    queue: list[tuple[Tensor, Tensor]] = []
+    for step in range(6):
+        i, v, u = plan.at(step)
+        pixels = [
+            see(digits.load(j)[0], spec, draw(0, j, w), w, [(8, "bilinear")])[0] for j, w in zip(i, v, strict=True)
+        ]
+        t = nn.functional.normalize(torch.from_numpy(table[i, u[:, 0]]))
+        z = nn.functional.normalize(student(student.prepare(torch.cat(pixels))))
+        if queue:
+            p = (t @ torch.stack([a for a, _ in queue]).T / 0.04).softmax(1)
+            log_q = (z @ torch.stack([a for _, a in queue]).T / 0.04).log_softmax(1)
+            loss = nn.functional.kl_div(log_q, p, reduction="batchmean")
+        else:
+            loss = 0 * z.sum()
+        student.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for name, p in student.named_parameters():
+                speed[name] = 0.9 * speed[name] + p.grad + 1e-4 * p
+                p -= 0.2 * 0.5 * (1 + math.cos(math.pi * step / 6)) * speed[name]
+                average[name] = 0.5 * average[name] + 0.5 * p
+        queue = [*queue, *zip(t, z.detach(), strict=True)][-30:]
+    delivered = safetensors.torch.load_file(tmp_path / "run/student.safetensors")
+    for name, p in average.items():
+        torch.testing.assert_close(delivered[name.removeprefix("backbone.")], p, rtol=1e-4, atol=1e-6)
+    for name, buffer in student.named_buffers():
+        torch.testing.assert_close(delivered[name.removeprefix("backbone.")], buffer, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------- several students
+
+TWO = {"student": (RESNET, CONVNET), "ema": 0.9}
+NAMES = ("cifar-resnet-8-width-4-drop_path-0.5", "convnet-channels-4-8")
+
+
+def test_each_of_several_students_becomes_what_it_becomes_alone_to_the_bit(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = run("both", **TWO)
+    assert made["runs"] == [str(tmp_path / "both" / name) for name in NAMES]
+    for student, name in zip(TWO["student"], NAMES, strict=True):
+        run(name, **{**TWO, "student": (student,)})
+        assert_same_run(tmp_path / "both" / name, tmp_path / name)
+
+
+def test_several_students_stopped_anywhere_and_run_again_are_never_stopped(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    def again() -> Any:
+        return run("stopped", **TWO)
+
+    stopped_by_signal(again, 2, signal.SIGTERM)
+    save, calls = checkpoint.save, []
+
+    def between(*said: Any) -> None:
+        calls.append(said)
+        if len(calls) == 2:
+            raise Crash  # one student is saved at step 4, the other at step 3
+        save(*said)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(checkpoint, "save", between)
+        again()
+    assert [newest(tmp_path / "stopped" / name) for name in NAMES] == [4, 3]
+    crashed_at(again, 6)
+    again()
+    run("whole", **TWO)
+    for name in NAMES:
+        assert_same_run(tmp_path / "stopped" / name, tmp_path / "whole" / name)
+
+
+def test_a_student_that_comes_later_catches_up_and_the_others_wait(run: Callable[..., Any], tmp_path: Path) -> None:
+    third = "convnet:channels=3"
+    run("both", **TWO)
+    before = {name: snapshot(tmp_path / "both" / name / "checkpoints") for name in NAMES}
+    run("both", **{**TWO, "student": (*TWO["student"], third)})
+    assert {name: snapshot(tmp_path / "both" / name / "checkpoints") for name in NAMES} == before
+    run("alone", **{**TWO, "student": (third,)})
+    assert_same_run(tmp_path / "both/convnet-channels-3", tmp_path / "alone")
+
+
+def test_overwrite_sets_the_runs_of_several_students_aside(run: Callable[..., Any], tmp_path: Path) -> None:
+    run("both", **TWO, steps=2)
+    run("both", **TWO, steps=2, lr=0.1, overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "both").iterdir()) == sorted([*NAMES, *(f"{n}.old-1" for n in NAMES)])
+
+
+def test_the_runs_of_several_do_not_go_into_the_run_of_one(run: Callable[..., Any]) -> None:
+    run(steps=2)
+    with pytest.raises(UserError, match="is itself a run, so it cannot hold the runs of several"):
+        run(**TWO)

@@ -1,0 +1,634 @@
+"""features[i, v] on disk: what is written is read, killed writers cost a shard at most, growth leaves no trace."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import artifact
+from pipeline.artifact import Mismatch, UserError
+from pipeline.codecs import CODECS
+from pipeline.images import BROKEN, GOOD, NOT_FINITE, REASONS
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore, Shard, batches, done_key, shard_rows, view_digest
+
+N, D, ROWS = 10, 3, 4
+Bad = dict[tuple[int, int], tuple[int, str]]
+"""{(i, v): (status, reason)}: image i is found bad in view v."""
+
+
+class PowerCut(BaseException):
+    """The machine stops here."""
+
+
+class Frail(Folder):
+    """A folder whose machine stops before its n-th change."""
+
+    def __init__(self, path: Path, changes: int):
+        super().__init__(path)
+        self.left = changes
+
+    def _spend(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise PowerCut
+
+    def put(self, key: str, data: bytes) -> None:
+        self._spend()
+        super().put(key, data)
+
+    def delete(self, key: str) -> None:
+        self._spend()
+        super().delete(key)
+
+
+def identity(codec: str = "int8", images: int = N, rows: int = ROWS, **more: Any) -> dict[str, Any]:
+    data = {"fingerprint": "f" * 32, "images": images}
+    return {"data": data, "arrays": {"embedding": [D]}, "shard_rows": rows, "codec": codec, **more}
+
+
+def tables(images: int = N) -> dict[str, Any]:
+    ids, labels = [f"ä/{i:02d}.jpg" for i in range(images)], np.arange(images) % 3 - 1
+    return {"sample_id": ids, "label": labels, "view_key": range(images)}
+
+
+def make(where: Path | Folder, views: int, codec: str = "int8", images: int = N, **more: Any) -> FeatureStore:
+    storage = where if isinstance(where, Folder) else Folder(where)
+    return FeatureStore.make(storage, identity(codec, images, **more), {"views": views}, tables(images))
+
+
+def features(start: int, stop: int, views: Sequence[int]) -> np.ndarray:
+    """(n, V, D): what the teacher says of (i, v), whoever asks and whenever."""
+    out = [[np.random.default_rng([i, v]).normal(size=D) for v in views] for i in range(start, stop)]
+    return np.array(out, np.float32).reshape(stop - start, len(views), D)
+
+
+def content(start: int, stop: int) -> np.ndarray:
+    return np.arange(start, stop).astype(np.uint64) + np.uint64(2**63)
+
+
+def write(store: FeatureStore, shard: Shard, bad: Bad | None = None) -> None:
+    """What an export does with a shard: bad rows are zero in the views of this call, the first reason counts."""
+    x, status = features(shard.start, shard.stop, shard.views), np.zeros(shard.stop - shard.start, np.uint8)
+    reasons = {}
+    for (i, v), (why, words) in sorted((bad or {}).items(), reverse=True):
+        if shard.start <= i < shard.stop and v in shard.views:
+            status[i - shard.start], reasons[i] = why, f"{words} (view {v})"
+            x[i - shard.start] = 0
+    store.write(shard, {"embedding": store.codec.encode(x)}, status, content(shard.start, shard.stop), reasons)
+
+
+def export(where: Path | Folder, views: int, bad: Bad | None = None, **settings: Any) -> FeatureStore:
+    store = make(where, views, **settings)
+    for shard in store.pending():
+        write(store, shard, bad)
+    return store
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# ---------------------------------------------------------------- reading what was written
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_is_read_is_what_was_written_through_the_codec(tmp_path: Path, codec: str) -> None:
+    store = export(tmp_path, 6, codec=codec)
+    for v in range(6):
+        wanted = store.codec.decode(*store.codec.encode(features(0, N, [v])))[:, 0]
+        assert np.array_equal(store.read("embedding", v), wanted)
+        assert np.array_equal(store.read("embedding", v, slice(3, 9)), wanted[3:9])
+    assert store.read("embedding", 0).dtype == np.float32
+
+
+def test_the_tables_are_read_as_they_were_given(tmp_path: Path) -> None:
+    store = export(tmp_path, 2)
+    assert [str(name) for name in store.table("sample_id")] == tables()["sample_id"]
+    assert store.table("label").tolist() == tables()["label"].tolist()
+    assert store.table("view_key").tolist() == list(range(N))
+    assert store.table("content").tolist() == content(0, N).tolist()
+    assert store.table("status").tolist() == [GOOD] * N
+    dtypes = {name: store.table(name).dtype for name in ("label", "view_key", "content", "status")}
+    assert dtypes == {"label": np.int64, "view_key": np.uint64, "content": np.uint64, "status": np.uint8}
+
+
+def test_the_plain_zarr_package_alone_reads_the_features(tmp_path: Path) -> None:
+    store = export(tmp_path / "store", 6)
+    code = """
+import json, sys
+import zarr
+group = zarr.open_group(sys.argv[1], mode="r")
+features = group["embedding"][:, 5].astype("float32") * group["embedding_scale"][:, 5, None]
+assert not [name for name in sys.modules if name.startswith(("pipeline", "torch"))]
+print(json.dumps([features.tolist(), group["sample_id"][:].tolist(), sorted(group.array_keys())]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(tmp_path / "store/features.zarr")],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen, ids, names = json.loads(done.stdout)
+    assert np.array_equal(np.array(seen, np.float32), store.read("embedding", 5))
+    assert ids == tables()["sample_id"]
+    assert names == ["content", "embedding", "embedding_scale", "label", "sample_id", "status", "view_key"]
+
+
+def test_a_view_is_read_without_touching_the_others(tmp_path: Path) -> None:
+    store = export(tmp_path, 4, codec="float32")
+    shard = tmp_path / "features.zarr/embedding/c/0/0/0"
+    data, needle = bytearray(shard.read_bytes()), features(0, 1, [2]).tobytes()
+    data[data.index(needle)] ^= 1
+    shard.write_bytes(data)
+    for v in (0, 1, 3):
+        assert np.array_equal(store.read("embedding", v), features(0, N, [v])[:, 0])
+    with pytest.raises(UserError, match="array 'embedding' is damaged"):
+        store.read("embedding", 2)
+
+
+def test_an_array_that_is_not_kept_is_refused_with_what_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"keeps embedding, not 'logits'; export anew with --keep embedding,logits"):
+        make(tmp_path, 1).read("logits", 0)
+
+
+# ---------------------------------------------------------------- the layout
+
+
+def test_golden_layout(tmp_path: Path) -> None:
+    export(tmp_path, 5, images=5, bad={(4, 0): (BROKEN, "truncated")})
+    arrays = {
+        "embedding": ["c/0/0/0", "c/0/1/0"],  # the second row block holds one bad image: all zero, no file
+        "embedding_scale": ["c/0/0", "c/0/1"],
+        "status": ["c/0", "c/1"],
+        "content": ["c/0", "c/1"],
+        "sample_id": ["c/0"],
+        "label": ["c/0"],
+        "view_key": ["c/0"],
+    }
+    small = ["zarr.json", *(f"{name}/zarr.json" for name in arrays)]
+    small += [f"{name}/c/0" for name in ("sample_id", "label", "view_key")]
+    wanted = {"manifest.json", "copy/manifest.json"}
+    wanted |= {f"copy/features.zarr/{key}" for key in small} | {f"features.zarr/{key}" for key in small}
+    wanted |= {f"features.zarr/{name}/{chunk}" for name, chunks in arrays.items() for chunk in chunks}
+    wanted |= {f"done/{block:07d}.{views}.json" for block in (0, 1) for views in ("0000-0004", "0004-0005")}
+    assert set(tree(tmp_path)) == wanted
+
+
+def test_golden_zarr_metadata(tmp_path: Path) -> None:
+    make(tmp_path, 5)
+    metadata = json.loads((tmp_path / "features.zarr/embedding/zarr.json").read_bytes())
+    assert metadata == {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [10, 5, 3],
+        "data_type": "int8",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [4, 4, 3]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": [
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": [4, 1, 3],
+                    "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
+                    "index_codecs": [
+                        {"name": "bytes", "configuration": {"endian": "little"}},
+                        {"name": "crc32c"},
+                    ],
+                    "index_location": "end",
+                },
+            }
+        ],
+        "attributes": {},
+        "dimension_names": ["image", "view", "embedding_0"],
+        "storage_transformers": [],
+    }
+    group = json.loads((tmp_path / "features.zarr/zarr.json").read_bytes())
+    assert (group["zarr_format"], group["node_type"]) == (3, "group")
+
+
+def test_golden_shard_and_done_record(tmp_path: Path) -> None:
+    store = make(tmp_path, 3)
+    x = np.arange(4 * 3 * D, dtype=np.float32).reshape(4, 3, D)
+    x[2] = 0
+    shard = store.pending()[0]
+    status = np.array([0, 0, BROKEN, 0], np.uint8)
+    store.write(shard, {"embedding": store.codec.encode(x)}, status, content(0, 4), {2: "truncated"})
+    files = tree(tmp_path)
+    digests = {k: artifact.digest(files[f"features.zarr/{k}"]) for k in ("embedding/c/0/0/0", "embedding_scale/c/0/0")}
+    assert digests == GOLDEN_SHARD
+    assert files["done/0000000.0000-0003.json"].decode() == GOLDEN_RECORD
+
+
+GOLDEN_SHARD: dict[str, str] = {}
+GOLDEN_RECORD = ""
+
+
+def test_a_done_record_holds_digests_of_rows_as_they_are_stored(tmp_path: Path) -> None:
+    store = export(tmp_path, 5)
+    for block, spans in store.done().items():
+        rows = slice(*store.span(block))
+        for first, stop in spans:
+            record = json.loads((tmp_path / done_key(block, first, stop)).read_bytes())
+            assert record["rows"] == [rows.start, rows.stop] and record["views"] == [first, stop]
+            assert artifact.sealed(record) == record
+            assert record["status"] == artifact.digest(store.table("status")[rows].tobytes())
+            assert record["content"] == artifact.digest(store.table("content")[rows].tobytes())
+            stored = [store.stored("embedding", v, rows) for v in range(first, stop)]
+            assert record["digest"]["embedding"] == [view_digest(*pair) for pair in stored]
+
+
+def test_small_files_lie_there_twice_and_their_digests_are_in_the_manifest(tmp_path: Path) -> None:
+    store = make(tmp_path, 3)
+    files = tree(tmp_path)
+    assert files["copy/manifest.json"] == files["manifest.json"]
+    for key, digest in store.about["small"].items():
+        assert files[key] == files[f"copy/{key}"]
+        assert artifact.digest(files[key]) == digest
+    assert set(files) == {"manifest.json", *store.about["small"]} | {f"copy/{k}" for k in ["manifest.json", *store.about["small"]]}
+
+
+@given(st.integers(1, 10**7), st.integers(1, 4096), st.integers(1, 8192), st.sampled_from([1, 2, 4]))
+def test_shards_are_whole_batches_within_the_limits(images: int, batch: int, width: int, itemsize: int) -> None:
+    rows = shard_rows(images, batch, {"embedding": [width]}, itemsize)
+    assert rows % batch == 0 and rows >= batch
+    assert rows == batch or (rows <= 2048 and rows * 4 * width * itemsize <= 256_000_000)
+    assert rows <= max(batch, 256, -(-images // 16))
+
+
+def test_batches_cover_a_shard_and_never_cross_it() -> None:
+    assert list(batches(Shard(1, 8, 15, (0,)), 3)) == [(8, 11), (11, 14), (14, 15)]
+
+
+# ---------------------------------------------------------------- what is there and what is not
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 11), st.data())
+def test_pending_is_exactly_what_no_done_record_names(images: int, rows: int, views: int, data: st.DataObject) -> None:
+    store = FeatureStore.__new__(FeatureStore)
+    store.images, store.rows, store.about = images, rows, {"views": views}
+    blocks = range(-(-images // rows))
+    spans = [(block, first, min(first + 4, views)) for block in blocks for first in range(0, views, 4)]
+    there = data.draw(st.sets(st.sampled_from(spans)))
+
+    class Names(Folder):
+        def list(self, prefix: str = "") -> Any:
+            return iter([done_key(*span) for span in there])
+
+    store.storage = Names("nowhere")
+    done = {(i, v) for block, a, b in there for i in range(block * rows, block * rows + rows) for v in range(a, b)}
+    wanted = set(itertools.product(range(images), range(views))) - done
+    pending = store.pending()
+    assert {(i, v) for s in pending for i in range(s.start, s.stop) for v in s.views} == wanted
+    assert [s.block for s in pending] == sorted({s.block for s in pending})
+    assert all(s.start == s.block * rows and s.stop == min(images, s.start + rows) for s in pending)
+    assert all(list(s.views) == sorted(s.views) for s in pending)
+
+
+def test_the_done_record_is_written_after_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, order = make(tmp_path, 6), []
+    put = Folder.put
+    monkeypatch.setattr(Folder, "put", lambda self, key, data: (order.append(key), put(self, key, data)))
+    write(store, store.pending()[0])
+    kinds = [key.split("/")[0] for key in order]
+    assert kinds == sorted(kinds, reverse=True)  # features.zarr..., then done...
+    assert kinds.count("done") == 2 and kinds.count("features.zarr") == 6
+
+
+def test_a_shard_without_its_done_record_is_pending_and_rewritten(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    export(whole, 3)
+    frail = Frail(tmp_path / "cut", 10**6)
+    store = make(frail, 3)
+    first = store.pending()[0]
+    frail.left = 4  # embedding, scale, status, content: the next is the done record
+    with pytest.raises(PowerCut):
+        write(store, first)
+    assert (tmp_path / "cut/features.zarr/embedding/c/0/0/0").exists()
+    assert store.done() == {} and store.pending()[0] == first
+    export(tmp_path / "cut", 3)
+    assert tree(tmp_path / "cut") == tree(whole)
+
+
+def test_an_absent_chunk_is_not_a_missing_shard(tmp_path: Path) -> None:
+    store = make(tmp_path, 2)
+    zero = np.zeros((ROWS, 2, D), np.float32)
+    for shard in store.pending():
+        x = zero[: shard.stop - shard.start]
+        rows = shard.stop - shard.start
+        store.write(shard, {"embedding": store.codec.encode(x)}, np.zeros(rows, np.uint8), np.zeros(rows, np.uint64), {})
+    assert not (tmp_path / "features.zarr/embedding/c").exists() or not tree(tmp_path / "features.zarr/embedding/c")
+    assert store.pending() == []
+    store.require_complete()
+    assert np.array_equal(store.read("embedding", 1), np.zeros((N, D)))
+
+
+def test_zeros_written_over_other_features_are_read_as_zeros(tmp_path: Path) -> None:
+    store = export(tmp_path, 2)
+    shard = Shard(0, 0, 4, (0, 1))
+    (tmp_path / done_key(0, 0, 2)).unlink()
+    zero = store.codec.encode(np.zeros((4, 2, D), np.float32))
+    store.write(shard, {"embedding": zero}, np.zeros(4, np.uint8), content(0, 4), {})
+    assert not store.read("embedding", 1, slice(0, 4)).any()
+
+
+@pytest.mark.parametrize("key", ["embedding/c/0/0/0", "embedding_scale/c/1/0", "content/c/2", "status/c/0"])
+def test_a_lost_file_is_not_taken_for_zeros(tmp_path: Path, key: str) -> None:
+    store = export(tmp_path, 3)
+    store.require_complete()
+    (tmp_path / "features.zarr" / key).unlink()
+    with pytest.raises(UserError, match=f"lacks 1 of the files.*{key}.*verify --repair"):
+        store.require_complete()
+
+
+def test_an_unfinished_store_says_how_much_is_missing(tmp_path: Path) -> None:
+    store = make(tmp_path, 5)
+    write(store, store.pending()[1])
+    with pytest.raises(UserError, match="lacks 2 of 3 shards; repeat the export-teacher command that made it"):
+        store.require_complete()
+    with pytest.raises(UserError, match="holds views 0 to 4, but view 7 was asked for.*--views 8"):
+        export(tmp_path, 5).require_complete([0, 7])
+    export(tmp_path, 6, bad={}).require_complete()
+
+
+def test_views_that_are_there_are_complete_while_others_are_not(tmp_path: Path) -> None:
+    export(tmp_path, 4)
+    store = make(tmp_path, 8)
+    store.require_complete(range(4))
+    with pytest.raises(UserError, match="lacks 3 of 3 shards"):
+        store.require_complete()
+
+
+# ---------------------------------------------------------------- who may continue a store
+
+
+def test_a_store_of_other_settings_is_refused_with_what_differs(tmp_path: Path) -> None:
+    export(tmp_path, 3)
+    before = tree(tmp_path)
+    with pytest.raises(Mismatch, match="batch_size is null there, 5 asked; codec is \"int8\" there, \"float32\" asked"):
+        make(tmp_path, 3, codec="float32", batch_size=5)
+    with pytest.raises(UserError, match="has 3 views, but --views 2 was asked, and a store only grows"):
+        make(tmp_path, 2)
+    assert tree(tmp_path) == before
+
+
+def test_a_fingerprint_stays_when_a_store_moves_or_grows(tmp_path: Path) -> None:
+    first = export(tmp_path / "a", 3).fingerprint
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    assert FeatureStore(Folder(tmp_path / "b")).fingerprint == first
+    assert make(tmp_path / "b", 9).fingerprint == first
+    assert make(tmp_path / "c", 3, codec="float32").fingerprint != first
+
+
+def test_opening_what_is_no_store_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a store: it holds no manifest.json"):
+        FeatureStore(Folder(tmp_path))
+
+
+# ---------------------------------------------------------------- growth
+
+PATHS = [(1, 8), (3, 5, 8), (4, 8), (2, 3, 4, 9)]
+BAD: Bad = {
+    (1, 0): (BROKEN, "truncated"),  # bad in every view: it is the file
+    **{(1, v): (BROKEN, "truncated") for v in range(1, 9)},
+    (4, 2): (NOT_FINITE, "not finite"),  # found out early
+    (6, 4): (NOT_FINITE, "not finite"),  # found out by the second block of views
+    (6, 7): (NOT_FINITE, "not finite"),
+    (9, 7): (NOT_FINITE, "not finite"),  # found out late
+}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_a_grown_store_is_to_the_byte_one_made_at_once(tmp_path: Path, codec: str, path: tuple[int, ...]) -> None:
+    for views in path:
+        export(tmp_path / "grown", views, codec=codec)
+    export(tmp_path / "fresh", path[-1], codec=codec)
+    assert tree(tmp_path / "grown") == tree(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_a_row_found_bad_by_a_later_view_is_bad_in_all(tmp_path: Path, path: tuple[int, ...]) -> None:
+    for views in path:
+        grown = export(tmp_path / "grown", views, BAD)
+    fresh = export(tmp_path / "fresh", path[-1], BAD)
+    assert tree(tmp_path / "grown") == tree(tmp_path / "fresh")
+    rows = sorted({i for i, v in BAD if v < path[-1]})
+    for store in (grown, fresh):
+        assert [i for i, _, _ in store.bad_images()] == rows
+        for v in range(path[-1]):
+            assert not store.read("embedding", v)[rows].any()
+
+
+def test_growth_computes_only_the_new_views(tmp_path: Path) -> None:
+    export(tmp_path, 3)
+    assert {shard.views for shard in make(tmp_path, 8).pending()} == {(3, 4, 5, 6, 7)}
+
+
+def test_growth_leaves_old_views_readable_all_the_while(tmp_path: Path) -> None:
+    old = export(tmp_path, 3)
+    wanted = [old.read("embedding", v) for v in range(3)]
+    store = make(tmp_path, 8)
+    for shard in store.pending():
+        for v in range(3):
+            assert np.array_equal(FeatureStore(Folder(tmp_path)).read("embedding", v), wanted[v])
+        write(store, shard)
+
+
+def test_a_changed_image_is_noticed_at_growth(tmp_path: Path) -> None:
+    export(tmp_path, 3)
+    store = make(tmp_path, 5)
+    shard = store.pending()[1]
+    changed = content(shard.start, shard.stop)
+    changed[2] += np.uint64(1)
+    x = store.codec.encode(features(shard.start, shard.stop, shard.views))
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"1 images? (is|are) not (that|those) .*, the first is ä/06.jpg"):
+        store.write(shard, {"embedding": x}, np.zeros(4, np.uint8), changed, {})
+    assert tree(tmp_path) == before
+
+
+# ---------------------------------------------------------------- killed at any moment
+
+
+def changes(work: Callable[[Folder], Any], folder: Path) -> int:
+    """How many changes to the folder `work` makes."""
+    frail = Frail(folder, 10**6)
+    work(frail)
+    return 10**6 - frail.left
+
+
+def survives(work: Callable[[Folder], Any], before: Path | None, scratch: Path, step: int = 1) -> None:
+    """Stopped before its n-th change, for every n, then repeated, `work` leaves what it leaves undisturbed."""
+
+    def start(name: str) -> Path:
+        if before:
+            shutil.copytree(before, scratch / name)
+        return scratch / name
+
+    total = changes(work, start("whole"))
+    wanted = tree(scratch / "whole")
+    assert total > 10
+    for n in range(0, total, step):
+        folder = start(f"cut-{n}")
+        with pytest.raises(PowerCut):
+            work(Frail(folder, n))
+        work(Folder(folder))
+        assert tree(folder) == wanted, f"stopped before change {n} of {total}"
+        shutil.rmtree(folder)
+
+
+def test_an_export_killed_before_any_of_its_changes_ends_the_same(tmp_path: Path) -> None:
+    survives(lambda folder: export(folder, 5, BAD, images=6), None, tmp_path)
+
+
+def test_a_growth_killed_before_any_of_its_changes_ends_the_same(tmp_path: Path) -> None:
+    export(tmp_path / "before", 3, BAD, images=8)
+    survives(lambda folder: export(folder, 8, BAD, images=8), tmp_path / "before", tmp_path)
+    export(tmp_path / "fresh", 8, BAD, images=8)
+    assert tree(tmp_path / "whole") == tree(tmp_path / "fresh")
+
+
+def test_killed_while_being_made_and_then_asked_for_more_views(tmp_path: Path) -> None:
+    export(tmp_path / "fresh", 8, images=4)
+    for n in range(1, changes(lambda folder: make(folder, 3, images=4), tmp_path / "whole")):
+        with pytest.raises(PowerCut):
+            make(Frail(tmp_path / f"cut-{n}", n), 3, images=4)
+        export(tmp_path / f"cut-{n}", 8, images=4)
+        assert tree(tmp_path / f"cut-{n}") == tree(tmp_path / "fresh")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("codec", CODECS)
+def test_killed_twice_before_any_two_of_its_changes_a_growth_ends_the_same(tmp_path: Path, codec: str) -> None:
+    export(tmp_path / "before", 3, BAD, codec=codec, images=8)
+    work = lambda folder: export(folder, 8, BAD, codec=codec, images=8)  # noqa: E731
+    total = changes(work, shutil.copytree(tmp_path / "before", tmp_path / "whole"))
+    wanted = tree(tmp_path / "whole")
+    for first, second in itertools.product(range(total), range(0, total, 3)):
+        folder = shutil.copytree(tmp_path / "before", tmp_path / "cut")
+        for n in (first, second):
+            try:
+                work(Frail(folder, n))
+            except PowerCut:
+                continue
+        work(Folder(folder))
+        assert tree(folder) == wanted
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------- bad images
+
+
+def test_bad_images_keep_their_row_and_are_listed_with_reasons(tmp_path: Path) -> None:
+    store = export(tmp_path, 5, BAD)
+    assert store.bad_images() == [
+        (1, "ä/01.jpg", "truncated (view 0)"),
+        (4, "ä/04.jpg", "not finite (view 2)"),
+        (6, "ä/06.jpg", "not finite (view 4)"),
+    ]
+    assert store.table("status").tolist() == [0, BROKEN, 0, 0, NOT_FINITE, 0, NOT_FINITE, 0, 0, 0]
+    good = [0, 2, 3, 5, 7, 8, 9]
+    wanted = store.codec.decode(*store.codec.encode(features(0, N, [4])))[:, 0]
+    assert np.array_equal(store.read("embedding", 4)[good], wanted[good])
+    assert export(tmp_path / "good", 2).bad_images() == []
+
+
+def test_rows_nobody_has_reached_are_not_bad(tmp_path: Path) -> None:
+    store = make(tmp_path, 2)
+    assert store.bad_images() == []
+    write(store, store.pending()[0], BAD)
+    assert store.bad_images() == [(1, "ä/01.jpg", "truncated (view 0)")]
+    assert set(store.table("status").tolist()) <= {*REASONS, 255}
+
+
+# ---------------------------------------------------------------- damage
+
+
+def damaged(file: Path, change: Callable[[bytes], bytes], read: Callable[[], Any], wanted: Any) -> bool:
+    """Whether a change to a file is noticed. That it is neither noticed nor harmless is a failure."""
+    whole = file.read_bytes()
+    file.write_bytes(change(whole))
+    try:
+        seen = read()
+    except UserError as problem:
+        assert "damaged" in str(problem)
+        return True
+    finally:
+        file.write_bytes(whole)
+    assert np.array_equal(seen, wanted)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("array", "chunk"),
+    [("embedding", "c/0/0/0"), ("embedding_scale", "c/0/0"), ("content", "c/0"), ("status", "c/0"), ("sample_id", "c/0")],
+)
+def test_a_flipped_bit_anywhere_in_a_file_is_noticed(tmp_path: Path, array: str, chunk: str) -> None:
+    export(tmp_path, 4)
+    file = tmp_path / "features.zarr" / array / chunk
+
+    def read() -> Any:
+        store = FeatureStore(Folder(tmp_path))
+        if not array.startswith("embedding"):
+            return store.table(array)
+        return np.concatenate([store.read("embedding", v) for v in range(4)])
+
+    wanted, size = read(), file.stat().st_size
+    for place in range(0, size, max(1, size // 40)):
+        flip = lambda data, place=place: data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]  # noqa: E731
+        assert damaged(file, flip, read, wanted), f"byte {place} of {size}"
+
+
+@pytest.mark.parametrize("array", ["embedding", "embedding_scale", "content"])
+def test_a_truncated_file_is_noticed(tmp_path: Path, array: str) -> None:
+    export(tmp_path, 4)
+    (file,) = (f for f in (tmp_path / "features.zarr" / array).rglob("0") if f.is_file() and f.parts[-3:] != ("c",) and "/c/0" in str(f))
+    read = lambda: FeatureStore(Folder(tmp_path)).read("embedding", 0) if array != "content" else FeatureStore(Folder(tmp_path)).table("content")  # noqa: E501, E731
+    wanted = read()
+    for size in (0, 1, 5, 20, file.stat().st_size // 2, file.stat().st_size - 1):
+        assert damaged(file, lambda data, size=size: data[:size], read, wanted), f"cut to {size} bytes"
+
+
+@pytest.mark.parametrize("key", ["zarr.json", "embedding/zarr.json", "embedding_scale/zarr.json"])
+@pytest.mark.parametrize("junk", [b"", b"{", b"{}", b"null", b"\xff\xfe\x00"])
+def test_damaged_metadata_is_noticed(tmp_path: Path, key: str, junk: bytes) -> None:
+    export(tmp_path, 2)
+    read = lambda: FeatureStore(Folder(tmp_path)).read("embedding", 0)  # noqa: E731
+    assert damaged(tmp_path / "features.zarr" / key, lambda _: junk, read, read())
+
+
+def test_reading_errors_of_the_disk_are_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = export(tmp_path, 2)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    store.array("embedding")
+    monkeypatch.setattr(type(store.array("embedding")), "__getitem__", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        store.read("embedding", 0)
+
+
+# ---------------------------------------------------------------- history
+
+
+def test_history_grows_by_a_line_and_is_outside_every_digest(tmp_path: Path) -> None:
+    store = export(tmp_path, 2)
+    before = store.fingerprint
+    store.remember({"seconds": 1})
+    store.remember({"seconds": 2})
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"seconds": 1}, {"seconds": 2}]
+    assert FeatureStore(Folder(tmp_path)).fingerprint == before
+    assert os.listdir(tmp_path / "copy") and "history.jsonl" not in os.listdir(tmp_path / "copy")
