@@ -134,10 +134,9 @@ def main() -> None:
     except UsageProblem as problem:
         code = _fail(_usage(problem))
     except (MemoryError, RuntimeError) as problem:
-        if not _memory(problem):
+        if not (text := _exhausted(problem)):
             raise
-        why = " ".join(str(problem).split())[:160] or "of this machine"
-        code = _fail(f"the memory is full ({why}); use a smaller --batch-size (a folder begun with it needs --overwrite)")
+        code = _fail(text)
     except OSError as problem:
         if problem.errno not in _DISK:
             raise
@@ -157,10 +156,19 @@ def _fail(text: str) -> int:
     return 2
 
 
-def _memory(problem: Exception) -> bool:
-    """Whether memory ran out, of the machine or of a GPU: torch has its own words, and is not imported here."""
+def _exhausted(problem: Exception) -> str:
+    """In words, if memory ran out or a loader process died of it; torch has no one type for these. Else nothing."""
+    text = " ".join(str(problem).split())
+    signs = ("killed by signal", "exited unexpectedly", "shared memory", "No space left on device")
+    if "DataLoader worker" in text and any(sign in text for sign in signs):
+        return (
+            f"a loader process died ({text[:160]}); use fewer --workers (0: none), or give them more memory "
+            "(docker run --shm-size), and repeat the command, it continues where it stopped"
+        )
     named = type(problem).__name__ in ("MemoryError", "_ArrayMemoryError", "OutOfMemoryError")
-    return named or "can't allocate memory" in str(problem)
+    if named or "can't allocate memory" in text:
+        return f"the memory is full ({text[:160]}); use a smaller --batch-size (with --overwrite, if it was begun so)"
+    return ""
 
 
 def _usage(problem: Any) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline import checkpoint, philox
 from pipeline.artifact import UserError
 from pipeline.embed import autocast
-from pipeline.methods.base import Batch, Method
+from pipeline.method import Batch, Method
 from pipeline.model import Embedder
 from pipeline.schedule import Schedule
 from pipeline.storage import Folder
@@ -48,7 +48,8 @@ class Apprentice:
         self.folder, self.student, self.method, self.training = folder, student, method, training
         self.seed = training.seed ^ (zlib.crc32(student.spec.encode()) << 32)
         self.optimizer = optimizer(training, nn.ModuleList([student, method]))
-        self.scaler = torch.amp.GradScaler(enabled=training.precision == "fp16")
+        place = next(student.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(place, enabled=training.precision == "fp16")
         self.average = copy.deepcopy(student).requires_grad_(False) if training.ema else None
         self.forward: Any = student  # torch.compile'd if asked
         self.best = -1.0

@@ -93,7 +93,7 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
     if not good:
         raise UserError(
             f"{where} is damaged, or not of our making: its content does not fit its digest; restore it from a copy "
-            "(a store has one in copy/), or move the folder away and begin anew"
+            "(compress verify --repair does so for a store), or move the folder away and begin anew"
         )
     if manifest["format"] != FORMAT:
         raise UserError(

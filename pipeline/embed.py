@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,10 @@ class Forward:
     precision: str = "fp32"
     batch_size: int = 64
     channels_last: bool = True
-    _room: torch.Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        self.embedder.eval().requires_grad_(False).to(self.device, memory_format=layout)
+        self.embedder.eval().requires_grad_(False).to(self.device).to(memory_format=layout)
 
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
         """A ragged batch is padded to the full one, so that every row meets the same arithmetic."""

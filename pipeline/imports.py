@@ -26,7 +26,7 @@ def load(place: str) -> Any:
         module = _from_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except UserError:
         raise
-    except Exception as wrong:
+    except (Exception, SystemExit) as wrong:  # a script without `if __name__ == "__main__"` may leave
         raise UserError(f"python:{where} could not be imported: {located(wrong)}") from wrong
     found = getattr(module, name, None)
     if not callable(found):

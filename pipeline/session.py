@@ -13,7 +13,7 @@ from pipeline.apprentice import Apprentice
 from pipeline.artifact import UserError
 from pipeline.images import GOOD
 from pipeline.loader import Eyes, Sight, feed
-from pipeline.methods.base import Batch
+from pipeline.method import Batch
 from pipeline.model import Preprocessing
 from pipeline.pairs import Features, Plan
 from pipeline.pixels import require_same

@@ -189,20 +189,23 @@ class FeatureStore:
     def group(self) -> zarr.Group:
         try:
             return zarr.open_group(_zarr_store(self.storage), path=GROUP, mode="r")
-        except (FileNotFoundError, ValueError, KeyError, json.JSONDecodeError) as problem:
-            raise UserError(f"{self.storage}/{GROUP} is damaged: {problem}; see compress verify --repair") from None
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise UserError(f"{self.storage}/{GROUP} is damaged: {_one_line(problem)}; see compress verify --repair") from None
 
     def array(self, name: str) -> zarr.Array:
         """One Zarr array. Raises UserError if the store does not keep it or its metadata is damaged."""
         try:
             return self.group[name]  # type: ignore[return-value]
         except KeyError:
+            if f"{GROUP}/{name}/zarr.json" in self.about["small"]:
+                raise UserError(f"{self.storage}: metadata of {name!r} is gone; see compress verify --repair") from None
             kept = ", ".join(self.arrays)
             raise UserError(
                 f"{self.storage} keeps {kept}, not {name!r}; export anew with --keep {','.join([*self.arrays, name])}"
             ) from None
-        except (ValueError, TypeError) as problem:
-            raise UserError(f"{self.storage}: metadata of {name!r} is damaged: {problem}; see verify --repair") from None
+        except (ValueError, TypeError, AttributeError) as problem:
+            why = f"metadata of {name!r} is damaged: {_one_line(problem)}; see compress verify --repair"
+            raise UserError(f"{self.storage}: {why}") from None
 
     def table(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """(n,) label, sample_id, view_key, content or status."""
@@ -210,8 +213,8 @@ class FeatureStore:
 
     def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
         """What lies on disk of one view: ((n, ...) as the codec keeps it, (n, ...) scale or None)."""
-        scale = self._read(f"{name}_scale", (rows, view)) if self.codec.scaled else None
-        return self._read(name, (rows, view)), scale
+        stored = self._read(name, (rows, view))
+        return stored, self._read(f"{name}_scale", (rows, view)) if self.codec.scaled else None
 
     def read(self, name: str, view: int, rows: slice = slice(None)) -> np.ndarray:
         """(n, ...) float32 features of one view."""

@@ -36,4 +36,5 @@ def metrics(folder: Path) -> dict[str, Any]:
         if (place / artifact.MANIFEST).exists() and (place / "metrics.json").exists():
             artifact.read(Folder(place), "evaluation")
             return artifact.read_json(Folder(place), "metrics.json")
-    raise UserError(f"{folder} has no evaluation; make one with compress evaluate (looked in {', '.join(map(str, places))})")
+    looked = ", ".join(map(str, places))
+    raise UserError(f"{folder} has no evaluation; make one with compress evaluate (looked in {looked})")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.apprentice import Apprentice, Training
     from pipeline.datasets.base import Dataset
     from pipeline.journal import Journal
-    from pipeline.methods.base import Recipe
+    from pipeline.method import Recipe
     from pipeline.pairs import Plan
     from pipeline.session import Session
     from pipeline.store import FeatureStore
@@ -157,7 +157,14 @@ def open_images(config: Config, store: "FeatureStore") -> "Dataset":
     from pipeline.session import require_images
 
     about = store.about["data"]
-    dataset = DATASETS.order(config.data or about["spec"])
+    try:
+        dataset = DATASETS.order(config.data or about["spec"])
+    except UserError as problem:
+        if config.data:
+            raise
+        raise UserError(
+            f"the images of {config.store} are not where they were: {problem}. Say where they are now with --data"
+        ) from None
     dataset = dataset.subset(about["limit"]) if about["limit"] else dataset
     if unlike := require_images(store, dataset, config.allow_other_pixels):
         say(f"warning: {unlike}")
@@ -245,8 +252,8 @@ def hire(
     import torch
 
     from pipeline.apprentice import Apprentice
+    from pipeline.method import Setting
     from pipeline.methods import METHODS
-    from pipeline.methods.base import Setting
     from pipeline.models import build
 
     torch.manual_seed(config.seed)

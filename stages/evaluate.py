@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pipeline.datasets.base import Dataset
-    from pipeline.embed import Forward
     from pipeline.evaluators.base import Result, Split
     from pipeline.model import Embedder
     from pipeline.store import FeatureStore
@@ -76,7 +75,7 @@ def run(config: Config) -> dict[str, Any]:
         "precision": config.precision,
     }
     about = {"model": subject.model, "train": subject.train_spec(config), "val": config.val}
-    if config.overwrite and (aside := artifact.set_aside(out, "evaluation")):  # only now, when little else can be refused
+    if config.overwrite and (aside := artifact.set_aside(out, "evaluation")):  # only now, when little is refused
         say(f"set the earlier {out} aside as {aside}")
     artifact.claim(Folder(out), "evaluation", identity, about)
     train, val = splits(config, subject, train_data, val_data, out)
@@ -234,14 +233,19 @@ def open_sets(config: Config, subject: Subject) -> tuple["Dataset", "Dataset"]:
         train = DATASETS.order(config.train)
     else:
         assert subject.data
-        train = DATASETS.order(subject.data["spec"])
+        try:
+            train = DATASETS.order(subject.data["spec"])
+        except UserError as problem:
+            raise UserError(
+                f"the training images are not where they were: {problem}. Say where they are now with --train"
+            ) from None
         train = train.subset(subject.data["limit"]) if subject.data["limit"] else train
     val = DATASETS.order(config.val)
     unknown = [name for name in val.classes if name not in train.classes]
     if unknown and (train.label >= 0).any():
         raise UserError(
-            f"{len(unknown)} of {len(val.classes)} classes of --val {config.val} are not among the training images, the "
-            f"first is {unknown[0]!r}; give training images of all classes with --train, or take them out of --val"
+            f"{len(unknown)} of {len(val.classes)} classes of --val {config.val} are not among the training images, "
+            f"the first is {unknown[0]!r}; give training images of all classes with --train, or take them out of --val"
         )
     return train, val
 

@@ -83,7 +83,7 @@ def run(config: Config) -> dict[str, Any]:
     from pipeline.pixels import require_same
     from pipeline.store import FeatureStore
 
-    if config.overwrite and (aside := artifact.set_aside(config.out, "store")):  # only now, when nothing else can be refused
+    if config.overwrite and (aside := artifact.set_aside(config.out, "store")):  # only now, when nothing is refused
         say(f"set the earlier {config.out} aside as {aside}")
     elif earlier:  # refuse before anything grows
         artifact.claim(Folder(config.out), "store", identity)
@@ -134,7 +134,7 @@ def check(config: Config) -> None:
     )
     codec(config.codec)
     if config.policy == "none" and config.views > 1:
-        raise UserError(f"--policy none has one view, the plain one, but --views {config.views} was asked; use --views 1")
+        raise UserError(f"--policy none has one view, the plain one, not the {config.views} asked; use --views 1")
 
 
 def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dataset") -> None:

@@ -54,7 +54,7 @@ def distillation(storage: Folder, manifest: dict[str, Any]) -> dict[str, Any]:
     from pipeline import journal
 
     rows = journal.read(storage.path / "metrics.jsonl")
-    last = next((row for row in reversed(rows) if "loss" in row), {})
+    last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
     scores = [row["val_nn"] for row in rows if "val_nn" in row]
     saved = sorted(p.stem.removeprefix("step-").lstrip("0") for p in storage.path.glob("checkpoints/step-*.pt"))
     identity = manifest["identity"]

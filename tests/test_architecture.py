@@ -23,7 +23,7 @@ from pipeline.menu import Menu
 GROUND = {
     f"pipeline.{name}"
     for name in (
-        "storage", "artifact", "config", "menu", "checkpoint", "schedule", "order", "journal",
+        "errors", "storage", "bucket", "artifact", "config", "menu", "checkpoint", "schedule", "order", "journal",
         "interrupt", "progress", "device",
     )
 }  # fmt: skip
@@ -364,17 +364,17 @@ def test_every_entry_of_every_menu_resolves(menu: Menu, kind: str) -> None:
     [
         ("cli", "stages.distill", True),
         ("stages.distill", "pipeline.methods", True),
-        ("stages.distill", "pipeline.methods.base", True),
+        ("stages.distill", "pipeline.method", True),
         ("stages.distill", "pipeline.methods.seed", False),
         ("stages.distill", "stages.evaluate", False),
         ("stages.distill", "cli", False),
-        ("pipeline.methods.seed", "pipeline.methods.base", True),
+        ("pipeline.methods.seed", "pipeline.method", True),
         ("pipeline.methods.seed", "pipeline.bank", True),
         ("pipeline.methods.seed", "pipeline.methods.compress", False),
         ("pipeline.methods.seed", "pipeline.methods", False),
         ("pipeline.methods.seed", "pipeline.models.timm", False),
         ("pipeline.methods.seed", "pipeline.evaluators.base", False),
-        ("pipeline.methods.base", "pipeline.models", False),
+        ("pipeline.method", "pipeline.models", False),
         ("pipeline.store", "pipeline.storage", True),
         ("pipeline.store", "pipeline.views", True),
         ("pipeline.storage", "pipeline.store", False),

@@ -84,7 +84,8 @@ def export(data: object, out: object, *more: object, teacher: str = TEACHER) -> 
 
 
 def distill(store: object, out: object, *more: object, student: str = STUDENT, method: str = "compress-2q") -> Said:
-    return compress("distill", "--store", store, "--student", student, "--method", method, "--out", out, *DISTILL, *more)
+    named = ("--store", store, "--student", student, "--method", method, "--out", out)
+    return compress("distill", *named, *DISTILL, *more)
 
 
 def evaluate(*more: object) -> Said:
@@ -345,6 +346,8 @@ def test_a_teacher_whose_features_are_not_finite_is_found_at_export(data: Path) 
     export(data, "all", teacher="python:net.py:all").refuses("none of the 18 images", "not finite", "--overwrite")
     export(data, "none", teacher="python:net.py:words").refuses("returned a str", "torch.nn.Module")
     export(data, "none", teacher="python:net.py:broken").refuses("RuntimeError: out of ideas", "net.py, line 12")
+    Path("script.py").write_text("import sys\nsys.exit('usage: script.py FILE')\n")
+    export(data, "none", teacher="python:script.py:net").refuses("could not be imported", "usage", "script.py, line 2")
     export(data, "none", teacher="python:net.py:som").refuses("no function or class 'som'", "did you mean 'some'?")
     assert not Path("none").exists()
 
@@ -546,7 +549,7 @@ def test_one_changed_image_stops_the_training_and_the_work_so_far_is_kept(store:
     export(data, store, "--views", 5).works()
 
 
-def test_a_flipped_byte_in_a_shard_is_found_when_it_is_read(world: World, store: Path) -> None:
+def test_a_flipped_byte_in_a_shard_is_found_when_it_is_read(data: Path, store: Path) -> None:
     for name, place in (("embedding", "1/0/0"), ("embedding_scale", "1/0"), ("status", "1"), ("content", "2")):
         shard = store / "features.zarr" / name / "c" / place
         good = shard.read_bytes()
@@ -555,7 +558,11 @@ def test_a_flipped_byte_in_a_shard_is_found_when_it_is_read(world: World, store:
         before = content(store)
         distill(store, "run", "--overwrite").refuses(f"'{name}' is damaged", "compress verify --repair")
         assert content(store) == before
-        shard.write_bytes(good)
+        compress("verify", store).refuses(f"'{name}' is damaged", "compress verify --repair")
+        assert content(store) == before
+        compress("verify", store, "--repair").works()
+        export(data, store).works()
+        assert shard.read_bytes() == good
     distill(store, "run", "--overwrite").works()
 
 
@@ -563,10 +570,14 @@ def test_a_flipped_byte_in_a_shard_is_found_when_it_is_read(world: World, store:
 def test_a_missing_file_of_a_shard_is_not_taken_for_zeros(
     world: World, data: Path, store: Path, name: str, place: str
 ) -> None:
+    whole = features(store)
     (store / "features.zarr" / name / "c" / place).unlink()
     for said in (distill(store, "run"), evaluate("--store", store, "--val", world.val), export(data, store)):
         said.refuses("lacks 1 of the files", f"features.zarr/{name}/c/{place}", "compress verify --repair")
     assert not Path("run").exists()
+    compress("verify", store, "--repair").works()
+    export(data, store).works()
+    assert features(store) == whole
 
 
 def test_a_block_of_bad_images_has_no_files_and_nothing_is_missing(here: Path) -> None:
@@ -595,8 +606,11 @@ def test_a_damaged_manifest_is_refused_by_every_command(world: World, here: Path
         evaluate("--run", run, "--val", world.val),
         evaluate("--store", store, "--val", world.val),
     ):
-        said.refuses("manifest.json is damaged", "copy")
+        said.refuses("manifest.json is damaged", "copy", "compress verify --repair")
     assert content(here) == before
+    compress("verify", store, "--repair").works()
+    export(world.data, store).works()
+    assert content(store) == content(world.store)
 
 
 # ---------------------------------------------------------------------- runs
@@ -696,6 +710,18 @@ def test_an_evaluation_is_of_the_images_it_was_begun_with(world: World, data: Pa
         file.write_bytes(b"{")
     evaluate(*flags, "--val", data).works()
     compress("compare", "out").works()
+
+
+def test_images_that_have_moved_are_asked_for(data: Path) -> None:
+    export(data, "store").works()
+    distill("store", "run").works()
+    data.rename("moved")
+    told = distill("store", "run", "--steps", 6).refuses("not where they were", str(data), "does not exist", "--data")
+    assert "store" in told
+    distill("store", "run", "--steps", 6, "--data", "moved").works()
+    flags = ("--run", "run", "--val", "moved", "--out", "out", "--protocol", "cluster:clusters=99")
+    evaluate(*flags).refuses("not where they were", str(data), "--train")
+    evaluate(*flags, "--train", "moved").refuses("99 clusters")
 
 
 def test_there_must_be_something_to_compare_or_inspect(world: World, data: Path) -> None:
@@ -815,7 +841,7 @@ def test_a_training_onto_a_full_disk_goes_on_when_there_is_room(
 def test_an_evaluation_onto_a_full_disk_goes_on_when_there_is_room(world: World, mount: Callable[..., Path]) -> None:
     disk = mount("4m")
     flags = ("--run", world.run, "--val", world.val, "--out", disk / "scores", "--protocol", "cluster")
-    for share in (0, 1, 2, 3):
+    for share in (0, 0.3, 0.3, 0.6):  # what came before stays, so every time it gets further
         ballast = fill(disk, world.store, share)
         evaluate(*flags).refuses("disk/scores", "the disk is full", "make room and repeat the command")
         ballast.unlink()
@@ -824,11 +850,20 @@ def test_an_evaluation_onto_a_full_disk_goes_on_when_there_is_room(world: World,
 
 
 def test_a_file_size_limit_is_told_by_the_program_itself(world: World, here: Path) -> None:
-    words = ("export-teacher", "--data", world.data, "--teacher", TEACHER, "--out", "store", *EXPORT, "--codec", "float32")
+    words = ("export-teacher", "--data", world.data, "--teacher", TEACHER, "--out", "store", *EXPORT)
     limit = 400  # bytes: less than a manifest
     said = program(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     said.refuses("store/manifest.json", "file size limit", "ulimit -f", "repeat the command")
     compress(*words).works()
+
+
+def test_a_loader_process_that_is_killed_is_told(world: World, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.loader._quiet", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        said = export(world.data, "store", "--workers", 1)
+    said.refuses("a loader process died", "fewer --workers", "repeat the command")
+    export(world.data, "store").works()
+    assert features(Path("store")) == features(world.store)
 
 
 def test_a_batch_larger_than_the_memory_is_told(world: World, here: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.artifact import UserError
 from pipeline.bank import MemoryBank, unit
-from pipeline.methods.base import Setting, bank_size, store_rows
+from pipeline.method import Setting, bank_size, store_rows
 
 
 def feature(rows: Tensor, views: Tensor) -> Tensor:

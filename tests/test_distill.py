@@ -169,6 +169,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "compress-1q": {"pairing": "cross", "views_per_step": 2, "norm_decay": False},
     "seed": {"method": "seed:bank=50", "precision": "bf16", "val": "digits:split=test", "val_every": 1.0},
+    "fp16": {"method": "compress-2q:bank=50", "precision": "fp16", "clip": 1.0, "optimizer": "adamw", "lr": 0.01},
     "a random start, meaningless anchors and all": {"method": "compress-2q:bank=119,start=random"},
     "dropout": {"method": "compress-2q-momentum:bank=50", "student": ("python:DROPOUT:net",)},
     "a step schedule, no average": {"schedule": "step", "method": "seed:bank=50,start=empty", "ema": None},
@@ -194,6 +195,8 @@ def test_stopped_at_any_step_and_run_again_is_never_stopped_to_the_bit(
     stopped_by_signal(again, 4, signal.SIGINT)
     crashed_at(again, 5)  # nothing saved since step 5
     crashed_at(again, 11)  # goes back to step 8
+    with open(tmp_path / "stopped/metrics.jsonl", "a") as journal:
+        journal.write('{"step": 8, "lo')  # a line it was in the midst of
     crashed_while_saving(again, "link")
     stopped_by_signal(again, 12, signal.SIGTERM)
     again()
@@ -255,29 +258,75 @@ def net():
 """
 
 
-def command(store: Path, out: Path, student: str, *more: str) -> list[str]:
-    flags = f"--method compress-2q:bank=50 --steps 160 -b {BATCH} --image-size 8 --lr 0.2 --save-every 7 --ema 0.9"
+def command(store: Path, out: Path, student: str, steps: int = 90, method: str = "compress-2q") -> list[str]:
+    flags = f"--method {method}:bank=50 --steps {steps} -b {BATCH} --image-size 8 --lr 0.2 --save-every 7 --ema 0.9"
     places = ["--store", str(store), "--student", student, "--out", str(out)]
-    return [sys.executable, str(ROOT / "cli.py"), "distill", *places, *flags.split(), "--device", "cpu", *more]
+    return ["distill", *places, *flags.split(), "--device", "cpu", "--workers", "1"]
 
 
-def child(line: list[str], die: str = "") -> "subprocess.Popen[str]":
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DIE": die}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, env=env, start_new_session=True, **pipes)  # type: ignore[call-overload]
+def program(line: list[str]) -> "subprocess.Popen[str]":
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(ROOT / "cli.py"), *line], env=env, **pipes)
+
+
+WARM = """
+import importlib, json, os, sys
+import cli
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+print("ready", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    if not (pid := os.fork()):
+        os.setsid()
+        for number, name in enumerate(("/dev/null", order["stdout"], order["stderr"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        os.environ["DIE"] = order["die"]
+        sys.argv = ["compress", *order["line"]]
+        cli.main()
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+IMPORTED = "stages.distill pipeline.session pipeline.methods.compress pipeline.models.python sklearn.datasets".split()
+
+
+class Warm:
+    """The program with its imports behind it: every `start` is a process of its own that runs cli.main."""
+
+    def __init__(self, folder: Path):
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.folder = folder
+        self.process = subprocess.Popen([sys.executable, "-c", WARM, *IMPORTED], cwd=ROOT, env=env, **pipes)
+        assert self._answer() == "ready"
+
+    def start(self, line: list[str], die: str = "") -> int:
+        """-> its process id. DIE=SIGNAL:N makes the suicidal student send a signal at its Nth training forward."""
+        order = {"line": line, "die": die, "stdout": str(self.folder / "stdout"), "stderr": str(self.folder / "stderr")}
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return int(self._answer())
+
+    def wait(self) -> tuple[int, str]:
+        """Exit status, or minus the signal that killed it, and what it said on stderr."""
+        return int(self._answer()), (self.folder / "stderr").read_text()
+
+    def _answer(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+
+def until(there: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)
 
 
 def newest(out: Path) -> int:
     return max(checkpoint.steps(out / "checkpoints"), default=0)
-
-
-def kill_after(process: "subprocess.Popen[str]", out: Path, step: int, wait: float) -> None:
-    """kill -9 some time after the checkpoint of a step at or beyond `step` is there."""
-    while newest(out) < step and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(wait)
-    process.kill()
-    process.communicate()
 
 
 @pytest.fixture
@@ -286,29 +335,38 @@ def suicidal(tmp_path: Path) -> str:
     return f"python:{tmp_path / 'suicidal.py'}:net"
 
 
+@pytest.fixture
+def warm(tmp_path: Path) -> Iterator[Warm]:
+    made = Warm(tmp_path)
+    yield made
+    made.process.kill()
+    made.process.communicate()
+
+
 @pytest.mark.slow
 def test_the_real_command_interrupted_terminated_and_killed_ends_at_the_same_bits(
-    store: Path, tmp_path: Path, suicidal: str
+    store: Path, tmp_path: Path, suicidal: str, warm: Warm
 ) -> None:
     out = tmp_path / "killed"
-    line = command(store, out, suicidal, "--workers", "1")
-    for signame, code in (("SIGINT", 130), ("SIGTERM", 143)):
-        process, before = child(line, f"{signame}:9"), newest(out)
-        _, told = process.communicate(timeout=120)
-        assert process.returncode == code, told
-        assert f"stopped: saved at step {before + 9} of 160; repeat the command to continue" in told
+    line = command(store, out, suicidal)
+    for name, code in (("SIGINT", 130), ("SIGTERM", 143)):
+        before = newest(out)
+        warm.start(line, f"{name}:9")
+        status, told = warm.wait()
+        assert status == code, told
+        assert f"stopped: saved at step {before + 9} of 90; repeat the command to continue" in told
         assert "Traceback" not in told
         assert newest(out) == before + 9
-    kill_after(child(line), out, 40, 0.05)
-    assert newest(out) >= 40
-    process = child(line, "SIGKILL:20")
-    process.communicate(timeout=120)
-    process = child(line)
-    made, told = process.communicate(timeout=120)
-    assert process.returncode == 0, told
-    assert made.splitlines()[-1] == f"{out}: 160 steps, student.safetensors"
+    victim = warm.start(line)
+    until(lambda: newest(out) >= 28)  # it may be anywhere when it is hit: in a step, in the midst of saving
+    os.kill(victim, signal.SIGKILL)
+    assert warm.wait()[0] == -signal.SIGKILL
+    warm.start(line, "SIGKILL:20")
+    assert warm.wait()[0] == -signal.SIGKILL
+    made, told = program(line).communicate(timeout=300)
+    assert made.splitlines()[-1:] == [f"{out}: 90 steps, student.safetensors"], told
     assert not list(out.rglob("*.part")), "what the killed ones left half-written"
-    whole = config(store, tmp_path / "whole", student=(suicidal,), method="compress-2q:bank=50", steps=160, ema=0.9)
+    whole = config(store, tmp_path / "whole", student=(suicidal,), method="compress-2q:bank=50", steps=90, ema=0.9)
     distill.run(replace(whole, save_every=50))
     assert_same_run(out, tmp_path / "whole")
 
@@ -319,11 +377,15 @@ def test_killed_twenty_times_at_random_moments_it_ends_at_the_same_bits(
     method: str, store: Path, tmp_path: Path, suicidal: str
 ) -> None:
     out, chance = tmp_path / "killed", random.Random(method)
-    line = command(store, out, suicidal, "--workers", "1", "--steps", "900")
-    line[line.index("compress-2q:bank=50")] = f"{method}:bank=50"
+    line = command(store, out, suicidal, 900, method)
     for _ in range(20):
-        kill_after(child(line), out, newest(out) + 7, chance.uniform(0, 0.5))
-    process = child(line)
+        process, before = program(line), newest(out)
+        while newest(out) < before + 7 and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+    process = program(line)
     _, told = process.communicate(timeout=600)
     assert process.returncode == 0, told
     whole = config(store, tmp_path / "whole", student=(suicidal,), method=f"{method}:bank=50", steps=900, ema=0.9)

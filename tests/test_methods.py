@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pipeline.artifact import UserError
 from pipeline.bank import unit
+from pipeline.method import Batch, Method, Setting
 from pipeline.methods import METHODS
-from pipeline.methods.base import Batch, Method, Setting
 from pipeline.model import Embedder
 from pipeline.models import build
 
@@ -360,7 +360,7 @@ def test_seed_without_a_stored_projection_says_that_it_uses_the_embedding() -> N
 
 
 OWN = """
-from pipeline.methods.base import Method, Needs, Recipe
+from pipeline.method import Method, Needs, Recipe
 class Mine(Method):
     recipe = Recipe(lr=0.7)
     needs = Needs(arrays=("embedding", "logits"), views=2, pairings=("cross",))

@@ -19,8 +19,7 @@ from torch import nn
 
 from pipeline.artifact import UserError
 from pipeline.model import IMAGENET, Preprocessing, pooled
-from pipeline.models import build
-from pipeline.models import MODELS
+from pipeline.models import MODELS, build
 
 
 @pytest.fixture(scope="module", autouse=True)

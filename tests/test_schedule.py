@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.artifact import UserError
-from pipeline.methods.base import Recipe
+from pipeline.method import Recipe
 from pipeline.methods.compress import TwoQueues
 from pipeline.schedule import SCHEDULES, Schedule
 

@@ -4,6 +4,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class Folder(Dataset):
         return decode(data), content_hash(data)
 
 
-def _open(path: bytes, flags: int) -> int:
+def _open(path: Any, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would wait for ever
 
 
@@ -89,7 +90,8 @@ def _image_files(root: bytes) -> list[bytes]:
 
 
 def _unlisted(problem: OSError) -> None:
-    raise UserError(f"{os.fsdecode(problem.filename)} cannot be listed ({problem.strerror}); change its rights, or move it")
+    folder = os.fsdecode(problem.filename)
+    raise UserError(f"{folder} cannot be listed ({problem.strerror}); change its rights, or move it")
 
 
 def escape(name: bytes) -> str:

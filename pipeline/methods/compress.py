@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.artifact import UserError
 from pipeline.bank import MemoryBank, unit
-from pipeline.methods.base import Batch, Method, Outputs, Recipe, Setting, bank_size, require, store_rows
+from pipeline.method import Batch, Method, Outputs, Recipe, Setting, bank_size, require, store_rows
 from pipeline.similarity import relation_kl
 
 PUBLISHED = 128_000

@@ -6,11 +6,11 @@ from typing import Any
 from pipeline.artifact import UserError
 from pipeline.imports import load
 from pipeline.menu import nearest
-from pipeline.methods.base import Method, Recipe, Setting
+from pipeline.method import Method, Recipe, Setting
 
 
 class Own:
-    """Your own: a subclass of pipeline.methods.base.Method, from a module or a file."""
+    """Your own: a subclass of pipeline.method.Method, from a module or a file."""
 
     def __new__(cls, place: str, /, *, setting: Setting, **options: Any) -> Method:  # type: ignore[misc]
         build = named(place)
@@ -19,7 +19,8 @@ class Own:
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         for key in () if anything else options:
             if key not in known:
-                raise UserError(f"python:{place} has no key {key!r}{nearest(key, known) or '.'} Known: {', '.join(known)}")
+                keys = ", ".join(known) or "none"
+                raise UserError(f"python:{place} has no key {key!r}{nearest(key, known) or '.'} Known: {keys}")
         return build(setting=setting, **options)
 
     @staticmethod
@@ -32,5 +33,5 @@ def named(place: str) -> type[Method]:
     """Raises UserError if there is no such class, or it is no method."""
     build = load(place)
     if not (inspect.isclass(build) and issubclass(build, Method)):
-        raise UserError(f"python:{place} is no subclass of pipeline.methods.base.Method")
+        raise UserError(f"python:{place} is no subclass of pipeline.method.Method")
     return build

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.bank import MemoryBank, unit
-from pipeline.methods.base import Batch, Method, Outputs, Recipe, Setting, bank_size, require, store_rows
+from pipeline.method import Batch, Method, Outputs, Recipe, Setting, bank_size, require, store_rows
 from pipeline.similarity import relation_cross_entropy
 
 

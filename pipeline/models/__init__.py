@@ -16,6 +16,7 @@ MODELS = Menu(
         "python": "pipeline.models.python:model",
         "torchscript": "pipeline.models.torchscript:model",
         "efficientnet-lite": "pipeline.teachers.efficientnet_lite:model",
+        "digits-teacher": "pipeline.teachers.digits:model",
         "cifar-resnet": "pipeline.students.cifar_resnet:model",
         "convnet": "pipeline.students.convnet:model",
     },

@@ -3,7 +3,6 @@
 benchmarks/train_digits_teacher.py made digits.safetensors, from images without labels.
 """
 
-import functools
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,7 +11,6 @@ from pipeline import weights
 from pipeline.model import Network, Options, Preprocessing, entry
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
-AS_IS = Preprocessing(8, (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
 
 
 @entry()
@@ -26,14 +24,27 @@ def model(asked: Options, /) -> Network:
 
 
 class DigitsNet(nn.Module):
-    """Four conv-BN-ReLU blocks to a map of 4 x 4, then one linear layer: where a stroke is matters."""
+    """Four conv-BN-ReLU blocks down to a map of 4 x 4, then one linear layer, to which places differ."""
 
     def __init__(self, width: int = 64):
         super().__init__()
-        block = functools.partial(_block)
-        self.blocks = nn.Sequential(block(1, 32, 2), block(32, 64), block(64, 64, 2), block(64, 96))
-        self.out = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(96 * 16, width))
+        blocks = [
+            nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+            for before, after, stride in ((1, 32, 2), (32, 64, 1), (64, 64, 2), (64, 96, 1))
+        ]
+        self.blocks = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(4))  # 4 x 4 already, for images of 16 pixels
+        self.out = nn.Linear(96 * 4 * 4, width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, width); colours count alike."""
-        return self.out(self.blocks(images.mean(1, keepdim=True)))
+        """(B, 1 or 3, S, S) -> (B, width); the digits are grey, so channels are averaged."""
+        return self.out(self.blocks(images.mean(1, keepdim=True)).flatten(1))
+
+
+class Pixels(nn.Module):
+    """No network: the 8 x 8 grey values are the embedding. For --model python:pipeline.teachers.digits:Pixels."""
+
+    preprocessing = Preprocessing(8, (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, 8, 8) -> (B, 64)"""
+        return images.mean(1).flatten(1)

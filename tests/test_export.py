@@ -1,0 +1,639 @@
+"""Stored features are the teacher's on the claimed pixels, to the same byte however the export was run or stopped."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from pipeline import embed as embedding
+from pipeline.artifact import Mismatch, UserError
+from pipeline.codecs import CODECS
+from pipeline.datasets.base import content_hash
+from pipeline.datasets.folder import Folder as ImageFolder
+from pipeline.images import BROKEN, NOT_AN_IMAGE, NOT_FINITE, decode
+from pipeline.models import build
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore
+from pipeline.views import ViewSpec, draw, render, resolve
+from stages import export_teacher
+from stages.export_teacher import Config
+
+ROOT = Path(__file__).parents[1]
+TEACHER = "convnet:channels=4+8,pretrained=false"
+SIZE, WIDTH = 16, 8
+SHAPES = [
+    (20, 31),
+    (48, 17),
+    (16, 16),
+    (33, 90),
+    (7, 5),
+    (64, 64),
+    (25, 24),
+    (90, 30),
+    (1, 40),
+    (41, 41),
+]  # height, width
+
+
+def paint(root: Path, count: int, seed: int = 0) -> Path:
+    """JPEG files of odd sizes in three classes: smooth, and unlike each other."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        height, width = SHAPES[i % len(SHAPES)]
+        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
+        file = root / f"{'abc'[i % 3]}/{i:03d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        small.save(file, quality=92)
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """37 images: two shards of 16 rows and a ragged third."""
+    return paint(tmp_path_factory.mktemp("images"), 37)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(data: Path | str, out: Path, **changes: Any) -> Config:
+    settings = {"teacher": TEACHER, "views": 5, "image_size": SIZE, "batch_size": 8, "shard_size": 16, "workers": 0}
+    return Config(data=str(data), out=out, **{**settings, "device": "cpu", **changes})
+
+
+def export(data: Path | str, out: Path, **changes: Any) -> FeatureStore:
+    export_teacher.run(config(data, out, **changes))
+    return FeatureStore(Folder(out))
+
+
+def tree(store: Path, *tops: str) -> dict[str, bytes]:
+    """All that must come out the same: everything but who made it when."""
+    files = {str(file.relative_to(store)): file.read_bytes() for file in store.rglob("*") if file.is_file()}
+    return {name: data for name, data in files.items() if name != "history.jsonl" and name.startswith(tops or "")}
+
+
+def expected(data: Path, spec: ViewSpec, v: int, row: int, teacher: str = TEACHER) -> np.ndarray:
+    """(D,) float32: the teacher on view v of an image, alone, step by step, with no batch, store or loader."""
+    torch.manual_seed(0)
+    model = build(teacher, image_size=SIZE, pretrained_default=True)
+    name = sorted(file.relative_to(data).as_posix() for file in data.rglob("*.jpg"))[row]
+    image = torch.from_numpy(decode((data / name).read_bytes())).permute(2, 0, 1)
+    if v == 0:
+        resize = v2.Resize(int(SIZE / spec.crop_ratio), antialias=True)
+        pixels = v2.Compose([resize, v2.CenterCrop(SIZE)])(image)
+    else:
+        view = resolve(spec, draw(spec.seed, row, v), v, image.shape[1], image.shape[2])
+        pixels = render(image, view, SIZE, "bilinear")
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        return model.eval().backbone(((pixels.float() / 255 - mean) / std)[None])[0].numpy()
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+# ---------------------------------------------------------------- the right features
+
+
+@pytest.mark.parametrize("policy", ["crop-flip", "moco-v2", "dino"])
+def test_stored_features_are_the_teachers_on_the_claimed_pixels_and_not_on_another_view(
+    images: Path, tmp_path: Path, policy: str
+) -> None:
+    exact = export(images, tmp_path / "exact", codec="float32", policy=policy, seed=5)
+    spec = ViewSpec(policy, 5, exact.identity["views"]["crop_ratio"])
+    rows = [0, 8, 15, 16, 23, 31, 32, 36]  # at the borders of batches and shards, in the ragged tail
+    claimed = np.array([[expected(images, spec, v, i) for v in range(5)] for i in rows])
+    stored = np.stack([exact.read("embedding", v)[rows] for v in range(5)], 1)
+    assert np.abs(stored - claimed).max() < 1e-5 * np.abs(claimed).max()
+    for v, other in itertools.permutations(range(5), 2):
+        apart = np.abs(stored[:, v] - claimed[:, other]).max(-1) / np.abs(claimed[:, v]).max(-1)
+        assert np.median(apart) > 0.03
+    wrong_row = np.abs(stored - np.roll(claimed, 1, 0)).max(-1)
+    assert np.median(wrong_row / np.abs(claimed).max(-1)) > 0.1
+
+
+@pytest.mark.parametrize("codec", ["int8", "float16"])
+def test_smaller_codecs_keep_the_direction(images: Path, tmp_path: Path, codec: str) -> None:
+    small, exact = (export(images, tmp_path / name, codec=name) for name in (codec, "float32"))
+    for v in range(5):
+        assert cosine(small.read("embedding", v), exact.read("embedding", v)).min() > 0.9999
+
+
+def test_another_seed_changes_the_random_views_and_not_the_plain_one(images: Path, tmp_path: Path) -> None:
+    one, two = (export(images, tmp_path / str(seed), codec="float32", views=2, seed=seed) for seed in (0, 1))
+    assert np.array_equal(one.read("embedding", 0), two.read("embedding", 0))
+    same = np.isclose(one.read("embedding", 1), two.read("embedding", 1)).all(1)
+    assert same.mean() < 0.15  # of 5 x 7 pixels two crops may well be one
+
+
+def test_names_labels_keys_and_contents_are_those_of_the_files(images: Path, tmp_path: Path) -> None:
+    store = export(images, tmp_path / "store", views=1)
+    names = sorted(str(file.relative_to(images)) for file in images.rglob("*.jpg"))
+    assert store.table("sample_id").tolist() == names
+    assert [store.about["classes"][y] for y in store.table("label")] == [name[0] for name in names]
+    assert store.table("view_key").tolist() == list(range(37))
+    assert store.table("content").tolist() == [content_hash((images / name).read_bytes()) for name in names]
+
+
+def test_the_manifest_says_what_the_store_is(images: Path, tmp_path: Path) -> None:
+    manifest = json.loads(export(images, tmp_path / "store", policy="dino", seed=3).storage.get("manifest.json"))
+    torch.manual_seed(0)
+    teacher = build(TEACHER, image_size=SIZE, pretrained_default=True)
+    assert manifest["identity"] == {
+        "data": {"fingerprint": ImageFolder(images).fingerprint, "images": 37},
+        "teacher": {
+            "name": "convnet",
+            "weights": teacher.digest(),
+            "width": WIDTH,
+            "preprocessing": teacher.preprocessing.record(),
+        },
+        "views": {"policy": "dino", "seed": 3, "crop_ratio": 1.0},
+        "arrays": {"embedding": [WIDTH]},
+        "codec": "int8",
+        "batch_size": 8,
+        "precision": "fp32",
+        "shard_rows": 16,
+    }
+    assert manifest["about"]["data"] == {"spec": f"folder:{images}", "limit": None}
+    assert manifest["about"]["teacher"] == TEACHER
+    assert manifest["about"]["classes"] == ["a", "b", "c"]
+
+
+def test_a_limit_takes_an_even_sample(images: Path, tmp_path: Path) -> None:
+    store = export(images, tmp_path / "store", views=1, limit=10)
+    names = sorted(str(file.relative_to(images)) for file in images.rglob("*.jpg"))
+    assert store.table("sample_id").tolist() == [names[i] for i in (0, 4, 8, 12, 16, 20, 24, 28, 32, 36)]
+
+
+def test_embedded_digits_are_exported_like_any_images(tmp_path: Path) -> None:
+    store = export("digits", tmp_path / "store", views=2, limit=20, codec="float32")
+    assert store.table("sample_id")[0] == "digits/0000"
+    assert store.about["classes"] == [str(d) for d in range(10)]
+    assert np.isfinite(store.read("embedding", 1)).all() and store.read("embedding", 1).std() > 0
+
+
+def test_each_image_is_decoded_once_for_all_its_views(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[int] = []
+    load = ImageFolder.load
+    monkeypatch.setattr(ImageFolder, "load", lambda self, i: (loads.append(i), load(self, i))[1])
+    export(images, tmp_path / "store", views=6)
+    probes = [0, 18, 36]
+    assert sorted(loads) == sorted([*range(37), *probes])
+
+
+# ---------------------------------------------------------------- the same bytes
+
+
+def by_embed(images: Path, out: Path, **how: Any) -> None:
+    """The export's own loop with settings that have no flag, into a store made by a stopped command."""
+    settings = config(images, out)
+    torch.manual_seed(0)
+    model = build(TEACHER, image_size=SIZE, pretrained_default=True)
+    dataset, spec = ImageFolder(images), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
+    identity, about = export_teacher.describe(settings, dataset, model, spec)
+    tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
+    store = FeatureStore.make(Folder(out), identity, about, tables)
+    forward = embedding.Forward(model, torch.device("cpu"), "fp32", settings.batch_size)
+    embedding.embed(store, dataset, spec, forward, **{"workers": 0, **how})
+
+
+def stop_after(count: int) -> Callable[[], bool]:
+    """Asked once a batch: yes from the count-th time on."""
+    asked = itertools.count()
+    return lambda: next(asked) >= count
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an undisturbed export in one process leaves."""
+    out = tmp_path_factory.mktemp("whole") / "store"
+    export(images, out)
+    return tree(out)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_loader_processes_change_no_byte(images: Path, tmp_path: Path, whole: dict[str, bytes], workers: int) -> None:
+    export(images, tmp_path / "store", workers=workers)
+    assert tree(tmp_path / "store") == whole
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loader_threads_change_no_byte(images: Path, tmp_path: Path, whole: dict[str, bytes], workers: int) -> None:
+    by_embed(images, tmp_path / "store", workers=workers, threads=True)
+    assert tree(tmp_path / "store") == whole
+
+
+@pytest.mark.parametrize("stops", [(0,), (1,), (2, 2), (1, 3, 0, 2)], ids=str)
+def test_stopping_between_batches_changes_no_byte(
+    images: Path, tmp_path: Path, whole: dict[str, bytes], stops: tuple[int, ...]
+) -> None:
+    for count in stops:
+        by_embed(images, tmp_path / "store", stopped=stop_after(count))
+    assert FeatureStore(Folder(tmp_path / "store")).pending()
+    export(images, tmp_path / "store")
+    assert tree(tmp_path / "store") == whole
+
+
+def test_other_places_change_no_byte(images: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: Any) -> None:
+    monkeypatch.chdir(images.parent)
+    by_embed(Path(images.name), tmp_path / "store")
+    differing = {name for name, data in tree(tmp_path / "store").items() if data != whole[name]}
+    assert differing == set()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_more_views_later_change_no_byte(images: Path, tmp_path: Path, codec: str) -> None:
+    for views in (3, 5, 8):
+        export(images, tmp_path / "grown", views=views, codec=codec, policy="moco-v2")
+    export(images, tmp_path / "fresh", views=8, codec=codec, policy="moco-v2")
+    assert tree(tmp_path / "grown") == tree(tmp_path / "fresh")
+
+
+def test_the_same_command_again_computes_and_writes_nothing(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(images, tmp_path / "store")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*")}
+    monkeypatch.setattr(embedding.Forward, "__call__", lambda *_: pytest.fail("a forward was run"))
+    made = export_teacher.run(config(images, tmp_path / "store"))
+    assert made["summary"] == f"{tmp_path / 'store'} is complete already: 37 images, 5 views"
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*")} == before
+
+
+@pytest.mark.parametrize("lost", [["0000001.0000-0004"], ["0000002.0004-0005", "0000000.0000-0004"]], ids=len)
+def test_only_what_is_pending_is_computed(
+    images: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, lost: list[str]
+) -> None:
+    out = tmp_path / "store"
+    export(images, out)
+    for name in lost:
+        (out / f"done/{name}.json").unlink()
+    calls: list[int] = []
+    call = embedding.Forward.__call__
+    monkeypatch.setattr(embedding.Forward, "__call__", lambda self, x: (calls.append(len(x)), call(self, x))[1])
+    export(images, out)
+    views = {name: int(name[-4:]) - int(name[-9:-5]) for name in lost}
+    rows = {"0000000": [8, 8], "0000001": [8, 8], "0000002": [5]}
+    assert sorted(calls) == sorted(n for name in lost for n in rows[name[:7]] * views[name])
+    assert tree(out) == whole
+
+
+def test_a_store_made_in_another_precision_batch_or_seed_is_refused_before_work(images: Path, tmp_path: Path) -> None:
+    export(images, tmp_path / "store", views=1)
+    for change, words in (
+        ({"batch_size": 4}, "batch_size is 8 there, 4 asked"),
+        ({"seed": 1}, "views.seed is 0 there, 1 asked"),
+        ({"precision": "bf16"}, "precision is"),
+        ({"codec": "float16"}, "codec is"),
+        ({"policy": "dino"}, "views.policy is"),
+        ({"teacher": "convnet:channels=4+4,pretrained=false"}, "teacher.weights is"),
+        ({"image_size": 24}, "teacher.preprocessing.size is 16 there, 24 asked"),
+    ):
+        with pytest.raises(Mismatch, match=words):
+            export(images, tmp_path / "store", views=1, **change)
+    with pytest.raises(UserError, match="was made from other images"):
+        export(images, tmp_path / "store", views=1, limit=10)
+
+
+def test_an_image_that_changed_is_noticed_when_views_are_added(images: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(images, tmp_path / "data")
+    export(data, tmp_path / "store", views=2)
+    names = sorted(data.rglob("*.jpg"), key=lambda file: str(file.relative_to(data)))
+    shutil.copy(names[0], names[20])
+    with pytest.raises(UserError, match=f"the first is {names[20].relative_to(data)}; put them back"):
+        export(data, tmp_path / "store", views=4)
+    shutil.copy(images / names[20].relative_to(data), names[20])
+    export(data, tmp_path / "store", views=4).require_complete()
+
+
+# ---------------------------------------------------------------- what cannot be used
+
+
+def test_bad_files_keep_their_row_and_are_listed(images: Path, tmp_path: Path, capsys: Any) -> None:
+    data = shutil.copytree(images, tmp_path / "data")
+    names = sorted(str(file.relative_to(data)) for file in data.rglob("*.jpg"))
+    (data / names[3]).write_bytes((data / names[3]).read_bytes()[:-200])
+    (data / names[17]).write_bytes(b"")
+    (data / names[36]).write_bytes(b"no image")
+    good = [i for i in range(37) if i not in (3, 17, 36)]
+    store, clean = export(data, tmp_path / "store"), export(images, tmp_path / "clean")
+    assert store.table("sample_id").tolist() == names
+    assert np.flatnonzero(store.table("status")).tolist() == [3, 17, 36]
+    assert store.table("status")[[3, 17, 36]].tolist() == [BROKEN, NOT_AN_IMAGE, NOT_AN_IMAGE]
+    for v in range(5):
+        assert np.array_equal(store.read("embedding", v)[good], clean.read("embedding", v)[good])
+        assert not store.read("embedding", v)[[3, 17, 36]].any()
+    lines = (tmp_path / "store/bad-images.tsv").read_text().splitlines()
+    assert lines[0] == "row\tid\treason"
+    assert [line.split("\t")[:2] for line in lines[1:]] == [["3", names[3]], ["17", names[17]], ["36", names[36]]]
+    assert lines[2].endswith("the file is empty")
+    assert "3 of 37 images could not be used (bad-images.tsv)" in capsys.readouterr().err
+    assert not (tmp_path / "clean/bad-images.tsv").exists()
+
+
+def test_bad_files_change_no_byte_between_one_and_two_processes(images: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(images, tmp_path / "data")
+    for file in sorted(data.rglob("*.jpg"))[::9]:
+        file.write_bytes(b"no image")
+    for workers in (0, 2):
+        export(data, tmp_path / str(workers), workers=workers)
+    assert tree(tmp_path / "0") == tree(tmp_path / "2")
+
+
+SICK = '''
+import torch
+from torch import nn
+
+class Sick(nn.Module):
+    """Means of the channels; in the red it is ill."""
+    preprocessing = {"size": 16, "mean": (0, 0, 0), "std": (1, 1, 1), "crop_ratio": 1.0}
+
+    def __init__(self, ill: float, above: float):
+        super().__init__()
+        self.ill, self.above = ill, above
+
+    def forward(self, images):
+        out = images.mean((2, 3))
+        out[:, 2] = torch.where(out[:, 0] > self.above, self.ill, out[:, 2])
+        return out
+
+def sick(ill: float, above: float) -> nn.Module:
+    return Sick(float(ill), above)
+'''
+
+
+def reds(root: Path, levels: list[int]) -> Path:
+    """Images that are red to the left and black to the right: crops differ in how red they are."""
+    root.mkdir()
+    for i, level in enumerate(levels):
+        pixels = np.zeros((32, 32, 3), np.uint8)
+        pixels[:, :16, 0] = level
+        Image.fromarray(pixels).save(root / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("ill", "codec", "found"),
+    [
+        ("nan", "int8", True), ("inf", "float32", True), ("-inf", "float16", True),
+        ("70000", "float16", True), ("70000", "int8", False), ("65504", "float16", False),
+    ],
+)  # fmt: skip
+def test_features_that_are_not_finite_are_found(tmp_path: Path, ill: str, codec: str, found: bool) -> None:
+    (tmp_path / "sick.py").write_text(SICK)
+    data = reds(tmp_path / "data", [10, 255, 20])
+    teacher = f"python:{tmp_path}/sick.py:sick,ill={ill},above=0.4"
+    store = export(data, tmp_path / "store", teacher=teacher, codec=codec, views=3)
+    assert store.table("status").tolist() == [0, NOT_FINITE if found else 0, 0]
+    if found:
+        assert store.bad_images()[0][2].startswith(f"the teacher's feature is not finite (view 0, as {codec})")
+    assert np.isfinite(np.stack([store.read("embedding", v) for v in range(3)])).all()
+
+
+def test_a_feature_that_is_not_finite_in_a_later_view_makes_the_row_bad_in_a_grown_store_too(tmp_path: Path) -> None:
+    (tmp_path / "sick.py").write_text(SICK)
+    data = reds(tmp_path / "data", [255] * 12)
+    teacher = f"python:{tmp_path}/sick.py:sick,ill=nan,above=0.9"
+    for views in (1, 2, 7):
+        grown = export(data, tmp_path / "grown", teacher=teacher, views=views)
+    fresh = export(data, tmp_path / "fresh", teacher=teacher, views=7)
+    assert 0 < np.count_nonzero(fresh.table("status")) < 12
+    assert tree(tmp_path / "grown") == tree(tmp_path / "fresh")
+    assert len({why for _, _, why in grown.bad_images()}) > 1  # of several views
+
+
+def test_a_teacher_of_nothing_but_nan_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "sick.py").write_text(SICK)
+    data = reds(tmp_path / "data", [10, 255])
+    with pytest.raises(
+        UserError, match="none of the 2 images could be used; the first is 0.png: the teacher's feature"
+    ):
+        export(data, tmp_path / "store", teacher=f"python:{tmp_path}/sick.py:sick,ill=nan,above=-1", views=2)
+
+
+# ---------------------------------------------------------------- dry run
+
+
+@pytest.mark.parametrize(("views", "codec"), [(1, "float32"), (5, "int8"), (8, "float16")])
+def test_a_dry_run_says_what_the_export_then_takes(images: Path, tmp_path: Path, views: int, codec: str) -> None:
+    out = tmp_path / "store"
+    plan = export_teacher.run(config(images, out, views=views, codec=codec, dry_run=True))
+    assert not out.exists()
+    export(images, out, views=views, codec=codec)
+    grown = [*(out / "done").iterdir()]
+    for name in ("embedding", "embedding_scale", "status", "content"):
+        grown += [file for file in (out / "features.zarr" / name / "c").rglob("*") if file.is_file()]
+    data = sum(file.stat().st_size for file in grown if "embedding" in str(file))
+    rows = 3 * 16  # a shard is stored whole
+    item = {"int8": WIDTH + 4, "float16": 2 * WIDTH, "float32": 4 * WIDTH}[codec]
+    assert (plan["images"], plan["views"], plan["shard_rows"]) == (37, views, 16)
+    assert plan["forwards"] == 37 * views
+    assert plan["bytes"] == 37 * views * item
+    assert plan["files"] == len(grown)
+    assert plan["bytes"] <= data <= rows * (views + 3) * item + 200 * len(grown)
+    assert plan["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+    assert f"{37 * views} forwards" in plan["summary"] and f"{len(grown)} files" in plan["summary"]
+
+
+def test_a_dry_run_over_a_store_changes_nothing(images: Path, tmp_path: Path) -> None:
+    export(images, tmp_path / "store", views=2)
+    before = tree(tmp_path)
+    export_teacher.run(config(images, tmp_path / "store", views=2, dry_run=True))
+    export_teacher.run(config(images, tmp_path / "store", views=2, seed=1, dry_run=True, overwrite=True))
+    assert tree(tmp_path) == before
+
+
+# ---------------------------------------------------------------- starting anew
+
+
+def test_overwrite_sets_the_earlier_store_aside(images: Path, tmp_path: Path, capsys: Any) -> None:
+    first = tree(export(images, tmp_path / "store", views=1).storage.path)  # type: ignore[attr-defined]
+    export(images, tmp_path / "store", views=2, seed=1, overwrite=True)
+    assert tree(tmp_path / "store.old-1") == first
+    assert FeatureStore(Folder(tmp_path / "store")).identity["views"]["seed"] == 1
+    assert "aside" in capsys.readouterr().err
+
+
+def test_each_export_leaves_a_line_of_history(images: Path, tmp_path: Path) -> None:
+    for views in (2, 3):
+        export(images, tmp_path / "store", views=views)
+    lines = [json.loads(line) for line in (tmp_path / "store/history.jsonl").read_text().splitlines()]
+    assert [(line["images"], line["views"]) for line in lines] == [(37, 74), (37, 37)]
+    assert all(torch.__version__.startswith(line["versions"]["torch"]) for line in lines)
+
+
+# ---------------------------------------------------------------- kills
+
+SLOW = '''
+import os, time
+import torch
+from torch import nn
+
+class Slow(nn.Module):
+    """A small network that takes its time and keeps a log, so that a kill meets it at work."""
+    preprocessing = {"size": 16, "crop_ratio": 1.0}
+
+    def __init__(self, log, seconds):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2))
+        self.log, self.seconds = log, seconds
+
+    def forward(self, images):
+        if len(images) == 8:  # not the probe of its width
+            with open(self.log, "a") as log:
+                print(os.getpid(), file=log)
+            time.sleep(self.seconds)
+        return self.net(images).mean((2, 3))
+
+def slow(log: str, seconds: float) -> nn.Module:
+    return Slow(log, seconds)
+'''
+SHARDS, RECORDS = 6, 2  # 96 images, 16 a shard; 5 views are two blocks
+PER_SHARD = 2 * 5  # forwards: batches of 8, views
+SAME = ("features.zarr", "done", "manifest.json")
+
+
+class Export:
+    """A real `compress export-teacher`, started again and again over one store."""
+
+    def __init__(self, data: Path, home: Path, name: str, seconds: float = 0.03):
+        (home / "slow.py").write_text(SLOW)
+        self.out, self.log = home / name, home / f"{name}.log"
+        teacher = f"python:{home}/slow.py:slow,log={self.log},seconds={seconds}"
+        flags = {"data": data, "teacher": teacher, "out": self.out, "views": 5, "image-size": SIZE,
+                 "batch-size": 8, "shard-size": 16, "device": "cpu", "workers": 1}  # fmt: skip
+        self.command = [sys.executable, str(ROOT / "cli.py"), "export-teacher"]
+        self.command += [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+
+    def start(self) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def finish(self) -> None:
+        process = self.start()
+        said, wrong = process.communicate(timeout=300)
+        assert process.returncode == 0, wrong
+        assert "96 images" in said
+
+    def kill(self, signum: int, when: Callable[[], bool], late: float = 0.0) -> tuple[int, str]:
+        """Start it, send a signal `late` seconds after `when`, wait for its end: (exit status, what it said)."""
+        process, deadline = self.start(), time.monotonic() + 120
+        while not when() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(late)
+        if signum == signal.SIGINT and process.poll() is None:
+            os.killpg(process.pid, signum)  # Ctrl-C reaches the whole group
+        else:
+            process.send_signal(signum)
+        _, wrong = process.communicate(timeout=120)
+        return process.returncode, wrong
+
+    def done(self) -> dict[str, tuple[int, int]]:
+        """Done records, and what would show that they were written again."""
+        files = list(self.out.glob("done/*.json"))
+        return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+
+    def forwards(self) -> int:
+        return len(self.log.read_text().splitlines()) if self.log.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """(96 images, what an export of them leaves that nobody disturbed)."""
+    data, home = paint(tmp_path_factory.mktemp("many"), 96), tmp_path_factory.mktemp("undisturbed")
+    (home / "slow.py").write_text(SLOW)
+    export(data, home / "store", teacher=f"python:{home}/slow.py:slow,log={home}/log,seconds=0")
+    assert len((home / "log").read_text().splitlines()) == SHARDS * PER_SHARD
+    return data, tree(home / "store", *SAME)
+
+
+def without_the_log(manifest: bytes) -> dict[str, Any]:
+    """Each export has its own log, and so its own teacher spec; all else of the manifest is the same."""
+    record = json.loads(manifest)
+    return {**record, "about": {**record["about"], "teacher": ""}, "digest": ""}
+
+
+def assert_the_same(run: Export, wanted: dict[str, bytes]) -> None:
+    found = tree(run.out, *SAME)
+    assert without_the_log(found.pop("manifest.json")) == without_the_log(wanted["manifest.json"])
+    assert found == {name: data for name, data in wanted.items() if name != "manifest.json"}
+    FeatureStore(Folder(run.out)).require_complete()
+    assert (run.out / "copy/manifest.json").read_bytes() == (run.out / "manifest.json").read_bytes()
+    assert not [*run.out.rglob("*.part")]
+
+
+@pytest.mark.slow
+def test_a_killed_export_goes_on_and_ends_the_same_to_the_byte(
+    undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    data, wanted = undisturbed
+    run, lost = Export(data, tmp_path, "store"), 0
+    for signum, status in [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]:
+        before = run.done()
+        code, said = run.kill(signum, lambda have=len(before): len(run.done()) > have)  # type: ignore[misc]
+        assert code == status, said
+        assert len(before) < len(run.done()) < SHARDS * RECORDS
+        assert before.items() <= run.done().items()  # what was done is neither lost nor done again
+        # at most the shard at work is lost, and by kill -9 the one before it if that was still being written
+        lost += 2 if signum == signal.SIGKILL else 1
+        assert signum == signal.SIGKILL or "shards are kept; repeat the command to continue" in said
+    before = run.done()
+    run.finish()
+    assert before.items() <= run.done().items()
+    assert_the_same(run, wanted)
+    assert SHARDS * PER_SHARD <= run.forwards() <= (SHARDS + lost) * PER_SHARD
+
+
+@pytest.mark.soak
+def test_fifty_kills_at_random_moments_end_the_same_to_the_byte(
+    undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    data, wanted = undisturbed
+    rng, kills = random.Random(0), 0
+    for number in itertools.count():
+        (tmp_path / str(number)).mkdir()
+        run, code, before_this = Export(data, tmp_path / str(number), "store"), -1, kills
+        while code:
+            before, began, start = run.done(), time.monotonic(), rng.uniform(0, 8)
+            early = rng.random() < 0.3  # before the first shard, maybe before there is a store
+
+            def when(
+                run: Export = run, have: int = len(before), at: float = began + start, early: bool = early
+            ) -> bool:
+                return time.monotonic() > at if early else len(run.done()) > have
+
+            signum = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            code, said = run.kill(signum, when, late=rng.uniform(0, 0.3))
+            assert code in (0, -9, 143, 130) or (early and code in (-15, -2)), said  # it cannot answer before it runs
+            assert before.items() <= run.done().items()
+            kills += code != 0
+        run.finish()
+        assert_the_same(run, wanted)
+        assert SHARDS * PER_SHARD <= run.forwards() <= (SHARDS + 2 * (kills - before_this)) * PER_SHARD
+        if kills >= 50:
+            break

@@ -1,0 +1,182 @@
+"""`kind:argument,key=value` is understood, and what is not understood is answered with what would be."""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.artifact import UserError
+from pipeline.menu import Menu, Spec, literal, nearest, parse
+
+
+class Thing:
+    """What is built remembers how."""
+
+    def __init__(self, *given: Any, **options: Any):
+        self.given, self.options = given, options
+
+
+def lamp(
+    name: str = "plain",
+    /,
+    *,
+    watts: int = 60,
+    bright: float = 0.5,
+    on: bool = True,
+    colour: Literal["red", "green"] = "red",
+    sizes: tuple[int, ...] = (),
+    shade: str | None = "paper",
+    file: Path = Path("."),
+    room: str = "",
+) -> Thing:
+    """A lamp for tests.
+
+    More about it.
+    """
+    return Thing(name, watts=watts, bright=bright, on=on, colour=colour, sizes=sizes, shade=shade, file=file, room=room)
+
+
+def needs(where: Path, /, *, height: int) -> Thing:
+    """Needs both."""
+    return Thing(where, height=height)
+
+
+def anything(**options: Any) -> Thing:
+    return Thing(**options)
+
+
+@pytest.fixture
+def menu(monkeypatch: pytest.MonkeyPatch) -> Menu:
+    monkeypatch.setitem(sys.modules, "made_up_things", sys.modules[__name__])
+    table = {name: f"made_up_things:{name}" for name in ("lamp", "needs", "anything")}
+    return Menu("thing", {**table, "absent": "no_such_package_anywhere:Thing"}, path_means="needs")
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("digits", Spec("digits")),
+        ("digits:split=test", Spec("digits", "", {"split": "test"})),
+        ("timm:vit,pretrained=true,drop-rate=0.1", Spec("timm", "vit", {"pretrained": "true", "drop_rate": "0.1"})),
+        ("folder:/a,b/c=d,labels=false", Spec("folder", "/a,b/c=d", {"labels": "false"})),
+        ("python:my.module:factory,x=1", Spec("python", "my.module:factory", {"x": "1"})),
+        ("timm:hf-hub:timm/x.y,weights=/a=b", Spec("timm", "hf-hub:timm/x.y", {"weights": "/a=b"})),
+        ("weights:,key=", Spec("weights", "", {"key": ""})),
+    ],
+)  # fmt: skip
+def test_a_spec_is_kind_argument_and_options(text: str, spec: Spec) -> None:
+    assert parse(text) == spec
+
+
+WORD = st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,5}", fullmatch=True)
+VALUE = st.text(st.characters(exclude_characters=",=", exclude_categories=["Cs"]), max_size=6)
+
+
+@given(WORD, VALUE.filter(lambda v: not v.startswith(":")), st.dictionaries(WORD, VALUE, max_size=3))
+def test_a_spec_survives_being_written_and_read(kind: str, argument: str, options: dict[str, str]) -> None:
+    spec = Spec(kind, argument, options)
+    assert parse(str(spec)) == spec
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="gives a= twice; keep one"):
+        parse("x:a=1,a=2")
+
+
+# ---------------------------------------------------------------- ordering
+
+
+def test_values_become_what_the_parameter_says(menu: Menu) -> None:
+    made = menu.order("lamp:tall,watts=40,bright=0.1,on=no,colour=green,sizes=3+5+7,shade=none,file=~/x")
+    assert made.given == ("tall",)
+    wanted = {"watts": 40, "bright": 0.1, "on": False, "colour": "green", "sizes": (3, 5, 7), "shade": None, "room": ""}
+    assert made.options == {**wanted, "file": Path("~/x").expanduser()}
+    assert [type(made.options[key]) for key in ("watts", "bright", "on")] == [int, float, bool]
+
+
+def test_defaults_stand_where_nothing_is_said(menu: Menu) -> None:
+    assert menu.order("lamp").given == ("plain",)
+    assert menu.order("lamp").options["watts"] == 60
+
+
+def test_what_the_caller_gives_is_not_for_users(menu: Menu) -> None:
+    assert menu.order("lamp", room="kitchen").options["room"] == "kitchen"
+    with pytest.raises(UserError, match="has no key 'room'"):
+        menu.order("lamp:room=hall", room="kitchen")
+
+
+def test_a_member_that_takes_any_key_gets_literals(menu: Menu) -> None:
+    made = menu.order("anything:a=1,b=0.5,c=true,d=none,e=text,f=1e-3")
+    assert made.options == {"a": 1, "b": 0.5, "c": True, "d": None, "e": "text", "f": 0.001}
+    assert literal("3+4") == "3+4"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lmap", "unknown thing 'lmap'...; did you mean 'lamp'? Known: lamp, needs, anything, absent"),
+        ("zzzzz", "unknown thing 'zzzzz'.... Known: lamp, needs, anything, absent"),
+        ("lamp:wats=3", "thing 'lamp' has no key 'wats'; did you mean 'watts'? Known: watts, bright, on, colour, "),
+        ("lamp:watts=many", "lamp watts=many: must be a whole number"),
+        ("lamp:watts=1.5", "lamp watts=1.5: must be a whole number"),
+        ("lamp:bright=x", "lamp bright=x: must be a number"),
+        ("lamp:on=maybe", "lamp on=maybe: must be true or false"),
+        ("lamp:colour=blue", "lamp colour=blue: must be one of red, green"),
+        ("lamp:sizes=1+b", "lamp sizes=1+b: must be a whole number"),
+        ("needs:height=1", "thing 'needs' needs an argument: needs:WHERE"),
+        ("needs:x", "thing 'needs' needs height="),
+        ("anything:x", "thing 'anything' takes no argument, but 'x' was given"),
+        ("absent", "thing 'absent' needs the package 'no_such_package_anywhere', which is not installed; pip install "),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_words(menu: Menu, text: str, words: str) -> None:
+    for ask in (menu.order, menu.check):
+        with pytest.raises(UserError) as caught:
+            ask(text)
+        said = str(caught.value)
+        assert all(part in said for part in words.split("..."))
+
+
+def test_checking_builds_nothing(menu: Menu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(name: str = "", /, *, watts: int = 0) -> Thing:
+        raise AssertionError
+
+    monkeypatch.setattr(sys.modules[__name__], "lamp", never)
+    assert menu.check("lamp:x,watts=3") == Spec("lamp", "x", {"watts": "3"})
+
+
+def test_a_path_alone_is_the_kind_that_paths_mean(menu: Menu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images,size=3").mkdir()
+    assert menu.parse(str(tmp_path / "images,size=3")) == Spec("needs", str(tmp_path / "images,size=3"))
+    for text in ("./gone", "/gone", "~/gone"):
+        assert menu.parse(text) == Spec("needs", text)
+    (tmp_path / "lamp").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert menu.parse("lamp") == Spec("lamp")  # a kind comes before a folder of the same name
+    with pytest.raises(UserError, match="unknown thing 'gone'"):
+        menu.parse("gone")
+
+
+def test_a_broken_module_of_ours_is_not_called_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModuleNotFoundError, match="pipeline.nowhere"):
+        Menu("thing", {"x": "pipeline.nowhere:X"}).order("x")
+
+
+def test_a_summary_is_the_first_line_of_the_docstring(menu: Menu) -> None:
+    assert menu.summary("lamp") == "A lamp for tests."
+    assert menu.summary("anything") == ""
+
+
+def test_the_nearest_is_only_named_if_it_is_near() -> None:
+    assert nearest("resnet81", ["resnet18", "vit"]) == "; did you mean 'resnet18'?"
+    assert nearest("zebra", ["resnet18", "vit"]) == ""
+
+
+def test_a_menu_imports_nothing_until_ordered() -> None:
+    Menu("thing", {"x": "this_is:nowhere"}).parse("x")
