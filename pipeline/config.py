@@ -1,21 +1,13 @@
-"""Fields of a stage's Config: help beside the default, and which fields say what an artifact is."""
+"""Fields of a stage's Config, help beside the default, and the rules they are held to."""
 
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, field
 from typing import Any
 
 
-def flag(default: Any = MISSING, help: str = "", *, short: str = "", identity: bool = False, place: bool = False) -> Any:
-    """A dataclass field that is one command line flag.
-
-    No default: required. `identity`: part of what the artifact is. `place`: a positional argument.
-    """
-    return field(default=default, metadata={"help": help, "short": short, "identity": identity, "place": place})
-
-
-def identity(config: Any) -> dict[str, Any]:
-    """{name: value} of the fields that say what the artifact is."""
-    return {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("identity")}
+def flag(default: Any = MISSING, help: str = "", *, short: str = "", place: bool = False) -> Any:
+    """A dataclass field that is one command line flag; no default: required. `place`: a positional argument."""
+    return field(default=default, metadata={"help": help, "short": short, "place": place})
 
 
 def require(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:

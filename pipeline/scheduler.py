@@ -40,7 +40,7 @@ def parse(text: str) -> tuple[str, str]:
 
 
 def spread(
-    tasks: Sequence[T], work: Callable[[T], Any], scheduler: str, say: Callable[[str], None], stopped: Callable[[], bool]
+    tasks: Sequence[T], work: Callable[[T], Any], scheduler: str, stopped: Callable[[], bool]
 ) -> Iterator[Outcome]:
     """Run tasks on a dask cluster, outcomes as they come. When `stopped` the rest is cancelled.
 
@@ -48,7 +48,7 @@ def spread(
     """
     from dask.distributed import as_completed
 
-    with _client(scheduler, say) as client:
+    with _client(scheduler) as client:
         futures = {
             client.submit(work, task, key=f"task-{os.getpid()}-{n}", pure=False, retries=RETRIES, priority=-n): task
             for n, task in enumerate(tasks)
@@ -71,7 +71,7 @@ def spread(
 
 
 @contextmanager
-def _client(scheduler: str, say: Callable[[str], None]) -> Iterator[Any]:
+def _client(scheduler: str) -> Iterator[Any]:
     """A client of the cluster; one of `processes:N` is started here and ends here."""
     import dask
     from dask.distributed import Client, LocalCluster

@@ -190,7 +190,8 @@ class FeatureStore:
         try:
             return zarr.open_group(_zarr_store(self.storage), path=GROUP, mode="r")
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as problem:
-            raise UserError(f"{self.storage}/{GROUP} is damaged: {_one_line(problem)}; see compress verify --repair") from None
+            why = f"{self.storage}/{GROUP} is damaged: {_one_line(problem)}; see compress verify --repair"
+            raise UserError(why) from None
 
     def array(self, name: str) -> zarr.Array:
         """One Zarr array. Raises UserError if the store does not keep it or its metadata is damaged."""

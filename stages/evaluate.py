@@ -1,9 +1,8 @@
 """Model -> features on disk -> FAISS indices -> protocols -> metrics.json and report.html."""
 
-import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pipeline.datasets.base import Dataset
-    from pipeline.evaluators.base import Result, Split
-    from pipeline.model import Embedder
+    from pipeline.evaluators.base import Split
+    from pipeline.results import Result
     from pipeline.store import FeatureStore
-    from pipeline.views import ViewSpec
+    from pipeline.subject import Subject
 
 THUMBNAIL = 96  # pixels, of the report's pictures
 
@@ -74,7 +73,7 @@ def run(config: Config) -> dict[str, Any]:
         "data": {"train": train_data.fingerprint, "val": val_data.fingerprint},
         "precision": config.precision,
     }
-    about = {"model": subject.model, "train": subject.train_spec(config), "val": config.val}
+    about = {"model": subject.model, "train": train_spec(config, subject), "val": config.val}
     if config.overwrite and (aside := artifact.set_aside(out, "evaluation")):  # only now, when little is refused
         say(f"set the earlier {out} aside as {aside}")
     artifact.claim(Folder(out), "evaluation", identity, about)
@@ -98,134 +97,23 @@ def check(config: Config) -> None:
         raise UserError("--image-size does not go with --store: its features are stored already")
 
 
-@dataclass
-class Subject:
-    """What is scored: how to build it, how it sees, where it belongs."""
-
-    model: dict[str, Any]  # for metrics.json: name, role, parameters, width, spec
-    weights: str  # digest
-    preprocessing: dict[str, Any]
-    spec: "ViewSpec"
-    build: Callable[[], "Embedder"]
-    home: Path  # where its evaluation goes by default
-    data: dict[str, Any] | None = None  # the images it came from: {"spec", "limit"}
-    store: "FeatureStore | None" = None  # stored features, for the teacher
-    run: Path | None = None
-    beside: Path | None = None  # where the teacher's evaluation would be
-
-    def train_spec(self, config: Config) -> str:
-        return config.train or str((self.data or {}).get("spec"))
-
-
-def open_subject(config: Config) -> Subject:
-    if config.run:
-        return open_run(config, config.run)
-    if config.store:
-        return open_store(config.store)
-    return open_model(config)
-
-
-def open_run(config: Config, folder: Path) -> Subject:
-    """A student: its network as the run's manifest names it, its weights from student.safetensors."""
-    manifest = artifact.read(Folder(folder), "run")
-    about, student = manifest["about"], manifest["identity"]["student"]
-    file = folder / "student.safetensors"
-    if not file.exists():
-        raise UserError(f"{folder} is not finished: it holds no student.safetensors; repeat its distill command")
-
-    from pipeline.views import ViewSpec
-
-    size = config.image_size or student["preprocessing"]["size"]
-
-    def build() -> "Embedder":
-        import safetensors.torch
-
-        from pipeline.models import build as build_model
-
-        embedder = build_model(student["spec"], image_size=size, pretrained_default=False)
-        try:
-            embedder.backbone.load_state_dict(safetensors.torch.load_file(file))
-        except (safetensors.SafetensorError, RuntimeError) as wrong:
-            why = " ".join(str(wrong).split())[:200]
-            raise UserError(
-                f"{file} is damaged ({why}); delete it and repeat the distill command, which writes it anew"
-            ) from None
-        return embedder
-
-    embedder = build()
-    model = {"name": about["name"], "role": "student", "parameters": about["parameters"], "width": student["width"]}
-    store = Path(about["store"])
-    return Subject(
-        {**model, "spec": student["spec"], "run": str(folder), "method": manifest["identity"]["method"]},
-        embedder.digest(),
-        embedder.preprocessing.record(),
-        ViewSpec(**about["views_spec"]),
-        lambda: embedder,
-        folder / "evaluation",
-        about["data"],
-        run=folder,
-        beside=artifact.beside(store, "-evaluation"),
-    )
-
-
-def open_store(folder: Path) -> Subject:
-    """A teacher: its features from the store; the network itself is built only for other images."""
-    from pipeline.store import FeatureStore
-    from pipeline.views import ViewSpec
-
-    store = FeatureStore(Folder(folder))
-    store.require_complete([0])
-    teacher, about = store.identity["teacher"], store.about
-
-    def build() -> "Embedder":
-        import torch
-
-        from pipeline.models import build as build_model
-
-        torch.manual_seed(0)
-        size = teacher["preprocessing"]["size"]
-        embedder = build_model(about["teacher"], image_size=size, pretrained_default=True)
-        if embedder.digest() != teacher["weights"]:
-            raise UserError(f"{about['teacher']} has other weights now than when {folder} was made; restore them")
-        return embedder
-
-    model = {"name": teacher["name"], "role": "teacher", "parameters": about["parameters"], "width": teacher["width"]}
-    home = artifact.beside(folder, "-evaluation")
-    return Subject(
-        {**model, "spec": about["teacher"], "store": str(folder)},
-        teacher["weights"],
-        teacher["preprocessing"],
-        ViewSpec(**store.identity["views"]),
-        build,
-        home,
-        about["data"],
-        store=store,
-    )
-
-
-def open_model(config: Config) -> Subject:
-    """Any model by its spec. Random weights are those a run with --seed 0 begins with."""
-    import torch
-
+def open_subject(config: Config) -> "Subject":
+    from pipeline import subject
     from pipeline.models import build
-    from pipeline.views import ViewSpec
 
+    if config.run:
+        return subject.of_run(config.run, config.image_size, build)
+    if config.store:
+        return subject.of_store(config.store, build)
     assert config.model and config.out
-    torch.manual_seed(0)
-    embedder = build(config.model, image_size=config.image_size, pretrained_default=False)
-    parameters = sum(p.numel() for p in embedder.backbone.parameters())
-    model = {"name": embedder.name, "role": "model", "parameters": parameters, "width": embedder.width}
-    return Subject(
-        {**model, "spec": config.model},
-        embedder.digest(),
-        embedder.preprocessing.record(),
-        ViewSpec("crop-flip", 0, embedder.preprocessing.crop_ratio),
-        lambda: embedder,
-        config.out,
-    )
+    return subject.of_model(config.model, config.image_size, config.out, build)
 
 
-def open_sets(config: Config, subject: Subject) -> tuple["Dataset", "Dataset"]:
+def train_spec(config: Config, subject: "Subject") -> str:
+    return config.train or str((subject.data or {}).get("spec"))
+
+
+def open_sets(config: Config, subject: "Subject") -> tuple["Dataset", "Dataset"]:
     """Training and validation images. Raises UserError for a class in val that train lacks."""
     from pipeline.datasets import DATASETS
 
@@ -251,10 +139,10 @@ def open_sets(config: Config, subject: Subject) -> tuple["Dataset", "Dataset"]:
 
 
 def require_its_images(
-    config: Config, subject: Subject, earlier: dict[str, Any], train: "Dataset", val: "Dataset"
+    config: Config, subject: "Subject", earlier: dict[str, Any], train: "Dataset", val: "Dataset"
 ) -> None:
     """Raises UserError if the evaluation that is there was made from other images."""
-    for which, dataset, asked in (("train", train, subject.train_spec(config)), ("val", val, config.val)):
+    for which, dataset, asked in (("train", train, train_spec(config, subject)), ("val", val, config.val)):
         if earlier["identity"]["data"][which] != dataset.fingerprint:
             raise artifact.Mismatch(
                 f"{config.out or subject.home} was made with the {which} images of {earlier['about'][which]} as they "
@@ -272,22 +160,15 @@ def suits(evaluators: dict[str, Any], train: Any, val: Any) -> None:
 
 
 def splits(
-    config: Config, subject: Subject, train: "Dataset", val: "Dataset", out: Path
+    config: Config, subject: "Subject", train: "Dataset", val: "Dataset", out: Path
 ) -> tuple["Split", "Split"]:
     """Features of both sets on disk, resumed where they stopped; labels joined by class name."""
-    stored = subject.store
-    if stored and stored.identity["data"]["fingerprint"] == train.fingerprint:
-        first = stored
-    else:
-        first = embed_set(config, subject, train, out / "features" / "train")
-    if stored and stored.identity["data"]["fingerprint"] == val.fingerprint:
-        second = stored
-    else:
-        second = embed_set(config, subject, val, out / "features" / "val")
+    first = subject.stored(train) or embed_set(config, subject, train, out / "features" / "train")
+    second = subject.stored(val) or embed_set(config, subject, val, out / "features" / "val")
     return split(first, train, train.classes), split(second, val, train.classes)
 
 
-def embed_set(config: Config, subject: Subject, dataset: "Dataset", folder: Path) -> "FeatureStore":
+def embed_set(config: Config, subject: "Subject", dataset: "Dataset", folder: Path) -> "FeatureStore":
     """View 0 of a data set through the subject, as a store of one exact view."""
     from pipeline.device import choose, loader_workers
     from pipeline.embed import Forward, embed
@@ -342,90 +223,46 @@ def split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -
 
 
 def score(
-    config: Config, subject: Subject, evaluators: dict[str, Any], train: "Split", val: "Split",
+    config: Config, subject: "Subject", evaluators: dict[str, Any], train: "Split", val: "Split",
     train_data: "Dataset", out: Path,
 ) -> tuple[dict[str, Any], dict[str, "Result"]]:  # fmt: skip
-    """metrics.json as a dictionary, with every protocol ever scored here, and the results of those asked."""
+    """metrics.json as a dictionary, and the results, with every protocol ever scored here."""
+    from pipeline.results import Results
+
     metrics: dict[str, Any] = {
         "model": subject.model,
         "data": {
-            "train": subject.train_spec(config), "train_images": len(train),
+            "train": train_spec(config, subject), "train_images": len(train),
             "val": config.val, "val_images": len(val), "classes": len(train.classes),
         },
     }  # fmt: skip
-    results = {}
-    augmented = augmenter(config, subject, train, train_data)
+    results, augmented = Results(Folder(out)), augmenter(config, subject, train, train_data)
     for spec, evaluator in evaluators.items():
-        results[spec] = finished(spec, evaluator, out) or keep(
-            spec, evaluator, evaluator(train, val, out, augmented), out
-        )
-    for file in sorted((out / "results").glob("*.json")):
-        saved = artifact.read_json(Folder(file.parent), file.name)
-        merge(metrics, metrics_key(saved), saved["metrics"])
-    return metrics, results
-
-
-def metrics_key(saved: dict[str, Any]) -> str:
-    """Where a saved result stands in metrics.json: augmented and centre-crop probes do not overwrite each other."""
-    return saved["name"] + "_augmented" * bool(saved["options"].get("augment"))
-
-
-def merge(metrics: dict[str, Any], name: str, found: dict[str, Any]) -> None:
-    """Several knn protocols share one key; of other kinds asked twice with other options, the last stays."""
-    if name == "knn":
-        metrics.setdefault("knn", {}).update(found)
-    else:
-        metrics[name] = found
-
-
-def result_name(evaluator: Any) -> str:
-    """A file name that stands for a protocol with all its options."""
-    return f"{evaluator.name}-{artifact.fingerprint(asdict(evaluator))[:12]}"
-
-
-def finished(spec: str, evaluator: Any, out: Path) -> "Result | None":
-    """A protocol's result from an earlier command, if it is whole."""
-    import numpy as np
-
-    from pipeline.evaluators.base import Result
-
-    name = result_name(evaluator)
-    try:
-        saved = json.loads((out / "results" / f"{name}.json").read_text())
-        with np.load(out / "results" / f"{name}.npz") as arrays:
-            return Result(saved["metrics"], dict(arrays))
-    except (FileNotFoundError, ValueError, KeyError, OSError):
-        return None
-
-
-def keep(spec: str, evaluator: Any, result: "Result", out: Path) -> "Result":
-    """Write a result, arrays first; the JSON says it is done."""
-    import numpy as np
-
-    name, buffer = result_name(evaluator), io.BytesIO()
-    np.savez(buffer, **result.arrays)  # type: ignore[arg-type]
-    Folder(out).put(f"results/{name}.npz", buffer.getvalue())
-    said = {"name": evaluator.name, "protocol": spec, "options": asdict(evaluator), "metrics": result.metrics}
-    Folder(out).put(f"results/{name}.json", json.dumps(said, indent=1).encode())
-    return result
+        if results.get(evaluator) is None:
+            say(f"scoring {spec}")
+            results.put(evaluator, spec, evaluator(train, val, out, augmented))
+    scores, found = results.gather(evaluators.values())
+    return metrics | scores, found
 
 
 def augmenter(
-    config: Config, subject: Subject, train: "Split", dataset: "Dataset"
+    config: Config, subject: "Subject", train: "Split", dataset: "Dataset"
 ) -> "Callable[[int], np.ndarray] | None":
     """epoch -> (n, d) features of another random view of every training image.
 
     From the store, its random views in turn; else crops and flips seen afresh.
     """
-    stored = subject.store
-    if stored and stored.identity["data"]["fingerprint"] == dataset.fingerprint:
+    if stored := subject.stored(dataset):
         if stored.views == 1:
             return None
         return lambda epoch: stored.read("embedding", 1 + epoch % (stored.views - 1))[train.rows]
     return partial(fresh_features, config, subject, dataset, train.rows)
 
 
-def fresh_features(config: Config, subject: Subject, dataset: "Dataset", rows: "np.ndarray", epoch: int) -> "np.ndarray":
+def fresh_features(
+    config: Config, subject: "Subject", dataset: "Dataset", rows: "np.ndarray", epoch: int
+) -> "np.ndarray":
+    """(n, d) features of crops and flips never seen before, one for each of these rows."""
     from pipeline.device import choose, loader_workers
     from pipeline.validation import view_features
     from pipeline.views import FRESH, ViewSpec
@@ -441,7 +278,7 @@ def fresh_features(config: Config, subject: Subject, dataset: "Dataset", rows: "
 
 
 def write_report(
-    config: Config, subject: Subject, metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
+    config: Config, subject: "Subject", metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
     val: "Split", train_data: "Dataset", val_data: "Dataset", out: Path,
 ) -> Path:  # fmt: skip
     from pipeline import journal, report
@@ -459,7 +296,7 @@ def write_report(
     )
 
 
-def teacher_metrics(config: Config, subject: Subject, metrics: dict[str, Any]) -> dict[str, Any] | None:
+def teacher_metrics(config: Config, subject: "Subject", metrics: dict[str, Any]) -> dict[str, Any] | None:
     """The teacher's metrics.json, if it was scored on the same images."""
     place = config.teacher or subject.beside
     if place is None or not (place / "metrics.json").exists():

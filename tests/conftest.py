@@ -9,5 +9,5 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as cli.main says: spinnin
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network fails at once, it does not hang
 
-settings.register_profile("house", deadline=None, derandomize=True)  # machines may be busy; the same examples every time
+settings.register_profile("house", deadline=None, derandomize=True)  # busy machines; the same examples
 settings.load_profile("house")

@@ -6,11 +6,14 @@ Shapes: n images of a split, d dims, C classes. All accuracies are percentages i
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from pipeline.artifact import UserError
+from pipeline.results import Result
+
+__all__ = ["Evaluator", "Result", "Split", "per_class", "percent", "require_labels"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,14 +32,6 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.features)
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What one protocol found."""
-
-    metrics: dict[str, Any]  # goes into metrics.json under the protocol's name
-    arrays: dict[str, np.ndarray]  # what the report draws; saved beside
 
 
 class Evaluator(Protocol):

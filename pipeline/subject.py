@@ -1,0 +1,112 @@
+"""What an evaluation scores: a run's student, a store's teacher, or any model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from pipeline import artifact
+from pipeline.artifact import UserError
+from pipeline.model import Embedder
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore
+from pipeline.views import ViewSpec
+
+Build = Callable[..., Embedder]  # (spec, image_size=, pretrained_default=) -> Embedder
+
+
+@dataclass
+class Subject:
+    """How to build it, how it sees, where it belongs."""
+
+    model: dict[str, Any]  # for metrics.json: name, role, parameters, width, spec
+    weights: str  # digest
+    preprocessing: dict[str, Any]
+    spec: ViewSpec
+    build: Callable[[], Embedder]
+    home: Path  # where its evaluation goes by default
+    data: dict[str, Any] | None = None  # the images it came from: {"spec", "limit"}
+    store: FeatureStore | None = None  # stored features, for the teacher
+    run: Path | None = None
+    beside: Path | None = None  # where the teacher's evaluation would be
+
+    def stored(self, dataset: Any) -> FeatureStore | None:
+        """The store that holds this subject's features of these very images, if there is one."""
+        store = self.store
+        return store if store and store.identity["data"]["fingerprint"] == dataset.fingerprint else None
+
+
+def of_run(folder: Path, image_size: int | None, build: Build) -> Subject:
+    """A student: its network as the run's manifest names it, its weights from student.safetensors."""
+    manifest = artifact.read(Folder(folder), "run")
+    about, student = manifest["about"], manifest["identity"]["student"]
+    file = folder / "student.safetensors"
+    if not file.exists():
+        raise UserError(f"{folder} is not finished: it holds no student.safetensors; repeat its distill command")
+    size = image_size or student["preprocessing"]["size"]
+    embedder = build(student["spec"], image_size=size, pretrained_default=False)
+    try:
+        embedder.backbone.load_state_dict(safetensors.torch.load_file(file))
+    except (safetensors.SafetensorError, RuntimeError) as wrong:
+        why = " ".join(str(wrong).split())[:200]
+        raise UserError(
+            f"{file} is damaged ({why}); delete it and repeat the distill command, which writes it anew"
+        ) from None
+    model = {"name": about["name"], "role": "student", "parameters": about["parameters"], "width": student["width"]}
+    return Subject(
+        {**model, "spec": student["spec"], "run": str(folder), "method": manifest["identity"]["method"]},
+        embedder.digest(),
+        embedder.preprocessing.record(),
+        ViewSpec(**about["views_spec"]),
+        lambda: embedder,
+        folder / "evaluation",
+        about["data"],
+        run=folder,
+        beside=artifact.beside(Path(about["store"]), "-evaluation"),
+    )
+
+
+def of_store(folder: Path, build: Build) -> Subject:
+    """A teacher: its features from the store; the network itself is built only for other images."""
+    store = FeatureStore(Folder(folder))
+    store.require_complete([0])
+    teacher, about = store.identity["teacher"], store.about
+
+    def live() -> Embedder:
+        torch.manual_seed(0)
+        embedder = build(about["teacher"], image_size=teacher["preprocessing"]["size"], pretrained_default=True)
+        if embedder.digest() != teacher["weights"]:
+            raise UserError(f"{about['teacher']} has other weights now than when {folder} was made; restore them")
+        return embedder
+
+    model = {"name": teacher["name"], "role": "teacher", "parameters": about["parameters"], "width": teacher["width"]}
+    return Subject(
+        {**model, "spec": about["teacher"], "store": str(folder)},
+        teacher["weights"],
+        teacher["preprocessing"],
+        ViewSpec(**store.identity["views"]),
+        live,
+        artifact.beside(folder, "-evaluation"),
+        about["data"],
+        store=store,
+    )
+
+
+def of_model(spec: str, image_size: int | None, home: Path, build: Build) -> Subject:
+    """Any model by its spec. Random weights are those a run with --seed 0 begins with."""
+    torch.manual_seed(0)
+    embedder = build(spec, image_size=image_size, pretrained_default=False)
+    parameters = sum(p.numel() for p in embedder.backbone.parameters())
+    model = {"name": embedder.name, "role": "model", "parameters": parameters, "width": embedder.width}
+    return Subject(
+        {**model, "spec": spec},
+        embedder.digest(),
+        embedder.preprocessing.record(),
+        ViewSpec("crop-flip", 0, embedder.preprocessing.crop_ratio),
+        lambda: embedder,
+        home,
+    )
