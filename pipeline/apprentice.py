@@ -132,7 +132,8 @@ class Apprentice:
     def deliver(self) -> Path:
         """Write student.safetensors: the bare backbone, as its own library names it, and how to feed it."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.learned.backbone.state_dict().items()}
-        said = {"model": self.learned.spec, "preprocessing": json.dumps(self.learned.preprocessing.record())}
+        looks = json.dumps(self.learned.preprocessing.record())
+        said = {"model": self.learned.spec, "preprocessing": looks, "digest": self.learned.digest()}
         data, home, name = spell(tensors, {"format": "pt", **said}), Folder(self.folder), "student.safetensors"
         if not (home.exists(name) and home.get(name) == data):
             home.put(name, data)

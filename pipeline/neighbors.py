@@ -7,15 +7,13 @@ below). On a GPU scores differ from the CPU's by float32 rounding, unless float1
 Inside: Q queries, N keys, K neighbours or clusters, D dims.
 """
 
-import os
-import secrets
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.artifact import UserError
-from pipeline.storage import PART, sync
+from pipeline.storage import Folder
 
 Metric = Literal["l2", "dot", "cosine"]
 
@@ -109,16 +107,7 @@ def write_index(path: Path, features: np.ndarray) -> None:
 
     index = faiss.IndexFlatL2(features.shape[1])
     index.add(np.ascontiguousarray(features, dtype=np.float32))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
-    try:
-        faiss.write_index(index, str(part))
-        sync(part)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    Folder(path.parent).put(path.name, faiss.serialize_index(index).tobytes())
 
 
 def _index(dims: int, metric: Metric, float16: bool, gpu: bool = True) -> Any:

@@ -49,13 +49,7 @@ def of_run(folder: Path, image_size: int | None, build: Build) -> Subject:
         raise UserError(f"{folder} is not finished: it holds no student.safetensors; repeat its distill command")
     size = image_size or student["preprocessing"]["size"]
     embedder = build(student["spec"], image_size=size, pretrained_default=False)
-    try:
-        embedder.backbone.load_state_dict(safetensors.torch.load_file(file))
-    except (safetensors.SafetensorError, RuntimeError) as wrong:
-        why = " ".join(str(wrong).split())[:200]
-        raise UserError(
-            f"{file} is damaged ({why}); delete it and repeat the distill command, which writes it anew"
-        ) from None
+    load_student(embedder, file)
     model = {"name": about["name"], "role": "student", "parameters": about["parameters"], "width": student["width"]}
     return Subject(
         {**model, "spec": student["spec"], "run": str(folder), "method": manifest["identity"]["method"]},
@@ -68,6 +62,19 @@ def of_run(folder: Path, image_size: int | None, build: Build) -> Subject:
         run=folder,
         beside=artifact.beside(Path(about["store"]), "-evaluation"),
     )
+
+
+def load_student(embedder: Embedder, file: Path) -> None:
+    """Put the weights of a student.safetensors into its backbone. Raises UserError if they are damaged."""
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            claimed = opened.metadata()["digest"]
+        embedder.backbone.load_state_dict(safetensors.torch.load_file(file))
+        why = "" if embedder.digest() == claimed else "the weights do not fit their digest"
+    except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError) as wrong:
+        why = " ".join(str(wrong).split())[:200] or type(wrong).__name__
+    if why:
+        raise UserError(f"{file} is damaged ({why}); delete it and repeat the distill command, which writes it anew")
 
 
 def of_store(folder: Path, build: Build) -> Subject:

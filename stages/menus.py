@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import flag
-from pipeline.menu import Menu
+
+GIVEN = ("setting",)  # what the training loop hands to a method, not the user
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,22 @@ def run(config: Models | Methods | Protocols) -> dict[str, Any]:
         from pipeline.evaluators import PROTOCOLS as menu
     else:
         from pipeline.models import MODELS as menu
-    return {"summary": "", "menu": {}} | _listing(menu)
 
-
-def _listing(menu: Menu) -> dict[str, Any]:
+        if config.search:
+            return found(config.search)
     kinds, lines = {}, []
     for kind in menu.entries:
-        keys = {name: str(p.default) for name, p in menu.keys(kind).items()}
+        keys = {name: str(p.default) for name, p in menu.keys(kind, given=GIVEN).items()}
         kinds[kind] = {"summary": menu.summary(kind), "keys": keys}
         lines.append(f"{kind}  {kinds[kind]['summary']}")
         lines += [f"    {name}={default}" for name, default in keys.items()]
     return {"summary": "\n".join(lines), "menu": kinds}
+
+
+def found(text: str) -> dict[str, Any]:
+    """Names of timm's and torchvision's models that hold this text, as specs."""
+    from pipeline.models import names
+
+    fitting = [name for name in names() if text.lower() in name.lower()]
+    said = "\n".join(fitting) or f"no model of timm or torchvision has {text!r} in its name"
+    return {"summary": said, "names": fitting}

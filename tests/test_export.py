@@ -1,5 +1,6 @@
 """Stored features are the teacher's on the claimed pixels, to the same byte however the export was run or stopped."""
 
+import functools
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,17 @@ def tree(store: Path, *tops: str) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name != "history.jsonl" and name.startswith(tops or "")}
 
 
-def expected(data: Path, spec: ViewSpec, v: int, row: int, teacher: str = TEACHER) -> np.ndarray:
+def expected(data: Path, spec: ViewSpec, v: int, row: int, key: int | None = None) -> np.ndarray:
     """(D,) float32: the teacher on view v of an image, alone, step by step, with no batch, store or loader."""
     torch.manual_seed(0)
-    model = build(teacher, image_size=SIZE, pretrained_default=True)
+    model = build(TEACHER, image_size=SIZE, pretrained_default=True)
     name = sorted(file.relative_to(data).as_posix() for file in data.rglob("*.jpg"))[row]
     image = torch.from_numpy(decode((data / name).read_bytes())).permute(2, 0, 1)
     if v == 0:
         resize = v2.Resize(int(SIZE / spec.crop_ratio), antialias=True)
         pixels = v2.Compose([resize, v2.CenterCrop(SIZE)])(image)
     else:
-        view = resolve(spec, draw(spec.seed, row, v), v, image.shape[1], image.shape[2])
+        view = resolve(spec, draw(spec.seed, row if key is None else key, v), v, image.shape[1], image.shape[2])
         pixels = render(image, view, SIZE, "bilinear")
     mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
@@ -208,17 +209,19 @@ def test_each_image_is_decoded_once_for_all_its_views(
 # ---------------------------------------------------------------- the same bytes
 
 
-def by_embed(images: Path, out: Path, **how: Any) -> None:
-    """The export's own loop with settings that have no flag, into a store made by a stopped command."""
-    settings = config(images, out)
+def by_embed(images: Path, out: Path, first_key: int = 0, codec: str = "int8", **how: Any) -> FeatureStore:
+    """The export's own loop with settings that have no flag."""
+    settings = config(images, out, codec=codec)
     torch.manual_seed(0)
     model = build(TEACHER, image_size=SIZE, pretrained_default=True)
     dataset, spec = ImageFolder(images), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
     identity, about = export_teacher.describe(settings, dataset, model, spec)
-    tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
+    keys = np.arange(len(dataset), dtype=np.uint64) + np.uint64(first_key)
+    tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": keys}
     store = FeatureStore.make(Folder(out), identity, about, tables)
     forward = embedding.Forward(model, torch.device("cpu"), "fp32", settings.batch_size)
     embedding.embed(store, dataset, spec, forward, **{"workers": 0, **how})
+    return store
 
 
 def stop_after(count: int) -> Callable[[], bool]:
@@ -256,6 +259,12 @@ def test_stopping_between_batches_changes_no_byte(
     assert FeatureStore(Folder(tmp_path / "store")).pending()
     export(images, tmp_path / "store")
     assert tree(tmp_path / "store") == whole
+
+
+def test_views_are_drawn_from_the_stored_keys_not_from_row_numbers(images: Path, tmp_path: Path) -> None:
+    store = by_embed(images, tmp_path / "store", first_key=2**40, codec="float32")
+    claimed = expected(images, ViewSpec("crop-flip", 0, 1.0), 3, 10, 2**40 + 10)
+    assert np.abs(store.read("embedding", 3)[10] - claimed).max() < 1e-5 * np.abs(claimed).max()
 
 
 def test_other_places_change_no_byte(images: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: Any) -> None:
@@ -558,6 +567,10 @@ class Export:
         files = list(self.out.glob("done/*.json"))
         return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
+    def has_more_than(self, before: Mapping[str, Any]) -> Callable[[], bool]:
+        """A question to ask again and again: are there more done records now?"""
+        return lambda: len(self.done()) > len(before)
+
     def forwards(self) -> int:
         return len(self.log.read_text().splitlines()) if self.log.exists() else 0
 
@@ -595,7 +608,7 @@ def test_a_killed_export_goes_on_and_ends_the_same_to_the_byte(
     run, lost = Export(data, tmp_path, "store"), 0
     for signum, status in [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]:
         before = run.done()
-        code, said = run.kill(signum, lambda have=len(before): len(run.done()) > have)  # type: ignore[misc]
+        code, said = run.kill(signum, run.has_more_than(before))
         assert code == status, said
         assert len(before) < len(run.done()) < SHARDS * RECORDS
         assert before.items() <= run.done().items()  # what was done is neither lost nor done again
@@ -609,6 +622,10 @@ def test_a_killed_export_goes_on_and_ends_the_same_to_the_byte(
     assert SHARDS * PER_SHARD <= run.forwards() <= (SHARDS + lost) * PER_SHARD
 
 
+def is_past(moment: float) -> bool:
+    return time.monotonic() > moment
+
+
 @pytest.mark.soak
 def test_fifty_kills_at_random_moments_end_the_same_to_the_byte(
     undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path
@@ -619,14 +636,9 @@ def test_fifty_kills_at_random_moments_end_the_same_to_the_byte(
         (tmp_path / str(number)).mkdir()
         run, code, before_this = Export(data, tmp_path / str(number), "store"), -1, kills
         while code:
-            before, began, start = run.done(), time.monotonic(), rng.uniform(0, 8)
+            before, at = run.done(), time.monotonic() + rng.uniform(0, 8)
             early = rng.random() < 0.3  # before the first shard, maybe before there is a store
-
-            def when(
-                run: Export = run, have: int = len(before), at: float = began + start, early: bool = early
-            ) -> bool:
-                return time.monotonic() > at if early else len(run.done()) > have
-
+            when = functools.partial(is_past, at) if early else run.has_more_than(before)
             signum = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             code, said = run.kill(signum, when, late=rng.uniform(0, 0.3))
             assert code in (0, -9, 143, 130) or (early and code in (-15, -2)), said  # it cannot answer before it runs

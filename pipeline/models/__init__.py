@@ -34,3 +34,12 @@ def build(spec_text: str, *, image_size: int | None = None, pretrained_default: 
     embedder: Embedder = MODELS.order(spec, image_size=image_size, pretrained_default=pretrained_default)
     embedder.spec = spec_text
     return embedder
+
+
+def names() -> list[str]:
+    """Every model of timm and torchvision, as a spec."""
+    import timm
+    import torchvision
+
+    theirs = torchvision.models.list_models(module=torchvision.models)
+    return [f"timm:{name}" for name in timm.list_models()] + [f"torchvision:{name}" for name in theirs]
