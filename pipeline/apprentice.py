@@ -101,9 +101,9 @@ class Apprentice:
             "(lower --lr, add --warmup-epochs or --clip 1), fp16 overflow (--precision bf16), a temperature too low"
         )
 
-    def examine(self, val: Any, spec: ViewSpec, device: torch.device, step: int) -> float:
+    def examine(self, val: Any, spec: ViewSpec, device: torch.device, workers: int, step: int) -> float:
         """Leave-one-out nearest-neighbour accuracy on `val`, view 0, in percent; the best so far is kept as best.pt."""
-        score = leave_one_out(self.learned, val, spec, device, self.training.precision)
+        score = leave_one_out(self.learned, val, spec, device, self.training.precision, workers)
         if score > self.best:
             self.best = score
             Folder(self.folder).put("checkpoints/best.pt", checkpoint.spell({"step": step, **self.parts()}))

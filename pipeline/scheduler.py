@@ -101,3 +101,14 @@ def _client(scheduler: str) -> Iterator[Any]:
 def _require_scheduler(client: Any, scheduler: str) -> None:
     if client.status != "running":
         raise UserError(f"the dask scheduler {scheduler} is gone; what is done is kept, repeat the command to continue")
+
+
+def worker_number() -> int:
+    """The number in this worker's name, 0 where there is none: which of the GPUs it sees is its own."""
+    from dask.distributed import get_worker
+
+    try:
+        digits = "".join(c for c in str(get_worker().name).rpartition("-")[2] if c.isdigit())
+    except ValueError:
+        return 0
+    return int(digits or 0)

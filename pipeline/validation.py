@@ -51,10 +51,10 @@ def view_features(
 
 
 def leave_one_out(
-    embedder: Embedder, dataset: Any, spec: ViewSpec, device: torch.device, precision: str = "fp32"
+    embedder: Embedder, dataset: Any, spec: ViewSpec, device: torch.device, precision: str = "fp32", workers: int = 0
 ) -> float:
     """Share of labelled images, in percent, whose nearest other image by cosine has their label."""
-    features, rows = view_features(embedder, dataset, spec, device, precision)
+    features, rows = view_features(embedder, dataset, spec, device, precision, workers=workers)
     label = torch.from_numpy(dataset.label[rows]).to(device)
     known = label >= 0
     unit, label = features[known] / features[known].norm(dim=1, keepdim=True).clamp_min(1e-12), label[known]

@@ -314,17 +314,20 @@ def end_of_step(
     config: Config, session: "Session", val: "Dataset | None", done: int, logs: Sequence["Journal"], stop: Interrupt
 ) -> None:
     """Check against --val and save when it is time; stop when asked to."""
-    total = session.plan.steps
+    from pipeline.device import loader_workers
+
+    total, asked = session.plan.steps, stop.requested  # once: a signal may come while the first student is saved
     per_check = max(1, round(config.val_every * session.per_epoch))
     for apprentice, log in zip(session.apprentices, logs, strict=True):
         if done <= apprentice.start:
             continue
         if val is not None and (done % per_check == 0 or done == total):
-            score = apprentice.examine(val, session.spec, session.device, done)
+            workers = loader_workers(config.workers, session.device)
+            score = apprentice.examine(val, session.spec, session.device, workers, done)
             log.write({"step": done, "epoch": round(done / session.per_epoch, 4), "val_nn": score})
-        if done == total or stop.requested or done % config.save_every == 0:
+        if done == total or asked or done % config.save_every == 0:
             apprentice.save(done)
-    if stop.requested and done < total:
+    if asked and done < total:
         raise Interrupted(stop.signum, f"saved at step {done} of {total}; repeat the command to continue")
 
 

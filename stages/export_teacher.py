@@ -3,8 +3,9 @@
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,15 @@ from pipeline.codecs import CODECS, codec
 from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
 from pipeline.interrupt import Interrupt
 from pipeline.progress import duration, meter, say, size
+from pipeline.scheduler import parse as parse_scheduler
 from pipeline.storage import Folder
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
+    from pipeline.embed import Cost, Forward
     from pipeline.model import Embedder
-    from pipeline.store import FeatureStore
+    from pipeline.scheduler import Outcome
+    from pipeline.store import FeatureStore, Shard
     from pipeline.views import ViewSpec
 
 PACKAGES = ("torch", "torchvision", "pillow", "zarr", "numpy")  # whose versions may change a feature's last bits
@@ -45,6 +49,7 @@ class Config:
     workers: int | None = flag(None, "loader processes (default: one per core up to 16; 1 on CPU)", short="-j")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1")
     precision: str = flag("fp32", "fp32, bf16, fp16")
+    scheduler: str = flag("local", "local, processes:N, or a dask scheduler at tcp://HOST:PORT")
     shard_size: int | None = flag(None, "rows per shard (default: up to 2048, fewer in small sets)")
     limit: int | None = flag(None, "only this many images, evenly spread")
     dry_run: bool = flag(False, "say what would be done and what it would cost")
@@ -67,7 +72,7 @@ def run(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from pipeline.device import choose, loader_workers
+    from pipeline.device import choose
     from pipeline.models import build
     from pipeline.views import ViewSpec
 
@@ -79,7 +84,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.dry_run:
         return plan(config, identity)
 
-    from pipeline.embed import Forward, embed
+    from pipeline.embed import Forward
     from pipeline.pixels import require_same
     from pipeline.store import FeatureStore
 
@@ -94,25 +99,107 @@ def run(config: Config) -> dict[str, Any]:
     rows = sum(shard.stop - shard.start for shard in pending)
     if not pending:
         return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views")
-    say(f"{rows} of {store.images} images to embed, {store.views} views, on {device}, {embedder.width} dimensions")
+    on = str(device) if config.scheduler == "local" else config.scheduler
+    say(f"{rows} of {store.images} images to embed, {store.views} views, on {on}, {embedder.width} dimensions")
     with Interrupt() as stop, meter("export", store.images, "images", store.images - rows) as bar:
-        cost = embed(
-            store,
-            dataset,
-            spec,
-            Forward(embedder, device, config.precision, config.batch_size),
-            workers=loader_workers(config.workers, device),
-            progress=bar.advance,
-            stopped=lambda: stop.requested,
-        )
+        forward = Forward(embedder, device, config.precision, config.batch_size)
+        work = Workshop(store, dataset, spec, forward)
+        cost, failed = compute(config, work, pending, bar.advance, lambda: stop.requested)
         store.remember(event(config, cost, device))
         left = len(store.pending())
         stop.check(f"{len(pending) - left} of {len(pending)} pending shards are kept; repeat the command to continue")
+    if failed:
+        first = failed[0]
+        why = f"{type(first.error).__name__}: {' '.join(str(first.error).split())[:300]}"
+        raise UserError(
+            f"{len(failed)} of {len(pending)} shards failed after all tries, the first is that of rows "
+            f"{first.task.start} to {first.task.stop - 1} ({why}); the others are kept, repeat the command to try again"
+        )
     return finish(
         store,
         f"{config.out}: {store.images} images x {store.views} views x {embedder.width} {config.codec}, "
         f"{duration(cost.seconds)}, {cost.views / max(cost.seconds, 1e-9):.0f} views/s",
     )
+
+
+@dataclass
+class Workshop:
+    """All that computing a shard takes. One is built per process."""
+
+    store: "FeatureStore"
+    dataset: "Dataset"
+    spec: "ViewSpec"
+    forward: "Forward"
+
+
+def compute(
+    config: Config,
+    work: Workshop,
+    pending: Sequence["Shard"],
+    progress: Callable[[int], None],
+    stopped: Callable[[], bool],
+) -> tuple["Cost", list["Outcome"]]:
+    """Compute shards here, or on a cluster: -> (what it took, the shards that failed)."""
+    from pipeline.device import loader_workers
+    from pipeline.embed import Cost, embed
+
+    if config.scheduler == "local":
+        workers = loader_workers(config.workers, work.forward.device)
+        return embed(
+            work.store, work.dataset, work.spec, work.forward, shards=pending, workers=workers, progress=progress,
+            stopped=stopped,
+        ), []  # fmt: skip
+    from pipeline import scheduler
+
+    total, failed, began = Cost(), [], time.monotonic()
+    for outcome in scheduler.spread(pending, partial(compute_shard, config), config.scheduler, stopped):
+        if outcome.error is None:
+            total += outcome.result
+            progress(outcome.task.stop - outcome.task.start)
+        else:
+            failed.append(outcome)
+            say(f"rows {outcome.task.start} to {outcome.task.stop - 1} failed: {outcome.error}")
+    total.seconds = time.monotonic() - began
+    return total, failed
+
+
+def compute_shard(config: Config, shard: "Shard") -> "Cost":
+    """What a cluster's worker does: one shard, decoded by threads, as workers may have no child processes."""
+    from pipeline.device import loader_workers
+    from pipeline.embed import embed
+
+    work = workshop(config)
+    workers = loader_workers(config.workers, work.forward.device)
+    return embed(work.store, work.dataset, work.spec, work.forward, shards=[shard], workers=workers, threads=True)
+
+
+@lru_cache(maxsize=1)
+def workshop(config: Config) -> Workshop:
+    """The images, the store and the teacher, in this process and on its device."""
+    import torch
+
+    from pipeline import scheduler
+    from pipeline.datasets import DATASETS
+    from pipeline.device import choose
+    from pipeline.embed import Forward
+    from pipeline.models import build
+    from pipeline.store import FeatureStore
+    from pipeline.views import ViewSpec
+
+    dataset = DATASETS.order(config.data)
+    dataset = dataset.subset(config.limit) if config.limit else dataset
+    store = FeatureStore(Folder(config.out))
+    device = choose(config.device)
+    if device == torch.device("cuda"):  # worker k takes GPU k of those it sees
+        device = torch.device("cuda", scheduler.worker_number() % torch.cuda.device_count())
+    torch.manual_seed(0)
+    embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True)
+    if embedder.digest() != store.identity["teacher"]["weights"]:
+        raise UserError(f"{config.teacher} has other weights on this worker than where the command was given")
+    if dataset.fingerprint != store.identity["data"]["fingerprint"]:
+        raise UserError(f"{config.data} holds other images on this worker than where the command was given")
+    forward = Forward(embedder, device, config.precision, config.batch_size)
+    return Workshop(store, dataset, ViewSpec(**store.identity["views"]), forward)
 
 
 def check(config: Config) -> None:
@@ -133,6 +220,7 @@ def check(config: Config) -> None:
         },
     )
     codec(config.codec)
+    parse_scheduler(config.scheduler)
     if config.policy == "none" and config.views > 1:
         raise UserError(f"--policy none has one view, the plain one, not the {config.views} asked; use --views 1")
 

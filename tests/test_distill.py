@@ -222,6 +222,23 @@ def reference(run: Callable[..., Any], tmp_path: Path) -> Callable[[str], Path]:
     return made
 
 
+def test_a_signal_that_comes_while_saving_is_granted_after_the_next_step(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    save, calls = checkpoint.save, []
+
+    def signalled(*said: Any) -> None:
+        if not calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(said)
+        save(*said)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="saved at step 5 of 14"):
+        patch.setattr(checkpoint, "save", signalled)
+        run("stopped", student=TWO["student"])
+    assert [newest(tmp_path / "stopped" / name) for name in NAMES] == [5, 5]
+
+
 def test_the_cases_have_something_random_in_every_step(run: Callable[..., Any], tmp_path: Path) -> None:
     """Otherwise the test above would prove little."""
     (tmp_path / "dropout.py").write_text(DROPOUT)

@@ -1,5 +1,7 @@
 """Search and k-means against slow, obvious versions of themselves."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,12 +152,11 @@ def test_a_failed_write_leaves_the_old_index_and_no_part(tmp_path: Path, monkeyp
     neighbors.write_index(path, random(3, 2))
     old = path.read_bytes()
 
-    def full(index: object, name: str) -> None:
-        Path(name).write_bytes(b"half")
-        raise RuntimeError("no space left")
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(faiss, "write_index", full)
-    with pytest.raises(RuntimeError, match="no space"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
         neighbors.write_index(path, random(4, 2))
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["index.faiss"]
 

@@ -1,0 +1,105 @@
+"""Exports spread over worker processes by dask are the exports of one process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.artifact import UserError
+from pipeline.scheduler import parse
+from stages.export_teacher import Config, run
+
+ROOT = Path(__file__).parent.parent
+TEACHER = "convnet:channels=4+8,pretrained=false"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for number in range(48):
+        pixels = random.integers(0, 256, (20 + number % 5, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def export(images: Path, out: Path, scheduler: str = "local") -> dict:
+    return run(
+        Config(
+            data=str(images), teacher=TEACHER, out=out, views=3, image_size=16, batch_size=4, shard_size=8, workers=1,
+            scheduler=scheduler,
+        )  # fmt: skip
+    )
+
+
+def content(store: Path) -> dict[str, bytes]:
+    """Every byte that says something about features."""
+    keys = [p for part in ("features.zarr", "done") for p in (store / part).rglob("*") if p.is_file()]
+    return {str(p.relative_to(store)): p.read_bytes() for p in [*keys, store / "manifest.json"]}
+
+
+def test_what_a_scheduler_may_be_is_checked_at_once() -> None:
+    assert parse("local") == ("local", "")
+    assert parse("processes:3") == ("processes", "3")
+    assert parse("tcp://host:8786") == ("cluster", "tcp://host:8786")
+    for wrong in ("processes:0", "processes:x", "slurm", ""):
+        with pytest.raises(UserError, match="must be local, processes:N or tcp"):
+            parse(wrong)
+
+
+def test_worker_processes_write_the_same_bytes_as_one_process(images: Path, tmp_path: Path) -> None:
+    export(images, tmp_path / "local")
+    made = export(images, tmp_path / "spread", "processes:2")
+    assert made["images"] == 48
+    assert content(tmp_path / "spread") == content(tmp_path / "local")
+
+
+def test_a_scheduler_that_does_not_answer_is_refused_in_words(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dask scheduler answers"):
+        export(images, tmp_path / "store", "tcp://127.0.0.1:1")
+
+
+def test_a_worker_killed_in_the_middle_changes_nothing(images: Path, tmp_path: Path) -> None:
+    """A scheduler and two workers as programs of their own; one dies by SIGKILL once shards appear."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+    address, programs = "tcp://127.0.0.1:18786", []
+    dask = [sys.executable, "-m", "dask"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": env, "cwd": tmp_path}
+    try:
+        begin = [*dask, "scheduler", "--host", "127.0.0.1", "--port", "18786", "--no-dashboard"]
+        programs.append(subprocess.Popen(begin, **quiet))  # type: ignore[call-overload]
+        for _ in range(2):
+            worker = [*dask, "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+            programs.append(subprocess.Popen(worker, **quiet))  # type: ignore[call-overload]
+        _wait_for_workers(address, 2)
+
+        def kill() -> None:
+            while not list((tmp_path / "spread" / "done").glob("*.json")):
+                time.sleep(0.01)
+            programs[1].send_signal(signal.SIGKILL)
+
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        export(images, tmp_path / "spread", address)
+        killer.join(timeout=10)
+        assert programs[1].wait(timeout=10) == -signal.SIGKILL
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+    export(images, tmp_path / "local")
+    assert content(tmp_path / "spread") == content(tmp_path / "local")
+
+
+def _wait_for_workers(address: str, count: int) -> None:
+    from dask.distributed import Client
+
+    with Client(address, timeout=60, set_as_default=False) as client:
+        client.wait_for_workers(count, timeout=60)
