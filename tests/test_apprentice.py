@@ -231,3 +231,11 @@ def test_the_file_of_a_student_is_valid_and_has_one_spelling(tmp_path: Path) -> 
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
     with safetensors.safe_open(tmp_path / "s.safetensors", "pt") as file:
         assert file.metadata() == said
+
+
+def test_delivered_again_it_is_the_same_file_byte_for_byte(tmp_path: Path) -> None:
+    one, seen = apprentice(tmp_path), set()
+    for _ in range(12):
+        seen.add(one.deliver().read_bytes())
+        (tmp_path / "student.safetensors").unlink()
+    assert len(seen) == 1

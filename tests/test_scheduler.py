@@ -31,12 +31,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(images: Path, out: Path, scheduler: str = "local") -> dict:
-    return run(
-        Config(
-            data=str(images), teacher=TEACHER, out=out, views=3, image_size=16, batch_size=4, shard_size=8, workers=1,
-            scheduler=scheduler,
-        )  # fmt: skip
-    )
+    how = {"views": 3, "image_size": 16, "batch_size": 4, "shard_size": 8, "workers": 1, "scheduler": scheduler}
+    return run(Config(data=str(images), teacher=TEACHER, out=out, **how))  # type: ignore[arg-type]
 
 
 def content(store: Path) -> dict[str, bytes]:

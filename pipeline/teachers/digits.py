@@ -15,7 +15,7 @@ WEIGHTS = Path(__file__).with_name("digits.safetensors")
 
 @entry()
 def model(asked: Options, /) -> Network:
-    """digits-teacher, 64 dimensions, trained without labels on the training split of digits; its weights are built in."""
+    """digits-teacher, 64 dimensions, trained without labels on the training split of digits; weights built in."""
     module = DigitsNet()
     if asked.pretrained:
         weights.load(module, WEIGHTS, name="digits-teacher")
