@@ -2,7 +2,9 @@
 
 import io
 import os
+import platform
 import re
+import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.artifact import UserError
-from pipeline.storage import Folder
+from pipeline.storage import PART, Folder
 
 KEEP = 2  # step-*.pt kept, so that several students killed between two saves share a step
 _STEP = re.compile(r"step-(\d+)\.pt$")
@@ -34,8 +36,7 @@ def save(folder: Path, step: int, parts: Mapping[str, Any]) -> None:
 
 def link(source: Path, target: Path) -> None:
     """Make target the same file as source, atomically; a copy where links are not to be had."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    part.unlink(missing_ok=True)
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}.{platform.node()}{PART}")
     try:
         os.link(source, part)
     except OSError:

@@ -35,6 +35,7 @@ class Config:
 
     val: str = flag(help="images to score, labelled: folder:PATH, digits:split=test, ...")
     train: str | None = flag(None, "images to learn neighbours and clusters from (default: those of the run or store)")
+    limit: int | None = flag(None, "with --train: only this many of them, evenly spread, as the export does")
     run: Path | None = flag(None, "a run of compress distill: its student is scored")
     store: Path | None = flag(None, "a feature store: its teacher is scored, from stored view 0 where it has it")
     model: str | None = flag(None, "any model: timm:NAME, cifar-resnet:20, ...")
@@ -86,13 +87,15 @@ def run(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """All that can be refused before torch is imported."""
-    require(config, {"batch_size": POSITIVE, "image_size": POSITIVE, "workers": NOT_NEGATIVE})
+    require(config, {"batch_size": POSITIVE, "image_size": POSITIVE, "limit": POSITIVE, "workers": NOT_NEGATIVE})
     require(config, {"precision": one_of("fp32", "bf16", "fp16")})
     given = [name for name in ("run", "store", "model") if getattr(config, name)]
     if len(given) != 1:
         raise UserError(f"give one of --run, --store and --model; given: {' and '.join(given) or 'none'}")
     if config.model and not (config.out and config.train):
         raise UserError("--model needs --train and --out: a bare model knows neither images nor a folder of its own")
+    if config.limit and not config.train:
+        raise UserError("--limit goes with --train; the images of a run or store are as many as they were")
     if config.store and config.image_size:
         raise UserError("--image-size does not go with --store: its features are stored already")
 
@@ -119,6 +122,7 @@ def open_sets(config: Config, subject: "Subject") -> tuple["Dataset", "Dataset"]
 
     if config.train:
         train = DATASETS.order(config.train)
+        train = train.subset(config.limit) if config.limit else train
     else:
         assert subject.data
         try:
@@ -239,7 +243,6 @@ def score(
     results, augmented = Results(Folder(out)), augmenter(config, subject, train, train_data)
     for spec, evaluator in evaluators.items():
         if results.get(evaluator) is None:
-            say(f"scoring {spec}")
             results.put(evaluator, spec, evaluator(train, val, out, augmented))
     scores, found = results.gather(evaluators.values())
     return metrics | scores, found

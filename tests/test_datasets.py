@@ -271,6 +271,11 @@ def test_a_subset_is_evenly_spaced_and_in_order(n: int, k: int) -> None:
     assert [part.load(i)[1] for i in range(len(part))] == rows
 
 
+def test_golden_subset() -> None:
+    rows = [int(name) for name in Named([str(i) for i in range(10)], [-1] * 10, ()).subset(5).ids]
+    assert rows == [0, 2, 4, 7, 9]
+
+
 def test_a_subset_has_its_own_fingerprint_and_the_whole_is_itself() -> None:
     whole = Named(["a", "b", "c"], [-1] * 3, ())
     assert whole.subset(3) is whole and whole.subset(9) is whole

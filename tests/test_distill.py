@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import random
 import shutil
 import signal
@@ -197,10 +198,13 @@ def test_stopped_at_any_step_and_run_again_is_never_stopped_to_the_bit(
     crashed_at(again, 11)  # goes back to step 8
     with open(tmp_path / "stopped/metrics.jsonl", "a") as journal:
         journal.write('{"step": 8, "lo')  # a line it was in the midst of
+    part = f".step-00000012.pt.0123abcd.{2**22 + 7}.{platform.node()}.part"  # of a process that is no more
+    (tmp_path / "stopped/checkpoints" / part).write_bytes(b"half a checkpoint")
     crashed_while_saving(again, "link")
     stopped_by_signal(again, 12, signal.SIGTERM)
     again()
     assert_same_run(tmp_path / "stopped", reference(name))
+    assert not list((tmp_path / "stopped").rglob("*.part")), "what killed writers left"
 
 
 def said(name: str, folder: Path) -> dict[str, Any]:

@@ -389,3 +389,8 @@ def test_blur_has_its_sigma_at_224_pixels_and_shrinks_with_the_crop(sigma: float
     assert edge_width(224, sigma) == pytest.approx(sigma, rel=0.1)
     assert edge_width(448, sigma) == pytest.approx(2 * sigma, rel=0.1)
     assert edge_width(112, 2 * sigma) == pytest.approx(sigma, rel=0.1)
+
+
+def test_a_blur_wider_than_the_crop_is_cut_to_it() -> None:
+    seen = render(plane(noise(8, 8)), View(height=8, width=8, sigma=500.0), 8, "bilinear")
+    assert seen.float().std((1, 2)).max() < 5
