@@ -412,6 +412,7 @@ def reds(root: Path, levels: list[int]) -> Path:
         ("70000", "float16", True), ("70000", "int8", False), ("65504", "float16", False),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # they are taken out before they meet a codec
 def test_features_that_are_not_finite_are_found(tmp_path: Path, ill: str, codec: str, found: bool) -> None:
     (tmp_path / "sick.py").write_text(SICK)
     data = reds(tmp_path / "data", [10, 255, 20])
@@ -641,7 +642,8 @@ def test_fifty_kills_at_random_moments_end_the_same_to_the_byte(
             when = functools.partial(is_past, at) if early else run.has_more_than(before)
             signum = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             code, said = run.kill(signum, when, late=rng.uniform(0, 0.3))
-            assert code in (0, -9, 143, 130) or (early and code in (-15, -2)), said  # it cannot answer before it runs
+            ended = len(run.done()) == SHARDS * RECORDS  # Python does not answer before it runs, nor on its way out
+            assert code in (0, -9, 143, 130) or (code in (-15, -2) and (early or ended)), said
             assert before.items() <= run.done().items()
             kills += code != 0
         run.finish()
