@@ -24,7 +24,7 @@ Pool = Literal["auto", "avg", "cls", "max", "none"]
 class Preprocessing:
     """How a model wants its pixels.
 
-    View 0 is the shorter side resized to round(size / crop_ratio) pixels, then a centre crop of
+    View 0 is the shorter side resized to floor(size / crop_ratio) pixels, then a centre crop of
     `size`; mean and std are those of pixels in [0, 1], by channel.
     """
 

@@ -1,59 +1,152 @@
 """The demo: its teacher is what it says, and the three stages end in the table."""
 
+import contextlib
 import hashlib
+import io
+import shlex
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import safetensors.torch
 
+import cli
+from pipeline.artifact import Mismatch, UserError
 from pipeline.models import build
 from pipeline.teachers.digits import WEIGHTS
 from stages import demo
 
-DIGEST = "154b42cf8b96c1231fd461cf2f526ea5cf889b32a2e8a2d5520e79605695e037"
+FILE = "154b42cf8b96c1231fd461cf2f526ea5cf889b32a2e8a2d5520e79605695e037"  # SHA-256 of digits.safetensors
+TENSORS = "82b82763719e3f9c5e90ff4ed7040ded9c481b2a8ac2f34cfe0210277711c06f"  # what manifests call its weights
+
+A, B = demo.STUDENTS
+NAMES = ["teacher", A, B, f"{A}, untrained", f"{B}, untrained", "raw pixels"]
 
 
-def test_the_teachers_weights_are_the_ones_published() -> None:
+def parameters(spec: str) -> int:
+    return sum(p.numel() for p in build(spec, image_size=demo.SIZE).backbone.parameters())
+
+
+def test_the_teachers_weights_are_the_ones_trained_and_fill_it_exactly() -> None:
     assert WEIGHTS.stat().st_size <= 1_000_000
-    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == DIGEST
+    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == FILE
+    teacher = build(demo.TEACHER, pretrained_default=True)
+    assert teacher.digest() == TENSORS
+    assert set(safetensors.torch.load_file(WEIGHTS)) == set(teacher.backbone.state_dict())
+    assert build(demo.TEACHER).digest() != TENSORS
 
 
 def test_students_have_a_tenth_of_the_teachers_parameters_and_at_most_32_dimensions() -> None:
-    teacher = build(demo.TEACHER, pretrained_default=True)
-    count = sum(p.numel() for p in teacher.backbone.parameters())
+    assert parameters(demo.TEACHER) <= 250_000
     for spec in demo.STUDENTS:
-        student = build(spec, image_size=demo.SIZE)
-        assert sum(p.numel() for p in student.backbone.parameters()) * 10 <= count
-        assert student.width <= 32
+        assert parameters(spec) * 10 <= parameters(demo.TEACHER)
+        assert build(spec, image_size=demo.SIZE).width <= 32
+
+
+class Made(NamedTuple):
+    out: Path
+    result: dict[str, Any]
+    said: str
+
+    def column(self, key: str) -> dict[str, float]:
+        return {row["name"]: row[key] for row in self.result["rows"]}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    out = tmp_path_factory.mktemp("demo")
-    return out, demo.run(demo.Config(out=out, epochs=2))
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The demo in small: one epoch, two views."""
+    out, said = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "VIEWS", 2)
+        return Made(out, demo.run(demo.Config(out=out, epochs=1)), said.getvalue())
 
 
-def test_it_ends_with_teacher_students_their_untrained_selves_and_raw_pixels(made: tuple[Path, dict]) -> None:
-    out, result = made
-    names = [row["name"] for row in result["rows"]]
-    a, b = demo.STUDENTS
-    assert names == ["teacher", "raw pixels", a, f"{a}, untrained", b, f"{b}, untrained"]
-    assert all(name in result["summary"] for name in names)
-    assert (out / "compare.html").exists() and str(out / "compare.html") in result["summary"]
+def test_it_ends_with_teacher_students_their_untrained_selves_and_raw_pixels(made: Made) -> None:
+    assert [row["name"] for row in made.result["rows"]] == NAMES
+    lines = made.result["summary"].splitlines()
+    assert [line[: len(name)] for line, name in zip(lines[2:], NAMES, strict=False)] == NAMES
+    assert "cluster alignment" in made.result["summary"]
+    assert lines[-1] == f"demo made in {lines[-1].partition(' in ')[2].partition(':')[0]}: {made.out}"
 
 
-def test_the_teacher_groups_digits_better_than_raw_pixels(made: tuple[Path, dict]) -> None:
-    scores = {row["name"]: row["cluster"] for row in made[1]["rows"]}
-    assert scores["teacher"] > scores["raw pixels"] + 5
+def test_every_page_it_names_is_there(made: Made) -> None:
+    pages = [line.split("  ")[0] for line in made.result["summary"].splitlines() if ".html" in line]
+    assert len(pages) == len(NAMES) + 1
+    assert all(Path(page).stat().st_size > 10_000 for page in pages)
 
 
-def test_two_epochs_already_group_digits_better_than_no_training(made: tuple[Path, dict]) -> None:
-    scores = {row["name"]: row["cluster"] for row in made[1]["rows"]}
+def test_the_commands_it_says_are_ones_a_user_can_type(made: Made) -> None:
+    said = [shlex.split(line[2:]) for line in made.said.splitlines() if line.startswith("$ ")]
+    assert [words[1] for words in said] == ["export-teacher", "distill", *["evaluate"] * len(NAMES), "compare"]
+    for _, name, *flags in said:
+        where, summary = cli.COMMANDS[name]
+        cli._command(name, where, summary).make_context(name, flags)  # raises for a flag that there is not
+
+
+def test_the_teacher_groups_digits_better_than_raw_pixels_do(made: Made) -> None:
+    cluster, mean = made.column("cluster"), made.column("cluster_mean")
+    assert cluster["teacher"] > 92 > cluster["raw pixels"]
+    assert mean["teacher"] > mean["raw pixels"] + 8
+    assert made.column("nn")["teacher"] > 98
+
+
+def test_one_epoch_already_groups_digits_better_than_none(made: Made) -> None:
+    mean = made.column("cluster_mean")
     for student in demo.STUDENTS:
-        assert scores[student] > scores[f"{student}, untrained"] + 3
+        assert mean[student] > mean[f"{student}, untrained"] + 3
 
 
-def test_the_same_command_again_trains_nothing(made: tuple[Path, dict]) -> None:
-    out, before = made
-    stamp = (out / "students").stat().st_mtime_ns
-    assert demo.run(demo.Config(out=out, epochs=2))["rows"] == before["rows"]
-    assert (out / "students").stat().st_mtime_ns == stamp
+def test_an_untrained_student_is_the_student_before_its_first_step(made: Made) -> None:
+    for student in demo.STUDENTS:
+        folder = made.out / "students" / "".join(c if c.isalnum() or c in "-_." else "-" for c in student)
+        initial = demo.artifact.read(demo.Folder(folder), "run")["identity"]["student"]["initial"]
+        plain = demo.artifact.read(demo.Folder(made.out / "untrained" / folder.name), "evaluation")
+        assert plain["identity"]["model"]["weights"] == initial
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "VIEWS", 2)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_same_command_again_runs_no_stage(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "make", None)
+    again = demo.run(demo.Config(out=made.out, epochs=1))
+    assert again["rows"] == made.result["rows"]
+    assert again["summary"].splitlines()[-1] == f"demo is finished already: {made.out}"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_demo_with_other_epochs_or_a_folder_of_somebody_else_is_refused(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(Mismatch, match="epochs is 1.0 there, 2.0 asked"):
+        demo.run(demo.Config(out=made.out, epochs=2))
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        demo.run(demo.Config(out=tmp_path))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_page_that_is_gone_is_made_again(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = made.out / "pixels" / "report.html"
+    content = page.read_bytes()
+
+    def make(out: Path, epochs: float) -> list[dict[str, Any]]:
+        page.write_bytes(content)
+        return made.result["rows"]
+
+    page.unlink()
+    monkeypatch.setattr(demo, "make", make)
+    assert "made in" in demo.run(demo.Config(out=made.out, epochs=1))["summary"]
+    assert page.exists()
+
+
+@pytest.mark.soak
+def test_the_whole_demo_teaches_both_students_to_group_digits(tmp_path: Path) -> None:
+    result = demo.run(demo.Config(out=tmp_path))
+    cluster, mean = ({row["name"]: row[key] for row in result["rows"]} for key in ("cluster", "cluster_mean"))
+    nn = {row["name"]: row["nn"] for row in result["rows"]}
+    for student in demo.STUDENTS:
+        assert cluster[student] > max(90, cluster["raw pixels"])
+        assert mean[student] > mean[f"{student}, untrained"] + 10
+        assert nn[student] > nn[f"{student}, untrained"] + 2

@@ -904,6 +904,7 @@ def test_several_students_stopped_anywhere_and_run_again_are_never_stopped(
     def again() -> Any:
         return run("stopped", **TWO)
 
+    crashed_at(again, 2)
     stopped_by_signal(again, 2, signal.SIGTERM)
     save, calls = checkpoint.save, []
 
@@ -917,8 +918,7 @@ def test_several_students_stopped_anywhere_and_run_again_are_never_stopped(
         patch.setattr(checkpoint, "save", between)
         again()
     assert [newest(tmp_path / "stopped" / name) for name in NAMES] == [4, 3]
-    crashed_at(again, 6)
-    again()
+    again()  # one waits for the other
     run("whole", **TWO)
     for name in NAMES:
         assert_same_run(tmp_path / "stopped" / name, tmp_path / "whole" / name)
@@ -927,9 +927,12 @@ def test_several_students_stopped_anywhere_and_run_again_are_never_stopped(
 def test_a_student_that_comes_later_catches_up_and_the_others_wait(run: Callable[..., Any], tmp_path: Path) -> None:
     third = "convnet:channels=3"
     run("both", **TWO)
-    before = {name: snapshot(tmp_path / "both" / name / "checkpoints") for name in NAMES}
+    shutil.copytree(tmp_path / "both", tmp_path / "before")
+    files = {name: snapshot(tmp_path / "both" / name / "checkpoints") for name in NAMES}
     run("both", **{**TWO, "student": (*TWO["student"], third)})
-    assert {name: snapshot(tmp_path / "both" / name / "checkpoints") for name in NAMES} == before
+    assert {name: snapshot(tmp_path / "both" / name / "checkpoints") for name in NAMES} == files
+    for name in NAMES:
+        assert_same_run(tmp_path / "both" / name, tmp_path / "before" / name)
     run("alone", **{**TWO, "student": (third,)})
     assert_same_run(tmp_path / "both/convnet-channels-3", tmp_path / "alone")
 
