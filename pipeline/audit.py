@@ -12,8 +12,9 @@ import numpy as np
 
 from pipeline import artifact
 from pipeline.artifact import UserError
+from pipeline.grid import GROUP
 from pipeline.storage import Storage
-from pipeline.store import COPY, GROUP, FeatureStore, done_key, view_digest
+from pipeline.store import COPY, FeatureStore, done_key, view_digest
 
 
 @dataclass(frozen=True)

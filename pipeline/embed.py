@@ -129,14 +129,15 @@ def _embed_rows(store: FeatureStore, forward: Forward, part: list[Piece], seen: 
     status, content = np.concatenate([s.status for s in seen]), np.concatenate([s.content for s in seen])
     bad: dict[int, str] = {i: why for s in seen for i, why in s.bad.items()}
     features = np.stack([forward(pixels[:, j]) for j in range(pixels.shape[1])], axis=1)  # (n, V, D)
-    fits = (np.abs(features) <= store.codec.limit).all(-1)  # NaN and infinity compare false or too large
+    codec = store.codecs["embedding"]
+    fits = (np.abs(features) <= codec.limit).all(-1)  # NaN and infinity compare false or too large
     fits &= np.isfinite(features).all(-1)
     for j in np.flatnonzero((status == GOOD) & ~fits.all(-1)):
         status[j] = NOT_FINITE
         views = np.flatnonzero(~fits[j])
-        bad[int(numbers[j])] = f"{REASONS[NOT_FINITE]} (view {part[0].views[0][views[0]]}, as {store.codec.name})"
+        bad[int(numbers[j])] = f"{REASONS[NOT_FINITE]} (view {part[0].views[0][views[0]]}, as {codec.name})"
     features[status != GOOD] = 0
-    stored, scale = store.codec.encode(features)
+    stored, scale = codec.encode(features)
     return _Rows(stored, scale, status, content, bad)
 
 

@@ -113,7 +113,7 @@ class Features:
             mine = views == view
             stored, scale = self._view(int(view))
             picked = rows[mine]
-            out[mine] = self.store.codec.decode(stored[picked], None if scale is None else scale[picked])
+            out[mine] = self.store.codecs[self.name].decode(stored[picked], None if scale is None else scale[picked])
         return out
 
     def _view(self, view: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -6,7 +6,6 @@ is there, what none names is pending. "The chunk is absent" says nothing: Zarr w
 that is all fill value. Names and layout: docs/store.md.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,22 +13,17 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec
 
 from pipeline import artifact
 from pipeline.artifact import UserError
 from pipeline.codecs import Codec, codec
+from pipeline.grid import GROUP, UNWRITTEN, VIEW_BLOCK, Grid, grids, layout, open_group, table_files
 from pipeline.images import GOOD, REASONS
 from pipeline.storage import Folder, Storage
 
-GROUP = "features.zarr"
 COPY = "copy"  # second copies of the manifest, of the Zarr metadata and of the tables
-VIEW_BLOCK = 4
 SHARD_ROWS = 2048
 SHARD_BYTES = 256_000_000
-TABLE_ROWS = 2**20
-UNWRITTEN = 255  # status of a row no writer has reached
 _DONE = re.compile(r"done/(\d+)\.(\d+)-(\d+)\.json$")
 
 
@@ -60,8 +54,9 @@ class FeatureStore:
         self.about: dict[str, Any] = self.manifest["about"]
         self.images: int = self.identity["data"]["images"]
         self.rows: int = self.identity["shard_rows"]
-        self.codec: Codec = codec(self.identity["codec"])
         self.arrays: dict[str, tuple[int, ...]] = {k: tuple(s) for k, s in self.identity["arrays"].items()}
+        self.codecs: dict[str, Codec] = array_codecs(self.identity)
+        self.grids: dict[str, Grid] = grids(self.identity, self.codecs)
 
     @classmethod
     def make(
@@ -74,7 +69,8 @@ class FeatureStore:
         Raises Mismatch if it was made with other settings, UserError for fewer views than it has.
         """
         if not storage.exists(artifact.MANIFEST):
-            small = _layout(identity, about["views"]) | _table_files(tables)
+            cuts = grids(identity, array_codecs(identity))
+            small = layout(cuts, identity["data"]["images"], about["views"]) | table_files(tables)
             about = {**about, "small": {key: artifact.digest(data) for key, data in small.items()}}
             artifact.claim(storage, "store", identity, about)
             cls(storage)._put_small(small)
@@ -89,7 +85,8 @@ class FeatureStore:
             )
         last = f"{COPY}/{artifact.MANIFEST}"
         if not storage.exists(last) or storage.get(last) != artifact.spell(store.manifest):
-            store._put_small(_layout(identity, store.views) | _table_files(tables))  # killed while it was being made
+            small = layout(store.grids, store.images, store.views) | table_files(tables)
+            store._put_small(small)  # killed while it was being made
         if about["views"] > store.views:
             store._grow(about["views"])
         return cls(storage)
@@ -165,7 +162,7 @@ class FeatureStore:
                     gone.append(key)
             for first, stop in wanted:
                 for name in self.arrays:
-                    names = [name, f"{name}_scale"] if self.codec.scaled else [name]
+                    names = [name, f"{name}_scale"] if self.codecs[name].scaled else [name]
                     keys = [self._chunk_key(part, (block, first // VIEW_BLOCK)) for part in names]
                     missing = [key for key in keys if key not in there]
                     if missing and not self._is_fill(name, block, (first, stop)):
@@ -176,27 +173,28 @@ class FeatureStore:
         """Whether a done record says that an array holds nothing but fill value there."""
         rows = self.span(block)[1] - self.span(block)[0]
         record = artifact.read_json(self.storage, done_key(block, *views))
-        grid = _grid(self.identity, name)
+        grid = self.grids[name]
         fill = np.full((rows, *grid.shards[2:]), grid.fill, grid.dtype)
         if name in ("status", "content"):
             return record[name] == artifact.digest(fill.tobytes())
-        scale = np.zeros(fill.shape[:-1], "<f4") if self.codec.scaled else None
+        scale = np.zeros(fill.shape[:-1], "<f4") if self.codecs[name].scaled else None
         return set(record["digest"][name]) == {view_digest(fill, scale)}
 
     # ------------------------------------------------------------------ reading
 
     @cached_property
-    def group(self) -> zarr.Group:
+    def group(self) -> Any:
+        """The Zarr group. Raises UserError if its metadata is damaged."""
         try:
-            return zarr.open_group(_zarr_store(self.storage), path=GROUP, mode="r")
+            return open_group(self.storage)
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as problem:
             why = f"{self.storage}/{GROUP} is damaged: {_one_line(problem)}; see compress verify --repair"
             raise UserError(why) from None
 
-    def array(self, name: str) -> zarr.Array:
+    def array(self, name: str) -> Any:
         """One Zarr array. Raises UserError if the store does not keep it or its metadata is damaged."""
         try:
-            return self.group[name]  # type: ignore[return-value]
+            return self.group[name]
         except KeyError:
             if f"{GROUP}/{name}/zarr.json" in self.about["small"]:
                 raise UserError(f"{self.storage}: metadata of {name!r} is gone; see compress verify --repair") from None
@@ -215,11 +213,12 @@ class FeatureStore:
     def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
         """What lies on disk of one view: ((n, ...) as the codec keeps it, (n, ...) scale or None)."""
         stored = self._read(name, (rows, view))
-        return stored, self._read(f"{name}_scale", (rows, view)) if self.codec.scaled else None
+        return stored, self._read(f"{name}_scale", (rows, view)) if self.codecs[name].scaled else None
 
     def read(self, name: str, view: int, rows: slice = slice(None)) -> np.ndarray:
         """(n, ...) float32 features of one view."""
-        return self.codec.decode(*self.stored(name, view, rows))
+        stored, scale = self.stored(name, view, rows)
+        return self.codecs[name].decode(stored, scale)
 
     def _read(self, name: str, selection: Any) -> np.ndarray:
         array = self.array(name)
@@ -325,19 +324,18 @@ class FeatureStore:
 
     def _put_chunk(self, name: str, place: tuple[int, ...], data: np.ndarray) -> None:
         """Encode one shard or chunk in memory and put it in place whole; all fill value is no file."""
-        encoded, key = _encode(_grid(self.identity, name), data), self._chunk_key(name, place)
+        encoded, key = self.grids[name].encode(data), self._chunk_key(name, place)
         if encoded is None:
             self.storage.delete(key)
         else:
             self.storage.put(key, encoded)
 
     def _chunk_key(self, name: str, place: tuple[int, ...]) -> str:
-        rank = len(_grid(self.identity, name).shards)
-        return f"{GROUP}/{name}/c/{'/'.join(map(str, place + (0,) * (rank - len(place))))}"
+        return f"{GROUP}/{name}/{self.grids[name].place(*place)}"
 
     def _grow(self, views: int) -> None:
         """More views: new metadata, then the manifest that knows them."""
-        small = _layout(self.identity, views)
+        small = layout(self.grids, self.images, views)
         digests = {**self.about["small"], **{key: artifact.digest(data) for key, data in small.items()}}
         for key, data in small.items():
             self.storage.put(key, data)
@@ -387,6 +385,11 @@ class FeatureStore:
         self.storage.put(key, old + artifact.canonical(event) + b"\n")
 
 
+def array_codecs(identity: Mapping[str, Any]) -> dict[str, Codec]:
+    """{name of a feature array: its codec}."""
+    return {name: codec(identity["codec"]) for name in identity["arrays"]}
+
+
 def done_key(block: int, first: int, stop: int) -> str:
     return f"done/{block:07d}.{first:04d}-{stop:04d}.json"
 
@@ -399,97 +402,6 @@ def _along(rows: np.ndarray, data: np.ndarray) -> np.ndarray:
 def view_digest(stored: np.ndarray, scale: np.ndarray | None) -> str:
     """Digest of one view of a shard: the stored rows, then their scales, little-endian."""
     return artifact.digest(stored.tobytes() + (b"" if scale is None else scale.tobytes()))
-
-
-# ---------------------------------------------------------------------- the Zarr side
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """How an array is cut: shards (one file each) and the chunks inside them (one read each)."""
-
-    dtype: Any
-    shards: tuple[int, ...]
-    chunks: tuple[int, ...]
-    fill: Any
-    names: tuple[str, ...]
-
-
-def _grid(identity: Mapping[str, Any], name: str) -> _Grid:
-    """Grid of a feature array, of its scales, or of a per-row array."""
-    rows, kind = identity["shard_rows"], codec(identity["codec"])
-    if name in ("status", "content"):
-        dtype, fill = ("u1", UNWRITTEN) if name == "status" else ("<u8", 0)
-        return _Grid(dtype, (rows,), (rows,), fill, ("image",))
-    base = name.removesuffix("_scale")
-    shape = tuple(identity["arrays"][base])
-    axes = ("image", "view", *[f"{base}_{j}" for j in range(len(shape))])
-    if name != base:
-        return _Grid("<f4", (rows, VIEW_BLOCK, *shape[:-1]), (rows, VIEW_BLOCK, *shape[:-1]), 0, axes[:-1])
-    inner = max(n for n in range(1, min(rows, 1024) + 1) if rows % n == 0)
-    return _Grid(kind.dtype, (rows, VIEW_BLOCK, *shape), (inner, 1, *shape), 0, axes)
-
-
-def _layout(identity: Mapping[str, Any], views: int) -> dict[str, bytes]:
-    """{key: bytes} of the Zarr metadata of everything but the tables."""
-    n = identity["data"]["images"]
-    small = {f"{GROUP}/zarr.json": json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}).encode()}
-    for name, shape in identity["arrays"].items():
-        small |= _metadata(name, (n, views, *shape), _grid(identity, name))
-        if codec(identity["codec"]).scaled:
-            small |= _metadata(f"{name}_scale", (n, views, *shape[:-1]), _grid(identity, f"{name}_scale"))
-    for name in ("status", "content"):
-        small |= _metadata(name, (n,), _grid(identity, name))
-    return small
-
-
-def _create(files: dict[str, Any], name: str, shape: tuple[int, ...], grid: _Grid) -> zarr.Array:
-    sharded = grid.shards != grid.chunks
-    return zarr.create_array(
-        zarr.storage.MemoryStore(store_dict=files),
-        name=name,
-        shape=shape,
-        shards=grid.shards if sharded else None,
-        chunks=grid.chunks,
-        dtype=grid.dtype,
-        compressors=[Crc32cCodec()],
-        fill_value=grid.fill,
-        dimension_names=grid.names,
-    )
-
-
-def _metadata(name: str, shape: tuple[int, ...], grid: _Grid) -> dict[str, bytes]:
-    files: dict[str, Any] = {}
-    _create(files, name, shape, grid)
-    key = f"{name}/zarr.json"
-    return {f"{GROUP}/{key}": files[key].to_bytes()}
-
-
-def _encode(grid: _Grid, data: np.ndarray) -> bytes | None:
-    """One shard as Zarr writes it; rows and views short of the shard's shape stay fill value."""
-    files: dict[str, Any] = {}
-    array = _create(files, "a", grid.shards, grid)
-    array[tuple(slice(0, n) for n in data.shape)] = data
-    return next((buffer.to_bytes() for key, buffer in files.items() if "/c/" in key), None)
-
-
-def _table_files(tables: Mapping[str, Any]) -> dict[str, bytes]:
-    """{key: bytes} of the per-image tables, metadata and chunks: sample_id, label, view_key."""
-    out: dict[str, bytes] = {}
-    for name, column in tables.items():
-        files: dict[str, Any] = {}
-        kind, fill = {"sample_id": (str, ""), "label": ("<i8", -1), "view_key": ("<u8", 0)}[name]
-        size = min(max(1, len(column)), TABLE_ROWS)
-        array = _create(files, name, (len(column),), _Grid(kind, (size,), (size,), fill, ("image",)))
-        array[...] = np.asarray(column, object) if kind is str else np.asarray(column)
-        out |= {f"{GROUP}/{key}": buffer.to_bytes() for key, buffer in files.items() if key.startswith(f"{name}/")}
-    return out
-
-
-def _zarr_store(storage: Storage) -> Any:
-    if isinstance(storage, Folder):
-        return zarr.storage.LocalStore(storage.path, read_only=True)
-    return zarr.storage.ObjectStore(storage.objects, read_only=True)  # type: ignore[attr-defined]
 
 
 def _one_line(problem: BaseException) -> str:

@@ -294,7 +294,7 @@ def plan(config: Config, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What an export would take: forwards, bytes, files, and the free disk."""
     import shutil
 
-    from pipeline.store import VIEW_BLOCK
+    from pipeline.grid import VIEW_BLOCK
 
     n, rows, kind = identity["data"]["images"], identity["shard_rows"], codec(identity["codec"])
     per_view = sum(shape[-1] for shape in identity["arrays"].values()) * kind.dtype.itemsize + 4 * kind.scaled

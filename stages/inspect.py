@@ -42,7 +42,7 @@ def store(storage: Folder, manifest: dict[str, Any]) -> dict[str, Any]:
         "data": f"{here.images} images of {here.about['data']['spec']}, {len(here.about['classes'])} classes",
         "teacher": f"{here.about['teacher']}, {here.identity['teacher']['width']} dimensions",
         "views": f"{here.views}, {here.identity['views']['policy']}, seed {here.identity['views']['seed']}",
-        "codec": here.codec.name,
+        "codec": here.identity["codec"],
         "shards": f"{total - len(here.pending())} of {total} done, {here.rows} rows each",
         "bad images": len(here.bad_images()),
         "on disk": size(sum((storage.path / key).stat().st_size for key in storage.list())),

@@ -111,7 +111,7 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
     rows = np.sort(rows[order[:count]])
     views = philox.words(config.seed, philox.PICK, rows, 1, 1)[:, 0].astype(np.int64) % store.views
     live = embed_again(config, store, dataset)
-    right, wrong, exact = [], [], 0
+    right, wrong, exact, codec = [], [], 0, store.codecs["embedding"]
     with meter("live teacher", count, "images") as bar:
         for view in np.unique(views):
             mine = rows[views == view]
@@ -120,7 +120,7 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
             other = store.read("embedding", int(view + 1) % store.views)[mine]
             right.append(cosine(again, stored))
             wrong.append(cosine(again, other))
-            exact += int((store.codec.decode(*store.codec.encode(again)) == stored).all(1).sum())
+            exact += int((codec.decode(*codec.encode(again)) == stored).all(1).sum())
             bar.advance(len(mine))
     return judge(config, store, np.concatenate(right), np.concatenate(wrong), exact)
 

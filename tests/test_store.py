@@ -92,7 +92,8 @@ def write(store: FeatureStore, shard: Shard, bad: Bad | None = None) -> None:
         if shard.start <= i < shard.stop and v in shard.views:
             status[i - shard.start], reasons[i] = why, f"{words} (view {v})"
             x[i - shard.start] = 0
-    store.write(shard, {"embedding": store.codec.encode(x)}, status, content(shard.start, shard.stop), reasons)
+    kept = {"embedding": store.codecs["embedding"].encode(x)}
+    store.write(shard, kept, status, content(shard.start, shard.stop), reasons)
 
 
 def export(where: Path | Folder, views: int, bad: Bad | None = None, **settings: Any) -> FeatureStore:
@@ -113,7 +114,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_what_is_read_is_what_was_written_through_the_codec(tmp_path: Path, codec: str) -> None:
     store = export(tmp_path, 6, codec=codec)
     for v in range(6):
-        wanted = store.codec.decode(*store.codec.encode(features(0, N, [v])))[:, 0]
+        wanted = store.codecs["embedding"].decode(*store.codecs["embedding"].encode(features(0, N, [v])))[:, 0]
         assert np.array_equal(store.read("embedding", v), wanted)
         assert np.array_equal(store.read("embedding", v, slice(3, 9)), wanted[3:9])
     assert store.read("embedding", 0).dtype == np.float32
@@ -229,7 +230,7 @@ def test_golden_shard_and_done_record(tmp_path: Path) -> None:
     x[2] = 0
     shard = store.pending()[0]
     status = np.array([0, 0, BROKEN, 0], np.uint8)
-    store.write(shard, {"embedding": store.codec.encode(x)}, status, content(0, 4), {2: "truncated"})
+    store.write(shard, {"embedding": store.codecs["embedding"].encode(x)}, status, content(0, 4), {2: "truncated"})
     files = tree(tmp_path)
     digests = {k: artifact.digest(files[f"features.zarr/{k}"]) for k in ("embedding/c/0/0/0", "embedding_scale/c/0/0")}
     assert digests == GOLDEN_SHARD
@@ -340,11 +341,9 @@ def test_an_absent_chunk_is_not_a_missing_shard(tmp_path: Path) -> None:
     store = make(tmp_path, 2)
     zero = np.zeros((ROWS, 2, D), np.float32)
     for shard in store.pending():
-        x = zero[: shard.stop - shard.start]
         rows = shard.stop - shard.start
-        store.write(
-            shard, {"embedding": store.codec.encode(x)}, np.zeros(rows, np.uint8), np.zeros(rows, np.uint64), {}
-        )
+        kept = {"embedding": store.codecs["embedding"].encode(zero[:rows])}
+        store.write(shard, kept, np.zeros(rows, np.uint8), np.zeros(rows, np.uint64), {})
     assert not (tmp_path / "features.zarr/embedding/c").exists() or not tree(tmp_path / "features.zarr/embedding/c")
     assert store.pending() == []
     store.require_complete()
@@ -355,7 +354,7 @@ def test_zeros_written_over_other_features_are_read_as_zeros(tmp_path: Path) -> 
     store = export(tmp_path, 2)
     shard = Shard(0, 0, 4, (0, 1))
     (tmp_path / done_key(0, 0, 2)).unlink()
-    zero = store.codec.encode(np.zeros((4, 2, D), np.float32))
+    zero = store.codecs["embedding"].encode(np.zeros((4, 2, D), np.float32))
     store.write(shard, {"embedding": zero}, np.zeros(4, np.uint8), content(0, 4), {})
     assert not store.read("embedding", 1, slice(0, 4)).any()
 
@@ -469,7 +468,7 @@ def test_a_changed_image_is_noticed_at_growth(tmp_path: Path) -> None:
     shard = store.pending()[1]
     changed = content(shard.start, shard.stop)
     changed[2] += np.uint64(1)
-    x = store.codec.encode(features(shard.start, shard.stop, shard.views))
+    x = store.codecs["embedding"].encode(features(shard.start, shard.stop, shard.views))
     before = tree(tmp_path)
     with pytest.raises(UserError, match=r"1 images? (is|are) not (that|those) .*, the first is ä/06.jpg"):
         store.write(shard, {"embedding": x}, np.zeros(4, np.uint8), changed, {})
@@ -565,7 +564,7 @@ def test_bad_images_keep_their_row_and_are_listed_with_reasons(tmp_path: Path) -
     ]
     assert store.table("status").tolist() == [0, BROKEN, 0, 0, NOT_FINITE, 0, NOT_FINITE, 0, 0, 0]
     good = [0, 2, 3, 5, 7, 8, 9]
-    wanted = store.codec.decode(*store.codec.encode(features(0, N, [4])))[:, 0]
+    wanted = store.codecs["embedding"].decode(*store.codecs["embedding"].encode(features(0, N, [4])))[:, 0]
     assert np.array_equal(store.read("embedding", 4)[good], wanted[good])
     assert export(tmp_path / "good", 2).bad_images() == []
 
