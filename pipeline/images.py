@@ -5,6 +5,7 @@ laid over white; 16-bit greys keep their upper eight bits; of an animation the f
 """
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -21,6 +22,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 MAX_PIXELS = 2**27  # 134 million: the largest photographs pass, decompression bombs do not
+_UNHEARD = ("ignore", None, Warning, re.compile("PIL"), 0)  # as the warnings module keeps a filter
 
 GOOD, UNREADABLE, NOT_AN_IMAGE, BROKEN, TOO_LARGE, CHANGED, NOT_FINITE = range(7)
 REASONS = {
@@ -46,14 +48,13 @@ def decode(data: bytes) -> np.ndarray:
     """File bytes -> (H, W, 3) uint8. Raises BadImage."""
     if not data:
         raise BadImage(NOT_AN_IMAGE, "the file is empty")
+    _hush()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(TOO_LARGE, f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
-            image.load()
-            return np.array(to_rgb(upright(image)))
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImage(TOO_LARGE, f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
+        image.load()
+        return np.array(to_rgb(upright(image)))
     except BadImage:
         raise
     except Image.DecompressionBombError as bomb:
@@ -62,6 +63,15 @@ def decode(data: bytes) -> np.ndarray:
         raise BadImage(NOT_AN_IMAGE, "no known image format") from None
     except Exception as problem:  # PIL's plug-ins raise nearly anything on damaged files
         raise BadImage(BROKEN, _one_line(problem)) from None
+
+
+def _hush() -> None:
+    """Pillow warns of damage that it survives; what it does not survive is a BadImage.
+
+    For the whole process and for good: `catch_warnings` puts back what other threads need at that moment.
+    """
+    if warnings.filters[:1] != [_UNHEARD]:
+        warnings.filterwarnings("ignore", module="PIL")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -78,7 +88,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
+        values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
         if values.max(initial=0) > 255 or image.mode.startswith("I;16") or image.format == "PPM":
             values = values / 256
         return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
