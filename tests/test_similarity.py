@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.bank import unit
 from pipeline.similarity import relation_cross_entropy, relation_kl
@@ -34,13 +36,16 @@ def softmax(logits: Vector) -> Vector:
 
 def compress(
     teacher: list[Vector], teacher_anchors: list[Vector], student: list[Vector], student_anchors: list[Vector],
-    tau_t: float, tau_s: float,
+    tau_t: float, tau_s: float, own: list[Vector] | None = None,
 ) -> float:  # fmt: skip
-    """Koohpayegani et al. 2020: p = softmax(t . a / tau), q likewise, KL(p || q), mean over the batch."""
+    """Koohpayegani et al. 2020: p = softmax(t . a / tau), q likewise, KL(p || q), mean over the batch.
+
+    With own, each row has one anchor more: (t itself, own).
+    """
     total = 0.0
-    for t, s in zip(teacher, student, strict=True):
-        p = softmax([cosine(t, a) / tau_t for a in teacher_anchors])
-        q = softmax([cosine(s, a) / tau_s for a in student_anchors])
+    for row, (t, s) in enumerate(zip(teacher, student, strict=True)):
+        p = softmax([cosine(t, a) / tau_t for a in ([t] if own else []) + teacher_anchors])
+        q = softmax([cosine(s, a) / tau_s for a in ([own[row]] if own else []) + student_anchors])
         total += sum(pj * math.log(pj / qj) for pj, qj in zip(p, q, strict=True) if pj > 0)
     return total / len(teacher)
 
@@ -82,20 +87,43 @@ def pair(
     return teacher, unit(rows(k, dt, start + 2, dtype)), student, unit(rows(k, ds, start + 3, dtype))
 
 
+def slope_of(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
+    student = student.detach().requires_grad_()
+    return torch.autograd.grad(loss(student), student)[0]
+
+
+def plain_kl(t: Tensor, ta: Tensor, s: Tensor, sa: Tensor, tau_t: float, tau_s: float) -> Tensor:
+    """The loop of `compress` as whole matrices, for sizes where a loop is too slow."""
+    log_p, log_q = (unit(t) @ ta.T / tau_t).log_softmax(1), (unit(s) @ sa.T / tau_s).log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1).mean()
+
+
+def plain_cross_entropy(t: Tensor, s: Tensor, queue: Tensor, tau_t: float, tau_s: float) -> Tensor:
+    """The loop of `seed` as whole matrices."""
+    own = [(unit(x) * unit(t)).sum(1, keepdim=True) for x in (t, s)]
+    p = (torch.cat([own[0], unit(t) @ queue.T], 1) / tau_t).softmax(1)
+    return -(p * (torch.cat([own[1], unit(s) @ queue.T], 1) / tau_s).log_softmax(1)).sum(1).mean()
+
+
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 6), st.integers(1, 6), st.integers(0, 999))
 taus = st.floats(0.02, 2.0)
+blocks = st.integers(1, 12)
 
 # ---------------------------------------------------------------- CompRess
 
 
-@given(shapes, taus, taus)
+@given(shapes, taus, taus, blocks, st.booleans())
 def test_compress_is_the_papers_loop_for_any_sizes_and_both_temperatures(
-    shape: tuple[int, int, int, int, int], tau_t: float, tau_s: float
+    shape: tuple[int, int, int, int, int], tau_t: float, tau_s: float, block: int, with_own: bool
 ) -> None:
     t, ta, s, sa = pair(*shape)
-    slow = compress(t.tolist(), ta.tolist(), s.tolist(), sa.tolist(), tau_t, tau_s)
-    assert float(relation_kl(t, ta, s, sa, tau_t, tau_s)) == pytest.approx(slow, rel=1e-9, abs=1e-12)
-    single = relation_kl(t.float(), ta.float(), s.float(), sa.float(), tau_t, tau_s)
+    own = rows(len(s), s.shape[1], 7) if with_own else None
+    slow = compress(
+        t.tolist(), ta.tolist(), s.tolist(), sa.tolist(), tau_t, tau_s, own.tolist() if own is not None else None
+    )
+    loss = relation_kl(t, ta, s, sa, tau_t, tau_s, own=own, block=block)
+    assert float(loss) == pytest.approx(slow, rel=1e-9, abs=1e-12)
+    single = relation_kl(t.float(), ta.float(), s.float(), sa.float(), tau_t, tau_s, own=own, block=block)
     assert single.dtype == torch.float32
     assert float(single) == pytest.approx(slow, rel=1e-4, abs=2e-5)
 
@@ -104,7 +132,8 @@ def test_compress_is_the_papers_loop_for_any_sizes_and_both_temperatures(
 def test_the_gradient_of_compress_is_that_of_the_papers_loop(tau_t: float, tau_s: float) -> None:
     t, ta, s, sa = pair(3, 7, 5, 4, 10)
     s.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: relation_kl(t, ta, x, sa, tau_t, tau_s), s)
+    for own in (None, rows(3, 4, 11)):
+        assert torch.autograd.gradcheck(lambda x, own=own: relation_kl(t, ta, x, sa, tau_t, tau_s, own=own, block=3), s)
     (grad,) = torch.autograd.grad(relation_kl(t, ta, s, sa, tau_t, tau_s), s)
     slow = slope(lambda x: compress(t.tolist(), ta.tolist(), x, sa.tolist(), tau_t, tau_s), s.tolist())
     torch.testing.assert_close(grad, torch.tensor(slow, dtype=torch.float64), rtol=1e-6, atol=1e-8)
@@ -128,15 +157,15 @@ def test_compress_is_zero_with_zero_slope_where_student_and_teacher_agree() -> N
 # ---------------------------------------------------------------- SEED
 
 
-@given(shapes, taus, taus)
+@given(shapes, taus, taus, blocks)
 def test_seed_is_the_papers_loop_with_the_own_teacher_vector_among_the_anchors(
-    shape: tuple[int, int, int, int, int], tau_t: float, tau_s: float
+    shape: tuple[int, int, int, int, int], tau_t: float, tau_s: float, block: int
 ) -> None:
     b, k, d, _, start = shape
     t, queue, s, _ = pair(b, k, d, d, start)
     slow = seed(t.tolist(), s.tolist(), queue.tolist(), tau_t, tau_s)
-    assert float(relation_cross_entropy(t, s, queue, tau_t, tau_s)) == pytest.approx(slow, rel=1e-9, abs=1e-12)
-    single = relation_cross_entropy(t.float(), s.float(), queue.float(), tau_t, tau_s)
+    assert float(relation_cross_entropy(t, s, queue, tau_t, tau_s, block=block)) == pytest.approx(slow, rel=1e-9)
+    single = relation_cross_entropy(t.float(), s.float(), queue.float(), tau_t, tau_s, block=block)
     assert single.dtype == torch.float32
     assert float(single) == pytest.approx(slow, rel=1e-4, abs=2e-5)
 
@@ -145,7 +174,7 @@ def test_seed_is_the_papers_loop_with_the_own_teacher_vector_among_the_anchors(
 def test_the_gradient_of_seed_is_that_of_the_papers_loop(tau_t: float, tau_s: float) -> None:
     t, queue, s, _ = pair(3, 7, 5, 5, 40)
     s.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: relation_cross_entropy(t, x, queue, tau_t, tau_s), s)
+    assert torch.autograd.gradcheck(lambda x: relation_cross_entropy(t, x, queue, tau_t, tau_s, block=3), s)
     (grad,) = torch.autograd.grad(relation_cross_entropy(t, s, queue, tau_t, tau_s), s)
     slow = slope(lambda x: seed(t.tolist(), x, queue.tolist(), tau_t, tau_s), s.tolist())
     torch.testing.assert_close(grad, torch.tensor(slow, dtype=torch.float64), rtol=1e-6, atol=1e-8)
@@ -168,8 +197,8 @@ def test_a_sharp_seed_is_contrastive_learning_against_the_teacher_as_the_fixed_k
 # ---------------------------------------------------------------- both
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
-    "compress": lambda t, s, a, b: relation_kl(t, a, s, b, 0.04, 0.1),
-    "seed": lambda t, s, a, b: relation_cross_entropy(t, s, a, 0.05, 0.2),
+    "compress": lambda t, s, a, b, **how: relation_kl(t, a, s, b, 0.04, 0.1, **how),
+    "seed": lambda t, s, a, b, **how: relation_cross_entropy(t, s, a, 0.05, 0.2, **how),
 }
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
@@ -188,6 +217,148 @@ def test_the_length_of_embeddings_does_not_matter(
 def test_the_order_of_the_bank_does_not_matter(loss: Callable[..., Tensor], start: int, order: list[int]) -> None:
     t, ta, s, sa = pair(3, 6, 4, 4, start)
     assert float(loss(t, s, ta[order], sa[order])) == pytest.approx(float(loss(t, s, ta, sa)), rel=1e-9)
+
+
+@each_loss
+@given(st.integers(0, 999))
+def test_the_gradient_is_orthogonal_to_the_embedding_whose_length_does_not_matter(
+    loss: Callable[..., Tensor], start: int
+) -> None:
+    t, ta, s, sa = pair(3, 6, 4, 4, start)
+    grad = slope_of(lambda x: loss(t, x, ta, sa), s)
+    assert float((grad * s).sum(1).abs().max()) < 1e-12 * max(1.0, float(grad.norm() * s.norm()))
+
+
+@given(shapes, taus, taus)
+def test_a_divergence_is_never_negative(shape: tuple[int, int, int, int, int], tau_t: float, tau_s: float) -> None:
+    t, ta, s, sa = pair(*shape)
+    assert float(relation_kl(t, ta, s, sa, tau_t, tau_s)) > -1e-14
+
+
+@each_loss
+@pytest.mark.parametrize("kind", ["double", "float"])
+def test_the_size_of_a_block_changes_rounding_only(loss: Callable[..., Tensor], kind: str) -> None:
+    t, ta, s, sa = (getattr(part, kind)() for part in pair(8, 300, 24, 24, 110))
+    near = dict(rtol=1e-12, atol=1e-15) if kind == "double" else dict(rtol=1e-5, atol=1e-7)
+    whole = loss(t, s, ta, sa, block=300), slope_of(lambda x: loss(t, x, ta, sa, block=300), s)
+    for block in (1, 7, 100, 299, 301, 10_000):
+        again = loss(t, s, ta, sa, block=block), slope_of(lambda x, n=block: loss(t, x, ta, sa, block=n), s)
+        torch.testing.assert_close(again, whole, **near)
+
+
+@pytest.mark.parametrize("tau_t, tau_s", [(0.04, 0.04), (0.01, 0.2), (1e-3, 1e-3), (1e-4, 0.2), (0.2, 1e-4)])
+@pytest.mark.parametrize("spread", [1.0, 0.1], ids=["anywhere", "all in one direction"])
+def test_no_temperature_overflows_or_leaves_the_slow_formula(tau_t: float, tau_s: float, spread: float) -> None:
+    """In double precision, whose rounding of a cosine (1e-16) is still nothing after division by 1e-4."""
+    t, ta, s, sa = (unit(part) * spread + torch.eye(part.shape[1])[0] for part in pair(6, 200, 16, 16, 120))
+    ta, sa = unit(ta), unit(sa)
+    for ours, slow in (
+        (lambda x: relation_kl(t, ta, x, sa, tau_t, tau_s, block=64), lambda x: plain_kl(t, ta, x, sa, tau_t, tau_s)),
+        (
+            lambda x: relation_cross_entropy(t, x, ta, tau_t, tau_s, block=64),
+            lambda x: plain_cross_entropy(t, x, ta, tau_t, tau_s),
+        ),
+    ):
+        torch.testing.assert_close(ours(s), slow(s), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(slope_of(ours, s), slope_of(slow, s), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("tau", [0.02, 0.04, 0.2])
+def test_single_precision_is_within_a_hundred_thousandth_of_double(tau: float) -> None:
+    t, ta, s, sa = (part.relu() for part in pair(32, 5000, 96, 64, 130, torch.float32))
+    ta, sa = unit(ta), unit(sa)
+    double = [part.double() for part in (t, ta, s, sa)]
+    want = plain_kl(*double, tau, tau)
+    slope = slope_of(lambda x: plain_kl(double[0], double[1], x, double[3], tau, tau), double[2])
+    assert float(relation_kl(t, ta, s, sa, tau, tau)) == pytest.approx(float(want), rel=1e-5)
+    got = slope_of(lambda x: relation_kl(t, ta, x, sa, tau, tau), s)
+    assert float((got - slope).norm() / slope.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("tau_t", [0.01, 1e-4])
+def test_a_sharp_seed_in_single_precision_is_within_a_hundred_thousandth_of_double(tau_t: float) -> None:
+    t, queue, s, _ = pair(32, 5000, 96, 96, 140, torch.float32)
+    want = plain_cross_entropy(t.double(), s.double(), queue.double(), tau_t, 0.2)
+    slope = slope_of(lambda x: plain_cross_entropy(t.double(), x, queue.double(), tau_t, 0.2), s.double())
+    assert float(relation_cross_entropy(t, s, queue, tau_t, 0.2)) == pytest.approx(float(want), rel=1e-5)
+    got = slope_of(lambda x: relation_cross_entropy(t, x, queue, tau_t, 0.2), s)
+    assert float((got - slope).norm() / slope.norm()) < 1e-5
+
+
+class Witness(TorchDispatchMode):
+    """Counts matrix products, and the numbers in the largest tensor made that is no view of `known`."""
+
+    def __init__(self, *known: Tensor):
+        super().__init__()
+        self.known = {part.untyped_storage().data_ptr() for part in known}
+        self.products = self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.products += "mm" in func.name()
+        for made in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in self.known:
+                self.numbers = max(self.numbers, made.untyped_storage().nbytes() // made.element_size())
+        return out
+
+
+@each_loss
+def test_nothing_larger_than_three_blocks_is_kept_and_no_bank_is_copied(loss: Callable[..., Tensor]) -> None:
+    b, block = 4, 50
+    t, ta, s, sa = (part.float() for part in pair(b, 500, 8, 8, 150))
+    s.requires_grad_()
+    with Witness(ta, sa) as seen:
+        loss(t, s, ta, sa, block=block).backward()
+    assert seen.numbers == 3 * b * block
+
+
+@each_loss
+def test_without_a_gradient_to_find_only_the_similarities_are_multiplied(loss: Callable[..., Tensor]) -> None:
+    t, ta, s, sa = pair(3, 6, 4, 4, 170)
+    s.requires_grad_()
+    with Witness() as training:
+        value = loss(t, s, ta, sa)
+        value.backward()
+    with torch.no_grad(), Witness() as scoring:
+        assert torch.equal(loss(t, s, ta, sa), value)
+    assert (training.products, scoring.products) == (3, 2)  # the two pulls are one product
+
+
+@each_loss
+def test_a_bank_may_move_on_before_the_backward_pass(loss: Callable[..., Tensor]) -> None:
+    t, ta, s, sa = pair(3, 6, 4, 4, 160)
+    want = slope_of(lambda x: loss(t, x, ta, sa), s)
+    s.requires_grad_()
+    value = loss(t, s, ta, sa)
+    ta.zero_(), sa.zero_()
+    value.backward()
+    assert s.grad is not None and torch.equal(s.grad, want)
+
+
+@each_loss
+def test_a_second_derivative_is_refused(loss: Callable[..., Tensor]) -> None:
+    t, ta, s, sa = pair(3, 6, 4, 4, 180)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss(t, s.requires_grad_(), ta, sa), s, create_graph=True)
+
+
+@each_loss
+def test_a_compiled_student_learns_from_the_same_gradient(loss: Callable[..., Tensor]) -> None:
+    t, ta, s, sa = pair(3, 6, 4, 4, 190)
+    student = torch.nn.Linear(4, 4).double()
+
+    def whole(x: Tensor) -> Tensor:
+        return loss(t, student(x), ta, sa)
+
+    compiled = torch.compile(whole, backend="eager")
+    slopes = [torch.autograd.grad(act(s), list(student.parameters())) for act in (whole, compiled)]
+    torch.testing.assert_close(slopes[0], slopes[1])
+
+
+def test_banks_of_different_length_are_refused() -> None:
+    t, ta, s, sa = pair(3, 6, 4, 4, 200)
+    with pytest.raises(ValueError, match="6 teacher anchors, but 5 student anchors"):
+        relation_kl(t, ta, s, sa[:5], 0.04, 0.04)
 
 
 @each_loss
