@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("startup", "hydrate", "export", "similarity")
+NAMES = ("startup", "hydrate", "export", "similarity", "step")
 
 
 def machine() -> dict[str, object]:

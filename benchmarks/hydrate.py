@@ -32,22 +32,22 @@ def measure() -> dict[str, float]:
     }
 
 
-def made(folder: Path) -> FeatureStore:
-    """A store of random int8 features."""
+def made(folder: Path, images: int = IMAGES, views: int = VIEWS, width: int = WIDTH) -> FeatureStore:
+    """A store of random int8 features; `images` is a multiple of ROWS."""
     identity = {
-        "data": {"images": IMAGES, "fingerprint": "benchmark"},
-        "arrays": {"embedding": [WIDTH]},
+        "data": {"images": images, "fingerprint": "benchmark"},
+        "arrays": {"embedding": [width]},
         "codec": "int8",
         "shard_rows": ROWS,
     }
-    tables = {"sample_id": [str(i) for i in range(IMAGES)], "label": np.zeros(IMAGES), "view_key": range(IMAGES)}
-    store = FeatureStore.make(Folder(folder), identity, {"views": VIEWS}, tables)
+    tables = {"sample_id": [str(i) for i in range(images)], "label": np.zeros(images), "view_key": range(images)}
+    store = FeatureStore.make(Folder(folder), identity, {"views": views}, tables)
     random = np.random.default_rng(0)
-    for block in range(IMAGES // ROWS):
+    for block in range(images // ROWS):
         start, stop = store.span(block)
-        stored = random.integers(-127, 128, (ROWS, VIEWS, WIDTH), dtype=np.int8)
-        features: dict[str, Any] = {"embedding": (stored, np.ones((ROWS, VIEWS), np.float32))}
-        shard = Shard(block, start, stop, tuple(range(VIEWS)))
+        stored = random.integers(-127, 128, (ROWS, views, width), dtype=np.int8)
+        features: dict[str, Any] = {"embedding": (stored, np.ones((ROWS, views), np.float32))}
+        shard = Shard(block, start, stop, tuple(range(views)))
         store.write(shard, features, np.zeros(ROWS, np.uint8), np.zeros(ROWS, np.uint64), {})
     return store
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.bank import unit
 
-BLOCK = 2048
+BLOCK = 4096
 """Anchors at a time."""
 
 FAINT = -80.0
