@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from pipeline.images import BadImage
 from pipeline.views import ViewSpec, draw, see
 
+PIECE_BYTES = 32_000_000
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -21,6 +23,7 @@ class Piece:
 
     rows: np.ndarray  # (n,) int64
     views: np.ndarray  # (n, V) int64
+    local: np.ndarray | None = None  # (n, L) int64: local crops wanted too, at sizes of their own
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Sight:
     """What a loader worker saw of a piece."""
 
     pixels: list[torch.Tensor]  # per size: (n, V, 3, S, S) uint8; zeros where the image is bad
+    local: list[torch.Tensor]  # per local size: (n, L, 3, s, s) uint8
     status: np.ndarray  # (n,) uint8
     content: np.ndarray  # (n,) uint64
     bad: dict[int, str]  # row -> reason
@@ -37,10 +41,16 @@ class Eyes:
     """(piece) -> what it looks like. Each image is decoded once for all its views and sizes."""
 
     def __init__(
-        self, dataset: Any, spec: ViewSpec, view_key: np.ndarray, sizes: Sequence[tuple[int, str]], pieces: Sequence
+        self,
+        dataset: Any,
+        spec: ViewSpec,
+        view_key: np.ndarray,
+        sizes: Sequence[tuple[int, str]],
+        pieces: Sequence,
+        local_sizes: Sequence[tuple[int, str]] = (),
     ):
         self.dataset, self.spec, self.view_key = dataset, spec, view_key
-        self.sizes, self.pieces = list(sizes), pieces
+        self.sizes, self.local_sizes, self.pieces = list(sizes), list(local_sizes), pieces
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -49,21 +59,26 @@ class Eyes:
         return self.look(self.pieces[number])
 
     def look(self, piece: Piece) -> Sight:
-        n, v = piece.views.shape
-        pixels = [torch.zeros((n, v, 3, size, size), dtype=torch.uint8) for size, _ in self.sizes]
+        n = len(piece.rows)
+        kinds = [(piece.views, self.sizes)]
+        if piece.local is not None:
+            kinds.append((piece.local, self.local_sizes))
+        drawn = [draw(self.spec.seed, self.view_key[piece.rows][:, None], views) for views, _ in kinds]
+        pixels = [
+            [torch.zeros((n, views.shape[1], 3, size, size), dtype=torch.uint8) for size, _ in sizes]
+            for views, sizes in kinds
+        ]
         status, content = np.zeros(n, np.uint8), np.zeros(n, np.uint64)
         bad: dict[int, str] = {}
-        variates = draw(self.spec.seed, self.view_key[piece.rows][:, None], piece.views)
         for j, i in enumerate(piece.rows.tolist()):
             try:
                 image, content[j] = self.dataset.load(i)
-                for out, seen in zip(
-                    pixels, see(image, self.spec, variates[j], piece.views[j], self.sizes), strict=True
-                ):
-                    out[j] = seen
+                for (views, sizes), variates, outs in zip(kinds, drawn, pixels, strict=True):
+                    for out, seen in zip(outs, see(image, self.spec, variates[j], views[j], sizes), strict=True):
+                        out[j] = seen
             except BadImage as problem:
                 status[j], bad[i] = problem.status, str(problem)
-        return Sight(pixels, status, content, bad)
+        return Sight(pixels[0], pixels[1] if len(pixels) > 1 else [], status, content, bad)
 
 
 def feed(eyes: Eyes, workers: int, threads: bool = False, ahead: int = 2) -> Iterator[Sight]:
@@ -102,8 +117,14 @@ def _quiet(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def pieces_of(start: int, stop: int, views: Sequence[int], size: int, most_bytes: int = 32_000_000) -> list[Piece]:
-    """Rows start..stop-1, all in the same views, cut so that a piece's pixels stay below `most_bytes`."""
-    step = max(1, most_bytes // (len(views) * 3 * size * size))
-    cuts = range(start, stop, step)
-    return [Piece(rows := np.arange(a, min(a + step, stop)), np.tile(np.array(views), (len(rows), 1))) for a in cuts]
+def pieces_of(
+    start: int, stop: int, views: Sequence[int], size: int, local: Sequence[int] = (), local_size: int = 0
+) -> list[Piece]:
+    """Rows start..stop-1, all in the same views and local crops, cut so that a piece's pixels stay below PIECE_BYTES."""
+    step = max(1, PIECE_BYTES // (3 * (len(views) * size * size + len(local) * local_size * local_size)))
+    cuts = [np.arange(a, min(a + step, stop)) for a in range(start, stop, step)]
+    return [Piece(rows, _same(views, rows), _same(local, rows) if local else None) for rows in cuts]
+
+
+def _same(views: Sequence[int], rows: np.ndarray) -> np.ndarray:
+    return np.tile(np.array(views, np.int64), (len(rows), 1))

@@ -5,7 +5,7 @@ steps on the losses that come back. A method owns its heads and banks; both are 
 its `state_dict`. One method serves one student, or all students of a run if it needs `peers`.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -21,13 +21,21 @@ from pipeline.model import Embedder
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks of the store and the loop."""
+    """What a method asks of the store and the loop.
 
-    arrays: tuple[str, ...] = ("embedding",)  # of the store, for every (i, v) of a batch
-    outputs: tuple[str, ...] = ("embedding",)  # of the students
-    views: int = 1  # views per step at least
+    `arrays` are read from the store for every (i, v) of a batch, `local_*` ones for every local crop.
+    `outputs` of the students: embedding, regions, local_embedding, local_regions. Class attributes
+    `views`, `pairings`, `peers` and `independent` are looked at before a method is built; `arrays`,
+    `outputs` and `crops` may be set by its `__init__`.
+    """
+
+    arrays: tuple[str, ...] = ("embedding",)
+    outputs: tuple[str, ...] = ("embedding",)
+    views: int = 1  # views per step that each student sees, at least
     pairings: tuple[str, ...] = ("same", "fresh", "cross")
     peers: bool = False  # all students of the run in one method
+    independent: bool = False  # each of the peers sees views of its own
+    crops: int = 0  # local crops per image of a step that students alone see, drawn afresh
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Setting:
     view: int  # a stored view whose features are in memory when training begins
     seed: int
     notes: list[str] = field(default_factory=list)  # for the user: choices the method made
+    heads: Mapping[str, Tensor] = field(default_factory=dict)  # the teacher's frozen heads, by their names in its file
+    images: int = 0  # of the data, the unusable ones too: rows are numbers below this
 
     @property
     def teacher_width(self) -> int:
@@ -63,14 +73,19 @@ class Setting:
 
 @dataclass
 class Batch:
-    """B images in W views. Everything is on the device; `images` is this student's own input."""
+    """B images in W views and L local crops. Everything is on the device.
+
+    `images` and `local_images` are inputs of the students, in their order. Where peers see views
+    of their own, W is that of all together, and student p sees columns p * W / P to (p + 1) * W / P.
+    """
 
     step: int
     rows: Tensor  # (B,) int64
     student_views: Tensor  # (B, W) int64
     teacher_views: Tensor  # (B, W) int64
-    teacher: dict[str, Tensor]  # name: (B, W, ...) float32, not normalised
+    teacher: dict[str, Tensor]  # name: (B, W, ...) float32, not normalised; local_*: (B, L, ...)
     images: list[Tensor]  # per student: (B * W, 3, S, S) float, normalised
+    local_images: list[Tensor] = field(default_factory=list)  # per student: (B * L, 3, s, s)
 
     @property
     def pair_rows(self) -> Tensor:
@@ -78,7 +93,7 @@ class Batch:
         return self.rows[:, None].expand_as(self.teacher_views).flatten()
 
 
-Outputs = dict[str, Tensor]  # name: (B, W, ...), e.g. "embedding": (B, W, d)
+Outputs = dict[str, Tensor]  # "embedding": (B, W, d), "regions": (B, W, R, d), "local_embedding": (B, L, d), ...
 
 
 class Method(nn.Module):
@@ -88,13 +103,13 @@ class Method(nn.Module):
     on the command line.
     """
 
-    needs: ClassVar[Needs] = Needs()
+    needs: Needs = Needs()
     recipe: ClassVar[Recipe] = Recipe()
 
     @classmethod
-    def published(cls, argument: str) -> Recipe:
-        """The recipe of the method as it was named; `argument` is what follows its kind."""
-        return cls.recipe
+    def named(cls, argument: str) -> "type[Method]":
+        """The class itself; `argument` is what follows its kind on the command line."""
+        return cls
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         """One scalar loss per student."""
@@ -103,21 +118,27 @@ class Method(nn.Module):
     def after_step(self, batch: Batch) -> None:
         """Called after the optimiser's step: banks and momentum encoders move here."""
 
-    def suit(self, name: str, arrays: Container[str], pairing: str, views_per_step: int) -> None:
+    def suit(self, name: str, arrays: Container[str], pairing: str) -> None:
         """Raises UserError if it needs what is not there; `name` is what the user calls it."""
         for array in self.needs.arrays:
             if array not in arrays:
-                raise UserError(f"{name} needs {array!r} of the teacher, which the store lacks; export it with --keep")
+                raise UserError(f"{name} needs {array!r} of the teacher, which the store lacks; {exported(array)}")
         if pairing not in self.needs.pairings:
             raise UserError(f"{name} needs --pairing {' or '.join(self.needs.pairings)}, not {pairing}")
-        if views_per_step < self.needs.views:
-            raise UserError(f"{name} needs --views-per-step {self.needs.views} or more")
 
     def fill(self, read: Read) -> None:
         """Called before the first step of a run and of a resumed run: read anchors from the store."""
         for module in self.modules():
             if isinstance(module, MemoryBank):
                 module.fill(read)
+
+
+def exported(array: str) -> str:
+    """Which flags of export-teacher put an array into a store."""
+    if array.startswith("local_"):
+        rest = array.removeprefix("local_")
+        return "export with --local-views 6" + ("" if rest == "embedding" else f" --keep embedding,{rest}")
+    return f"export with --keep embedding,{array}"
 
 
 def require(**values: float) -> None:

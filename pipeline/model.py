@@ -4,7 +4,7 @@ import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline import weights
+from pipeline import heads, weights
 from pipeline.artifact import UserError
 from pipeline.menu import nearest
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 Pool = Literal["auto", "avg", "cls", "max", "none"]
+OUTPUTS = ("embedding", "projection", "logits", "regions")
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,13 @@ class Network:
     trained: bool = False  # its weights came with it
     dialect: Callable[[], weights.Dialect] = weights.Dialect  # asked only when a file is loaded: it may cost a build
     features: Callable[[nn.Module, Tensor], Tensor] | None = None  # instead of calling the module; must pickle
+    regions: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None  # -> tokens (B, R, c), and the output
+    classifier: Callable[[], nn.Module] | None = None  # the layer taken off, asked only when logits are kept
     pool: Pool | None = None  # what is left to pool, where the kind has seen to the user's pool= itself
 
 
 class Embedder(nn.Module):
-    """A backbone with its preprocessing and pooling; its width is probed, not assumed.
+    """A backbone with its preprocessing and pooling; widths are probed, not assumed.
 
     The state dict of `backbone` is what its own library calls the model without classifier.
     """
@@ -94,9 +97,17 @@ class Embedder(nn.Module):
         self.backbone = network.module
         self.preprocessing = network.preprocessing
         self.keys_in_head = keys_in_head or {}
-        self._features = network.features
+        self.heads = nn.ModuleDict()
+        self._network = network
         self._pool = pool
-        self.width = self._probe()
+        self._map = ""  # the submodule whose output is a map, where the kind does not say
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of one image, by output
+        self.equip(("embedding",))
+
+    @property
+    def width(self) -> int:
+        """d of the embedding."""
+        return self.shapes["embedding"][0]
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """uint8 pixels (B, 3, S, S) -> normalised float32 of the same shape, memory format and device."""
@@ -108,27 +119,139 @@ class Embedder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, d)"""
-        out = self._features(self.backbone, images) if self._features else self.backbone(images)
-        if not isinstance(out, Tensor):
-            raise UserError(f"the model returns a {type(out).__name__}, not one tensor; wrap it in a python: factory")
-        return pooled(out, self._pool)
+        return self.outputs(images)["embedding"]
+
+    def outputs(self, images: Tensor, names: Sequence[str] = ("embedding",)) -> dict[str, Tensor]:
+        """What is asked for, from one pass: (B, 3, S, S) -> by name, in this order.
+
+        embedding (B, d), regions (B, R, c): the last map before pooling, projection (B, P) and
+        logits (B, C): frozen heads on the embedding. `equip` first for all but the embedding.
+        """
+        made: dict[str, Tensor] = {}
+        if "regions" in names:
+            out, made["regions"] = self._with_regions(images)
+        else:
+            out = self._output(images)
+        made["embedding"] = pooled(out, self._pool)
+        for name in names:
+            if name in self.heads:
+                made[name] = self.heads[name](made["embedding"])
+        return {name: made[name] for name in names}
+
+    def equip(self, names: Sequence[str]) -> "Embedder":
+        """Be ready for `outputs` of these names, and know their `shapes`. Raises UserError for what it has not."""
+        for name in (name for name in names if name not in self.shapes):
+            if name not in OUTPUTS:
+                raise UserError(f"a model has no output {name!r}{nearest(name, OUTPUTS) or '.'} Known: {', '.join(OUTPUTS)}")
+            if name in ("projection", "logits"):
+                head = self._projection() if name == "projection" else self._classifier()
+                self.heads[name] = head.to(next(self.backbone.parameters()).device)
+            if name == "regions" and not self._network.regions:
+                self._map = self._find_map()
+            self.shapes |= self._probe(name)
+        return self
+
+    def head_tensors(self) -> weights.State:
+        """Tensors of the frozen heads: as the file named those set aside, and `logits.*` of its classifier."""
+        built = {f"{name}.{k}": v for name, head in self.heads.items() for k, v in head.state_dict().items()}
+        return {**self.keys_in_head, **{k: v for k, v in built.items() if k.startswith("logits.")}}
 
     def digest(self) -> str:
         """SHA-256 over names, types, shapes and bytes of the backbone's tensors, in hexadecimal."""
-        total = hashlib.sha256()
-        for name, tensor in sorted(self.backbone.state_dict().items()):
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return total.hexdigest()
+        return digest(self.backbone.state_dict())
+
+    def _output(self, images: Tensor) -> Tensor:
+        features = self._network.features
+        return self._tensor(features(self.backbone, images) if features else self.backbone(images))
+
+    def _tensor(self, out: Any) -> Tensor:
+        if not isinstance(out, Tensor):
+            raise UserError(f"the model returns a {type(out).__name__}, not one tensor; wrap it in a python: factory")
+        return out
+
+    def _with_regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(the output before pooling, regions (B, R, c))"""
+        if self._network.regions:
+            regions, out = self._network.regions(self.backbone, images)
+            return out, regions
+        if not self._map:  # the output is the map itself
+            out = self._output(images)
+            return out, out.flatten(2).transpose(1, 2)
+        seen: list[Tensor] = []
+        hook = self.backbone.get_submodule(self._map).register_forward_hook(lambda _m, _i, out: seen.append(out))
+        try:
+            out = self._output(images)
+        finally:
+            hook.remove()
+        return out, seen[-1].flatten(2).transpose(1, 2)
+
+    def _find_map(self) -> str:
+        """Name of the submodule that yields the last map (B, c, h, w), h * w > 1; "" if the output is one itself."""
+        found: list[str] = []
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(_module: Any, _inputs: Any, out: Any) -> None:
+                if isinstance(out, Tensor) and out.dim() == 4 and out.shape[2] * out.shape[3] > 1:
+                    found.append(name)
+
+            return hook
+
+        named = [(name, module) for name, module in self.backbone.named_modules() if name]
+        try:
+            hooks = [module.register_forward_hook(note(name)) for name, module in named]
+        except RuntimeError:
+            hooks = []  # a TorchScript program lets nobody listen
+        try:
+            out = self._try(lambda images: self._output(images))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if out.dim() == 4 and out.shape[2] * out.shape[3] > 1:
+            return ""
+        if not found:
+            raise UserError(f"{self.name} yields no map of regions; keep embedding only, or take another model")
+        return found[-1]
+
+    def _projection(self) -> nn.Module:
+        own = getattr(self.backbone, "projector", None)
+        kept = heads.groups(self.keys_in_head)
+        plain = {stem: tensors for stem, tensors in kept.items() if "dense" not in stem}
+        if not plain and isinstance(own, nn.Module):
+            return own
+        if len(plain) != 1:
+            what = f"head= set {len(plain)} heads aside ({', '.join(plain)})" if plain else "no head was set aside"
+            raise UserError(
+                f"{self.name} has no one projection: {what}; name the projection head in the weights' file, "
+                "as in weights=FILE,head=fc"
+            )
+        return heads.Projection(next(iter(plain.values())))
+
+    def _classifier(self) -> nn.Module:
+        if self._network.classifier:
+            return heads.classifier(self._network.classifier())
+        kept = [t for t in heads.groups(self.keys_in_head).values() if t.keys() <= {"0.weight", "0.bias"}]
+        if len(kept) != 1:
+            raise UserError(
+                f"{self.name} has no classifier: take pretrained weights that come with one, or name the linear layer "
+                "in the weights' file, as in weights=FILE,head=fc"
+            )
+        return heads.Projection(kept[0])
+
+    def _probe(self, name: str) -> dict[str, tuple[int, ...]]:
+        """{name: shape of one image's output}"""
+        out = self._try(lambda images: self.outputs(images, (name,))[name])
+        if out.shape[:1] != (2,) or not out.is_floating_point():
+            raise UserError(f"{self.name} turns 2 images into {out.dtype} {tuple(out.shape)}; wanted is float (2, d)")
+        return {name: tuple(out.shape[1:])}
 
     @torch.no_grad()
-    def _probe(self) -> int:
-        """d, from one forward of two black images in eval mode, which leaves batch-norm statistics alone."""
-        size, modes = self.preprocessing.size, [(module, module.training) for module in self.modules()]
+    def _try(self, act: Callable[[Tensor], Tensor], size: int | None = None) -> Tensor:
+        """One act on two black images in eval mode, which leaves batch-norm statistics alone. Raises UserError."""
+        size, modes = size or self.preprocessing.size, [(module, module.training) for module in self.modules()]
         here = next((tensor.device for tensor in self.backbone.state_dict().values()), torch.device("cpu"))
         self.eval()
         try:
-            out = self(self.prepare(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=here)))
+            return act(self.prepare(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=here)))
         except UserError as wrong:
             raise UserError(f"{self.name}: {wrong}") from None
         except Exception as wrong:  # any library, any reason: to the user it is one thing
@@ -139,9 +262,27 @@ class Embedder(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
-        if out.shape[:1] != (2,) or not out.is_floating_point():
-            raise UserError(f"{self.name} turns 2 images into {out.dtype} {tuple(out.shape)}; wanted is float (2, d)")
-        return out.shape[1]
+
+    def require_size(self, size: int, flag: str) -> None:
+        """Raises UserError if it cannot take images of that side too: a ViT may need dynamic_img_size=true."""
+        try:
+            width = self._try(lambda images: self(images), size).shape[1]
+        except UserError as wrong:
+            raise UserError(
+                f"{str(wrong).partition(';')[0]}; choose another {flag}, or let the model take any (for many of "
+                "timm's: dynamic_img_size=true)"
+            ) from None
+        if width != self.width:
+            raise UserError(f"{self.name} has {width} dimensions at {size} pixels, {self.width} at its own size")
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in hexadecimal."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def pooled(out: Tensor, pool: Pool) -> Tensor:

@@ -15,14 +15,17 @@ from pipeline import philox
 from pipeline.artifact import UserError
 from pipeline.loader import Piece
 from pipeline.store import FeatureStore
-from pipeline.views import FRESH
+from pipeline.views import FRESH, LOCAL
 
 PAIRINGS = ("same", "fresh", "cross")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of a run. rows: the good rows; views: stored views used; B images, W views a step."""
+    """The order of a run. rows: the good rows; views: stored views used; B images, W views a step.
+
+    local: stored local crops, all of which every step shows; crops: or so many fresh ones of each image.
+    """
 
     seed: int
     rows: np.ndarray
@@ -32,6 +35,8 @@ class Plan:
     pairing: str
     steps: int
     first: int = 0  # step that piece 0 is
+    local: tuple[int, ...] = ()
+    crops: int = 0
 
     def __post_init__(self) -> None:
         if self.pairing not in PAIRINGS:
@@ -48,13 +53,30 @@ class Plan:
         return self.steps - self.first
 
     def __getitem__(self, number: int) -> Piece:
-        rows, student, _ = self.at(self.first + number)
-        return Piece(rows, student)
+        step = self.first + number
+        rows, student, _ = self.at(step)
+        return Piece(rows, student, self.local_at(step))
+
+    @property
+    def has_local(self) -> bool:
+        """Whether students see local crops."""
+        return bool(self.local or self.crops)
+
+    def local_at(self, step: int) -> np.ndarray | None:
+        """(B, L) local crops of a step, int64; None if there are none."""
+        if self.local:
+            return np.tile(np.array(self.local), (self.batch, 1))
+        if not self.crops:
+            return None
+        return (FRESH | LOCAL) + self._places(step)[0][:, None] * self.crops + np.arange(self.crops)
+
+    def _places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs (B,), places in the epoch (B,)) of a step's images."""
+        return np.divmod(step * self.batch + np.arange(self.batch), len(self.rows))
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows (B,), student views (B, W), teacher views (B, W)) of a step, int64."""
-        place = step * self.batch + np.arange(self.batch)
-        epochs, ranks = np.divmod(place, len(self.rows))
+        epochs, ranks = self._places(step)
         rows: list[np.ndarray] = []
         student: list[np.ndarray] = []
         teacher: list[np.ndarray] = []

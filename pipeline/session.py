@@ -1,6 +1,7 @@
-"""A training run: what each step looks at, and the apprentices who learn from it."""
+"""A training run: what each step looks at, and the lessons that learn from it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline import artifact
 from pipeline.apprentice import Apprentice
 from pipeline.artifact import UserError
 from pipeline.images import GOOD
+from pipeline.lesson import Diverged, Lesson
 from pipeline.loader import Eyes, Sight, feed
 from pipeline.method import Batch
 from pipeline.model import Preprocessing
@@ -19,31 +21,40 @@ from pipeline.pairs import Features, Plan
 from pipeline.pixels import require_same
 from pipeline.storage import Folder
 from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec
+from pipeline.views import ViewSpec, local_size
+
+Rows = list[dict[str, Any] | None]  # of metrics, per apprentice; None for one who does not learn in this step
 
 
 @dataclass
 class Session:
-    """Pixels and teacher features of every step of a plan, for all apprentices alike."""
+    """Pixels and teacher features of every step of a plan, for all lessons alike."""
 
     store: FeatureStore
     dataset: Any
     plan: Plan
-    apprentices: list[Apprentice]
+    lessons: list[Lesson]
     device: torch.device
     spec: ViewSpec = field(init=False)
-    features: Features = field(init=False)
+    features: dict[str, Features] = field(init=False)  # by array of the store
     content: np.ndarray = field(init=False)  # (N,) uint64: the images the teacher saw
 
     def __post_init__(self) -> None:
         self.spec = ViewSpec(**self.store.identity["views"])
-        self.features = Features(self.store, least=2 * self.plan.per_step)
+        wanted = dict.fromkeys(name for lesson in self.lessons for name in lesson.method.needs.arrays)
+        least = {True: len(self.plan.local), False: 2 * self.plan.per_step}
+        self.features = {name: Features(self.store, name, least=least[name.startswith("local_")]) for name in wanted}
         self.content = self.store.table("content")
 
     @property
+    def apprentices(self) -> list[Apprentice]:
+        """All students, lesson by lesson."""
+        return [apprentice for lesson in self.lessons for apprentice in lesson.apprentices]
+
+    @property
     def start(self) -> int:
-        """Steps that all apprentices have behind them."""
-        return min(apprentice.start for apprentice in self.apprentices)
+        """Steps that all lessons have behind them."""
+        return min(lesson.start for lesson in self.lessons)
 
     @property
     def per_epoch(self) -> float:
@@ -55,75 +66,122 @@ class Session:
 
         The end of the run is not part of what it is: it may grow. Raises Mismatch.
         """
-        for apprentice in self.apprentices:
-            student, how = apprentice.student, asdict(apprentice.training)
+        for lesson in self.lessons:
+            how = asdict(lesson.training)
             how["schedule"] |= {"warmup": None, "warmup_epochs": warmup_epochs}
-            looks = student.preprocessing.record()
-            who = {"spec": student.spec, "preprocessing": looks, "width": student.width, "initial": student.digest()}
-            identity = {
-                "store": self.store.fingerprint,
-                "images": len(self.plan.rows),
-                "student": who,
-                "method": method,
-                "training": how,
-                "batch_size": self.plan.batch,
-                "pairing": self.plan.pairing,
-                "views_per_step": self.plan.per_step,
-                "views": list(self.plan.views),
-            }
-            where = self.store.storage
-            about = {
-                "store": str(where.path.absolute() if isinstance(where, Folder) else where),
-                "data": self.store.about["data"],
-                "views": self.plan.views[-1] + 1,
-                "views_spec": self.store.identity["views"],
-                "parameters": sum(p.numel() for p in student.backbone.parameters()),
-                "teacher": self.store.about["teacher"],
-                "name": student.name,
-            }
-            artifact.claim(Folder(apprentice.folder), "run", identity, about)
+            for apprentice in lesson.apprentices:
+                identity = {
+                    "store": self.store.fingerprint,
+                    "images": len(self.plan.rows),
+                    "student": _who(apprentice),
+                    "method": method,
+                    "training": how,
+                    "batch_size": self.plan.batch,
+                    "pairing": self.plan.pairing,
+                    "views_per_step": self.plan.per_step,
+                    "views": list(self.plan.views),
+                }
+                if len(lesson.apprentices) > 1:
+                    identity["peers"] = [_who(peer) for peer in lesson.apprentices]
+                artifact.claim(Folder(apprentice.folder), "run", identity, self._about(apprentice))
+
+    def _about(self, apprentice: Apprentice) -> dict[str, Any]:
+        where = self.store.storage
+        return {
+            "store": str(where.path.absolute() if isinstance(where, Folder) else where),
+            "data": self.store.about["data"],
+            "views": self.plan.views[-1] + 1,
+            "views_spec": self.store.identity["views"],
+            "parameters": sum(p.numel() for p in apprentice.student.backbone.parameters()),
+            "teacher": self.store.about["teacher"],
+            "name": apprentice.student.name,
+        }
 
     def restore(self) -> None:
-        """Every apprentice goes back to its newest checkpoint; the banks' anchors are read from the store."""
-        for apprentice in self.apprentices:
-            apprentice.restore()
-            apprentice.method.fill(self.read)
+        """Every lesson goes back to its newest checkpoint; the banks' anchors are read from the store."""
+        for lesson in self.lessons:
+            lesson.restore()
+            lesson.method.fill(self.read)
 
-    def read(self, rows: Tensor, views: Tensor) -> Tensor:
+    def read(self, rows: Tensor, views: Tensor, name: str = "embedding") -> Tensor:
         """(n, ...) float32 teacher features of (rows[j], views[j])."""
-        return torch.from_numpy(self.features.rows(rows.cpu().numpy(), views.cpu().numpy()))
+        if name not in self.features:
+            self.features[name] = Features(self.store, name)
+        return torch.from_numpy(self.features[name].rows(rows.cpu().numpy(), views.cpu().numpy()))
 
     def sights(self, workers: int) -> Iterator[Sight]:
         """The pixels of steps start, start + 1, ..."""
         pieces: Any = replace(self.plan, first=self.start)
-        return feed(Eyes(self.dataset, self.spec, self.store.table("view_key"), self._sizes(), pieces), workers)
+        sizes, local = self._sizes(_size), self._sizes(self._local_size) if self.plan.has_local else []
+        return feed(Eyes(self.dataset, self.spec, self.store.table("view_key"), sizes, pieces, local), workers)
 
-    def step(self, step: int, sight: Sight, measure: bool) -> list[dict[str, Any] | None]:
-        """One step of each apprentice -> its row of metrics; None for one who has this step behind it.
+    def step(self, step: int, sight: Sight, measure: bool) -> Rows:
+        """One step of each lesson -> a row of metrics for each of its students.
 
-        `measure` adds what is not worth its time in every step. Raises UserError for an image that
-        the teacher did not see, or a loss that is not finite.
+        None for those who have this step behind them or whose lesson is over. `measure` adds what
+        is not worth its time in every step. A lesson that diverges is over; the others go on.
+        Raises UserError for an image that the teacher did not see, Diverged if no lesson is left.
         """
-        batch, sizes = self.batch(step), self._sizes()
+        batch = self.batch(step)
         self._require_unchanged(batch, sight)
-        rows: list[dict[str, Any] | None] = []
-        for apprentice in self.apprentices:
-            if step < apprentice.start:
-                rows.append(None)
-                continue
-            pixels = sight.pixels[sizes.index(_size(apprentice))].flatten(0, 1)  # (B * W, 3, S, S)
-            batch.images = [apprentice.student.prepare(pixels.to(self.device, non_blocking=True))]
-            epoch = round((step + 1) / self.per_epoch, 4)
-            rows.append({"step": step + 1, "epoch": epoch, **apprentice.step(batch, step / self.plan.steps, measure)})
+        epoch, rows = round((step + 1) / self.per_epoch, 4), []
+        for lesson in self.lessons:
+            made: Sequence[dict[str, float] | None] = [None] * len(lesson.apprentices)
+            if step >= lesson.start and not lesson.over:
+                batch.images, batch.local_images = self._inputs(lesson, sight)
+                with self.alone(lesson):
+                    made = lesson.step(batch, step / self.plan.steps, measure)
+            rows += [row and {"step": step + 1, "epoch": epoch, **row} for row in made]
         return rows
 
+    @contextmanager
+    def alone(self, lesson: Lesson) -> Iterator[None]:
+        """A lesson that diverges here ends without the others. Raises Diverged if it was the last."""
+        try:
+            yield
+        except Diverged as end:
+            lesson.over = str(end)
+            if all(other.over for other in self.lessons):
+                raise
+
+    def _inputs(self, lesson: Lesson, sight: Sight) -> tuple[list[Tensor], list[Tensor]]:
+        """(images, local images) of each student of a lesson, prepared on the device."""
+        count, independent = len(lesson.apprentices), lesson.method.needs.independent
+        images, local = [], []
+        for number, apprentice in enumerate(lesson.apprentices):
+            pixels = sight.pixels[self._sizes(_size).index(_size(apprentice))]  # (B, W, 3, S, S)
+            if independent:
+                pixels = pixels.chunk(count, 1)[number]
+            images.append(self._prepared(apprentice, pixels))
+            if self.plan.has_local:
+                small = sight.local[self._sizes(self._local_size).index(self._local_size(apprentice))]
+                local.append(self._prepared(apprentice, small))
+        return images, local
+
+    def _prepared(self, apprentice: Apprentice, pixels: Tensor) -> Tensor:
+        return apprentice.student.prepare(pixels.flatten(0, 1).to(self.device, non_blocking=True))
+
     def batch(self, step: int) -> Batch:
-        """The step's (i, v) and the teacher's side of it."""
+        """The step's (i, v) and the teacher's side of it. Raises UserError for features that are not finite."""
         rows, student_views, teacher_views = self.plan.at(step)
-        picked = self.features.rows(rows.repeat(self.plan.per_step), teacher_views.flatten())
-        teacher = torch.from_numpy(picked).unflatten(0, teacher_views.shape)  # (B, W, D)
+        local_views, teacher = self.plan.local_at(step), {}
+        for name, features in self.features.items():
+            views = local_views if name.startswith("local_") else teacher_views
+            assert views is not None
+            picked = features.rows(rows.repeat(views.shape[1]), views.flatten())
+            self._require_finite(name, picked, rows.repeat(views.shape[1]), views.flatten())
+            teacher[name] = torch.from_numpy(picked).unflatten(0, views.shape).to(self.device)
         i, v, u = (torch.from_numpy(part).to(self.device) for part in (rows, student_views, teacher_views))
-        return Batch(step, i, v, u, {"embedding": teacher.to(self.device)}, [])
+        return Batch(step, i, v, u, teacher, [])
+
+    def _require_finite(self, name: str, picked: np.ndarray, rows: np.ndarray, views: np.ndarray) -> None:
+        sums = picked.reshape(len(picked), -1).sum(1)  # NaN and infinity survive a sum
+        if not np.isfinite(sums).all():
+            j = int(np.flatnonzero(~np.isfinite(sums))[0])
+            raise UserError(
+                f"{self.store.storage}: {name} of image {self.dataset.ids[int(rows[j])]} in view {int(views[j])} is not "
+                "finite; find the damage with compress verify"
+            )
 
     def _require_unchanged(self, batch: Batch, sight: Sight) -> None:
         rows = batch.rows.cpu().numpy()
@@ -135,8 +193,23 @@ class Session:
                 f"image {self.dataset.ids[i]} changed since the export: {why}; put it back, or export into a new store"
             )
 
-    def _sizes(self) -> list[tuple[int, str]]:
-        return list(dict.fromkeys(_size(apprentice) for apprentice in self.apprentices))
+    def _sizes(self, size: Callable[[Apprentice], tuple[int, str]]) -> list[tuple[int, str]]:
+        return list(dict.fromkeys(size(apprentice) for apprentice in self.apprentices))
+
+    def _local_size(self, apprentice: Apprentice) -> tuple[int, str]:
+        """Local crops are as much smaller than the student's images as they were for the teacher."""
+        wants = apprentice.student.preprocessing
+        if (local := self.store.identity.get("local")) is None:
+            return local_size(wants.size), wants.interpolation
+        whole = self.store.identity["teacher"]["preprocessing"]["size"]
+        return max(8, 8 * round(wants.size * local["size"] / whole / 8)), wants.interpolation
+
+
+def _who(apprentice: Apprentice) -> dict[str, Any]:
+    """What a student is, for a run's identity."""
+    student = apprentice.student
+    looks = student.preprocessing.record()
+    return {"spec": student.spec, "preprocessing": looks, "width": student.width, "initial": student.digest()}
 
 
 def _size(apprentice: Apprentice) -> tuple[int, str]:

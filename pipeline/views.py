@@ -19,7 +19,8 @@ from torchvision.transforms.v2 import functional as tv
 from pipeline import philox
 from pipeline.artifact import UserError
 
-FRESH = 2**31  # view numbers from here on are never stored: a student's own, `--pairing fresh`
+FRESH = 2**31  # view numbers with this bit are never stored: a student's own, `--pairing fresh`
+LOCAL = 2**30  # view numbers with this bit are small crops, apart from the global views
 BLUR_REFERENCE = 224  # blur sigmas are in pixels of a 224-pixel crop and scale with the size rendered
 _LOG_RATIO = 0.2876820724517809  # ln(4/3): crops are 3:4 to 4:3
 _TRIES = 10
@@ -55,6 +56,13 @@ POLICIES: dict[str, tuple[Augmentation, ...]] = {
 }
 """By name: random view v uses entry (v - 1) modulo length. crop-flip is CompRess's, moco-v2 is
 Chen et al. 2020, dino is Caron et al. 2021 (its two global crops in turn)."""
+
+LOCALS: dict[str, Augmentation] = {
+    "crop-flip": Augmentation(scale=(0.05, 0.14)),
+    "moco-v2": Augmentation(**{**POLICIES["moco-v2"][0].__dict__, "scale": (0.05, 0.14)}),
+    "dino": Augmentation(**{**_DINO.__dict__, "scale": (0.05, 0.4), "blur_p": 0.5}),
+}
+"""By name, how local crops are drawn: areas as in SEED's small patches, for dino as in DINO's multi-crop."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def resolve(spec: ViewSpec, variates: np.ndarray, v: int, height: int, width: in
     recipes = POLICIES[spec.policy]
     if v == 0 or not recipes:
         return View(plain=spec.crop_ratio)
-    recipe = recipes[(v - 1) % len(recipes)]
+    recipe = LOCALS[spec.policy] if v & LOCAL else recipes[(v - 1) % len(recipes)]
     u = variates.tolist()
     jitter: list[tuple[int, float]] = []
     if u[_JITTER] < recipe.jitter_p:
@@ -169,6 +177,11 @@ def render(image: torch.Tensor, view: View, size: int, interpolation: str) -> to
 
 
 _JITTERS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+
+
+def local_size(size: int) -> int:
+    """Side of local crops beside global views of `size` pixels: 96 for 224, in multiples of eight."""
+    return max(8, 8 * round(size * 3 / 7 / 8))
 
 
 def see(

@@ -100,6 +100,9 @@ def load(
     if not good:
         raise UserError(_complaint(file, name, fits, tables, wanted, choice, dialect))
     fit = fits[good[0]]
+    for key, table in tables.items():  # a head's companions may lie elsewhere: EsViT keeps its centres with the loss
+        if key != good[0]:
+            fit.head |= {f"{key}.{k}": t for k, t in table.items() if matches(f"{key}.{k}".lstrip("."), choice.head)}
     if choice.head and not fit.head:
         raise UserError(f"{file}: nothing matches head={'+'.join(choice.head)}; leave it out or correct it")
     module.load_state_dict(fit.state, strict=False)  # not strict: left over is only what was allowed above

@@ -15,10 +15,11 @@ from pipeline.progress import meter, say
 from pipeline.storage import Folder
 
 if TYPE_CHECKING:
-    from pipeline.apprentice import Apprentice, Training
     from pipeline.datasets.base import Dataset
     from pipeline.journal import Journal
-    from pipeline.method import Recipe
+    from pipeline.lesson import Lesson, Training
+    from pipeline.method import Method, Needs, Recipe
+    from pipeline.model import Embedder
     from pipeline.pairs import Plan
     from pipeline.session import Session
     from pipeline.store import FeatureStore
@@ -36,7 +37,7 @@ class Config:
 
     store: Path = flag(help="the teacher's feature store")
     student: tuple[str, ...] = flag(help="timm:NAME, torchvision:NAME, cifar-resnet:20, ...; may be repeated")
-    method: str = flag(help="compress-2q, compress-2q-momentum, compress-1q, seed, python:module:Class")
+    method: str = flag(help="compress-2q, compress-1q, seed, ... (compress methods lists them), python:module:Class")
     out: Path = flag(help="folder of the run; with several students, of their runs")
     data: str | None = flag(None, "the images, if they have moved since the export")
     epochs: float | None = flag(None, "passes over the images (default: as published)")
@@ -44,7 +45,7 @@ class Config:
     batch_size: int | None = flag(None, "images per step on a device", short="-b")
     pairing: str = flag("same", "same, fresh or cross: how student and teacher views go together")
     views: int | None = flag(None, "use only views 0 to this-1 of the store (default: all it has now)")
-    views_per_step: int = flag(1, "views of each image in a step, from one decode")
+    views_per_step: int | None = flag(None, "views of each image in a step, from one decode (default: 1, or the method's)")
     image_size: int | None = flag(None, "side in pixels (default: the student's own)")
     seed: int = flag(0, "of order, initial weights and everything random in a step")
     optimizer: str | None = flag(None, "sgd or adamw")
@@ -80,10 +81,10 @@ def run(config: Config) -> dict[str, Any]:
     val = open_val(config)
     plan = plan_of(config, store, recipe)
     session = prepare(config, store, dataset, plan, recipe)
-    if session.start < plan.steps:
+    finished = session.start >= plan.steps
+    if not finished:
         train(config, session, val)
-        return close(session, f"{plan.steps} steps")
-    return close(session, f"is finished already, {session.start} steps")
+    return close(session, f"is finished already, {session.start} steps" if finished else f"{plan.steps} steps")
 
 
 def check(config: Config) -> None:
@@ -121,9 +122,8 @@ def check_folders(config: Config) -> None:
     if not config.student:
         raise UserError("no --student was given; name at least one, for example --student cifar-resnet:20")
     taken: dict[Path, str] = {}
-    for student in config.student:
-        folder = run_folder(config, student)
-        if taken.setdefault(folder, student) != student or config.student.count(student) > 1:
+    for student, folder in zip(config.student, run_folders(config), strict=True):
+        if taken.setdefault(folder, student) != student or list(run_folders(config)).count(folder) > 1:
             raise UserError(f"--student {taken[folder]} and {student} would share {folder}; name each student once")
         if config.overwrite:
             artifact.replaceable(folder, "run")
@@ -134,19 +134,28 @@ def check_folders(config: Config) -> None:
         raise UserError(f"{config.out} is itself a {kind}, so it cannot hold the runs of several; choose another --out")
 
 
-def run_folder(config: Config, student: str) -> Path:
-    """OUT itself for one student, OUT/NAME for each of several."""
+def run_folders(config: Config) -> list[Path]:
+    """OUT itself for one student, OUT/NAME for each of several; a peer named twice is NAME and NAME-2."""
     if len(config.student) == 1:
-        return config.out
-    return config.out / "".join(c if c.isalnum() or c in "-_." else "-" for c in student)
+        return [config.out]
+    names = ["".join(c if c.isalnum() or c in "-_." else "-" for c in student) for student in config.student]
+    if method_of(config).needs.peers:
+        again = [config.student[:n].count(student) for n, student in enumerate(config.student)]
+        names = [f"{name}-{n + 1}" if n else name for name, n in zip(names, again, strict=True)]
+    return [config.out / name for name in names]
+
+
+def method_of(config: Config) -> "type[Method]":
+    """The method's class: what it needs and its published recipe."""
+    from pipeline.methods import METHODS
+
+    spec = METHODS.check(config.method, given=("setting",))
+    return METHODS.resolve(spec.kind).named(spec.argument)  # type: ignore[attr-defined]
 
 
 def recipe_of(config: Config) -> "Recipe":
     """The published recipe with the flags that were given."""
-    from pipeline.methods import METHODS
-
-    spec = METHODS.check(config.method, given=("setting",))
-    recipe = METHODS.resolve(spec.kind).published(spec.argument)  # type: ignore[attr-defined]
+    recipe = method_of(config).recipe
     names = ("optimizer", "lr", "momentum", "weight_decay", "batch_size", "epochs", "schedule", "warmup_epochs")
     return replace(recipe, **{n: v for n in names if (v := getattr(config, n)) is not None})
 
@@ -198,7 +207,16 @@ def plan_of(config: Config, store: "FeatureStore", recipe: "Recipe") -> "Plan":
     if batch < recipe.batch_size:
         say(f"batch of {batch} instead of {recipe.batch_size}: that is all the usable images")
     steps = config.steps or max(1, round(recipe.epochs * len(rows) / batch))
-    return Plan(config.seed, rows, views, batch, config.views_per_step, config.pairing, steps)
+    return Plan(config.seed, rows, views, batch, views_per_step(config), config.pairing, steps)
+
+
+def views_per_step(config: Config) -> int:
+    """Views of an image that a step shows: peers that see views of their own share them out."""
+    needs = method_of(config).needs
+    each = config.views_per_step or needs.views
+    if each < needs.views:
+        raise UserError(f"{config.method} needs --views-per-step {needs.views} or more, not {each}")
+    return each * (len(config.student) if needs.independent else 1)
 
 
 def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
@@ -206,7 +224,7 @@ def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
 
     A run goes on with the views it began with, also when the store has grown since.
     """
-    folder = Folder(run_folder(config, config.student[0]))
+    folder = Folder(run_folders(config)[0])
     begun = not config.overwrite and folder.exists(artifact.MANIFEST)
     total = config.views or (artifact.read(folder, "run")["about"]["views"] if begun else store.views)
     if total > store.views:
@@ -215,18 +233,19 @@ def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
 
 
 def prepare(config: Config, store: "FeatureStore", dataset: "Dataset", plan: "Plan", recipe: "Recipe") -> "Session":
-    """Build the apprentices, claim their folders, and go back to where they stopped."""
+    """Build the lessons, claim their folders, and go back to where they stopped."""
     from pipeline.device import choose
     from pipeline.session import Session
 
     device = choose(config.device)
     training = training_of(config, recipe, plan)
-    apprentices = [hire(config, student, store, plan, training, device) for student in config.student]
+    lessons = lessons_of(config, store, plan, training, device)
+    plan = with_crops(plan, store, [lesson.method.needs for lesson in lessons])
     if config.overwrite:  # only now, when nothing else can be refused
-        for apprentice in apprentices:
-            if aside := artifact.set_aside(apprentice.folder, "run"):
-                say(f"set the earlier {apprentice.folder} aside as {aside}")
-    session = Session(store, dataset, plan, apprentices, device)
+        for folder in run_folders(config):
+            if aside := artifact.set_aside(folder, "run"):
+                say(f"set the earlier {folder} aside as {aside}")
+    session = Session(store, dataset, plan, lessons, device)
     session.claim(config.method, recipe.warmup_epochs)
     session.restore()
     return session
@@ -245,30 +264,63 @@ def training_of(config: Config, recipe: "Recipe", plan: "Plan") -> "Training":
     )  # fmt: skip
 
 
-def hire(
-    config: Config, student: str, store: "FeatureStore", plan: "Plan", training: "Training", device: Any
-) -> "Apprentice":
-    """A student and its method, both from the seed."""
-    import torch
-
+def lessons_of(
+    config: Config, store: "FeatureStore", plan: "Plan", training: "Training", device: Any
+) -> list["Lesson"]:
+    """Each student with a method of its own, or all of them as peers in one; everything from the seed."""
     from pipeline.apprentice import Apprentice
+    from pipeline.lesson import Lesson
     from pipeline.method import Setting
     from pipeline.methods import METHODS
+
+    peers = method_of(config).needs.peers
+    hired = []
+    for number, folder in enumerate(run_folders(config)):
+        apprentice = Apprentice(folder, build_student(config, number, device), config.ema)
+        if config.compile:
+            apprentice.forward = torch_compile(apprentice.student)
+        hired.append(apprentice)
+    lessons = []
+    for group in [hired] if peers else [[apprentice] for apprentice in hired]:
+        setting = Setting(
+            [apprentice.student for apprentice in group], store.arrays, plan.rows, int(plan.epoch_views(0)[1][0]),
+            config.seed, heads=store.heads(), images=store.images,
+        )  # fmt: skip
+        method = METHODS.order(config.method, setting=setting).to(device)
+        method.suit(config.method, store.arrays, config.pairing)
+        for apprentice in group:
+            apprentice.student.equip([name.removeprefix("local_") for name in method.needs.outputs])
+        lessons.append(Lesson(group, method, training))
+        for note in setting.notes:
+            say(note)
+    return lessons
+
+
+def build_student(config: Config, number: int, device: Any) -> "Embedder":
+    """A student from the seed; peers of one architecture begin with weights of their own."""
+    import torch
+
     from pipeline.models import build
 
-    torch.manual_seed(config.seed)
-    embedder = build(student, image_size=config.image_size, pretrained_default=False)
+    spec = config.student[number]
+    torch.manual_seed(config.seed + config.student[:number].count(spec))
+    embedder = build(spec, image_size=config.image_size, pretrained_default=False)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    embedder = embedder.to(device).to(memory_format=layout)
-    setting = Setting([embedder], store.arrays, plan.rows, int(plan.epoch_views(0)[1][0]), config.seed)
-    method = METHODS.order(config.method, setting=setting).to(device)
-    method.suit(config.method, store.arrays, config.pairing, config.views_per_step)
-    apprentice = Apprentice(run_folder(config, student), embedder, method, training)
-    if config.compile:
-        apprentice.forward = torch.compile(embedder)
-    for note in setting.notes:
-        say(note)
-    return apprentice
+    return embedder.to(device).to(memory_format=layout)
+
+
+def torch_compile(student: "Embedder") -> Any:
+    import torch
+
+    return torch.compile(student.outputs)
+
+
+def with_crops(plan: "Plan", store: "FeatureStore", needs: "Sequence[Needs]") -> "Plan":
+    """The plan with the local crops that the methods look at: the stored ones, or fresh ones."""
+    if any(name.startswith("local_") for need in needs for name in need.arrays):
+        store.require_complete(store.local)
+        return replace(plan, local=store.local)
+    return replace(plan, crops=max(need.crops for need in needs))
 
 
 def train(config: Config, session: "Session", val: "Dataset | None") -> None:
@@ -281,7 +333,7 @@ def train(config: Config, session: "Session", val: "Dataset | None") -> None:
     with ExitStack() as stack:
         stop = stack.enter_context(Interrupt())
         bar = stack.enter_context(meter("distill", plan.steps, "steps", session.start))
-        logs = [stack.enter_context(Journal(a.folder, a.start)) for a in session.apprentices]
+        logs = [stack.enter_context(Journal(a.folder, w.start)) for w in session.lessons for a in w.apprentices]
         sights = session.sights(loader_workers(config.workers, session.device))
         waited, clock, began = 0.0, time.monotonic(), time.monotonic()
         for step in range(session.start, plan.steps):
@@ -301,7 +353,7 @@ def train(config: Config, session: "Session", val: "Dataset | None") -> None:
 
 
 def introduce(config: Config, session: "Session") -> None:
-    plan, training = session.plan, session.apprentices[0].training
+    plan, training = session.plan, session.lessons[0].training
     count = len(session.apprentices)
     say(
         f"{count} student{'s' * (count > 1)}, {config.method}: steps {session.start} to {plan.steps} "
@@ -314,29 +366,45 @@ def end_of_step(
     config: Config, session: "Session", val: "Dataset | None", done: int, logs: Sequence["Journal"], stop: Interrupt
 ) -> None:
     """Check against --val and save when it is time; stop when asked to."""
-    from pipeline.device import loader_workers
-
     total, asked = session.plan.steps, stop.requested  # once: a signal may come while the first student is saved
     per_check = max(1, round(config.val_every * session.per_epoch))
-    for apprentice, log in zip(session.apprentices, logs, strict=True):
-        if done <= apprentice.start:
+    log = iter(logs)
+    for lesson in session.lessons:
+        mine = [next(log) for _ in lesson.apprentices]
+        if done <= lesson.start or lesson.over:
             continue
         if val is not None and (done % per_check == 0 or done == total):
-            workers = loader_workers(config.workers, session.device)
-            score = apprentice.examine(val, session.spec, session.device, workers, done)
-            log.write({"step": done, "epoch": round(done / session.per_epoch, 4), "val_nn": score})
+            examine(config, session, lesson, val, done, mine)
         if done == total or asked or done % config.save_every == 0:
-            apprentice.save(done)
+            with session.alone(lesson):
+                lesson.save(done)
     if asked and done < total:
         raise Interrupted(stop.signum, f"saved at step {done} of {total}; repeat the command to continue")
 
 
+def examine(
+    config: Config, session: "Session", lesson: "Lesson", val: "Dataset", done: int, logs: Sequence["Journal"]
+) -> None:
+    """Leave-one-out nearest neighbours on --val; the best so far is kept."""
+    from pipeline.device import loader_workers
+
+    workers = loader_workers(config.workers, session.device)
+    for apprentice, log in zip(lesson.apprentices, logs, strict=True):
+        score = apprentice.examine(val, session.spec, session.device, lesson.training.precision, workers)
+        lesson.keep_best(apprentice, score, done)
+        log.write({"step": done, "epoch": round(done / session.per_epoch, 4), "val_nn": score})
+
+
 def close(session: "Session", what: str) -> dict[str, Any]:
-    """Write the bare students and say what was made."""
-    lines = []
-    for apprentice in session.apprentices:
+    """Write the bare students and say what was made. Raises UserError if one of several diverged."""
+    lines, runs = [], []
+    for apprentice in (a for lesson in session.lessons if not lesson.over for a in lesson.apprentices):
         file = apprentice.deliver()
         best = f", best val nearest neighbour {apprentice.best:.2f} %" if apprentice.best >= 0 else ""
         lines.append(f"{apprentice.folder}: {what}, {file.name}{best}")
-    runs = [str(apprentice.folder) for apprentice in session.apprentices]
+        runs.append(str(apprentice.folder))
+    if over := [lesson.over for lesson in session.lessons if lesson.over]:
+        for line in lines:
+            say(line)
+        raise UserError(f"{' '.join(over)}. The other {len(lines)} students are finished")
     return {"summary": "\n".join(lines), "runs": runs, "steps": session.plan.steps}

@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.artifact import UserError
 from pipeline.imports import load
 from pipeline.menu import nearest
-from pipeline.method import Method, Recipe, Setting
+from pipeline.method import Method, Setting
 
 
 class Own:
@@ -24,9 +24,9 @@ class Own:
         return build(setting=setting, **options)
 
     @staticmethod
-    def published(place: str) -> Recipe:
-        """The recipe that the class itself gives."""
-        return named(place).recipe
+    def named(place: str) -> type[Method]:
+        """The class itself, whose recipe and needs count."""
+        return named(place)
 
 
 def named(place: str) -> type[Method]:

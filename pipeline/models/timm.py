@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.layers import PatchEmbed
 from timm.models import get_model_input_config, resolve_model_input_args
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.artifact import UserError
 from pipeline.menu import nearest
@@ -36,17 +36,39 @@ def model(asked: Options, name: str, /, **options: Any) -> Network:
         trained=bool(asked.pretrained),
         dialect=functools.partial(_dialect, name, asked.size, options, module),
         pool=_pool(module, name, asked.pool),
+        regions=_regions if hasattr(module, "forward_features") and hasattr(module, "forward_head") else None,
+        classifier=functools.partial(_classifier, name, asked.size, options) if asked.pretrained else None,
     )
 
 
-def _create(name: str, size: int | None, pretrained: bool, options: Mapping[str, Any], classes: int = 0) -> nn.Module:
+def _regions(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens (B, R, c) without class and register tokens, the model's output)"""
+    features = module.forward_features(images)
+    if features.dim() == 3:
+        tokens = features[:, getattr(module, "num_prefix_tokens", 0) :]
+    elif getattr(module, "output_fmt", "NCHW") == "NHWC":
+        tokens = features.flatten(1, 2)
+    else:
+        tokens = features.flatten(2).transpose(1, 2)
+    return tokens, module.forward_head(features)
+
+
+def _classifier(name: str, size: int | None, options: Mapping[str, Any]) -> nn.Module:
+    return _create(name, size, True, options, classes=None).get_classifier()  # type: ignore[operator]
+
+
+def _create(
+    name: str, size: int | None, pretrained: bool, options: Mapping[str, Any], classes: int | None = 0
+) -> nn.Module:
+    """classes: None for as many as the weights know."""
     source = re.match(r"(hf-hub|hf_hub|local-dir):", name)
     if not source and not timm.is_model(name.partition(".")[0]):
         known = timm.list_models()
         raise UserError(f"timm has no model {name!r}{nearest(name, known) or '.'} It knows {len(known)} others")
     try:
         wanted = {"img_size": size} if size else {}
-        resolved = resolve_model_input_args(name, wanted, num_classes=classes, **options)
+        known = {} if classes is None else {"num_classes": classes}
+        resolved = resolve_model_input_args(name, wanted, **known, **options)
         return timm.create_model(**resolved, pretrained=pretrained)
     except Exception as wrong:  # whatever a thousand constructors and a download may raise
         raise unbuilt(f"timm:{name}", size, wrong, _KEYS) from wrong

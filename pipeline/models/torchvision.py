@@ -3,8 +3,9 @@
 import functools
 from typing import Any
 
+import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from pipeline.artifact import UserError
@@ -29,14 +30,27 @@ def model(asked: Options, name: str, /, **options: Any) -> Network:
         if name.startswith(family):
             options = {**keyword(size), **options}
     module = _create(name, size, published if asked.pretrained else None, options)
-    removed = _without_classifier(module)
+    last, removed = _without_classifier(module)
     return Network(
         module,
         safe_name("torchvision", name),
         preprocessing,
         trained=bool(asked.pretrained),
         dialect=functools.partial(Dialect, frozenset(removed), functools.partial(resized, module)),
+        regions=_vit_regions if isinstance(module, VisionTransformer) else None,
+        classifier=functools.partial(_layer, last) if asked.pretrained else None,
     )
+
+
+def _layer(last: nn.Module) -> nn.Module:
+    return last
+
+
+def _vit_regions(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens (B, R, c) without the class token, the model's output), as VisionTransformer.forward has them."""
+    patches = module._process_input(images)
+    tokens = module.encoder(torch.cat([module.class_token.expand(len(patches), -1, -1), patches], 1))
+    return tokens[:, 1:], module.heads(tokens[:, 0])
 
 
 def _create(name: str, size: int, published: Any, options: dict[str, Any]) -> nn.Module:
@@ -60,8 +74,8 @@ def _preprocessing(published: Any) -> Preprocessing:
     return Preprocessing(size, tuple(preset.mean), tuple(preset.std), preset.interpolation.value, ratio)
 
 
-def _without_classifier(module: nn.Module) -> set[str]:
-    """Replace the last layer of the classifier by nn.Identity and return the names of what is gone."""
+def _without_classifier(module: nn.Module) -> tuple[nn.Module, set[str]]:
+    """Replace the last layer of the classifier by nn.Identity -> (that layer, the names of all that is gone)."""
     before = set(module.state_dict())
     heads = [name for name in ("fc", "classifier", "head", "heads") if hasattr(module, name)]
     layers = [
@@ -71,13 +85,14 @@ def _without_classifier(module: nn.Module) -> set[str]:
         if isinstance(layer, (nn.Linear, nn.Conv2d))  # SqueezeNet's last layer is a convolution
     ]
     parent, _, last = layers[-1].rpartition(".")
+    layer = module.get_submodule(layers[-1])
     setattr(module.get_submodule(parent), last, nn.Identity())
     if hasattr(module, "aux_logits"):  # Inception and GoogLeNet: classifiers on the way, which train() would return
         module.aux_logits = False  # type: ignore[assignment]
         for side in ("AuxLogits", "aux1", "aux2"):
             if hasattr(module, side):
                 setattr(module, side, None)
-    return before - set(module.state_dict())
+    return layer, before - set(module.state_dict())
 
 
 def resized(module: nn.Module, state: State) -> State:

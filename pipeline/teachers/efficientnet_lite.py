@@ -22,7 +22,7 @@ def model(asked: Options, variant: int, /) -> Network:
     name = f"efficientnet-lite{variant}"
     size = asked.size or _SIZES[variant]
     module = EfficientNet.from_name(name, image_size=size)  # its "same" padding is laid out for one size
-    classifier = frozenset(f"_fc.{key}" for key in module._fc.state_dict())
+    layer, classifier = module._fc, frozenset(f"_fc.{key}" for key in module._fc.state_dict())
     module._fc = nn.Identity()
     dialect = functools.partial(weights.Dialect, classifier)
     if asked.pretrained:
@@ -34,7 +34,14 @@ def model(asked: Options, variant: int, /) -> Network:
         trained=bool(asked.pretrained),
         dialect=dialect,
         features=_features,
+        classifier=functools.partial(_classifier, layer, variant) if asked.pretrained else None,
     )
+
+
+def _classifier(layer: nn.Module, variant: int) -> nn.Module:
+    tensors = weights.read(_published(variant))
+    layer.load_state_dict({key: tensors[f"_fc.{key}"] for key in layer.state_dict()})
+    return layer
 
 
 def _features(module: nn.Module, images: Tensor) -> Tensor:

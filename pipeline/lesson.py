@@ -1,0 +1,185 @@
+"""A lesson: one method and the students it teaches, one step after another, and their checkpoints."""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import checkpoint, philox
+from pipeline.apprentice import Apprentice
+from pipeline.artifact import UserError
+from pipeline.embed import autocast
+from pipeline.method import Batch, Method, Outputs
+from pipeline.schedule import Schedule
+from pipeline.storage import Folder
+
+OPTIMIZERS = ("sgd", "adamw")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an apprentice learns. lr is the base rate of the whole step's batch."""
+
+    optimizer: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    norm_decay: bool  # weight decay on norms and biases too
+    schedule: Schedule
+    clip: float | None  # largest gradient norm
+    ema: float | None  # decay of the averaged student
+    precision: str
+    seed: int
+
+
+class Diverged(UserError):
+    """A loss or weights that are not finite: this lesson is over, others may go on."""
+
+
+class Lesson:
+    """One method with its student, or with all its peers, who succeed, fail and resume together.
+
+    What comes of it does not depend on who else learns in the same run.
+    """
+
+    def __init__(self, apprentices: Sequence[Apprentice], method: Method, training: Training):
+        self.apprentices, self.method, self.training = list(apprentices), method, training
+        named = "+".join(apprentice.student.spec for apprentice in apprentices)
+        self.seed = training.seed ^ (zlib.crc32(named.encode()) << 32)
+        self.students = nn.ModuleList([apprentice.student for apprentice in apprentices])
+        self.optimizer = optimizer(training, nn.ModuleList([*self.students, method]))
+        place = next(self.students.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(place, enabled=training.precision == "fp16")
+        self.start = 0  # steps it had behind it when it was restored
+        self.over = ""  # why it ended early
+
+    def step(self, batch: Batch, done: float, measure: bool = False) -> list[dict[str, float]]:
+        """One step at `done` of the run, in [0, 1) -> {"loss"} of each student.
+
+        `measure` adds {"lr", "spread", "agreement"}. Randomness (dropout, stochastic depth) is a
+        function of (seed, step, students). Raises Diverged if a loss is not finite.
+        """
+        self.students.train()
+        self.method.train()
+        torch.manual_seed(int(philox.words(self.seed, philox.PICK, batch.step, 0, 2).view("<u8")[0] >> 1))
+        rate = self.training.lr * self.training.schedule(done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(batch.images[0].device, self.training.precision):
+            outputs = [self._look(batch, number) for number in range(len(self.apprentices))]
+            losses = self.method(batch, outputs)
+        rows = [{"loss": float(loss.detach())} for loss in losses]
+        for row in rows:
+            if not math.isfinite(row["loss"]):
+                raise self._diverged(f"the loss is {row['loss']}", batch.step)
+        self.scaler.scale(torch.stack(losses).sum() if len(losses) > 1 else losses[0]).backward()
+        if self.training.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.training.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for apprentice in self.apprentices:
+            apprentice.follow()
+        self.method.after_step(batch)
+        if measure:
+            for row, out in zip(rows, outputs, strict=True):
+                row |= {"lr": rate, **_measures(out["embedding"], batch.teacher.get("embedding"))}
+        return rows
+
+    def _look(self, batch: Batch, number: int) -> Outputs:
+        """What a student makes of its views and crops: (B, W, ...) and (B, L, ...) by name."""
+        wanted, forward = self.method.needs.outputs, self.apprentices[number].forward
+        names = [name for name in wanted if not name.startswith("local_")]
+        out = _unflatten(forward(batch.images[number], names), len(batch.rows))
+        if local := [name for name in wanted if name.startswith("local_")]:
+            plain = [name.removeprefix("local_") for name in local]
+            seen = _unflatten(forward(batch.local_images[number], plain), len(batch.rows))
+            out |= {f"local_{name}": value for name, value in seen.items()}
+        return out
+
+    def _diverged(self, what: str, step: int) -> Diverged:
+        folders = " and ".join(str(apprentice.folder) for apprentice in self.apprentices)
+        return Diverged(
+            f"{folders}: {what} at step {step} (learning rate {self.optimizer.param_groups[0]['lr']:g}, precision "
+            f"{self.training.precision}); the last checkpoint before it is kept. Likely causes: a rate too high "
+            "(lower --lr, add --warmup-epochs or --clip 1), fp16 overflow (--precision bf16), a temperature too low"
+        )
+
+    def parts(self, apprentice: Apprentice) -> dict[str, Any]:
+        """Everything a checkpoint of one student holds, by name: peers' files share all but the student."""
+        return {
+            **apprentice.parts(), "method": self.method, "optimizer": self.optimizer, "scaler": self.scaler
+        }  # fmt: skip
+
+    def save(self, step: int) -> None:
+        """A checkpoint in each student's folder. Raises Diverged if anything learned is not finite."""
+        tensors = [*self.students.state_dict().values(), *self.method.parameters()]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise self._diverged("weights are not finite", step)
+        for apprentice in self.apprentices:
+            checkpoint.save(apprentice.folder / "checkpoints", step, self.parts(apprentice))
+
+    def keep_best(self, apprentice: Apprentice, score: float, step: int) -> None:
+        """best.pt, if the score is better than all before."""
+        if score > apprentice.best:
+            apprentice.best = score
+            data = checkpoint.spell({"step": step, **self.parts(apprentice)})
+            Folder(apprentice.folder).put("checkpoints/best.pt", data)
+
+    def restore(self) -> None:
+        """Back to the newest checkpoint that all its students have, or stay at step 0 where there is none."""
+        homes = [apprentice.folder / "checkpoints" for apprentice in self.apprentices]
+        for home in homes:
+            Folder(home).sweep()
+        common = set.intersection(*(set(checkpoint.steps(home)) for home in homes))
+        if not common:
+            return
+        self.start = max(common)
+        for apprentice, home in zip(self.apprentices, homes, strict=True):
+            saved = checkpoint.restore(home / f"step-{self.start:08d}.pt", self.parts(apprentice))
+            apprentice.best = saved["best"]
+
+
+def _unflatten(outputs: dict[str, Tensor], images: int) -> Outputs:
+    return {name: value.unflatten(0, (images, -1)) for name, value in outputs.items()}
+
+
+def _measures(student: Tensor, teacher: Tensor | None) -> dict[str, float]:
+    z = student.detach().flatten(0, 1)
+    out = {"spread": spread(z)}
+    if teacher is not None and teacher.shape[:2] == student.shape[:2]:
+        out["agreement"] = agreement(z, teacher.flatten(0, 1))
+    return out
+
+
+def optimizer(training: Training, modules: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW over two groups: with weight decay, and (norms, biases) without if so asked."""
+    with_decay = [p for p in modules.parameters() if p.requires_grad and (training.norm_decay or p.ndim > 1)]
+    without = [p for p in modules.parameters() if p.requires_grad and not (training.norm_decay or p.ndim > 1)]
+    groups: list[dict[str, Any]] = [{"params": with_decay, "weight_decay": training.weight_decay}]
+    groups += [{"params": without, "weight_decay": 0.0}] if without else []
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum)
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=training.lr, betas=(training.momentum, 0.999))
+    raise UserError(f"unknown optimizer {training.optimizer!r}. Known: {', '.join(OPTIMIZERS)}")
+
+
+def spread(z: Tensor) -> float:
+    """Standard deviation of unit embeddings (n, d) about their mean, 1 if they fill the sphere, 0 if collapsed."""
+    u = z.float() / z.float().norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return float((u - u.mean(0)).pow(2).sum(1).mean().sqrt())
+
+
+def agreement(z: Tensor, t: Tensor) -> float:
+    """Share of rows, in percent, whose nearest neighbour in the batch is the same for z (n, d) and t (n, D)."""
+    nearest = []
+    for x in (z.float(), t.float()):
+        u = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        nearest.append((u @ u.T).fill_diagonal_(-2.0).argmax(1))
+    return 100.0 * float((nearest[0] == nearest[1]).float().mean())
