@@ -89,7 +89,7 @@ def _shard(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
         for name in ("status", "content"):
             if artifact.digest(np.ascontiguousarray(store.table(name, rows)).tobytes()) != record[name]:
                 return f"{name} differs from the done record"
-        for name in store.arrays:
+        for name in store.arrays_of(span[0]):
             for j, view in enumerate(range(*span)):
                 if view_digest(*store.stored(name, view, rows)) != record["digest"][name][j]:
                     return f"{name} of view {view} differs from the done record"

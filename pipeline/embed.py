@@ -1,7 +1,7 @@
 """Data set -> views -> frozen model -> store: the one loop behind every export of features."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
@@ -13,7 +13,8 @@ import torch
 from pipeline.images import GOOD, NOT_FINITE, REASONS
 from pipeline.loader import Eyes, Piece, feed, pieces_of
 from pipeline.model import Embedder
-from pipeline.store import FeatureStore, Shard, batches
+from pipeline.philox import LOCAL
+from pipeline.store import FeatureStore, Shard, batches, is_local
 from pipeline.views import ViewSpec
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,19 +35,21 @@ class Cost:
 
 @dataclass
 class Forward:
-    """A frozen model on a device: (B, 3, S, S) uint8 -> (B, D) float32 on the host."""
+    """A frozen model on a device: (B, 3, S, S) uint8 -> {output: (B, ...) float32 on the host}."""
 
     embedder: Embedder
     device: torch.device
     precision: str = "fp32"
     batch_size: int = 64
+    names: Sequence[str] = ("embedding",)  # what is wanted of it, see Embedder.outputs
     channels_last: bool = True
 
     def __post_init__(self) -> None:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        self.embedder.equip(self.names)
         self.embedder.eval().requires_grad_(False).to(self.device).to(memory_format=layout)
 
-    def __call__(self, pixels: torch.Tensor) -> np.ndarray:
+    def __call__(self, pixels: torch.Tensor, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """A ragged batch is padded to the full one, so that every row meets the same arithmetic."""
         n = len(pixels)
         if n < self.batch_size:
@@ -55,7 +58,8 @@ class Forward:
             images = self.embedder.prepare(pixels.to(self.device, non_blocking=True))
             if self.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            return self.embedder(images)[:n].float().cpu().numpy()
+            made = self.embedder.outputs(images, names or self.names)
+            return {name: out[:n].float().cpu().numpy() for name, out in made.items()}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -84,9 +88,11 @@ def embed(
     shards = store.pending() if shards is None else shards
     plan = [(shard, a, b) for shard in shards for a, b in batches(shard, forward.batch_size)]
     size, how = forward.embedder.preprocessing.size, forward.embedder.preprocessing.interpolation
-    cut = [pieces_of(a, b, shard.views, size) for shard, a, b in plan]
+    small = store.identity.get("local", {}).get("size", 0)
+    cut = [pieces_of(a, b, *_kinds(shard.views, size, small)) for shard, a, b in plan]
     pieces = [piece for part in cut for piece in part]
-    sights = feed(Eyes(dataset, spec, store.table("view_key"), [(size, how)], pieces), workers, threads)
+    eyes = Eyes(dataset, spec, store.table("view_key"), [(size, how)], pieces, [(small, how)])
+    sights = feed(eyes, workers, threads)
     cost, began = Cost(), time.monotonic()
     rows: list[_Rows] = []
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
@@ -112,38 +118,64 @@ def embed(
     return cost
 
 
+def _kinds(views: Sequence[int], size: int, small: int) -> tuple[list[int], int, list[int], int]:
+    """(global views, their side, local crops, their side)"""
+    return [v for v in views if not v & LOCAL], size, [v for v in views if v & LOCAL], small
+
+
+Stored = tuple[np.ndarray, np.ndarray | None]  # (n, V, ...) as the codec keeps it, and its scales
+
+
 @dataclass
 class _Rows:
     """One batch of rows, encoded: what a shard is made of."""
 
-    stored: np.ndarray  # (n, V, D)
-    scale: np.ndarray | None  # (n, V)
+    stored: dict[str, Stored]  # by array
     status: np.ndarray
     content: np.ndarray
     bad: dict[int, str]
 
 
 def _embed_rows(store: FeatureStore, forward: Forward, part: list[Piece], seen: list[Any]) -> _Rows:
-    pixels = seen[0].pixels[0] if len(seen) == 1 else torch.cat([s.pixels[0] for s in seen])  # (n, V, 3, S, S)
     numbers = np.concatenate([piece.rows for piece in part])
     status, content = np.concatenate([s.status for s in seen]), np.concatenate([s.content for s in seen])
     bad: dict[int, str] = {i: why for s in seen for i, why in s.bad.items()}
-    features = np.stack([forward(pixels[:, j]) for j in range(pixels.shape[1])], axis=1)  # (n, V, D)
-    codec = store.codecs["embedding"]
-    fits = (np.abs(features) <= codec.limit).all(-1)  # NaN and infinity compare false or too large
-    fits &= np.isfinite(features).all(-1)
-    for j in np.flatnonzero((status == GOOD) & ~fits.all(-1)):
-        status[j] = NOT_FINITE
-        views = np.flatnonzero(~fits[j])
-        bad[int(numbers[j])] = f"{REASONS[NOT_FINITE]} (view {part[0].views[0][views[0]]}, as {codec.name})"
-    features[status != GOOD] = 0
-    stored, scale = codec.encode(features)
-    return _Rows(stored, scale, status, content, bad)
+    features = _outputs(store, forward, "", [s.pixels[0] for s in seen])
+    if part[0].local is not None:
+        features |= _outputs(store, forward, "local_", [s.local[0] for s in seen])
+    for name, values in features.items():
+        codec, views = store.codecs[name], part[0].local if is_local(name) else part[0].views
+        fits = (np.abs(values) <= codec.limit) & np.isfinite(values)  # NaN and infinity compare false or too large
+        fits = fits.all(tuple(range(2, values.ndim)))  # (n, V)
+        for j in np.flatnonzero((status == GOOD) & ~fits.all(-1)):
+            status[j] = NOT_FINITE
+            assert views is not None
+            view = views[0][np.flatnonzero(~fits[j])[0]]
+            bad[int(numbers[j])] = f"{REASONS[NOT_FINITE]} ({name}, view {view}, as {codec.name})"
+    stored = {}
+    for name, values in features.items():
+        values[status != GOOD] = 0
+        stored[name] = store.codecs[name].encode(values)
+    return _Rows(stored, status, content, bad)
+
+
+def _outputs(store: FeatureStore, forward: Forward, kind: str, seen: list[torch.Tensor]) -> dict[str, np.ndarray]:
+    """{array: (n, V, ...) float32} of the global views, or the `local_` crops, whose pixels these are."""
+    pixels = seen[0] if len(seen) == 1 else torch.cat(seen)  # (n, V, 3, S, S)
+    arrays = [name for name in store.arrays if is_local(name) == bool(kind)]
+    if not arrays or not pixels.shape[1]:
+        return {name: np.zeros((len(pixels), 0, *store.arrays[name]), np.float32) for name in arrays}
+    names = [name.removeprefix("local_") for name in arrays]
+    views = [forward(pixels[:, j], names) for j in range(pixels.shape[1])]
+    return {f"{kind}{name}": np.stack([made[name] for made in views], axis=1) for name in names}
 
 
 def _write(store: FeatureStore, shard: Shard, rows: list[_Rows]) -> None:
-    scale = None if rows[0].scale is None else np.concatenate([r.scale for r in rows if r.scale is not None])
-    features: Mapping[str, Any] = {"embedding": (np.concatenate([r.stored for r in rows]), scale)}
+    features: dict[str, Stored] = {}
+    for name in rows[0].stored:
+        parts = [r.stored[name] for r in rows]
+        scales = [scale for _, scale in parts if scale is not None]
+        features[name] = np.concatenate([p for p, _ in parts]), np.concatenate(scales) if scales else None
     bad = {i: why for r in rows for i, why in r.bad.items()}
     status, content = np.concatenate([r.status for r in rows]), np.concatenate([r.content for r in rows])
     store.write(shard, features, status, content, bad)

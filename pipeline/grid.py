@@ -16,6 +16,7 @@ from pipeline.codecs import Codec
 from pipeline.storage import Folder, Storage
 
 GROUP = "features.zarr"
+OUTPUTS = ("embedding", "projection", "logits", "regions")  # of a model, and the arrays they are kept in
 VIEW_BLOCK = 4
 CHUNK_ROWS = 1024
 TABLE_ROWS = 2**20
@@ -63,12 +64,13 @@ def grids(identity: Mapping[str, Any], codecs: Mapping[str, Codec]) -> dict[str,
     return out
 
 
-def layout(cuts: Mapping[str, Grid], images: int, views: int) -> dict[str, bytes]:
-    """{key: bytes} of the Zarr metadata of the group and of these arrays."""
+def layout(cuts: Mapping[str, Grid], images: int, views: Mapping[str, int]) -> dict[str, bytes]:
+    """{key: bytes} of the Zarr metadata of the group and of these arrays; views: of each feature array."""
     small = {f"{GROUP}/zarr.json": json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}).encode()}
     for name, grid in cuts.items():
         files: dict[str, Any] = {}
-        _create(files, name, (images, views, *grid.shards[2:])[: len(grid.shards)], grid)
+        extent = views.get(name.removesuffix("_scale"), 0)
+        _create(files, name, (images, extent, *grid.shards[2:])[: len(grid.shards)], grid)
         small[f"{GROUP}/{name}/zarr.json"] = files[f"{name}/zarr.json"].to_bytes()
     return small
 

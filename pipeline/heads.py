@@ -8,14 +8,27 @@ shapes say what the layers are; a number that is left out is an activation.
 import re
 from collections.abc import Mapping
 
+import safetensors.torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.artifact import UserError
+from pipeline.storage import Storage
 
+HEADS = "heads.safetensors"  # beside the arrays of a store
 Tensors = Mapping[str, Tensor]
 _LAYER = re.compile(r"^(?:(?P<stem>.*?)\.)?(?:mlp\.)?(?P<number>\d+)\.(?P<kind>[a-z_]+)$")
 _SINGLE = re.compile(r"^(?:(?P<stem>.*)\.)?(?P<kind>weight|bias)$")
+
+
+def spell(tensors: Tensors) -> bytes:
+    """Tensors as a safetensors file."""
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def beside(storage: Storage) -> dict[str, Tensor]:
+    """The teacher's frozen heads that a store keeps; {} if it keeps none."""
+    return safetensors.torch.load(storage.get(HEADS)) if storage.exists(HEADS) else {}
 
 
 def groups(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
@@ -45,19 +58,20 @@ class Projection(nn.Sequential):
         """
         layers: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
-            number, _, kind = name.partition(".")
-            if number != "last_layer":
-                layers.setdefault(int(number), {})[kind] = tensor
-        self_normed = any(name.startswith("last_layer.") for name in tensors)
-        gelu = activation == "gelu" or (activation == "auto" and self_normed)
+            place, _, kind = name.partition(".")
+            if place != "last_layer":
+                layers.setdefault(int(place), {})[kind] = tensor
+        dino = any(name.startswith("last_layer.") for name in tensors)
+        gelu = activation == "gelu" or (activation == "auto" and dino)
         modules: list[nn.Module] = []
+        before = min(layers)
         for number in sorted(layers):
-            if modules and number > before + 1:
+            if number > before + 1:
                 modules.append(nn.GELU() if gelu else nn.ReLU())
             modules.append(_layer(number, layers[number]))
             before = number
         super().__init__(*modules)
-        self.unit = self_normed
+        self.unit = dino
         self.eval().requires_grad_(False)
 
     def forward(self, embedding: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def _quiet(_: int) -> None:
 def pieces_of(
     start: int, stop: int, views: Sequence[int], size: int, local: Sequence[int] = (), local_size: int = 0
 ) -> list[Piece]:
-    """Rows start..stop-1, all in the same views and local crops, cut so that a piece's pixels stay below PIECE_BYTES."""
+    """Rows start..stop-1, in the same views and local crops, cut so that a piece's pixels stay below PIECE_BYTES."""
     step = max(1, PIECE_BYTES // (3 * (len(views) * size * size + len(local) * local_size * local_size)))
     cuts = [np.arange(a, min(a + step, stop)) for a in range(start, stop, step)]
     return [Piece(rows, _same(views, rows), _same(local, rows) if local else None) for rows in cuts]

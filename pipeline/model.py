@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from pipeline import heads, weights
 from pipeline.artifact import UserError
+from pipeline.grid import OUTPUTS
 from pipeline.menu import nearest
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 Pool = Literal["auto", "avg", "cls", "max", "none"]
-OUTPUTS = ("embedding", "projection", "logits", "regions")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Embedder(nn.Module):
         """Be ready for `outputs` of these names, and know their `shapes`. Raises UserError for what it has not."""
         for name in (name for name in names if name not in self.shapes):
             if name not in OUTPUTS:
-                raise UserError(f"a model has no output {name!r}{nearest(name, OUTPUTS) or '.'} Known: {', '.join(OUTPUTS)}")
+                raise UserError(f"a model has no output {name!r}. Known: {', '.join(OUTPUTS)}")
             if name in ("projection", "logits"):
                 head = self._projection() if name == "projection" else self._classifier()
                 self.heads[name] = head.to(next(self.backbone.parameters()).device)
@@ -281,7 +281,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

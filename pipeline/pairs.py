@@ -14,8 +14,8 @@ import numpy as np
 from pipeline import philox
 from pipeline.artifact import UserError
 from pipeline.loader import Piece
+from pipeline.philox import FRESH, LOCAL
 from pipeline.store import FeatureStore
-from pipeline.views import FRESH, LOCAL
 
 PAIRINGS = ("same", "fresh", "cross")
 

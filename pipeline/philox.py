@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-VIEW, LOCAL, ORDER, PAIRING, BANK, PICK = range(6)  # streams: never renumber, stores depend on them
+VIEW, ORDER, PAIRING, BANK, PICK = 0, 2, 3, 4, 5  # streams: never renumber, stores depend on them
+FRESH = 2**31  # view numbers with this bit are never stored: a student's own, `--pairing fresh`
+LOCAL = 2**30  # view numbers with this bit are small crops, apart from the global views
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85

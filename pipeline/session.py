@@ -179,8 +179,8 @@ class Session:
         if not np.isfinite(sums).all():
             j = int(np.flatnonzero(~np.isfinite(sums))[0])
             raise UserError(
-                f"{self.store.storage}: {name} of image {self.dataset.ids[int(rows[j])]} in view {int(views[j])} is not "
-                "finite; find the damage with compress verify"
+                f"{self.store.storage}: {name} of image {self.dataset.ids[int(rows[j])]} in view {int(views[j])} is "
+                "not finite; find the damage with compress verify"
             )
 
     def _require_unchanged(self, batch: Batch, sight: Sight) -> None:

@@ -19,6 +19,7 @@ from pipeline.artifact import UserError
 from pipeline.codecs import Codec, codec
 from pipeline.grid import GROUP, UNWRITTEN, VIEW_BLOCK, Grid, grids, layout, open_group, table_files
 from pipeline.images import GOOD, REASONS
+from pipeline.philox import LOCAL
 from pipeline.storage import Folder, Storage
 
 COPY = "copy"  # second copies of the manifest, of the Zarr metadata and of the tables
@@ -57,20 +58,29 @@ class FeatureStore:
         self.arrays: dict[str, tuple[int, ...]] = {k: tuple(s) for k, s in self.identity["arrays"].items()}
         self.codecs: dict[str, Codec] = array_codecs(self.identity)
         self.grids: dict[str, Grid] = grids(self.identity, self.codecs)
+        crops = self.identity.get("local", {}).get("views", 0)
+        self.local: tuple[int, ...] = tuple(range(LOCAL, LOCAL + crops))  # numbers of the local crops
 
     @classmethod
     def make(
-        cls, storage: Storage, identity: Mapping[str, Any], about: Mapping[str, Any], tables: Mapping[str, Any]
+        cls,
+        storage: Storage,
+        identity: Mapping[str, Any],
+        about: Mapping[str, Any],
+        tables: Mapping[str, Any],
+        files: Mapping[str, bytes] | None = None,
     ) -> "FeatureStore":
         """Claim a folder for a store, or open the one that is there; more views than it has is growth.
 
         identity: {"data": {"images", ...}, "arrays": {name: shape of one (i, v)}, "shard_rows", "codec", ...}
-        about: {"views": V, ...}; tables: {"sample_id": (N,) str, "label": (N,), "view_key": (N,)}.
+        about: {"views": V, ...}; tables: {"sample_id": (N,) str, "label": (N,), "view_key": (N,)};
+        files: {key: bytes} of what else belongs to the store, such as the teacher's heads.
         Raises Mismatch if it was made with other settings, UserError for fewer views than it has.
         """
         if not storage.exists(artifact.MANIFEST):
             cuts = grids(identity, array_codecs(identity))
-            small = layout(cuts, identity["data"]["images"], about["views"]) | table_files(tables)
+            small = layout(cuts, identity["data"]["images"], _extents(identity, about["views"]))
+            small |= table_files(tables) | dict(files or {})
             about = {**about, "small": {key: artifact.digest(data) for key, data in small.items()}}
             artifact.claim(storage, "store", identity, about)
             cls(storage)._put_small(small)
@@ -85,15 +95,30 @@ class FeatureStore:
             )
         last = f"{COPY}/{artifact.MANIFEST}"
         if not storage.exists(last) or storage.get(last) != artifact.spell(store.manifest):
-            small = layout(store.grids, store.images, store.views) | table_files(tables)
-            store._put_small(small)  # killed while it was being made
+            small = layout(store.grids, store.images, _extents(store.identity, store.views)) | table_files(tables)
+            store._put_small(small | dict(files or {}))  # killed while it was being made
         if about["views"] > store.views:
             store._grow(about["views"])
         return cls(storage)
 
     @property
     def views(self) -> int:
+        """Global views; local crops are counted in `local`."""
         return self.about["views"]
+
+    @property
+    def all_views(self) -> list[int]:
+        """Numbers of all that is stored of an image."""
+        return [*range(self.views), *self.local]
+
+    def arrays_of(self, view: int) -> list[str]:
+        """Names of the feature arrays that hold this view."""
+        return [name for name in self.arrays if is_local(name) == bool(view & LOCAL)]
+
+    def _block_of(self, first: int) -> range:
+        """The views of the view block that begins with `first`."""
+        end = LOCAL + len(self.local) if first & LOCAL else self.views
+        return range(first, min(first + VIEW_BLOCK, end))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,7 +139,7 @@ class FeatureStore:
     def pending(self) -> list[Shard]:
         """Row blocks with views that are not done, in order."""
         done = self.done()
-        wanted = set(range(self.views))
+        wanted = set(self.all_views)
         out = []
         for block in range(-(-self.images // self.rows)):
             spans = done.get(block, [])
@@ -130,10 +155,10 @@ class FeatureStore:
 
     def require_complete(self, views: Sequence[int] | None = None) -> None:
         """Raises UserError if any (i, v) of these views (all of them unless given) is not done."""
-        wanted = set(range(self.views) if views is None else views)
-        if over := [v for v in wanted if v >= self.views]:
+        wanted = set(self.all_views if views is None else views)
+        if over := wanted.difference(self.all_views):
             raise UserError(
-                f"{self.storage} holds views 0 to {self.views - 1}, but view {over[0]} was asked for; "
+                f"{self.storage} holds views 0 to {self.views - 1}, but view {max(over)} was asked for; "
                 f"repeat its export-teacher command with --views {max(over) + 1}"
             )
         total = -(-self.images // self.rows)
@@ -161,9 +186,9 @@ class FeatureStore:
                 if (key := self._chunk_key(name, (block,))) not in there and not self._is_fill(name, block, wanted[0]):
                     gone.append(key)
             for first, stop in wanted:
-                for name in self.arrays:
+                for name in self.arrays_of(first):
                     names = [name, f"{name}_scale"] if self.codecs[name].scaled else [name]
-                    keys = [self._chunk_key(part, (block, first // VIEW_BLOCK)) for part in names]
+                    keys = [self._chunk_key(part, (block, column(first) // VIEW_BLOCK)) for part in names]
                     missing = [key for key in keys if key not in there]
                     if missing and not self._is_fill(name, block, (first, stop)):
                         gone += missing
@@ -212,8 +237,8 @@ class FeatureStore:
 
     def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
         """What lies on disk of one view: ((n, ...) as the codec keeps it, (n, ...) scale or None)."""
-        stored = self._read(name, (rows, view))
-        return stored, self._read(f"{name}_scale", (rows, view)) if self.codecs[name].scaled else None
+        stored = self._read(name, (rows, column(view)))
+        return stored, self._read(f"{name}_scale", (rows, column(view))) if self.codecs[name].scaled else None
 
     def read(self, name: str, view: int, rows: slice = slice(None)) -> np.ndarray:
         """(n, ...) float32 features of one view."""
@@ -254,16 +279,16 @@ class FeatureStore:
             status, bad, stale = self._as_before(shard, held, status, content, bad)
         records = []
         for first in sorted({v - v % VIEW_BLOCK for v in shard.views} | stale):
-            views = range(first, min(first + VIEW_BLOCK, self.views))
+            views, place = self._block_of(first), (shard.block, column(first) // VIEW_BLOCK)
             digests: dict[str, list[str]] = {}
-            for name in self.arrays:
+            for name in self.arrays_of(first):
                 stored, scale = self._merge(name, shard, views, features[name])
                 if np.any(status != GOOD):  # a bad image is zero in every view, whichever view found it out
                     stored = np.where(_along(status == GOOD, stored), stored, stored.dtype.type(0))
                     scale = None if scale is None else np.where(_along(status == GOOD, scale), scale, np.float32(0))
-                self._put_chunk(name, (shard.block, first // VIEW_BLOCK), stored)
+                self._put_chunk(name, place, stored)
                 if scale is not None:
-                    self._put_chunk(f"{name}_scale", (shard.block, first // VIEW_BLOCK), scale)
+                    self._put_chunk(f"{name}_scale", place, scale)
                 digests[name] = [
                     view_digest(stored[:, j], None if scale is None else scale[:, j]) for j in range(len(views))
                 ]
@@ -308,13 +333,14 @@ class FeatureStore:
         self, name: str, shard: Shard, views: range, new: tuple[np.ndarray, np.ndarray | None]
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """One shard's content: the new views, and what a ragged view block already held."""
-        if all(v in shard.views for v in views):
-            where = slice(shard.views.index(views.start), shard.views.index(views.start) + len(views))
+        made = [v for v in shard.views if is_local(name) == bool(v & LOCAL)]  # the columns of `new`
+        if all(v in made for v in views):
+            where = slice(made.index(views.start), made.index(views.start) + len(views))
             return new[0][:, where], None if new[1] is None else new[1][:, where]
         parts, scales = [], []
         for v in views:
-            if v in shard.views:
-                j = shard.views.index(v)
+            if v in made:
+                j = made.index(v)
                 stored, scale = new[0][:, j], None if new[1] is None else new[1][:, j]
             else:
                 stored, scale = self.stored(name, v, slice(shard.start, shard.stop))
@@ -335,7 +361,7 @@ class FeatureStore:
 
     def _grow(self, views: int) -> None:
         """More views: new metadata, then the manifest that knows them."""
-        small = layout(self.grids, self.images, views)
+        small = layout(self.grids, self.images, _extents(self.identity, views))
         digests = {**self.about["small"], **{key: artifact.digest(data) for key, data in small.items()}}
         for key, data in small.items():
             self.storage.put(key, data)
@@ -388,6 +414,22 @@ class FeatureStore:
 def array_codecs(identity: Mapping[str, Any]) -> dict[str, Codec]:
     """{name of a feature array: its codec}."""
     return {name: codec(identity["codec"]) for name in identity["arrays"]}
+
+
+def is_local(array: str) -> bool:
+    """Whether an array holds local crops."""
+    return array.startswith("local_")
+
+
+def column(view: int) -> int:
+    """The place of a view along the view axis of its arrays."""
+    return view & ~LOCAL
+
+
+def _extents(identity: Mapping[str, Any], views: int) -> dict[str, int]:
+    """{array: views along its axis}"""
+    local = identity.get("local", {}).get("views", 0)
+    return {name: local if is_local(name) else views for name in identity["arrays"]}
 
 
 def done_key(block: int, first: int, stop: int) -> str:

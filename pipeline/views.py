@@ -18,9 +18,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from pipeline import philox
 from pipeline.artifact import UserError
+from pipeline.philox import LOCAL
 
-FRESH = 2**31  # view numbers with this bit are never stored: a student's own, `--pairing fresh`
-LOCAL = 2**30  # view numbers with this bit are small crops, apart from the global views
 BLUR_REFERENCE = 224  # blur sigmas are in pixels of a 224-pixel crop and scale with the size rendered
 _LOG_RATIO = 0.2876820724517809  # ln(4/3): crops are 3:4 to 4:3
 _TRIES = 10

@@ -45,7 +45,7 @@ class Config:
     batch_size: int | None = flag(None, "images per step on a device", short="-b")
     pairing: str = flag("same", "same, fresh or cross: how student and teacher views go together")
     views: int | None = flag(None, "use only views 0 to this-1 of the store (default: all it has now)")
-    views_per_step: int | None = flag(None, "views of each image in a step, from one decode (default: 1, or the method's)")
+    views_per_step: int | None = flag(None, "views of each image in a step, from one decode (default: the method's)")
     image_size: int | None = flag(None, "side in pixels (default: the student's own)")
     seed: int = flag(0, "of order, initial weights and everything random in a step")
     optimizer: str | None = flag(None, "sgd or adamw")
@@ -252,7 +252,7 @@ def prepare(config: Config, store: "FeatureStore", dataset: "Dataset", plan: "Pl
 
 
 def training_of(config: Config, recipe: "Recipe", plan: "Plan") -> "Training":
-    from pipeline.apprentice import Training
+    from pipeline.lesson import Training
     from pipeline.schedule import Schedule
 
     rate = recipe.lr if config.lr is not None else recipe.lr * plan.batch / 256
@@ -268,6 +268,7 @@ def lessons_of(
     config: Config, store: "FeatureStore", plan: "Plan", training: "Training", device: Any
 ) -> list["Lesson"]:
     """Each student with a method of its own, or all of them as peers in one; everything from the seed."""
+    from pipeline import heads
     from pipeline.apprentice import Apprentice
     from pipeline.lesson import Lesson
     from pipeline.method import Setting
@@ -284,7 +285,7 @@ def lessons_of(
     for group in [hired] if peers else [[apprentice] for apprentice in hired]:
         setting = Setting(
             [apprentice.student for apprentice in group], store.arrays, plan.rows, int(plan.epoch_views(0)[1][0]),
-            config.seed, heads=store.heads(), images=store.images,
+            config.seed, heads=heads.beside(store.storage), images=store.images,
         )  # fmt: skip
         method = METHODS.order(config.method, setting=setting).to(device)
         method.suit(config.method, store.arrays, config.pairing)

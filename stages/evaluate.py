@@ -267,8 +267,9 @@ def fresh_features(
 ) -> "np.ndarray":
     """(n, d) features of crops and flips never seen before, one for each of these rows."""
     from pipeline.device import choose, loader_workers
+    from pipeline.philox import FRESH
     from pipeline.validation import view_features
-    from pipeline.views import FRESH, ViewSpec
+    from pipeline.views import ViewSpec
 
     device = choose(config.device)
     embedder = subject.build().to(device)

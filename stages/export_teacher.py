@@ -1,5 +1,6 @@
 """Dataset -> views -> frozen teacher -> feature store: each (i, v) once, ever."""
 
+import math
 import os
 import platform
 import time
@@ -14,6 +15,7 @@ from pipeline.artifact import UserError
 from pipeline.codecs import CODECS, codec
 from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
 from pipeline.interrupt import Interrupt
+from pipeline.menu import nearest
 from pipeline.progress import duration, meter, say, size
 from pipeline.scheduler import parse as parse_scheduler
 from pipeline.storage import Folder
@@ -42,8 +44,10 @@ class Config:
     views: int = flag(8, "views per image; view 0 is the plain one, the others are random")
     policy: str = flag("crop-flip", "what random views are: crop-flip, moco-v2, dino, none")
     image_size: int | None = flag(None, "side in pixels (default: the teacher's own)")
+    local_views: int = flag(0, "small crops per image besides, kept in arrays of their own")
+    local_size: int | None = flag(None, "their side in pixels (default: 3/7 of the views', as 96 is of 224)")
     seed: int = flag(0, "of the views")
-    keep: str = flag("embedding", "what to keep of the teacher's outputs")
+    keep: str = flag("embedding", "what to keep of the teacher: embedding,projection,logits,regions")
     codec: str = flag("int8", f"how features are stored: {', '.join(CODECS)}")
     batch_size: int = flag(64, "images per forward on a device", short="-b")
     workers: int | None = flag(None, "loader processes (default: one per core up to 16; 1 on CPU)", short="-j")
@@ -78,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
 
     device = choose(config.device)
     torch.manual_seed(0)  # a teacher with random weights is the same one every time
-    embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True)
+    embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True).equip(kept(config))
     spec = ViewSpec(config.policy, config.seed, embedder.preprocessing.crop_ratio)
     identity, about = describe(config, dataset, embedder, spec)
     if config.dry_run:
@@ -94,7 +98,7 @@ def run(config: Config) -> dict[str, Any]:
         artifact.claim(Folder(config.out), "store", identity)
         require_same(earlier["about"]["pixels"], dataset, spec, embedder.preprocessing, range(len(dataset)), allow=None)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
-    store = FeatureStore.make(Folder(config.out), identity, about, tables)
+    store = FeatureStore.make(Folder(config.out), identity, about, tables, head_file(embedder))
     pending = store.pending()
     rows = sum(shard.stop - shard.start for shard in pending)
     if not pending:
@@ -102,7 +106,7 @@ def run(config: Config) -> dict[str, Any]:
     on = str(device) if config.scheduler == "local" else config.scheduler
     say(f"{rows} of {store.images} images to embed, {store.views} views, on {on}, {embedder.width} dimensions")
     with Interrupt() as stop, meter("export", store.images, "images", store.images - rows) as bar:
-        forward = Forward(embedder, device, config.precision, config.batch_size)
+        forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
         work = Workshop(store, dataset, spec, forward)
         cost, failed = compute(config, work, pending, bar.advance, lambda: stop.requested)
         store.remember(event(config, cost, device))
@@ -198,7 +202,7 @@ def workshop(config: Config) -> Workshop:
         raise UserError(f"{config.teacher} has other weights on this worker than where the command was given")
     if dataset.fingerprint != store.identity["data"]["fingerprint"]:
         raise UserError(f"{config.data} holds other images on this worker than where the command was given")
-    forward = Forward(embedder, device, config.precision, config.batch_size)
+    forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
     return Workshop(store, dataset, ViewSpec(**store.identity["views"]), forward)
 
 
@@ -213,16 +217,46 @@ def check(config: Config) -> None:
             "workers": NOT_NEGATIVE,
             "shard_size": POSITIVE,
             "limit": POSITIVE,
+            "local_views": NOT_NEGATIVE,
+            "local_size": POSITIVE,
             "seed": (lambda x: 0 <= x < 2**64, "must be from 0 to 2**64 - 1"),
             "precision": one_of("fp32", "bf16", "fp16"),
             "policy": one_of("crop-flip", "moco-v2", "dino", "none"),
-            "keep": one_of("embedding"),
         },
     )
     codec(config.codec)
     parse_scheduler(config.scheduler)
-    if config.policy == "none" and config.views > 1:
+    kept(config)
+    if config.policy == "none" and (config.views > 1 or config.local_views):
         raise UserError(f"--policy none has one view, the plain one, not the {config.views} asked; use --views 1")
+
+
+def kept(config: Config) -> tuple[str, ...]:
+    """The teacher's outputs to keep, the embedding first. Raises UserError for an unknown one."""
+    from pipeline.grid import OUTPUTS
+
+    names = [name.strip() for name in config.keep.split(",") if name.strip()]
+    for name in names:
+        if name not in OUTPUTS:
+            hint = nearest(name, OUTPUTS) or "."
+            raise UserError(f"--keep {config.keep}: there is no output {name!r}{hint} Known: {', '.join(OUTPUTS)}")
+    return tuple(dict.fromkeys(["embedding", *names]))
+
+
+def arrays_of(config: Config, embedder: "Embedder") -> dict[str, list[int]]:
+    """{array: shape of one (i, v)}: what is kept, and of local crops what is a vector."""
+    arrays = {name: list(embedder.shapes[name]) for name in kept(config)}
+    if config.local_views:
+        arrays |= {f"local_{n}": arrays[n] for n in ("embedding", "projection") if n in arrays}
+    return arrays
+
+
+def head_file(embedder: "Embedder") -> dict[str, bytes]:
+    """{key: bytes} of the frozen heads set aside or used, to lie beside the arrays; nothing where there is none."""
+    from pipeline.heads import HEADS, spell
+
+    tensors = embedder.head_tensors()
+    return {HEADS: spell(tensors)} if tensors else {}
 
 
 def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dataset") -> None:
@@ -241,20 +275,23 @@ def describe(
     config: Config, dataset: "Dataset", embedder: "Embedder", spec: "ViewSpec"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(identity, about) of the store's manifest: what it is, and what may change."""
+    from pipeline.model import digest
     from pipeline.pixels import probe
     from pipeline.store import shard_rows
+    from pipeline.views import local_size
 
-    arrays = {"embedding": [embedder.width]}
+    arrays, heads = arrays_of(config, embedder), embedder.head_tensors()
     rows = config.shard_size or shard_rows(
         len(dataset), config.batch_size, arrays, codec(config.codec).dtype.itemsize
     )
-    identity = {
+    identity: dict[str, Any] = {
         "data": {"fingerprint": dataset.fingerprint, "images": len(dataset)},
         "teacher": {
             "name": embedder.name,
             "weights": embedder.digest(),
             "width": embedder.width,
             "preprocessing": embedder.preprocessing.record(),
+            **({"heads": digest(heads)} if heads else {}),
         },
         "views": spec.record(),
         "arrays": arrays,
@@ -263,6 +300,10 @@ def describe(
         "precision": config.precision,
         "shard_rows": rows,
     }
+    if config.local_views:
+        side = config.local_size or local_size(embedder.preprocessing.size)
+        embedder.require_size(side, "--local-size")
+        identity["local"] = {"views": config.local_views, "size": side}
     about = {
         "data": absolute(config.data, config.limit),
         "teacher": config.teacher,
@@ -295,24 +336,29 @@ def plan(config: Config, identity: Mapping[str, Any]) -> dict[str, Any]:
     import shutil
 
     from pipeline.grid import VIEW_BLOCK
+    from pipeline.store import is_local
 
     n, rows, kind = identity["data"]["images"], identity["shard_rows"], codec(identity["codec"])
-    per_view = sum(shape[-1] for shape in identity["arrays"].values()) * kind.dtype.itemsize + 4 * kind.scaled
-    blocks, view_blocks = -(-n // rows), -(-config.views // VIEW_BLOCK)
-    files = blocks * (view_blocks * (2 + kind.scaled) + 2)
+    blocks, files, total = -(-n // rows), 2 * -(-n // rows), 0
+    for name, shape in identity["arrays"].items():
+        views = config.local_views if is_local(name) else config.views
+        total += n * views * (math.prod(shape) * kind.dtype.itemsize + 4 * kind.scaled * math.prod(shape[:-1]))
+        files += blocks * -(-views // VIEW_BLOCK) * (1 + kind.scaled)
+    files += blocks * (-(-config.views // VIEW_BLOCK) + -(-config.local_views // VIEW_BLOCK))  # done records
     there = next(p for p in [config.out.absolute(), *config.out.absolute().parents] if p.exists())
     out = {
         "images": n,
         "views": config.views,
-        "forwards": n * config.views,
-        "bytes": n * config.views * per_view,
+        "forwards": n * (config.views + config.local_views),
+        "bytes": total,
         "files": files,
         "shard_rows": rows,
         "free_bytes": shutil.disk_usage(there).free,
     }
+    local = f" and {config.local_views} local crops" if config.local_views else ""
     text = (
-        f"dry run: {n} images x {config.views} views = {out['forwards']} forwards; {size(out['bytes'])} in {files} "
-        f"files, shards of {rows} rows; {size(out['free_bytes'])} free in {there}"
+        f"dry run: {n} images x {config.views} views{local} = {out['forwards']} forwards; {size(out['bytes'])} "
+        f"in {files} files, shards of {rows} rows; {size(out['free_bytes'])} free in {there}"
     )
     return {"summary": text, **out}
 

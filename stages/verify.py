@@ -202,7 +202,7 @@ def embed_again(
             changed = np.flatnonzero((sight.content != content[part]) | (sight.status != 0))
             if len(changed):
                 raise UserError(f"image {dataset.ids[int(part[changed[0]])]} changed since {config.store} was made")
-            out.append(forward(sight.pixels[0][:, 0]))
+            out.append(forward(sight.pixels[0][:, 0])["embedding"])
         return np.concatenate(out)
 
     return live

@@ -383,7 +383,7 @@ def test_a_method_of_the_users_own_is_built_from_its_file_with_its_keys(own: str
 
 
 def test_a_method_of_the_users_own_brings_its_own_recipe(own: str) -> None:
-    assert METHODS.resolve("python").published(f"{own.removeprefix('python:')}:Mine").lr == 0.7
+    assert METHODS.resolve("python").named(f"{own.removeprefix('python:')}:Mine").recipe.lr == 0.7
 
 
 def test_a_key_that_the_users_method_does_not_know_is_refused(own: str) -> None:
@@ -401,10 +401,8 @@ def test_what_is_no_method_is_refused(own: str) -> None:
 def test_a_method_says_what_it_lacks(own: str) -> None:
     learner = method(f"{own}:Mine", student())
     with pytest.raises(UserError, match="needs 'logits' of the teacher, which the store lacks"):
-        learner.suit("mine", {"embedding": (D,)}, "cross", 2)
+        learner.suit("mine", {"embedding": (D,)}, "cross")
     arrays = {"embedding": (D,), "logits": (10,)}
     with pytest.raises(UserError, match="mine needs --pairing cross, not same"):
-        learner.suit("mine", arrays, "same", 2)
-    with pytest.raises(UserError, match="mine needs --views-per-step 2 or more"):
-        learner.suit("mine", arrays, "cross", 1)
-    learner.suit("mine", arrays, "cross", 2)
+        learner.suit("mine", arrays, "same")
+    learner.suit("mine", arrays, "cross")

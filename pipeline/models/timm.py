@@ -67,8 +67,8 @@ def _create(
         raise UserError(f"timm has no model {name!r}{nearest(name, known) or '.'} It knows {len(known)} others")
     try:
         wanted = {"img_size": size} if size else {}
-        known = {} if classes is None else {"num_classes": classes}
-        resolved = resolve_model_input_args(name, wanted, **known, **options)
+        given = {**options} if classes is None else {**options, "num_classes": classes}
+        resolved = resolve_model_input_args(name, wanted, **given)
         return timm.create_model(**resolved, pretrained=pretrained)
     except Exception as wrong:  # whatever a thousand constructors and a download may raise
         raise unbuilt(f"timm:{name}", size, wrong, _KEYS) from wrong
