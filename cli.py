@@ -24,6 +24,7 @@ UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 
 COMMANDS = {
     "export-teacher": ("stages.export_teacher", "Run the frozen teacher once over every view and keep its embeddings."),
     "distill": ("stages.distill", "Train students from a store of teacher embeddings."),
+    "label-head": ("stages.label_head", "A linear head on stored embeddings, fitted to a few labels."),
     "evaluate": ("stages.evaluate", "Nearest neighbours, clusters and linear probes, with a report."),
     "inspect": ("stages.inspect", "What a store, run or evaluation is and how far it got."),
     "verify": ("stages.verify", "Every digest of a store, then the live teacher against a sample; --repair."),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,24 @@ class Apprentice:
         """Leave-one-out nearest-neighbour accuracy on `val`, view 0, in percent."""
         return leave_one_out(self.learned, val, spec, device, precision, workers)
 
-    def deliver(self) -> Path:
-        """Write student.safetensors: the bare backbone, as its own library names it, and how to feed it."""
+    def deliver(self, kept: Mapping[str, Tensor] | None = None) -> Path:
+        """Write student.safetensors: the bare backbone, as its own library names it, and how to feed it.
+
+        kept: what its method delivers besides, as head.safetensors.
+        """
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.learned.backbone.state_dict().items()}
         looks = json.dumps(self.learned.preprocessing.record())
         said = {"model": self.learned.spec, "preprocessing": looks, "digest": self.learned.digest()}
         data, home, name = spell(tensors, {"format": "pt", **said}), Folder(self.folder), "student.safetensors"
-        if not (home.exists(name) and home.get(name) == data):
-            home.put(name, data)
+        _put(home, name, data)
+        if kept:
+            _put(home, "head.safetensors", spell({k: v.detach().cpu().contiguous() for k, v in kept.items()}, {}))
         return self.folder / name
+
+
+def _put(home: Folder, name: str, data: bytes) -> None:
+    if not (home.exists(name) and home.get(name) == data):
+        home.put(name, data)
 
 
 def spell(tensors: dict[str, Tensor], said: dict[str, str]) -> bytes:

@@ -9,22 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Read = Callable[[Tensor, Tensor], Tensor]  # (n,) rows, (n,) views -> (n, D) float32 teacher features
+Read = Callable[[Tensor, Tensor, str], Tensor]  # (n,) rows, (n,) views, array of the store -> (n, D) float32
 
 
 class MemoryBank(nn.Module):
     """K slots with unit vectors in named columns, score first and push after the backward pass.
 
-    columns: {name: width}; `reread`: the columns that `fill` takes from the store.
+    columns: {name: width}; reread: {column: array of the store that `fill` takes it from}.
     Random slots are U(-s, s), s = sqrt(3 / d), so of expected norm 1 (the CompRess release's start).
     """
 
     rows: Tensor  # (K,) int64, -1 for a random slot
     views: Tensor  # (K,) int64
 
-    def __init__(self, size: int, columns: Mapping[str, int], *, reread: tuple[str, ...] = (), seed: int = 0):
+    def __init__(
+        self, size: int, columns: Mapping[str, int], *, reread: Mapping[str, str] | None = None, seed: int = 0
+    ):
         super().__init__()
-        self.size, self.names, self.reread = size, tuple(columns), reread
+        self.size, self.names, self.reread = size, tuple(columns), dict(reread or {})
         self.pointer = self.filled = 0
         self.register_buffer("rows", torch.full((size,), -1))
         self.register_buffer("views", torch.zeros(size, dtype=torch.int64))
@@ -32,7 +34,7 @@ class MemoryBank(nn.Module):
         for name, width in columns.items():
             reach = (3.0 / width) ** 0.5
             start = torch.empty(size, width).uniform_(-reach, reach, generator=generator)
-            self.register_buffer(f"column_{name}", start, persistent=name not in reread)
+            self.register_buffer(f"column_{name}", start, persistent=name not in self.reread)
 
     def __getitem__(self, name: str) -> Tensor:
         """(filled, width): the anchors there are."""
@@ -50,10 +52,10 @@ class MemoryBank(nn.Module):
 
     def fill(self, read: Read, block: int = 8192) -> None:
         """Read the columns in `reread` again, for the slots that hold an (i, v)."""
-        for name in self.reread:
+        for name, array in self.reread.items():
             column = getattr(self, f"column_{name}")
             for slots in torch.nonzero(self.rows >= 0).flatten().split(block):
-                column[slots] = unit(read(self.rows[slots], self.views[slots]).to(column.device))
+                column[slots] = unit(read(self.rows[slots], self.views[slots], array).to(column.device))
 
     @torch.no_grad()
     def push(self, rows: Tensor, views: Tensor, columns: Mapping[str, Tensor]) -> None:

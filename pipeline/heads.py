@@ -74,6 +74,10 @@ class Projection(nn.Sequential):
         self.unit = dino
         self.eval().requires_grad_(False)
 
+    def train(self, mode: bool = True) -> "Projection":
+        """It stays frozen, whatever it is part of."""
+        return super().train(False)
+
     def forward(self, embedding: Tensor) -> Tensor:
         out = super().forward(embedding)
         return F.normalize(out, dim=-1) if self.unit else out

@@ -14,10 +14,9 @@ from pipeline.apprentice import Apprentice
 from pipeline.artifact import UserError
 from pipeline.embed import autocast
 from pipeline.method import Batch, Method, Outputs
+from pipeline.optimizers import optimizer
 from pipeline.schedule import Schedule
 from pipeline.storage import Folder
-
-OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,10 @@ class Lesson:
         named = "+".join(apprentice.student.spec for apprentice in apprentices)
         self.seed = training.seed ^ (zlib.crc32(named.encode()) << 32)
         self.students = nn.ModuleList([apprentice.student for apprentice in apprentices])
-        self.optimizer = optimizer(training, nn.ModuleList([*self.students, method]))
+        self.optimizer = optimizer(
+            training.optimizer, nn.ModuleList([*self.students, method]), lr=training.lr, momentum=training.momentum,
+            weight_decay=training.weight_decay, norm_decay=training.norm_decay,
+        )  # fmt: skip
         place = next(self.students.parameters()).device.type
         self.scaler = torch.amp.GradScaler(place, enabled=training.precision == "fp16")
         self.start = 0  # steps it had behind it when it was restored
@@ -155,19 +157,6 @@ def _measures(student: Tensor, teacher: Tensor | None) -> dict[str, float]:
     if teacher is not None and teacher.shape[:2] == student.shape[:2]:
         out["agreement"] = agreement(z, teacher.flatten(0, 1))
     return out
-
-
-def optimizer(training: Training, modules: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW over two groups: with weight decay, and (norms, biases) without if so asked."""
-    with_decay = [p for p in modules.parameters() if p.requires_grad and (training.norm_decay or p.ndim > 1)]
-    without = [p for p in modules.parameters() if p.requires_grad and not (training.norm_decay or p.ndim > 1)]
-    groups: list[dict[str, Any]] = [{"params": with_decay, "weight_decay": training.weight_decay}]
-    groups += [{"params": without, "weight_decay": 0.0}] if without else []
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum)
-    if training.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=training.lr, betas=(training.momentum, 0.999))
-    raise UserError(f"unknown optimizer {training.optimizer!r}. Known: {', '.join(OPTIMIZERS)}")
 
 
 def spread(z: Tensor) -> float:

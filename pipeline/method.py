@@ -86,6 +86,7 @@ class Batch:
     teacher: dict[str, Tensor]  # name: (B, W, ...) float32, not normalised; local_*: (B, L, ...)
     images: list[Tensor]  # per student: (B * W, 3, S, S) float, normalised
     local_images: list[Tensor] = field(default_factory=list)  # per student: (B * L, 3, s, s)
+    local_views: Tensor | None = None  # (B, L) int64
 
     @property
     def pair_rows(self) -> Tensor:
@@ -117,6 +118,10 @@ class Method(nn.Module):
 
     def after_step(self, batch: Batch) -> None:
         """Called after the optimiser's step: banks and momentum encoders move here."""
+
+    def delivers(self) -> dict[str, Tensor]:
+        """Tensors of what is kept beside the finished student, as a classifier; most methods keep nothing."""
+        return {}
 
     def suit(self, name: str, arrays: Container[str], pairing: str) -> None:
         """Raises UserError if it needs what is not there; `name` is what the user calls it."""

@@ -172,7 +172,8 @@ class Session:
             self._require_finite(name, picked, rows.repeat(views.shape[1]), views.flatten())
             teacher[name] = torch.from_numpy(picked).unflatten(0, views.shape).to(self.device)
         i, v, u = (torch.from_numpy(part).to(self.device) for part in (rows, student_views, teacher_views))
-        return Batch(step, i, v, u, teacher, [])
+        local = None if local_views is None else torch.from_numpy(local_views).to(self.device)
+        return Batch(step, i, v, u, teacher, [], local_views=local)
 
     def _require_finite(self, name: str, picked: np.ndarray, rows: np.ndarray, views: np.ndarray) -> None:
         sums = picked.reshape(len(picked), -1).sum(1)  # NaN and infinity survive a sum

@@ -48,7 +48,7 @@ class Config:
     views_per_step: int | None = flag(None, "views of each image in a step, from one decode (default: the method's)")
     image_size: int | None = flag(None, "side in pixels (default: the student's own)")
     seed: int = flag(0, "of order, initial weights and everything random in a step")
-    optimizer: str | None = flag(None, "sgd or adamw")
+    optimizer: str | None = flag(None, "sgd, adam, adamw or lars")
     lr: float | None = flag(None, "base learning rate (default: published, scaled with the batch)")
     momentum: float | None = flag(None, "of SGD; beta 1 of AdamW")
     weight_decay: float | None = flag(None)
@@ -99,7 +99,7 @@ def check(config: Config) -> None:
         {
             "pairing": one_of("same", "fresh", "cross"),
             "precision": one_of("fp32", "bf16", "fp16"),
-            "optimizer": one_of("sgd", "adamw"),
+            "optimizer": one_of("sgd", "adam", "adamw", "lars"),
             "schedule": one_of("cosine", "step", "constant"),
             "seed": (lambda x: 0 <= x < 2**64, "must be from 0 to 2**64 - 1"),
             "momentum": (lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
@@ -399,8 +399,8 @@ def examine(
 def close(session: "Session", what: str) -> dict[str, Any]:
     """Write the bare students and say what was made. Raises UserError if one of several diverged."""
     lines, runs = [], []
-    for apprentice in (a for lesson in session.lessons if not lesson.over for a in lesson.apprentices):
-        file = apprentice.deliver()
+    for lesson, apprentice in ((w, a) for w in session.lessons if not w.over for a in w.apprentices):
+        file = apprentice.deliver(lesson.method.delivers())
         best = f", best val nearest neighbour {apprentice.best:.2f} %" if apprentice.best >= 0 else ""
         lines.append(f"{apprentice.folder}: {what}, {file.name}{best}")
         runs.append(str(apprentice.folder))

@@ -41,7 +41,7 @@ HOMES = {
     "distributed": {"pipeline/scheduler.py"},
     "faiss": {"pipeline/neighbors.py", "pipeline/codecs.py"},
     "obstore": {"pipeline/bucket.py"},
-    "timm": {"pipeline/models/"},
+    "timm": {"pipeline/models/", "pipeline/optimizers.py"},
     "torchvision": {"pipeline/models/", "pipeline/views.py", "pipeline/datasets/"},
 }
 """Third-party package: the files, or the folders, that may import it."""

@@ -14,13 +14,13 @@ from pipeline.bank import MemoryBank, unit
 from pipeline.method import Setting, bank_size, store_rows
 
 
-def feature(rows: Tensor, views: Tensor) -> Tensor:
+def feature(rows: Tensor, views: Tensor, array: str = "embedding") -> Tensor:
     """A store that is a formula: (n,) rows and views -> (n, 3)."""
     return torch.stack([torch.sin(rows + 1.0), torch.cos(views + 2.0 * rows), 1.0 + views], 1).float()
 
 
 def bank(size: int, seed: int = 0) -> MemoryBank:
-    return MemoryBank(size, {"teacher": 3, "student": 2}, reread=("teacher",), seed=seed)
+    return MemoryBank(size, {"teacher": 3, "student": 2}, reread={"teacher": "embedding"}, seed=seed)
 
 
 def push(into: MemoryBank, rows: list[int], view: int) -> None:
@@ -99,7 +99,7 @@ def test_an_empty_start_has_no_anchors() -> None:
 
 
 def test_a_start_from_the_store_holds_the_features_of_these_rows_in_this_view() -> None:
-    ring = MemoryBank(4, {"teacher": 3}, reread=("teacher",))
+    ring = MemoryBank(4, {"teacher": 3}, reread={"teacher": "embedding"})
     rows = torch.tensor([9, 2, 7, 4])
     ring.start("store", rows, view=5)
     ring.fill(feature)
@@ -144,10 +144,10 @@ def test_the_checkpoint_names_its_slots_and_leaves_out_what_the_store_holds() ->
 
 
 def test_it_reads_large_banks_block_by_block() -> None:
-    ring, asked = MemoryBank(10, {"teacher": 3}, reread=("teacher",)), []
+    ring, asked = MemoryBank(10, {"teacher": 3}, reread={"teacher": "embedding"}), []
     ring.start("store", torch.arange(10))
 
-    def read(rows: Tensor, views: Tensor) -> Tensor:
+    def read(rows: Tensor, views: Tensor, array: str) -> Tensor:
         asked.append(len(rows))
         return feature(rows, views)
 

@@ -303,7 +303,7 @@ def test_only_what_is_pending_is_computed(
         (out / f"done/{name}.json").unlink()
     calls: list[int] = []
     call = embedding.Forward.__call__
-    monkeypatch.setattr(embedding.Forward, "__call__", lambda self, x: (calls.append(len(x)), call(self, x))[1])
+    monkeypatch.setattr(embedding.Forward, "__call__", lambda self, *x: (calls.append(len(x[0])), call(self, *x))[1])
     export(images, out)
     views = {name: int(name[-4:]) - int(name[-9:-5]) for name in lost}
     rows = {"0000000": [8, 8], "0000001": [8, 8], "0000002": [5]}
@@ -420,7 +420,8 @@ def test_features_that_are_not_finite_are_found(tmp_path: Path, ill: str, codec:
     store = export(data, tmp_path / "store", teacher=teacher, codec=codec, views=3)
     assert store.table("status").tolist() == [0, NOT_FINITE if found else 0, 0]
     if found:
-        assert store.bad_images()[0][2].startswith(f"the teacher's feature is not finite (view 0, as {codec})")
+        reason = f"the teacher's feature is not finite (embedding, view 0, as {codec})"
+        assert store.bad_images()[0][2].startswith(reason)
     assert np.isfinite(np.stack([store.read("embedding", v) for v in range(3)])).all()
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline.apprentice import Apprentice, blend
-from pipeline.lesson import Diverged, Lesson, Training, agreement, optimizer, spread
+from pipeline.lesson import Diverged, Lesson, Training, agreement, spread
 from pipeline.method import Batch, Method, Needs
 from pipeline.model import Embedder
 from pipeline.models import build
@@ -90,24 +90,6 @@ def test_the_randomness_of_a_step_is_a_function_of_seed_step_and_student(tmp_pat
     assert drawn(3) == drawn(3)
     others = [drawn(4), drawn(3, seed=1), drawn(3, seed=2**63), drawn(3, spec="convnet:channels=4+6")]
     assert len({drawn(3), *others}) == 5
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_every_weight_decays_as_published_or_only_matrices_when_asked(kind: str) -> None:
-    modules = nn.ModuleList([student(), nn.Linear(5, 3)])
-    named = dict(modules.named_parameters())
-    (whole,) = optimizer(training(optimizer=kind), modules).param_groups
-    assert (whole["weight_decay"], len(whole["params"])) == (0.1, len(named))
-    decayed, spared = optimizer(training(optimizer=kind, norm_decay=False), modules).param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    assert {id(p) for p in spared["params"]} == {id(p) for p in named.values() if p.ndim == 1}
-    assert len(decayed["params"]) + len(spared["params"]) == len(named)
-
-
-def test_weights_that_take_no_gradient_are_left_out_of_the_optimiser() -> None:
-    frozen = nn.Linear(2, 2).requires_grad_(False)
-    (group,) = optimizer(training(), nn.ModuleList([frozen, nn.Linear(3, 3)])).param_groups
-    assert [tuple(p.shape) for p in group["params"]] == [(3, 3), (3,)]
 
 
 def test_the_average_moves_by_one_minus_its_decay_and_copies_batch_norm_statistics(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def read(rows: Tensor, views: Tensor) -> Tensor:
+def read(rows: Tensor, views: Tensor, array: str = "embedding") -> Tensor:
     return TABLE[rows, views]
 
 

@@ -293,7 +293,7 @@ def test_batches_cover_a_shard_and_never_cross_it() -> None:
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 11), st.data())
 def test_pending_is_exactly_what_no_done_record_names(images: int, rows: int, views: int, data: st.DataObject) -> None:
     store = FeatureStore.__new__(FeatureStore)
-    store.images, store.rows, store.about = images, rows, {"views": views}
+    store.images, store.rows, store.about, store.local = images, rows, {"views": views}, ()
     blocks = range(-(-images // rows))
     spans = [(block, first, min(first + 4, views)) for block in blocks for first in range(0, views, 4)]
     there = data.draw(st.sets(st.sampled_from(spans)))

@@ -39,7 +39,7 @@ class TwoQueues(Method):
         self.tau = tau
         columns = {"teacher": setting.teacher_width, "student": setting.students[0].width}
         size = bank_size(bank, PUBLISHED, setting)
-        self.bank = MemoryBank(size, columns, reread=("teacher",), seed=setting.seed)
+        self.bank = MemoryBank(size, columns, reread={"teacher": "embedding"}, seed=setting.seed)
         self.bank.start(start)
         self._seen: dict[str, Tensor] = {}
 
@@ -120,7 +120,8 @@ class OneQueue(Method):
         self.tau = tau
         self.head = nn.Linear(setting.students[0].width, setting.teacher_width)
         size = bank_size(bank, PUBLISHED, setting)
-        self.bank = MemoryBank(size, {"teacher": setting.teacher_width}, reread=("teacher",), seed=setting.seed)
+        columns, again = {"teacher": setting.teacher_width}, {"teacher": "embedding"}
+        self.bank = MemoryBank(size, columns, reread=again, seed=setting.seed)
         self.bank.start(start, store_rows(setting, size), setting.view)
         self._seen: dict[str, Tensor] = {}
 

@@ -1,0 +1,57 @@
+"""SimCLR v2's distillation: the student learns a task head's opinions. Chen et al., NeurIPS 2020."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline import labelhead
+from pipeline.artifact import UserError
+from pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, require
+
+
+class SimClrV2(Method):
+    """Cross-entropy to the softened class probabilities of the teacher, labels unused: their eq. 2.
+
+    The teacher's logits are those in the store (`--keep logits`), or `head=FILE`, a linear head that
+    `compress label-head` fitted to a few labels on the stored embeddings: the task can then be
+    changed without another export. Both sides are softened by `tau` and the loss is weighted by
+    tau^2, as the authors' notebook has it. The student's own linear classifier is delivered beside
+    it, as head.safetensors. A student of the teacher's own architecture makes it self-distillation,
+    for which the paper takes tau = 0.1.
+    """
+
+    recipe = Recipe(
+        optimizer="lars", lr=0.4, weight_decay=1e-4, batch_size=4096, epochs=400, schedule="cosine", warmup_epochs=5
+    )
+
+    def __init__(self, *, setting: Setting, head: Path | None = None, tau: float = 1.0):
+        super().__init__()
+        require(tau=tau)
+        self.tau = tau
+        self.teacher_head = labelhead.load(head, setting.teacher_width) if head else None
+        if self.teacher_head is None:
+            self.needs = replace(Needs(), arrays=("logits",))
+            if "logits" not in setting.widths:
+                raise UserError(
+                    "simclr-v2 needs the teacher's logits: fit a head to a few labels with compress label-head and "
+                    "give it as simclr-v2:head=FILE, or export with --keep embedding,logits"
+                )
+        classes = setting.widths["logits"][-1] if self.teacher_head is None else self.teacher_head.classes
+        self.classifier = nn.Linear(setting.students[0].width, classes)
+
+    def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
+        with torch.no_grad(), torch.autocast(batch.rows.device.type, enabled=False):
+            if self.teacher_head is None:
+                t = batch.teacher["logits"]
+            else:
+                t = self.teacher_head(batch.teacher["embedding"])
+            p = (t.flatten(0, 1) / self.tau).softmax(1)  # (B * W, C)
+        logits = self.classifier(outputs[0]["embedding"].flatten(0, 1)).float()
+        return [F.cross_entropy(logits / self.tau, p) * self.tau**2]
+
+    def delivers(self) -> dict[str, Tensor]:
+        return {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
