@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": ("stages.inspect", "What a store, run or evaluation is and how far it got."),
     "verify": ("stages.verify", "Every digest of a store, then the live teacher against a sample; --repair."),
     "compare": ("stages.compare", "One table and page over many evaluations, the teacher first."),
+    "sweep": ("stages.sweep", "A grid of students, methods and stores from a YAML file, compared at the end."),
     "models": ("stages.menus:Models", "What can be named as teacher, student or --model."),
     "methods": ("stages.menus:Methods", "What can be named as --method, with the published recipes."),
     "protocols": ("stages.menus:Protocols", "What can be named as --protocol."),

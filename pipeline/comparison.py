@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -41,15 +42,30 @@ def tabulate(rows: Sequence[Metrics]) -> Table:
     rivals = [n for n, row in enumerate(rows) if not is_teacher(row)] or list(range(len(rows)))
     top = {t: max((round(scores[n][t], 1) for n in rivals if t in scores[n]), default=None) for t in titles}
     body, best = [], []
+    named = names(rows)
     for n, row in enumerate(rows):
         own, who = scores[n], model(row)
-        facts = [str(who.get("name", DASH)), str(who.get("role") or DASH)]
+        facts = [named[n], ", ".join(str(who[key]) for key in ("role", "method") if who.get(key)) or DASH]
         facts += [amount(who.get("parameters")), spelt(who.get("width"))]
         body.append(facts + [number(own.get(title)) for title in titles])
         wins = {len(FACTS) + t for t, title in enumerate(titles) if title in own and round(own[title], 1) == top[title]}
         best.append(wins if n in rivals else set())
     legend = f"best of the {'students' if len(rivals) < len(rows) else 'rows'}" if titles else ""
     return Table([*FACTS, *titles], body, best, legend)
+
+
+def names(rows: Sequence[Metrics]) -> list[str]:
+    """What each row's model is called: as it was ordered, and where its run lies if it has namesakes."""
+    who = [model(row) for row in rows]
+    called = [str(each.get("spec") or each.get("name", DASH)) for each in who]
+    out = []
+    for name, each in zip(called, who, strict=True):
+        namesakes = [other for other, theirs in zip(who, called, strict=True) if theirs == name]
+        runs = [str(other["run"]) for other in namesakes if "run" in other]
+        if "run" in each and len(set(runs)) > 1:
+            name += f" ({os.path.relpath(str(each['run']), os.path.commonpath(runs))})"
+        out.append(name)
+    return out
 
 
 def unlike(rows: Sequence[Metrics]) -> str:
@@ -100,12 +116,12 @@ def _row(tag: str, cells: Iterable[str], tone: str = "") -> str:
 def _sizes(page: Page, rows: Sequence[Metrics]) -> str:
     """Parameters against some of the scores."""
     panels: dict[str, list[figures.Dot]] = {}
-    for row in rows:
+    for row, name in zip(rows, names(rows), strict=True):
         who, own = model(row), readings(row)
         size = who.get("parameters")
         for title in PLOTTED:
             if finite(size) and size > 0 and title in own:
-                dot = figures.Dot(str(who.get("name", "")), size, own[title], is_teacher(row))
+                dot = figures.Dot(name, size, own[title], is_teacher(row))
                 panels.setdefault(title, []).append(dot)
     panels = {title: panels[title] for title in [title for title in PLOTTED if title in panels][:MOST]}
     if not panels:

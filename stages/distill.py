@@ -274,15 +274,10 @@ def lessons_of(
     from pipeline.method import Setting
     from pipeline.methods import METHODS
 
-    peers = method_of(config).needs.peers
-    hired = []
-    for number, folder in enumerate(run_folders(config)):
-        apprentice = Apprentice(folder, build_student(config, number, device), config.ema)
-        if config.compile:
-            apprentice.forward = torch_compile(apprentice.student)
-        hired.append(apprentice)
-    lessons = []
-    for group in [hired] if peers else [[apprentice] for apprentice in hired]:
+    folders, lessons = run_folders(config), []
+    everyone = range(len(folders))
+    for numbers in [everyone] if method_of(config).needs.peers else [[number] for number in everyone]:
+        group = [Apprentice(folders[n], build_student(config, n, device), config.ema) for n in numbers]
         setting = Setting(
             [apprentice.student for apprentice in group], store.arrays, plan.rows, int(plan.epoch_views(0)[1][0]),
             config.seed, heads=heads.beside(store.storage), images=store.images,
@@ -291,6 +286,8 @@ def lessons_of(
         method.suit(config.method, store.arrays, config.pairing)
         for apprentice in group:
             apprentice.student.equip([name.removeprefix("local_") for name in method.needs.outputs])
+            if config.compile:
+                apprentice.forward = torch_compile(apprentice.student)
         lessons.append(Lesson(group, method, training))
         for note in setting.notes:
             say(note)

@@ -385,7 +385,7 @@ NEAR_MISSES = [
     (["DISTILL", "--method", "python:json:JSONDecoder"], ["json:JSONDecoder", "Method"]),
     (["DISTILL", "--student", "convnt"], ["unknown model 'convnt'", "did you mean 'convnet'?"]),
     (["DISTILL", "--pairing", "sam"], ["--pairing is sam", "same, fresh, cross"]),
-    (["DISTILL", "--optimizer", "adam"], ["--optimizer is adam", "sgd, adamw"]),
+    (["DISTILL", "--optimizer", "adagrad"], ["--optimizer is adagrad", "sgd, adam, adamw, lars"]),
     (["DISTILL", "--epochs", "3"], ["--epochs and --steps", "keep one"]),
     (["DISTILL", "--views", "9"], ["--views 9", "has 3"]),
     (["DISTILL", "--views-per-step", "3"], ["2 views", "--views-per-step 3", "--views"]),

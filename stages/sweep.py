@@ -1,0 +1,158 @@
+"""`compress sweep FILE.yaml`: a grid of students, methods and stores, trained, scored and compared.
+
+A command made of commands: it writes no file of its own but the page at the end.
+"""
+
+import itertools
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import UserError
+from pipeline.config import flag
+from pipeline.menu import nearest
+from pipeline.progress import say
+from stages import compare, distill, evaluate
+
+KEYS = ("out", "store", "student", "method", "distill", "evaluate")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Run a grid from a YAML file: each pass over the images trains all the students together.
+
+    `store`, `method` and any flag under `distill` may be a list: every combination is a pass. The
+    same command again continues, and adds what was added to the file.
+    """
+
+    file: Path = flag(help="keys: out, store, student, method; distill and evaluate hold flags of these", place=True)
+    dry_run: bool = flag(False, "list the passes")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One distill command: all students of one combination."""
+
+    name: str  # of its folder, below the sweep's
+    config: distill.Config
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Returns {"summary", "passes", "runs", "failed", "page"}. Raises UserError at the end if a pass failed."""
+    plan = read(config.file)
+    passes = list(passes_of(plan))
+    scoring = options(evaluate.Config, plan.get("evaluate", {}), f"evaluate of {config.file}", without=("run", "store"))
+    for one in passes:
+        distill.check(one.config)  # all of them before the first begins
+    names = [one.name for one in passes]
+    if config.dry_run:
+        students = len(passes[0].config.student)
+        return {"summary": "\n".join([*names, f"{len(passes)} passes of {students} students"]), "passes": names}
+    failed, runs = [], []
+    for number, one in enumerate(passes):
+        say(f"pass {number + 1} of {len(passes)}: {one.name}")
+        try:
+            distill.run(one.config)
+        except UserError as problem:
+            failed.append(f"{one.name}: {problem}")
+            say(f"failed: {failed[-1]}")
+        runs += [folder for folder in distill.run_folders(one.config) if (folder / "student.safetensors").exists()]
+    rows = score(passes, runs, scoring)
+    page = Path(plan["out"]) / "compare.html"
+    made = compare.run(compare.Config(tuple(map(str, rows)), page)) if rows else {"summary": "nothing to compare"}
+    if failed:
+        count = f"{len(failed)} of {len(passes)} passes failed"
+        raise UserError(f"{count}, the first is {failed[0]}; the others are in {page}")
+    return {"summary": made["summary"], "passes": names, "runs": list(map(str, runs)), "page": str(page)}
+
+
+def score(passes: list[Pass], runs: list[Path], scoring: dict[str, Any]) -> list[Path]:
+    """Evaluations of the teachers and of the runs, for `compare`; none if the file says nothing of evaluating."""
+    if not scoring:
+        return []
+    out = []
+    for store in dict.fromkeys(one.config.store for one in passes):
+        out.append(Path(evaluate.run(evaluate.Config(**scoring, store=store))["evaluation"]))
+    return out + [Path(evaluate.run(evaluate.Config(**scoring, run=folder))["evaluation"]) for folder in runs]
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The file as a dictionary with known keys. Raises UserError."""
+    import yaml
+
+    try:
+        plan = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; give a YAML file with {', '.join(KEYS)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as wrong:
+        raise UserError(f"{file} is no YAML: {' '.join(str(wrong).split())[:200]}") from None
+    if not isinstance(plan, dict):
+        raise UserError(f"{file} holds no keys; it needs {', '.join(KEYS)}")
+    for key in plan:
+        if key not in KEYS:
+            hint = nearest(str(key), KEYS) or "."
+            raise UserError(f"{file} has an unknown key {key!r}{hint} Known: {', '.join(KEYS)}")
+    if missing := [key for key in ("out", "store", "student", "method") if not plan.get(key)]:
+        raise UserError(f"{file} lacks {' and '.join(missing)}")
+    return plan
+
+
+def passes_of(plan: Mapping[str, Any]) -> Iterator[Pass]:
+    """Every combination of stores, methods and lists under `distill`."""
+    asked = {key.replace("-", "_"): value for key, value in plan.get("distill", {}).items()}
+    axes = {key: value for key, value in asked.items() if isinstance(value, list)}
+    fixed = {key: value for key, value in asked.items() if key not in axes}
+    stores, methods = listed(plan["store"]), listed(plan["method"])
+    for store, method, *values in itertools.product(stores, methods, *axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        folder = "/".join([safe(Path(store).name)] * (len(stores) > 1) + [safe(method)])
+        folder += "".join(f",{key}={safe(str(value))}" for key, value in chosen.items())
+        said = options(distill.Config, fixed | chosen, "distill", without=("store", "student", "method", "out"))
+        where = Path(plan["out"]) / folder
+        given = {"store": store, "student": tuple(listed(plan["student"])), "method": method, "out": where}
+        yield Pass(folder, distill.Config(**typed(distill.Config, given), **said))
+
+
+def options(config: Any, asked: Mapping[str, Any], where: str, without: tuple[str, ...]) -> dict[str, Any]:
+    """Flags of a command as keyword arguments of its Config. Raises UserError for unknown ones."""
+    known = [f.name for f in fields(config) if f.name not in (*without, "overwrite")]
+    said = {key.replace("-", "_"): value for key, value in asked.items()}
+    for key in said:
+        if key not in known:
+            raise UserError(f"{where} has no flag {key!r}{nearest(key, known) or '.'} Known: {', '.join(known)}")
+    required = [f.name for f in fields(config) if f.default is MISSING and f.name in known]
+    if said and (missing := [name for name in required if name not in said]):
+        raise UserError(f"{where} needs {missing[0]}")
+    return typed(config, said)
+
+
+def typed(config: Any, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as the fields of a Config want them: paths, tuples, numbers. Raises UserError."""
+    hints = typing.get_type_hints(config)
+    out = {}
+    for key, value in said.items():
+        kinds = typing.get_args(hints[key]) or (hints[key],)
+        if typing.get_origin(hints[key]) is tuple:
+            value = tuple(map(str, listed(value)))
+        elif Path in kinds:
+            value = Path(value).expanduser()
+        elif float in kinds and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        elif not isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type))):
+            wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+            raise UserError(f"{key} is {value!r}, but must be {wanted}")
+        out[key] = value
+    return out
+
+
+def listed(value: Any) -> list[str]:
+    """One or many, as text."""
+    return [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
+
+
+def safe(text: str) -> str:
+    """A piece of a folder's name."""
+    return re.sub(r"[^\w.=,+-]+", "-", text).strip("-")

@@ -1,0 +1,87 @@
+"""A sweep is the commands it is made of."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifact import UserError
+from stages import distill, export_teacher, sweep
+
+STUDENTS = ("convnet:channels=4+6", "convnet:channels=5+6")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sweep") / "teacher"
+    teacher = "convnet:channels=4+8,pretrained=false"
+    export_teacher.run(
+        export_teacher.Config(data="digits", teacher=teacher, out=out, views=3, image_size=8, limit=60, workers=0)
+    )
+    return out
+
+
+def write(folder: Path, store: Path, **changes: object) -> Path:
+    plan = {
+        "out": str(folder / "sweep"),
+        "store": str(store),
+        "student": list(STUDENTS),
+        "method": ["compress-1q:bank=20", "regression"],
+        "distill": {"steps": 2, "batch-size": 16, "image-size": 8, "workers": 0, "lr": [1, 0.1]},
+        "evaluate": {"val": "digits:split=test", "protocol": ["nn"], "workers": 0},
+    }
+    file = folder / "grid.yaml"
+    file.write_text(json.dumps({k: v for k, v in {**plan, **changes}.items() if v is not None}))  # JSON is YAML
+    return file
+
+
+def test_a_sweep_trains_every_combination_and_ends_in_one_page(store: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, store, method=["regression"])
+    made = sweep.run(sweep.Config(file))
+    assert made["passes"] == ["regression,lr=1", "regression,lr=0.1"]
+    assert len(made["runs"]) == 4
+    page = Path(made["page"]).read_text()
+    assert all(page.count(student) >= 2 for student in STUDENTS)
+    alone = distill.Config(
+        store=store, student=STUDENTS[:1], method="regression", out=tmp_path / "alone", steps=2, batch_size=16,
+        image_size=8, workers=0, lr=0.1,
+    )  # fmt: skip
+    distill.run(alone)
+    in_the_sweep = Path(made["runs"][2]) / "student.safetensors"
+    assert in_the_sweep.read_bytes() == (tmp_path / "alone" / "student.safetensors").read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("student.safetensors")}
+    assert sweep.run(sweep.Config(file))["runs"] == made["runs"]
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "finished work is left alone"
+
+
+def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path) -> None:
+    made = sweep.run(sweep.Config(write(tmp_path, store), dry_run=True))
+    assert len(made["passes"]) == 4 and "4 passes of 2 students" in made["summary"]
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": ["seed"]}, "unknown key 'methods'; did you mean 'method'"),
+        ({"student": None}, "lacks student"),
+        ({"distill": {"epoch": 3}}, "has no flag 'epoch'; did you mean 'epochs'"),
+        ({"distill": {"epochs": "many"}}, "epochs is 'many', but must be float"),
+        ({"method": "sead"}, "unknown method 'sead'; did you mean 'seed'"),
+        ({"distill": {"pairing": "odd"}}, "--pairing is odd"),
+        ({"evaluate": {"protocol": ["nn"]}}, "needs val"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(
+    changes: dict[str, object], words: str, store: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        sweep.run(sweep.Config(write(tmp_path, store, **changes)))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_pass_that_fails_is_named_and_the_others_are_run(store: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, store, method=["compress-1q:bank=500", "regression"], evaluate=None)
+    with pytest.raises(UserError, match=r"2 of 4 passes failed, the first is compress-1q-bank=500,lr=1: bank=500"):
+        sweep.run(sweep.Config(file))
+    assert len(list((tmp_path / "sweep").rglob("student.safetensors"))) == 4
