@@ -1,14 +1,24 @@
-"""How features are stored, and the error each choice may cause.
+"""How features are stored, and the error each choice may cause. What each costs: docs/codecs.md.
 
 A codec turns float32 features (n, D) into one array of the store and, where it needs one, a scale
-per row; `decode` gives float32 back. Bytes per view: float32 4 D, float16 2 D, int8 D + 4.
+per row; `decode` gives float32 back. Bytes per view: float32 4 D, float16 2 D, int8 D + 4, pq:M M + 4;
+`+zstd` behind any of them compresses what lies on disk without loss.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
+import safetensors.numpy
 
 from pipeline.artifact import UserError
+
+CENTROIDS = 256  # of a product quantiser's part: a byte tells which
+PART_WIDTH = 4  # dimensions that a part keeps: wider parts cost time and gain nothing, docs/codecs.md
+ENCODE_ROWS = 64  # rows encoded together: always so many, for the same arithmetic whatever the batch
+DECODE_ROWS = 4096
+SAMPLE = 65_536  # vectors that a quantiser learns from at most
 
 
 class Codec(ABC):
@@ -17,7 +27,18 @@ class Codec(ABC):
     name: str
     dtype: np.dtype
     scaled = False
+    trained = False  # it needs a codebook, learnt from some of the features
+    compressor = ""  # lossless compression of what lies on disk
     limit = float("inf")  # largest magnitude it can hold
+
+    def shape(self, features: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in which features (..., D) are stored. Raises UserError if they do not fit."""
+        return features
+
+    def size(self, features: tuple[int, ...]) -> int:
+        """Bytes that features of this shape take, before lossless compression."""
+        stored = self.shape(features)
+        return int(np.prod(stored)) * self.dtype.itemsize + 4 * int(np.prod(stored[:-1])) * self.scaled
 
     @abstractmethod
     def encode(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -26,6 +47,10 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
         """The other way: (..., D) float32."""
+
+    def train(self, features: np.ndarray) -> bytes:
+        """Where it is `trained`: the codebook, learnt from float32 features (..., D)."""
+        raise NotImplementedError(f"{self.name} has nothing to learn")
 
 
 class Float32(Codec):
@@ -68,11 +93,131 @@ class Int8(Codec):
         return stored.astype(np.float32) * scale[..., None]
 
 
+class ProductQuantiser(Codec):
+    """M bytes per row for its direction, and its norm, which comes back exact.
+
+    Jégou et al. 2011 with the rotation of Ge et al., Optimized Product Quantization, 2014, in its closed
+    form: the unit vector less the mean is projected on its principal axes, which are dealt out to M parts
+    so that the products of their variances are alike. Each part takes the nearest of 256 centroids, which
+    FAISS finds. FAISS's own iterations of the rotation, started from here, change nothing: docs/codecs.md.
+    """
+
+    dtype, scaled, trained, limit = np.dtype("u1"), True, True, 1e36
+
+    def __init__(self, parts: int, codebook: Callable[[], bytes]):
+        """codebook: fetches what `train` made, at the first row that is encoded or decoded."""
+        self.name, self.parts, self._fetch = f"pq:{parts}", parts, codebook
+
+    def shape(self, features: tuple[int, ...]) -> tuple[int, ...]:
+        if self.parts > features[-1]:
+            raise UserError(
+                f"--codec {self.name} keeps {self.parts} bytes of a vector that has only {features[-1]} numbers; "
+                f"use pq:{features[-1]} or less, or int8"
+            )
+        return (*features[:-1], self.parts)
+
+    @cached_property
+    def _book(self) -> dict[str, np.ndarray]:
+        """mean (D,), rotation (M d, D) with orthonormal rows, centroids (M, 256, d)."""
+        return safetensors.numpy.load(self._fetch())
+
+    def encode(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        flat = features.reshape(-1, features.shape[-1])
+        codes, scale = np.zeros((len(flat), self.parts), self.dtype), np.zeros(len(flat), "<f4")
+        block = np.zeros((ENCODE_ROWS, flat.shape[1]), np.float32)
+        for start in range(0, len(flat), ENCODE_ROWS):
+            rows = flat[start : start + ENCODE_ROWS]
+            norm = np.sqrt(np.square(rows, dtype=np.float64).sum(1))
+            block[: len(rows)] = rows / np.where(norm > 0, norm, 1)[:, None]
+            part, length = self._nearest(block)
+            good = norm > 0
+            codes[start : start + len(rows)] = part[: len(rows)] * good[:, None]
+            scale[start : start + len(rows)] = norm / length[: len(rows)]
+        return codes.reshape(*features.shape[:-1], self.parts), scale.reshape(features.shape[:-1])
+
+    def _nearest(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n, M) codes of unit vectors (n, D), and the lengths (n,) of what they decode to."""
+        mean, rotation, centroids = self._book["mean"], self._book["rotation"], self._book["centroids"]
+        parts = ((units - mean) @ rotation.T).reshape(len(units), self.parts, -1).transpose(1, 0, 2)  # (M, n, d)
+        squares = np.square(centroids).sum(-1)  # (M, 256)
+        codes = (squares[:, None] - 2 * (parts @ centroids.transpose(0, 2, 1))).argmin(-1)  # (M, n)
+        onto_mean = (centroids * (rotation @ mean).reshape(self.parts, 1, -1)).sum(-1)  # (M, 256)
+        length = np.take_along_axis((squares + 2 * onto_mean).astype(np.float64), codes, 1).sum(0)
+        return codes.T.astype(self.dtype), np.sqrt(np.maximum(length + float(mean @ mean), 1e-12))
+
+    def decode(self, stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+        assert scale is not None
+        mean, rotation, centroids = self._book["mean"], self._book["rotation"], self._book["centroids"]
+        table, first = centroids.reshape(-1, centroids.shape[-1]), np.arange(self.parts) * CENTROIDS
+        codes = stored.reshape(-1, self.parts)
+        out = np.empty((len(codes), len(mean)), np.float32)
+        for start in range(0, len(codes), DECODE_ROWS):
+            rows = slice(start, start + DECODE_ROWS)
+            np.matmul(table[codes[rows] + first].reshape(-1, len(rotation)), rotation, out=out[rows])
+        out += mean
+        out *= scale.reshape(-1, 1)
+        return out.reshape(*stored.shape[:-1], len(mean))
+
+    def train(self, features: np.ndarray) -> bytes:
+        """Safetensors of mean, rotation and centroids. Raises UserError if all features are zero."""
+        import faiss
+
+        flat = features.reshape(-1, features.shape[-1])
+        norm = np.sqrt(np.square(flat, dtype=np.float64).sum(1))
+        flat, norm = flat[norm > 0], norm[norm > 0]
+        if not len(flat):
+            raise UserError(f"--codec {self.name} has nothing to learn from: every sampled feature is zero; use int8")
+        take = np.linspace(0, len(flat) - 1, min(len(flat), SAMPLE)).astype(np.int64)
+        take = np.resize(take, max(len(take), CENTROIDS))  # FAISS wants a vector per centroid
+        units = (flat[take] / norm[take, None]).astype(np.float32)
+        mean = units.mean(0, dtype=np.float64).astype(np.float32)
+        units -= mean
+        width = min(units.shape[1] // self.parts, PART_WIDTH)
+        rotation = principal(units, self.parts, width)
+        quantiser = faiss.ProductQuantizer(self.parts * width, self.parts, 8)
+        quantiser.cp.min_points_per_centroid = 1  # small sets are known to be small
+        quantiser.train(np.ascontiguousarray(units @ rotation.T))
+        centroids = faiss.vector_to_array(quantiser.centroids).reshape(self.parts, CENTROIDS, width)
+        return safetensors.numpy.save({"mean": mean, "rotation": rotation, "centroids": centroids})
+
+
+def principal(centred: np.ndarray, parts: int, width: int) -> np.ndarray:
+    """(parts * width, D): the principal axes, dealt in rounds, largest first, to the part with the smallest product."""
+    variance, axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred / len(centred))
+    variance, axes = variance[::-1], axes[:, ::-1]
+    weight = np.log(np.maximum(variance, max(variance[0] * 1e-12, 1e-30)))
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    total = np.zeros(parts)
+    for axis in range(parts * width):
+        part = min((m for m in range(parts) if len(dealt[m]) < width), key=lambda m: (len(dealt[m]), total[m]))
+        dealt[part].append(axis)
+        total[part] += weight[axis]
+    return np.ascontiguousarray(axes[:, [axis for part in dealt for axis in part]].T.astype(np.float32))
+
+
 CODECS: dict[str, type[Codec]] = {"int8": Int8, "float16": Float16, "float32": Float32}
+COMPRESSORS = ("zstd",)
+KNOWN = f"{', '.join(CODECS)}, pq:BYTES, each also with +{' or +'.join(COMPRESSORS)}"
 
 
-def codec(name: str) -> Codec:
-    """Raises UserError for an unknown name."""
-    if name not in CODECS:
-        raise UserError(f"unknown codec {name!r}. Known: {', '.join(CODECS)}")
-    return CODECS[name]()
+def codec(name: str, codebook: Callable[[], bytes] | None = None) -> Codec:
+    """Of `int8`, `pq:64`, `float16+zstd`; codebook fetches what a trained one was trained to.
+
+    Raises UserError for an unknown name.
+    """
+    kind, _, compressor = name.partition("+")
+    made: Codec
+    if kind.startswith("pq:") and kind[3:].isdecimal() and int(kind[3:]) > 0:
+        made = ProductQuantiser(int(kind[3:]), codebook or _untrained)
+    elif kind in CODECS:
+        made = CODECS[kind]()
+    else:
+        raise UserError(f"unknown codec {name!r}. Known: {KNOWN}")
+    if "+" in name and compressor not in COMPRESSORS:
+        raise UserError(f"unknown compression {compressor!r} of --codec {name}. Known: {', '.join(COMPRESSORS)}")
+    made.name, made.compressor = name, compressor
+    return made
+
+
+def _untrained() -> bytes:
+    raise UserError("this product quantiser has no codebook yet: it is trained when a store is exported")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pipeline.codecs import Codec
 from pipeline.storage import Folder, Storage
@@ -20,6 +20,7 @@ OUTPUTS = ("embedding", "projection", "logits", "regions")  # of a model, and th
 VIEW_BLOCK = 4
 CHUNK_ROWS = 1024
 TABLE_ROWS = 2**20
+ZSTD_LEVEL = 1  # higher ones take up to ten times as long and save nothing on features
 UNWRITTEN = 255  # status of a row no writer has reached
 
 
@@ -32,6 +33,7 @@ class Grid:
     chunks: tuple[int, ...]
     fill: Any
     names: tuple[str, ...]
+    compressor: str = ""
 
     def encode(self, data: np.ndarray) -> bytes | None:
         """One shard as Zarr writes it; rows and views short of the shard's shape stay fill value.
@@ -55,8 +57,10 @@ def grids(identity: Mapping[str, Any], codecs: Mapping[str, Codec]) -> dict[str,
     out = {}
     for name, shape in identity["arrays"].items():
         axes = ("image", "view", *[f"{name}_{j}" for j in range(len(shape))])
-        out[name] = Grid(codecs[name].dtype, (rows, VIEW_BLOCK, *shape), (inner, 1, *shape), 0, axes)
-        if codecs[name].scaled:
+        kind = codecs[name]
+        shape = kind.shape(tuple(shape))
+        out[name] = Grid(kind.dtype, (rows, VIEW_BLOCK, *shape), (inner, 1, *shape), 0, axes, kind.compressor)
+        if kind.scaled:
             shard = (rows, VIEW_BLOCK, *shape[:-1])
             out[f"{name}_scale"] = Grid("<f4", shard, shard, 0, axes[:-1])
     out["status"] = Grid("u1", (rows,), (rows,), UNWRITTEN, ("image",))
@@ -99,6 +103,7 @@ def open_group(storage: Storage) -> zarr.Group:
 
 def _create(files: dict[str, Any], name: str, shape: tuple[int, ...], grid: Grid) -> zarr.Array:
     sharded = grid.shards != grid.chunks
+    compressors = [ZstdCodec(level=ZSTD_LEVEL)] if grid.compressor == "zstd" else []
     return zarr.create_array(
         zarr.storage.MemoryStore(store_dict=files),
         name=name,
@@ -106,7 +111,7 @@ def _create(files: dict[str, Any], name: str, shape: tuple[int, ...], grid: Grid
         shards=grid.shards if sharded else None,
         chunks=grid.chunks,
         dtype=grid.dtype,
-        compressors=[Crc32cCodec()],
+        compressors=[*compressors, Crc32cCodec()],
         fill_value=grid.fill,
         dimension_names=grid.names,
     )

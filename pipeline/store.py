@@ -7,9 +7,9 @@ that is all fill value. Names and layout: docs/store.md.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from pipeline.images import GOOD, REASONS
 from pipeline.philox import LOCAL
 from pipeline.storage import Folder, Storage
 
-COPY = "copy"  # second copies of the manifest, of the Zarr metadata and of the tables
+COPY = "copy"  # second copies of the manifest, of the Zarr metadata, of the tables and of codebooks
 SHARD_ROWS = 2048
 SHARD_BYTES = 256_000_000
 _DONE = re.compile(r"done/(\d+)\.(\d+)-(\d+)\.json$")
@@ -56,7 +56,7 @@ class FeatureStore:
         self.images: int = self.identity["data"]["images"]
         self.rows: int = self.identity["shard_rows"]
         self.arrays: dict[str, tuple[int, ...]] = {k: tuple(s) for k, s in self.identity["arrays"].items()}
-        self.codecs: dict[str, Codec] = array_codecs(self.identity)
+        self.codecs: dict[str, Codec] = array_codecs(self.identity, self._codebook)
         self.grids: dict[str, Grid] = grids(self.identity, self.codecs)
         crops = self.identity.get("local", {}).get("views", 0)
         self.local: tuple[int, ...] = tuple(range(LOCAL, LOCAL + crops))  # numbers of the local crops
@@ -96,7 +96,7 @@ class FeatureStore:
         last = f"{COPY}/{artifact.MANIFEST}"
         if not storage.exists(last) or storage.get(last) != artifact.spell(store.manifest):
             small = layout(store.grids, store.images, _extents(store.identity, store.views)) | table_files(tables)
-            store._put_small(small | dict(files or {}))  # killed while it was being made
+            store._put_small(small | dict(files or {}) | store._codebooks())  # killed while it was being made
         if about["views"] > store.views:
             store._grow(about["views"])
         return cls(storage)
@@ -362,14 +362,48 @@ class FeatureStore:
     def _grow(self, views: int) -> None:
         """More views: new metadata, then the manifest that knows them."""
         small = layout(self.grids, self.images, _extents(self.identity, views))
-        digests = {**self.about["small"], **{key: artifact.digest(data) for key, data in small.items()}}
         for key, data in small.items():
             self.storage.put(key, data)
-        self.manifest = artifact.write(
-            self.storage, "store", self.identity, {**self.about, "views": views, "small": digests}
-        )
+        self._amend({**self.about, "views": views}, small)
+
+    def _amend(self, about: Mapping[str, Any], small: Mapping[str, bytes]) -> None:
+        """A manifest that knows more small files, then their second copies."""
+        digests = {**about["small"], **{key: artifact.digest(data) for key, data in small.items()}}
+        self.manifest = artifact.write(self.storage, "store", self.identity, {**about, "small": digests})
         self.about = self.manifest["about"]
         self._put_small(small)
+
+    # ------------------------------------------------------------------ codebooks
+
+    def untrained(self) -> list[str]:
+        """Arrays whose codec has no codebook yet: nothing of them can be written or read."""
+        return [name for name, kind in self.codecs.items() if kind.trained and _book(name) not in self.about["small"]]
+
+    def train(self, name: str, features: np.ndarray) -> None:
+        """Train the codec of an array on float32 features (..., D). The first codebook that is put stays for good."""
+        key = _book(name)
+        if not self.storage.exists(key):
+            self.storage.put_new(key, self.codecs[name].train(features))
+        self._amend(artifact.read(self.storage, "store")["about"], {key: self.storage.get(key)})
+
+    def _codebook(self, name: str) -> bytes:
+        """Raises UserError if there is none yet, or it is not the one that the manifest knows."""
+        key = _book(name)
+        if key not in self.about["small"]:
+            self.about = artifact.read(self.storage, "store")["about"]  # trained since this store was opened?
+        if key not in self.about["small"]:
+            raise UserError(f"{self.storage} has no {key} yet; repeat the export-teacher command that made it")
+        try:
+            data = self.storage.get(key)
+        except FileNotFoundError:
+            data = b""
+        if artifact.digest(data) != self.about["small"][key]:
+            raise UserError(f"{self.storage}/{key} is damaged; compress verify --repair mends it from its copy")
+        return data
+
+    def _codebooks(self) -> dict[str, bytes]:
+        """{key: bytes} of the codebooks that the manifest knows."""
+        return {_book(name): self._codebook(name) for name in self.codecs if _book(name) in self.about["small"]}
 
     def _tidy(self) -> None:
         """Clear away what a killed writer left: unfinished files, done records that a wider one has replaced."""
@@ -411,9 +445,13 @@ class FeatureStore:
         self.storage.put(key, old + artifact.canonical(event) + b"\n")
 
 
-def array_codecs(identity: Mapping[str, Any]) -> dict[str, Codec]:
-    """{name of a feature array: its codec}."""
-    return {name: codec(identity["codec"]) for name in identity["arrays"]}
+def array_codecs(identity: Mapping[str, Any], codebook: Callable[[str], bytes] | None = None) -> dict[str, Codec]:
+    """{name of a feature array: its codec}; codebook fetches that of an array."""
+    return {name: codec(identity["codec"], codebook and partial(codebook, name)) for name in identity["arrays"]}
+
+
+def _book(name: str) -> str:
+    return f"codebook/{name}.safetensors"
 
 
 def is_local(array: str) -> bool:

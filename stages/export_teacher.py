@@ -1,6 +1,5 @@
 """Dataset -> views -> frozen teacher -> feature store: each (i, v) once, ever."""
 
-import math
 import os
 import platform
 import time
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import artifact
 from pipeline.artifact import UserError
-from pipeline.codecs import CODECS, codec
+from pipeline.codecs import KNOWN, codec
 from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
 from pipeline.interrupt import Interrupt
 from pipeline.menu import nearest
@@ -48,7 +47,7 @@ class Config:
     local_size: int | None = flag(None, "their side in pixels (default: 3/7 of the views', as 96 is of 224)")
     seed: int = flag(0, "of the views")
     keep: str = flag("embedding", "what to keep of the teacher: embedding,projection,logits,regions")
-    codec: str = flag("int8", f"how features are stored: {', '.join(CODECS)}")
+    codec: str = flag("int8", f"how features are stored: {KNOWN}")
     batch_size: int = flag(64, "images per forward on a device", short="-b")
     workers: int | None = flag(None, "loader processes (default: one per core up to 16; 1 on CPU)", short="-j")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1")
@@ -108,6 +107,7 @@ def run(config: Config) -> dict[str, Any]:
     with Interrupt() as stop, meter("export", store.images, "images", store.images - rows) as bar:
         forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
         work = Workshop(store, dataset, spec, forward)
+        learn_codebooks(config, work, lambda: stop.requested)
         cost, failed = compute(config, work, pending, bar.advance, lambda: stop.requested)
         store.remember(event(config, cost, device))
         left = len(store.pending())
@@ -134,6 +134,34 @@ class Workshop:
     dataset: "Dataset"
     spec: "ViewSpec"
     forward: "Forward"
+
+
+def learn_codebooks(config: Config, work: Workshop, stopped: Callable[[], bool]) -> None:
+    """Train the codecs that need it, here or on one of the cluster's workers, before any shard is computed."""
+    if not work.store.untrained():
+        return
+    from pipeline.codebook import learn
+    from pipeline.device import loader_workers
+
+    say(f"training {config.codec} on a sample of the images")
+    if config.scheduler == "local":
+        workers = loader_workers(config.workers, work.forward.device)
+        return learn(work.store, work.dataset, work.spec, work.forward, workers=workers, stopped=stopped)
+    from pipeline import scheduler
+
+    for outcome in scheduler.spread(["codebook"], partial(learn_on_worker, config), config.scheduler, stopped):
+        if outcome.error is not None:
+            raise outcome.error
+
+
+def learn_on_worker(config: Config, _: str) -> None:
+    """What a cluster's worker does before the shards."""
+    from pipeline.codebook import learn
+    from pipeline.device import loader_workers
+
+    work = workshop(config)
+    workers = loader_workers(config.workers, work.forward.device)
+    learn(work.store, work.dataset, work.spec, work.forward, workers=workers, threads=True)
 
 
 def compute(
@@ -281,9 +309,9 @@ def describe(
     from pipeline.views import local_size
 
     arrays, heads = arrays_of(config, embedder), embedder.head_tensors()
-    rows = config.shard_size or shard_rows(
-        len(dataset), config.batch_size, arrays, codec(config.codec).dtype.itemsize
-    )
+    kind = codec(config.codec)
+    stored = {name: kind.shape(tuple(shape)) for name, shape in arrays.items()}
+    rows = config.shard_size or shard_rows(len(dataset), config.batch_size, stored, kind.dtype.itemsize)
     identity: dict[str, Any] = {
         "data": {"fingerprint": dataset.fingerprint, "images": len(dataset)},
         "teacher": {
@@ -342,7 +370,7 @@ def plan(config: Config, identity: Mapping[str, Any]) -> dict[str, Any]:
     blocks, files, total = -(-n // rows), 2 * -(-n // rows), 0
     for name, shape in identity["arrays"].items():
         views = config.local_views if is_local(name) else config.views
-        total += n * views * (math.prod(shape) * kind.dtype.itemsize + 4 * kind.scaled * math.prod(shape[:-1]))
+        total += n * views * kind.size(tuple(shape))
         files += blocks * -(-views // VIEW_BLOCK) * (1 + kind.scaled)
     files += blocks * (-(-config.views // VIEW_BLOCK) + -(-config.local_views // VIEW_BLOCK))  # done records
     there = next(p for p in [config.out.absolute(), *config.out.absolute().parents] if p.exists())

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from pipeline.artifact import UserError
-from pipeline.codecs import CODECS, codec
+from pipeline.codecs import CODECS, Codec, codec
 
 NORMAL = float(np.finfo(np.float32).tiny)
 
@@ -107,8 +108,13 @@ def test_limits_are_the_largest_magnitudes_that_come_back_finite() -> None:
 
 
 def test_an_unknown_codec_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="unknown codec 'int4'. Known: int8, float16, float32"):
+    with pytest.raises(UserError, match="unknown codec 'int4'. Known: int8, float16, float32, pq:BYTES, each also"):
         codec("int4")
+    for wrong in ("pq", "pq:0", "pq:x", ""):
+        with pytest.raises(UserError, match="unknown codec"):
+            codec(wrong)
+    with pytest.raises(UserError, match="unknown compression 'lz4' of --codec int8.lz4. Known: zstd"):
+        codec("int8+lz4")
 
 
 def test_golden_bytes() -> None:
@@ -118,3 +124,117 @@ def test_golden_bytes() -> None:
     assert (stored.tobytes().hex(), scale.tobytes().hex()) == ("01fd007f", "2693493f")
     assert codec("float16").encode(x)[0].tobytes().hex() == "003c00c0cd344056"
     assert codec("float32").encode(x)[0].tobytes().hex() == "0000803f000000c09a99993e0000c842"
+
+
+# ---------------------------------------------------------------- product quantisation
+
+
+def clustered(n: int, d: int = 24, seed: int = 0) -> np.ndarray:
+    """(n, d) float32, lengths from 0.1 to 10: a few directions, noise, and a mean, as teachers' features have."""
+    random = np.random.default_rng(seed)
+    centre = np.random.default_rng(1).normal(size=(8, d))[random.integers(8, size=n)]
+    x = 1 + centre + random.normal(size=(n, d)) * np.linspace(0.05, 1, d)
+    return (x * 10 ** random.uniform(-1, 1, (n, 1))).astype(np.float32)
+
+
+def trained(parts: int, sample: np.ndarray) -> Codec:
+    book = codec(f"pq:{parts}").train(sample)
+    return codec(f"pq:{parts}", lambda: book)
+
+
+@pytest.fixture(scope="module")
+def quantiser() -> Codec:
+    """12 bytes for 24 numbers, in parts of 2."""
+    return trained(12, clustered(3000))
+
+
+def test_product_quantisation_takes_the_nearest_centroid_of_every_part(quantiser: Codec) -> None:
+    x = clustered(70, seed=2)
+    codes, scale = quantiser.encode(x)
+    book = safetensors.numpy.load(quantiser._fetch())  # type: ignore[attr-defined]
+    assert codes.dtype == np.uint8 and codes.shape == (70, 12) and scale is not None and scale.dtype == np.dtype("<f4")
+    for i in range(70):  # as the paper writes it, a row and a part at a time, in float64
+        turned = book["rotation"].astype(float) @ (
+            x[i].astype(float) / np.linalg.norm(x[i].astype(float)) - book["mean"]
+        )
+        said = []
+        for part in range(12):
+            distance = np.square(book["centroids"][part] - turned[2 * part : 2 * part + 2]).sum(1)
+            assert distance[codes[i, part]] <= distance.min() + 1e-6
+            said.append(book["centroids"][part][codes[i, part]])
+        direction = np.concatenate(said) @ book["rotation"] + book["mean"]
+        wanted = direction / np.linalg.norm(direction) * np.linalg.norm(x[i])
+        assert np.allclose(quantiser.decode(codes[i], scale[i]), wanted, rtol=1e-4, atol=1e-5 * np.linalg.norm(x[i]))
+
+
+def test_product_quantisation_keeps_norms_exact_directions_close_and_zeros_zero(quantiser: Codec) -> None:
+    x = clustered(500, seed=3)
+    x[[0, 7]] = 0
+    back = quantiser.decode(*quantiser.encode(x))
+    assert np.allclose(np.linalg.norm(back, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
+    assert not back[[0, 7]].any() and not quantiser.encode(x)[0][[0, 7]].any()
+    good = np.linalg.norm(x, axis=1) > 0
+    cosine = (x * back).sum(1)[good] / np.square(x).sum(1)[good]
+    assert cosine.mean() > 0.97 and cosine.min() > 0.85
+
+
+def test_more_bytes_are_closer() -> None:
+    sample, x = clustered(3000), clustered(300, seed=3)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def error(parts: int) -> float:
+        kind = trained(parts, sample)
+        return float(np.square(unit - kind.decode(*kind.encode(unit))).sum(1).mean())
+
+    errors = [error(parts) for parts in (2, 6, 24)]
+    assert errors[0] > 1.5 * errors[1] > 2 * errors[2] and errors[2] < 0.002
+
+
+def test_the_turned_axes_do_better_than_parts_of_neighbouring_numbers() -> None:
+    import faiss
+
+    mixed = np.linalg.qr(np.random.default_rng(5).normal(size=(24, 24)))[0]
+    x = (np.random.default_rng(6).normal(size=(3000, 24)) * 0.7 ** np.arange(24) @ mixed).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    kind, plain = trained(6, x), faiss.ProductQuantizer(24, 6, 8)
+    plain.train(x)
+    ours = np.square(x - kind.decode(*kind.encode(x))).sum(1).mean()
+    assert ours < 0.8 * np.square(x - plain.decode(plain.compute_codes(x))).sum(1).mean()
+
+
+def test_a_row_of_a_quantiser_is_encoded_alone(quantiser: Codec) -> None:
+    x = clustered(130, seed=4).reshape(26, 5, 24)
+    codes, scale = quantiser.encode(x)
+    assert scale is not None and codes.shape == (26, 5, 12) and scale.shape == (26, 5)
+    for i, v in np.ndindex(26, 5):
+        alone, its = quantiser.encode(x[i, v])
+        assert np.array_equal(codes[i, v], alone) and its == scale[i, v]
+    assert quantiser.decode(codes, scale).shape == x.shape
+
+
+def test_training_again_gives_the_same_codebook() -> None:
+    sample = clustered(700)
+    assert codec("pq:6").train(sample) == codec("pq:6").train(sample.copy())
+
+
+@pytest.mark.parametrize("n", [1, 5, 255])
+def test_a_set_smaller_than_the_codebook_is_learnt_by_heart(n: int) -> None:
+    x = clustered(n)
+    kind = trained(24, x)
+    assert np.allclose(kind.decode(*kind.encode(x)), x, rtol=1e-3, atol=1e-3 * np.abs(x).max())
+
+
+def test_what_product_quantisation_cannot_do_is_refused_in_words() -> None:
+    with pytest.raises(
+        UserError, match="keeps 64 bytes of a vector that has only 24 numbers; use pq:24 or less, or int8"
+    ):
+        codec("pq:64").shape((24,))
+    with pytest.raises(UserError, match="nothing to learn from: every sampled feature is zero"):
+        codec("pq:2").train(np.zeros((9, 24), np.float32))
+    with pytest.raises(UserError, match="has no codebook yet"):
+        codec("pq:2").encode(np.ones((9, 24), np.float32))
+
+
+@pytest.mark.parametrize(("name", "bytes_"), [("float32", 96), ("float16+zstd", 48), ("int8", 28), ("pq:12", 16)])
+def test_a_codec_knows_its_bytes_per_vector(name: str, bytes_: int) -> None:
+    assert codec(name).size((24,)) == bytes_ and codec(name).size((5, 24)) == 5 * bytes_

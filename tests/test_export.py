@@ -135,7 +135,7 @@ def test_stored_features_are_the_teachers_on_the_claimed_pixels_and_not_on_anoth
     assert np.median(wrong_row / np.abs(claimed).max(-1)) > 0.1
 
 
-@pytest.mark.parametrize("codec", ["int8", "float16"])
+@pytest.mark.parametrize("codec", ["int8", "float16", "float16+zstd"])
 def test_smaller_codecs_keep_the_direction(images: Path, tmp_path: Path, codec: str) -> None:
     small, exact = (export(images, tmp_path / name, codec=name) for name in (codec, "float32"))
     for v in range(5):
@@ -274,7 +274,7 @@ def test_other_places_change_no_byte(images: Path, tmp_path: Path, whole: dict[s
     assert differing == set()
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, "int8+zstd", "pq:4"])
 def test_more_views_later_change_no_byte(images: Path, tmp_path: Path, codec: str) -> None:
     for views in (3, 5, 8):
         export(images, tmp_path / "grown", views=views, codec=codec, policy="moco-v2")

@@ -1,5 +1,6 @@
 """features[i, v] on disk: what is written is read, killed writers cost a shard at most, growth leaves no trace."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -12,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import artifact
+from pipeline import artifact, audit
 from pipeline.artifact import Mismatch, UserError
 from pipeline.codecs import CODECS
 from pipeline.images import BROKEN, GOOD, NOT_FINITE, REASONS
@@ -53,6 +55,10 @@ class Frail(Folder):
     def put(self, key: str, data: bytes) -> None:
         self._spend()
         super().put(key, data)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        self._spend()
+        return super().put_new(key, data)
 
     def delete(self, key: str) -> None:
         self._spend()
@@ -118,6 +124,86 @@ def test_what_is_read_is_what_was_written_through_the_codec(tmp_path: Path, code
         assert np.array_equal(store.read("embedding", v), wanted)
         assert np.array_equal(store.read("embedding", v, slice(3, 9)), wanted[3:9])
     assert store.read("embedding", 0).dtype == np.float32
+
+
+@pytest.mark.parametrize("codec", ["int8", "float16", "float32"])
+def test_compression_is_lossless_readable_by_plain_zarr_and_still_one_view_deep(tmp_path: Path, codec: str) -> None:
+    store, plain = (export(tmp_path / kind, 6, codec=kind, images=200, rows=100) for kind in (f"{codec}+zstd", codec))
+    for v in range(6):
+        assert np.array_equal(store.read("embedding", v), plain.read("embedding", v))
+    bare = zarr.open_array(tmp_path / f"{codec}+zstd/features.zarr/embedding", mode="r")
+    assert np.array_equal(bare[:, 3], plain.stored("embedding", 3)[0])
+    inner = bare.metadata.to_dict()["codecs"][0]["configuration"]["codecs"]
+    assert [step["name"] for step in inner] == ["bytes", "zstd", "crc32c"]
+    records = [(folder / done_key(0, 0, 4)).read_bytes() for folder in (store.storage.path, plain.storage.path)]
+    assert records[0] == records[1]
+
+
+def train(store: FeatureStore, seed: int = 0) -> np.ndarray:
+    """Train the codec of the embedding -> the sample (400, D)."""
+    sample = np.random.default_rng(seed).normal(size=(400, D)).astype(np.float32)
+    store.train("embedding", sample)
+    return sample
+
+
+def test_a_codebook_is_part_of_the_store_and_is_never_replaced(tmp_path: Path) -> None:
+    store = make(tmp_path, 2, codec="pq:3")
+    assert store.untrained() == ["embedding"]
+    with pytest.raises(UserError, match=r"has no codebook/embedding.safetensors yet; repeat the export-teacher"):
+        write(store, store.pending()[0])
+    train(store)
+    assert store.untrained() == [] == FeatureStore(Folder(tmp_path)).untrained()
+    book = (tmp_path / "codebook/embedding.safetensors").read_bytes()
+    assert (tmp_path / "copy/codebook/embedding.safetensors").read_bytes() == book
+    train(make(tmp_path, 2, codec="pq:3"), seed=1)  # a second export at the same time: the first one's stays
+    assert (tmp_path / "codebook/embedding.safetensors").read_bytes() == book
+    grown = export(tmp_path, 6, codec="pq:3")
+    assert (tmp_path / "codebook/embedding.safetensors").read_bytes() == book
+    x = features(0, N, range(6))
+    length = np.linalg.norm(x, axis=-1)
+    for v in range(6):
+        back = grown.read("embedding", v)
+        assert np.allclose(np.linalg.norm(back, axis=1), length[:, v], rtol=1e-4)
+        assert ((back * x[:, v]).sum(1) / length[:, v] ** 2).min() > 0.95
+
+
+def test_product_codes_are_decoded_as_documented(tmp_path: Path) -> None:
+    train(make(tmp_path, 6, codec="pq:3+zstd"))
+    store = export(tmp_path, 6, codec="pq:3+zstd")
+    documented = (ROOT / "docs/store.md").read_text().split("```python\n")[2].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(documented.replace("STORE", str(tmp_path)), names)
+    assert np.allclose(names["features"], store.read("embedding", 3), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", range(6))
+def test_a_kill_while_training_leaves_the_same_codebook(tmp_path: Path, changes: int) -> None:
+    whole = make(tmp_path / "whole", 2, codec="pq:2")
+    train(whole)
+    frail = Frail(tmp_path / "cut", 10**6)
+    store = make(frail, 2, codec="pq:2")
+    frail.left = changes
+    with contextlib.suppress(PowerCut):
+        train(store)
+    store = make(tmp_path / "cut", 2, codec="pq:2")
+    if store.untrained():
+        train(store)
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
+def test_a_damaged_codebook_is_noticed_and_mended(tmp_path: Path) -> None:
+    train(make(tmp_path, 2, codec="pq:3"))
+    store = export(tmp_path, 2, codec="pq:3")
+    wanted, file = store.read("embedding", 1), tmp_path / "codebook/embedding.safetensors"
+    whole = file.read_bytes()
+    for damage in (whole[:-7], whole[:200] + bytes([whole[200] ^ 4]) + whole[201:], None):
+        file.write_bytes(damage) if damage else file.unlink()
+        with pytest.raises(UserError, match="codebook/embedding.safetensors is damaged; compress verify --repair"):
+            FeatureStore(Folder(tmp_path)).read("embedding", 1)
+        found = audit.small_files(Folder(tmp_path))
+        assert [f.key for f in found] == ["codebook/embedding.safetensors"]
+        found[0].mend()
+        assert np.array_equal(FeatureStore(Folder(tmp_path)).read("embedding", 1), wanted)
 
 
 def test_the_tables_are_read_as_they_were_given(tmp_path: Path) -> None:

@@ -62,6 +62,15 @@ def test_a_whole_store_passes_and_its_features_are_the_live_teachers(export: exp
     assert made["exact"] == 24  # the same device and precision give the same bits
 
 
+def test_what_a_coarse_codec_loses_is_not_taken_for_another_teacher(
+    export: export_teacher.Config, tmp_path: Path
+) -> None:
+    coarse = dataclasses.replace(export, out=tmp_path / "store", codec="pq:2+zstd")
+    export_teacher.run(coarse)
+    made = verify.run(verify.Config(store=str(coarse.out), sample=1.0))
+    assert made["exact"] == 24 and made["wrong_view"] < made["cosine"] < 0.9999
+
+
 def test_a_bit_flipped_anywhere_is_found_and_healed_to_the_same_bytes(damaged: export_teacher.Config) -> None:
     before = files(damaged.out)
     random = np.random.default_rng(1)
