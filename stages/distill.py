@@ -64,6 +64,7 @@ class Config:
     val_every: float = flag(1.0, "epochs between checks")
     save_every: int = flag(500, "steps between checkpoints")
     workers: int | None = flag(None, "loader processes (default: one per core up to 16; 1 on CPU)", short="-j")
+    cache_images: Path | None = flag(None, "a folder for decoded images: each is decoded once, not every epoch")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1")
     allow_other_pixels: bool = flag(False, "train though this machine renders views differently from the exporting one")
     overwrite: bool = flag(False, "start anew; an earlier run is set aside, not deleted")
@@ -80,7 +81,7 @@ def run(config: Config) -> dict[str, Any]:
     dataset = open_images(config, store)
     val = open_val(config)
     plan = plan_of(config, store, recipe)
-    session = prepare(config, store, dataset, plan, recipe)
+    session = prepare(config, store, in_memory(config, dataset), plan, recipe)
     finished = session.start >= plan.steps
     if not finished:
         train(config, session, val)
@@ -178,6 +179,17 @@ def open_images(config: Config, store: "FeatureStore") -> "Dataset":
     if unlike := require_images(store, dataset, config.allow_other_pixels):
         say(f"warning: {unlike}")
     return dataset
+
+
+def in_memory(config: Config, dataset: "Dataset") -> Any:
+    """The images, decoded once into a folder that is mapped into memory, if that was asked for."""
+    if config.cache_images is None:
+        return dataset
+    from pipeline import decoded
+
+    lacking = decoded.pending(dataset, config.cache_images)
+    with meter("decode", len(dataset), "images", len(dataset) - lacking) as bar:
+        return decoded.build(dataset, config.cache_images, bar.advance)
 
 
 def open_val(config: Config) -> "Dataset | None":

@@ -255,7 +255,8 @@ def test_a_folder_of_unreadable_files_is_refused_and_can_be_mended(here: Path) -
         (here / "data" / "a" / name).write_bytes(damaged)
     count = len(bad_files())
     for _ in range(2):  # the store is whole and of no use: the same command says so again
-        export("data", "store").refuses(f"none of the {count} images could be used", f"a/{min(bad_files())}", "--overwrite")
+        refused = export("data", "store")
+        refused.refuses(f"none of the {count} images could be used", f"a/{min(bad_files())}", "--overwrite")
     assert len(Path("store/bad-images.tsv").read_text().splitlines()) == 1 + count
     distill("store", "run").refuses("0 usable images", "at least 2")
     (here / "data" / "a" / "empty.jpg").write_bytes(encoded(noise(), "JPEG"))

@@ -1,0 +1,80 @@
+"""Several students in one pass against the same students one after the other, and against the least it could take.
+
+Images come from the folder in COMPRESS_BENCH_IMAGES; without it, photographs-like noise is made and encoded.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.export import noise
+from pipeline.device import choose, loader_workers
+from pipeline.progress import quiet
+from stages import distill, export_teacher
+
+SIZE, BATCH, STEPS, ROUNDS = 96, 32, 24, 3
+STUDENTS = ("timm:lcnet_035", "timm:mobilenetv3_small_050", "convnet:channels=16+32+64", "convnet:channels=8+16+32")
+
+
+def measure() -> dict[str, Any]:
+    """Seconds of training, without building models and stores, and their ratios."""
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        images = os.environ.get("COMPRESS_BENCH_IMAGES") or str(noise(Path(folder) / "images"))
+        store, teacher = Path(folder) / "store", "convnet:channels=8+16,pretrained=false"
+        export_teacher.run(
+            export_teacher.Config(data=images, teacher=teacher, out=store, views=4, image_size=32, batch_size=BATCH)
+        )
+        rounds = []
+        for number in range(ROUNDS):
+            home = Path(folder) / str(number)
+            together = _train(store, STUDENTS, home / "together")
+            alone = sum(_train(store, (student,), home / student.replace(":", "-")) for student in STUDENTS)
+            loader, steps = _least(store, home / "least")
+            rounds.append((together, alone, loader, steps))
+    together, alone, loader, steps = (sorted(column)[ROUNDS // 2] for column in zip(*rounds, strict=True))
+    return {
+        "students": list(STUDENTS),
+        "what": f"{STEPS} steps of {BATCH} images at {SIZE} pixels, medians of {ROUNDS} rounds, seconds",
+        "one pass": round(together, 2),
+        "one after the other": round(alone, 2),
+        "one loader alone": round(loader, 2),
+        "the students' bare steps": round(steps, 2),
+        "one pass / one after the other": round(together / alone, 3),
+        "one pass / (loader + steps)": round(together / (loader + steps), 3),
+    }
+
+
+def _session(store: Path, students: Sequence[str], out: Path) -> tuple[distill.Config, Any]:
+    from pipeline.storage import Folder
+    from pipeline.store import FeatureStore
+
+    config = distill.Config(
+        store=store, student=tuple(students), method="compress-1q", out=out, steps=STEPS, batch_size=BATCH,
+        image_size=SIZE, lr=0.01,
+    )  # fmt: skip
+    opened, recipe = FeatureStore(Folder(store)), distill.recipe_of(config)
+    plan = distill.plan_of(config, opened, recipe)
+    return config, distill.prepare(config, opened, distill.open_images(config, opened), plan, recipe)
+
+
+def _train(store: Path, students: Sequence[str], out: Path) -> float:
+    config, session = _session(store, students, out)
+    began = time.perf_counter()
+    distill.train(config, session, None)
+    return time.perf_counter() - began
+
+
+def _least(store: Path, out: Path) -> tuple[float, float]:
+    """(the loader with nobody to wait for, all steps on pixels that are ready)"""
+    _, session = _session(store, STUDENTS, out)
+    began = time.perf_counter()
+    sights = list(session.sights(loader_workers(None, choose("auto"))))
+    loader = time.perf_counter() - began
+    session.step(0, sights[0], False)  # the first step allocates
+    began = time.perf_counter()
+    for step, sight in enumerate(sights):
+        session.step(step, sight, False)
+    return loader, time.perf_counter() - began

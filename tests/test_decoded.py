@@ -1,0 +1,82 @@
+"""Decoded images kept in files are those the decoder gave."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import decoded
+from pipeline.artifact import Mismatch, UserError
+from pipeline.datasets.folder import Folder as ImageFolder
+from pipeline.images import BadImage
+from stages import distill, export_teacher
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageFolder:
+    monkeypatch.setattr(decoded, "BLOCK", 4)
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(11):
+        pixels = random.integers(0, 256, (9 + number, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/{number:02d}.jpg")
+    (tmp_path / "images/05.jpg").write_bytes(b"no image")
+    return ImageFolder(tmp_path / "images")
+
+
+def test_every_image_is_what_the_decoder_gives_also_in_another_process(images: ImageFolder, tmp_path: Path) -> None:
+    kept = decoded.build(images, tmp_path / "decoded")
+    for one in (kept, pickle.loads(pickle.dumps(kept))):
+        assert (len(one), one.ids, one.fingerprint) == (11, images.ids, images.fingerprint)
+        for i in range(11):
+            if i == 5:
+                with pytest.raises(BadImage):
+                    one.load(i)
+                continue
+            (pixels, content), (wanted, theirs) = one.load(i), images.load(i)
+            assert np.array_equal(pixels, wanted) and content == theirs
+
+
+def test_only_what_is_missing_is_decoded(images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decoded.pending(images, tmp_path / "decoded") == 11
+    decoded.build(images, tmp_path / "decoded")
+    (tmp_path / "decoded/pixels-000001.bin").unlink()
+    assert decoded.pending(images, tmp_path / "decoded") == 4
+    asked: list[int] = []
+    load = ImageFolder.load
+    monkeypatch.setattr(ImageFolder, "load", lambda self, i: (asked.append(i), load(self, i))[1])
+    decoded.build(images, tmp_path / "decoded")
+    assert sorted(asked) == [4, 5, 6, 7] and decoded.pending(images, tmp_path / "decoded") == 0
+
+
+def test_a_flipped_bit_is_noticed_and_the_image_named(images: ImageFolder, tmp_path: Path) -> None:
+    kept, file = decoded.build(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000002.bin"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    kept.load(8)
+    with pytest.raises(UserError, match="damaged at image 10.jpg; delete the folder"):
+        kept.load(10)
+
+
+def test_a_folder_of_other_images_is_refused(images: ImageFolder, tmp_path: Path) -> None:
+    decoded.build(images, tmp_path / "decoded")
+    (tmp_path / "images/00.jpg").unlink()
+    with pytest.raises(Mismatch):
+        decoded.build(ImageFolder(tmp_path / "images"), tmp_path / "decoded")
+
+
+def test_a_run_on_decoded_images_is_the_run_without_them_to_the_bit(images: ImageFolder, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    teacher = "convnet:channels=4+8,pretrained=false"
+    export_teacher.run(
+        export_teacher.Config(data=str(images.path), teacher=teacher, out=store, views=3, image_size=16, workers=0)
+    )
+    how = {"store": store, "student": ("convnet:channels=4+6",), "method": "regression", "image_size": 16}
+    how |= {"steps": 4, "batch_size": 4, "workers": 0}
+    distill.run(distill.Config(out=tmp_path / "plain", **how))  # type: ignore[arg-type]
+    distill.run(distill.Config(out=tmp_path / "kept", cache_images=tmp_path / "decoded", **how))  # type: ignore[arg-type]
+    names = [tmp_path / run / "student.safetensors" for run in ("plain", "kept")]
+    assert names[0].read_bytes() == names[1].read_bytes()
