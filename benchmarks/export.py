@@ -1,10 +1,8 @@
 """An export of views from JPEG files against the bare teacher's forward on ready tensors.
 
-Same model, batch, precision and memory format, alternating in one process. Images come from the folder in
-COMPRESS_BENCH_IMAGES; without it, photographs-like noise of 500 x 375 pixels is made and encoded.
+Same model, batch, precision and memory format, alternating in one process.
 """
 
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from benchmarks.photographs import photographs
 from pipeline.datasets import DATASETS
 from pipeline.device import choose, loader_workers
 from pipeline.embed import Forward, embed
@@ -31,8 +29,7 @@ def measure() -> dict[str, Any]:
     forward = Forward(build(TEACHER, image_size=SIZE), device, batch_size=BATCH)
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
-        images = os.environ.get("COMPRESS_BENCH_IMAGES") or _images(Path(folder) / "images")
-        dataset = DATASETS.order(str(images)).subset(IMAGES)
+        dataset = DATASETS.order(str(photographs(Path(folder) / "images"))).subset(IMAGES)
         for number in range(ROUNDS):
             bare = _bare(forward)
             pairs.append((bare, _export(forward, dataset, Path(folder) / str(number), device)))
@@ -69,12 +66,3 @@ def _export(forward: Forward, dataset: Any, out: Path, device: torch.device) -> 
     began = time.perf_counter()
     embed(store, dataset, spec, forward, workers=loader_workers(None, device))
     return len(dataset) * VIEWS / (time.perf_counter() - began)
-
-
-def _images(folder: Path) -> Path:
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for number in range(IMAGES):
-        coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number:04d}.jpg", quality=90)
-    return folder

@@ -1,18 +1,13 @@
-"""Several students in one pass against the same students one after the other, and against the least it could take.
+"""Several students in one pass against the same students one after the other, and against the least it could take."""
 
-Images come from the folder in COMPRESS_BENCH_IMAGES; without it, photographs-like noise is made and encoded.
-"""
-
-import os
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.export import noise
+from benchmarks.photographs import photographs
 from pipeline.device import choose, loader_workers
-from pipeline.progress import quiet
 from stages import distill, export_teacher
 
 SIZE, BATCH, STEPS, ROUNDS = 96, 32, 24, 3
@@ -21,20 +16,20 @@ STUDENTS = ("timm:lcnet_035", "timm:mobilenetv3_small_050", "convnet:channels=16
 
 def measure() -> dict[str, Any]:
     """Seconds of training, without building models and stores, and their ratios."""
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        images = os.environ.get("COMPRESS_BENCH_IMAGES") or str(noise(Path(folder) / "images"))
+    with tempfile.TemporaryDirectory() as folder:
+        images = str(photographs(Path(folder) / "images"))
         store, teacher = Path(folder) / "store", "convnet:channels=8+16,pretrained=false"
         export_teacher.run(
             export_teacher.Config(data=images, teacher=teacher, out=store, views=4, image_size=32, batch_size=BATCH)
         )
         rounds = []
-        for number in range(ROUNDS):
+        for number in range(ROUNDS + 1):  # the first warms up
             home = Path(folder) / str(number)
             together = _train(store, STUDENTS, home / "together")
             alone = sum(_train(store, (student,), home / student.replace(":", "-")) for student in STUDENTS)
             loader, steps = _least(store, home / "least")
             rounds.append((together, alone, loader, steps))
-    together, alone, loader, steps = (sorted(column)[ROUNDS // 2] for column in zip(*rounds, strict=True))
+    together, alone, loader, steps = (sorted(column)[ROUNDS // 2] for column in zip(*rounds[1:], strict=True))
     return {
         "students": list(STUDENTS),
         "what": f"{STEPS} steps of {BATCH} images at {SIZE} pixels, medians of {ROUNDS} rounds, seconds",
