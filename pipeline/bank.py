@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline import ranks
+
 Read = Callable[[Tensor, Tensor, str], Tensor]  # (n,) rows, (n,) views, array of the store -> (n, D) float32
 
 
@@ -59,12 +61,19 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Tensor, views: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Overwrite the oldest slots: rows, views (n,), columns {name: (n, width) unit vectors}."""
+        """Overwrite the oldest slots with W vectors of each of B images: the images of all ranks.
+
+        rows (B,), views (B, W), or (B,) for one of each; columns {name: (B * W, width) unit vectors}.
+        """
+        views = views.reshape(len(rows), -1)
+        rows, columns = ranks.gather(rows), {name: _gather(columns[name], len(views)) for name in self.names}
+        views = ranks.gather(views)
+        rows, views = rows.repeat_interleave(views.shape[1]), views.flatten()
         n = min(len(rows), self.size)
         slots = (torch.arange(n, device=self.rows.device) + self.pointer) % self.size
         self.rows[slots], self.views[slots] = rows[-n:].to(self.rows), views[-n:].to(self.views)
-        for name in self.names:
-            getattr(self, f"column_{name}")[slots] = columns[name][-n:].detach().float()
+        for name, column in columns.items():
+            getattr(self, f"column_{name}")[slots] = column[-n:].detach().float()
         self.pointer = (self.pointer + n) % self.size
         self.filled = min(self.size, self.filled + n)
 
@@ -73,6 +82,11 @@ class MemoryBank(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         self.pointer, self.filled = state["pointer"], state["filled"]
+
+
+def _gather(vectors: Tensor, images: int) -> Tensor:
+    """(B * W, width) of the whole step, image by image, from a rank's share of the images."""
+    return ranks.gather(vectors.unflatten(0, (images, -1))).flatten(0, 1)
 
 
 def unit(x: Tensor) -> Tensor:

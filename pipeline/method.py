@@ -88,11 +88,6 @@ class Batch:
     local_images: list[Tensor] = field(default_factory=list)  # per student: (B * L, 3, s, s)
     local_views: Tensor | None = None  # (B, L) int64
 
-    @property
-    def pair_rows(self) -> Tensor:
-        """(B * W,) row of every pair."""
-        return self.rows[:, None].expand_as(self.teacher_views).flatten()
-
 
 Outputs = dict[str, Tensor]  # "embedding": (B, W, d), "regions": (B, W, R, d), "local_embedding": (B, L, d), ...
 

@@ -1,8 +1,12 @@
-"""What the ranks of a distributed run share: gathers in one fixed order."""
+"""What the ranks of a distributed run share. Rank r of N has the images r, r + N, ... of every step.
+
+Without torch.distributed there is one rank, and everything here is the identity.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.nn.functional import all_gather
 
 
 def size() -> int:
@@ -16,7 +20,25 @@ def rank() -> int:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The (B, ...) rows of the whole step from each rank's share, with gradients: rank r has every size()-th from r."""
+    """The (B, ...) rows of the whole step from each rank's (B / N, ...), in the order of one process, with gradients.
+
+    A gradient is the sum over the ranks' losses. If each of them computes the loss of the whole step,
+    averaging the gradients of weights over ranks, as DistributedDataParallel does, makes it that loss's.
+    """
     if size() == 1:
         return rows
-    return torch.stack(list(all_gather(rows.contiguous())), 1).flatten(0, 1)
+    return _Gather.apply(rows)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(size())]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        whole = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(whole)
+        return whole[rank() :: size()]

@@ -53,7 +53,7 @@ class TwoQueues(Method):
         return unit(student.detach())
 
     def after_step(self, batch: Batch) -> None:
-        self.bank.push(batch.pair_rows, batch.teacher_views.flatten(), self._seen)
+        self.bank.push(batch.rows, batch.teacher_views, self._seen)
 
 
 class TwoQueuesMomentum(TwoQueues):
@@ -133,4 +133,4 @@ class OneQueue(Method):
         return [relation_kl(t, anchors, s, anchors, self.tau, self.tau)]
 
     def after_step(self, batch: Batch) -> None:
-        self.bank.push(batch.pair_rows, batch.teacher_views.flatten(), self._seen)
+        self.bank.push(batch.rows, batch.teacher_views, self._seen)

@@ -85,7 +85,7 @@ class EsVit(Method):
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
         """Centres follow what the teacher says; of each view one region goes to the bank."""
-        rows, views = batch.pair_rows, batch.teacher_views.flatten()
+        rows, views = batch.rows, batch.teacher_views
         y = batch.teacher["regions"].flatten(0, 1)  # (B * W, R', C)
         self.view.after(rows, views, batch.teacher["embedding"].flatten(0, 1))
         chosen = torch.randint(y.shape[1], (len(y),), device=y.device)
@@ -143,7 +143,7 @@ class Similarities(nn.Module):
         return relation_cross_entropy(teacher, student, self.bank["teacher"], self.tau_t, self.tau_s)
 
     def after(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
-        """teacher: (n, D) of the batch, which enter the bank."""
+        """teacher: (B * W, D) of the batch, which enter the bank."""
         self.bank.push(rows, views, {"teacher": unit(teacher)})
 
 

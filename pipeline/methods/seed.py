@@ -86,7 +86,7 @@ class Seed(Method):
 
     def after_step(self, batch: Batch) -> None:
         t = batch.teacher[self.target].flatten(0, 1)
-        self.bank.push(batch.pair_rows, batch.teacher_views.flatten(), {"teacher": unit(t)})
+        self.bank.push(batch.rows, batch.teacher_views, {"teacher": unit(t)})
         if self.small and batch.local_views is not None:
             first = batch.teacher[f"local_{self.target}"][:, 0]
-            self.small_bank.push(batch.rows, batch.local_views[:, 0], {"teacher": unit(first)})
+            self.small_bank.push(batch.rows, batch.local_views[:, :1], {"teacher": unit(first)})
