@@ -124,26 +124,35 @@ def main() -> None:
     # forward of a small network on two busy cores 15 times slower. Has to be said before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = app(standalone_mode=False)
-    except UserError as problem:
-        code = _fail(str(problem))
+        code = _status()
+        for signum in (signal.SIGINT, signal.SIGTERM):  # all is said: what comes now has nobody to catch it
+            signal.signal(signum, signal.SIG_DFL)
     except Interrupted as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         code = 128 + stop.signum
     except (KeyboardInterrupt, typer.Abort):
         print("stopped: repeat the command to continue", file=sys.stderr)
         code = 130
+    sys.exit(code)
+
+
+def _status() -> int:
+    """Run a command: the exit status, its error told in one line. Raises Interrupted and KeyboardInterrupt."""
+    try:
+        code = app(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except UserError as problem:
+        return _fail(str(problem))
     except UsageProblem as problem:
-        code = _fail(_usage(problem))
+        return _fail(_usage(problem))
     except (MemoryError, RuntimeError) as problem:
         if not (text := _exhausted(problem)):
             raise
-        code = _fail(text)
+        return _fail(text)
     except OSError as problem:
         if problem.errno not in _DISK:
             raise
-        code = _fail(f"{problem.filename2 or problem.filename or 'writing'}: {_DISK[problem.errno]}")
-    sys.exit(code if isinstance(code, int) else 0)
+        return _fail(f"{problem.filename2 or problem.filename or 'writing'}: {_DISK[problem.errno]}")
 
 
 def _show(text: str) -> None:

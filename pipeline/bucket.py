@@ -62,6 +62,9 @@ class Bucket:
             return False
         return True
 
+    def modified(self, key: str) -> float:
+        return self._ask(lambda: obstore.head(self.objects, key))["last_modified"].timestamp()
+
     def list(self, prefix: str = "") -> Iterator[str]:
         pages = obstore.list(self.objects, f"{prefix}/" if prefix else None, chunk_size=1000)
         while (page := self._ask(lambda: next(pages, None))) is not None:

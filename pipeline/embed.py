@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.images import GOOD, NOT_FINITE, REASONS
+from pipeline.errors import UserError
+from pipeline.images import GOOD, NOT_FINITE, REASONS, UNREADABLE
 from pipeline.loader import Eyes, Piece, feed, pieces_of
 from pipeline.model import Embedder
 from pipeline.philox import LOCAL
 from pipeline.store import FeatureStore, Shard, batches, is_local
 from pipeline.views import ViewSpec
 
+GONE = 8  # images of one shard, all of them unreadable
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -100,6 +102,9 @@ def embed(
         for (shard, _, b), part in zip(plan, cut, strict=True):
             if stopped():
                 break
+            if writing and (writing.done() or b == shard.stop):  # so a kill finds one finished shard unwritten at most
+                writing.result()
+                writing = None
             asked = time.monotonic()
             seen = [next(sights) for _ in part]
             cost.waited += time.monotonic() - asked
@@ -108,8 +113,6 @@ def embed(
             cost.views += rows[-1].status.size * len(shard.views)
             progress(len(rows[-1].status))
             if b == shard.stop:
-                if writing:
-                    writing.result()
                 writing = writer.submit(_write, store, shard, rows)
                 rows = []
         if writing:
@@ -178,4 +181,7 @@ def _write(store: FeatureStore, shard: Shard, rows: list[_Rows]) -> None:
         features[name] = np.concatenate([p for p, _ in parts]), np.concatenate(scales) if scales else None
     bad = {i: why for r in rows for i, why in r.bad.items()}
     status, content = np.concatenate([r.status for r in rows]), np.concatenate([r.content for r in rows])
+    if len(status) >= GONE and (status == UNREADABLE).all():  # a disk that went away is no thousand bad images
+        why = f"none of the images of rows {shard.start} to {shard.stop - 1} can be read, the first: {bad[shard.start]}"
+        raise UserError(f"{why}; is their disk still there? What is done is kept, repeat the command to continue")
     store.write(shard, features, status, content, bad)

@@ -5,8 +5,11 @@ from types import FrameType
 from typing import Any
 
 
-class Interrupted(Exception):
-    """The work was stopped by a signal; the text says what is kept and how to go on."""
+class Interrupted(BaseException):
+    """The work was stopped by a signal; the text says what is kept and how to go on.
+
+    No Exception: raised in the middle of anything, it must not pass for a broken image or a missing package.
+    """
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)

@@ -83,9 +83,9 @@ class Board:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole rows; a line cut short by a crash is passed over."""
+    """All whole rows; a line that a crash cut short or a disk damaged is passed over."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:

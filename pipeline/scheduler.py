@@ -61,11 +61,16 @@ def spread(
                 time.sleep(POLL)
                 continue
             future = next(ended)
+            if future.status in ("pending", "lost"):  # its worker died with the result: it is computed elsewhere
+                ended.add(future)
+                continue
             left -= 1
             if future.status == "finished":
                 yield Outcome(futures[future], future.result())
+            elif future.status == "error":
+                yield Outcome(futures[future], error=future.exception())
             else:
-                yield Outcome(futures[future], error=future.exception() or RuntimeError(f"task {future.status}"))
+                yield Outcome(futures[future], error=RuntimeError(f"task {future.status} by the scheduler"))
             future.release()
         client.cancel(list(futures))
 
@@ -91,7 +96,11 @@ def _client(scheduler: str) -> Iterator[Any]:
         return
     with (
         LocalCluster(
-            n_workers=int(argument), threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+            n_workers=int(argument),
+            threads_per_worker=1,
+            processes=True,
+            silence_logs=50,
+            dashboard_address="127.0.0.1:0",  # any free port: two exports on one machine do not meet
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):

@@ -34,6 +34,10 @@ class Storage(Protocol):
 
     def exists(self, key: str) -> bool: ...
 
+    def modified(self, key: str) -> float:
+        """When it was put there, in seconds of the epoch. Raises FileNotFoundError."""
+        ...
+
     def list(self, prefix: str = "") -> Iterator[str]:
         """Keys below a folder prefix ("done"), in no order."""
         ...
@@ -76,6 +80,9 @@ class Folder:
 
     def exists(self, key: str) -> bool:
         return (self.path / key).exists()
+
+    def modified(self, key: str) -> float:
+        return (self.path / key).stat().st_mtime
 
     def list(self, prefix: str = "") -> Iterator[str]:
         top = str(self.path / prefix) if prefix else str(self.path)

@@ -6,6 +6,7 @@ is there, what none names is pending. "The chunk is absent" says nothing: Zarr w
 that is all fill value. Names and layout: docs/store.md.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,9 +95,9 @@ class FeatureStore:
                 f"ask for {store.views} or more, or choose another --out"
             )
         last = f"{COPY}/{artifact.MANIFEST}"
-        if not storage.exists(last) or storage.get(last) != artifact.spell(store.manifest):
+        if not storage.exists(last) or storage.get(last) != artifact.spell(store.manifest) or store._unlike():
             small = layout(store.grids, store.images, _extents(store.identity, store.views)) | table_files(tables)
-            store._put_small(small | dict(files or {}) | store._codebooks())  # killed while it was being made
+            store._put_small(small | dict(files or {}) | store._codebooks())  # killed at it, or growing
         if about["views"] > store.views:
             store._grow(about["views"])
         return cls(storage)
@@ -136,6 +137,21 @@ class FeatureStore:
                 out.setdefault(block, []).append((first, stop))
         return out
 
+    def record(self, block: int, first: int, stop: int) -> dict[str, Any]:
+        """A done record: rows, bad images, digests. Raises UserError if it is not what was written."""
+        raw = self.storage.get(done_key(block, first, stop))
+        try:
+            record = json.loads(raw)
+            whole = artifact.canonical(artifact.sealed(record)) + b"\n" == raw
+        except (ValueError, AttributeError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"{self.storage}/{done_key(block, first, stop)} is damaged: it does not fit its own digest; "
+                "compress verify --repair marks its shard to export again"
+            )
+        return record
+
     def pending(self) -> list[Shard]:
         """Row blocks with views that are not done, in order."""
         done = self.done()
@@ -148,6 +164,11 @@ class FeatureStore:
                 start, stop = self.span(block)
                 out.append(Shard(block, start, stop, tuple(sorted(missing))))
         return out
+
+    def is_done(self, shard: Shard) -> bool:
+        """Whether somebody else has written this shard meanwhile."""
+        spans = [self._block_of(first) for first in {v - v % VIEW_BLOCK for v in shard.views}]
+        return all(self.storage.exists(done_key(shard.block, span.start, span.stop)) for span in spans)
 
     def span(self, block: int) -> tuple[int, int]:
         """First row of a block and one past its last."""
@@ -197,7 +218,7 @@ class FeatureStore:
     def _is_fill(self, name: str, block: int, views: tuple[int, int]) -> bool:
         """Whether a done record says that an array holds nothing but fill value there."""
         rows = self.span(block)[1] - self.span(block)[0]
-        record = artifact.read_json(self.storage, done_key(block, *views))
+        record = self.record(block, *views)
         grid = self.grids[name]
         fill = np.full((rows, *grid.shards[2:]), grid.fill, grid.dtype)
         if name in ("status", "content"):
@@ -209,27 +230,28 @@ class FeatureStore:
 
     @cached_property
     def group(self) -> Any:
-        """The Zarr group. Raises UserError if its metadata is damaged."""
-        try:
-            return open_group(self.storage)
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as problem:
-            why = f"{self.storage}/{GROUP} is damaged: {_one_line(problem)}; see compress verify --repair"
-            raise UserError(why) from None
+        """The Zarr group. Raises UserError if its metadata is not what was written: Zarr believes what it can read."""
+        if unlike := self._unlike():
+            raise UserError(f"{self.storage}/{unlike[0]} is gone or damaged; see compress verify --repair")
+        return open_group(self.storage)
+
+    def _unlike(self) -> list[str]:
+        """Keys of Zarr metadata that is not what the manifest says."""
+        out = []
+        for key in (key for key in self.about["small"] if key.endswith("/zarr.json")):
+            there = self.storage.get(key) if self.storage.exists(key) else b""
+            if artifact.digest(there) != self.about["small"][key]:
+                out.append(key)
+        return out
 
     def array(self, name: str) -> Any:
         """One Zarr array. Raises UserError if the store does not keep it or its metadata is damaged."""
-        try:
+        if f"{GROUP}/{name}/zarr.json" in self.about["small"]:
             return self.group[name]
-        except KeyError:
-            if f"{GROUP}/{name}/zarr.json" in self.about["small"]:
-                raise UserError(f"{self.storage}: metadata of {name!r} is gone; see compress verify --repair") from None
-            kept = ", ".join(self.arrays)
-            raise UserError(
-                f"{self.storage} keeps {kept}, not {name!r}; export anew with --keep {','.join([*self.arrays, name])}"
-            ) from None
-        except (ValueError, TypeError, AttributeError) as problem:
-            why = f"metadata of {name!r} is damaged: {_one_line(problem)}; see compress verify --repair"
-            raise UserError(f"{self.storage}: {why}") from None
+        kept = ", ".join(self.arrays)
+        raise UserError(
+            f"{self.storage} keeps {kept}, not {name!r}; export anew with --keep {','.join([*self.arrays, name])}"
+        )
 
     def table(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """(n,) label, sample_id, view_key, content or status."""
@@ -324,7 +346,7 @@ class FeatureStore:
                 "put them back, or export into a new folder"
             )
         status = np.maximum(self._read("status", rows), status)
-        records = {span: artifact.read_json(self.storage, done_key(shard.block, *span)) for span in held}
+        records = {span: self.record(shard.block, *span) for span in held}
         earlier = {int(i): why for record in records.values() for i, why in record["bad"].items()}
         now = artifact.digest(status.tobytes())
         return status, {**bad, **earlier}, {span[0] for span in held if records[span]["status"] != now}
@@ -434,7 +456,7 @@ class FeatureStore:
         for block, spans in self.done().items():
             if np.any(bad // self.rows == block):
                 for span in spans:
-                    record = artifact.read_json(self.storage, done_key(block, *span))
+                    record = self.record(block, *span)
                     reasons |= {int(i): why for i, why in record["bad"].items()}
         return [(int(i), str(ids[i]), reasons.get(int(i), REASONS[int(status[i])])) for i in bad]
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.store import FeatureStore, Shard
     from pipeline.views import ViewSpec
 
+CLOCKS = 2.0  # seconds by which the clocks of the images' disk and the store's may differ
 PACKAGES = ("torch", "torchvision", "pillow", "zarr", "numpy")  # whose versions may change a feature's last bits
 
 
@@ -62,14 +63,12 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Export what is pending. Returns {"summary", "store", "fingerprint", ...}."""
     check(config)
-    from pipeline.datasets import DATASETS
     from pipeline.models import MODELS
 
     MODELS.parse(config.teacher)
     anew = config.overwrite and artifact.replaceable(config.out, "store")
     earlier = None if anew else artifact.claimed(Folder(config.out), "store")
-    dataset = DATASETS.order(config.data)
-    dataset = dataset.subset(config.limit) if config.limit else dataset
+    dataset = open_images(config)
     if earlier:
         require_its_images(config, earlier, dataset)
 
@@ -98,6 +97,8 @@ def run(config: Config) -> dict[str, Any]:
         require_same(earlier["about"]["pixels"], dataset, spec, embedder.preprocessing, range(len(dataset)), allow=None)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     store = FeatureStore.make(Folder(config.out), identity, about, tables, head_file(embedder))
+    if earlier:
+        require_unchanged(store, dataset)
     pending = store.pending()
     rows = sum(shard.stop - shard.start for shard in pending)
     if not pending:
@@ -119,11 +120,15 @@ def run(config: Config) -> dict[str, Any]:
             f"{len(failed)} of {len(pending)} shards failed after all tries, the first is that of rows "
             f"{first.task.start} to {first.task.stop - 1} ({why}); the others are kept, repeat the command to try again"
         )
-    return finish(
+    made = finish(
         store,
         f"{config.out}: {store.images} images x {store.views} views x {embedder.width} {config.codec}, "
         f"{duration(cost.seconds)}, {cost.views / max(cost.seconds, 1e-9):.0f} views/s",
     )
+    now = open_images(config)
+    require_its_images(config, store.manifest, now)
+    require_unchanged(store, now)
+    return made
 
 
 @dataclass
@@ -198,9 +203,11 @@ def compute(
 def compute_shard(config: Config, shard: "Shard") -> "Cost":
     """What a cluster's worker does: one shard, decoded by threads, as workers may have no child processes."""
     from pipeline.device import loader_workers
-    from pipeline.embed import embed
+    from pipeline.embed import Cost, embed
 
     work = workshop(config)
+    if work.store.is_done(shard):  # by a worker that was lost before it could say so
+        return Cost()
     workers = loader_workers(config.workers, work.forward.device)
     return embed(work.store, work.dataset, work.spec, work.forward, shards=[shard], workers=workers, threads=True)
 
@@ -211,15 +218,13 @@ def workshop(config: Config) -> Workshop:
     import torch
 
     from pipeline import scheduler
-    from pipeline.datasets import DATASETS
     from pipeline.device import choose
     from pipeline.embed import Forward
     from pipeline.models import build
     from pipeline.store import FeatureStore
     from pipeline.views import ViewSpec
 
-    dataset = DATASETS.order(config.data)
-    dataset = dataset.subset(config.limit) if config.limit else dataset
+    dataset = open_images(config)
     store = FeatureStore(Folder(config.out))
     device = choose(config.device)
     if device == torch.device("cuda"):  # worker k takes GPU k of those it sees
@@ -285,6 +290,29 @@ def head_file(embedder: "Embedder") -> dict[str, bytes]:
 
     tensors = embedder.head_tensors()
     return {HEADS: spell(tensors)} if tensors else {}
+
+
+def open_images(config: Config) -> "Dataset":
+    """The images as they are listed now."""
+    from pipeline.datasets import DATASETS
+
+    dataset = DATASETS.order(config.data)
+    return dataset.subset(config.limit) if config.limit else dataset
+
+
+def require_unchanged(store: "FeatureStore", dataset: "Dataset") -> None:
+    """Raises UserError if an image is not what its stored features were made from. Reads what was touched since."""
+    import numpy as np
+
+    content = np.zeros(store.images, np.uint64)
+    for block in store.done():
+        rows = slice(*store.span(block))
+        content[rows] = store.table("content", rows)
+    if changed := dataset.changed(content, store.storage.modified(artifact.MANIFEST) - CLOCKS):
+        raise UserError(
+            f"{len(changed)} images are not those the stored views were made from, the first is "
+            f"{dataset.ids[changed[0]]}; put them back, or export into a new folder"
+        )
 
 
 def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dataset") -> None:

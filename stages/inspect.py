@@ -35,8 +35,8 @@ def store(storage: Folder, manifest: dict[str, Any]) -> dict[str, Any]:
     here = FeatureStore(storage)
     total = -(-here.images // here.rows)
     history = journal.read(storage.path / "history.jsonl")
-    seconds = sum(event["seconds"] for event in history)
-    views = sum(event["views"] for event in history)
+    seconds = sum(event.get("seconds", 0) for event in history)
+    views = sum(event.get("views", 0) for event in history)
     return {
         "fingerprint": here.fingerprint,
         "data": f"{here.images} images of {here.about['data']['spec']}, {len(here.about['classes'])} classes",

@@ -1,7 +1,7 @@
 """`compress verify STORE`: every digest, then the live teacher against a sample of what is stored."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import UserError
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pipeline.store import FeatureStore
 
 LOSS = 0.001  # of cosine to the live feature, beyond the codec's: another device or precision passes, another view not
+CLEARLY = 5.0  # times as much below what the codec keeps as the right one, on average: a control's cosine
+ROUNDING = 1e-6  # of a cosine in single precision
+LEAST = 16  # images embedded again, if there are so many
 SHOWN = 10  # damages listed by name
 
 
@@ -95,7 +98,7 @@ def digests(config: Config) -> tuple[list[str], list[str]]:
 
 
 def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
-    """Embed a sample of (i, v) again: cosine to the stored row, and to a wrong view as a control.
+    """Embed a sample of (i, v) again: cosine to the stored row, and to those of a wrong view and a wrong image.
 
     Raises UserError if pixels, weights or features are not what the store says.
     """
@@ -106,44 +109,101 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
 
     dataset = open_images(config, store)
     rows = np.flatnonzero(store.table("status") == GOOD)
-    count = min(len(rows), max(16, round(config.sample * store.images)))
+    rows = rows[~np.isin(rows // store.rows, [shard.block for shard in store.pending()])]
+    count = min(len(rows), max(LEAST, round(config.sample * store.images)))
+    if not count:
+        return {"said": "no row block is complete, so no feature was embedded again"}
     order = philox.permutation(config.seed, philox.PICK, 0, len(rows))
     rows = np.sort(rows[order[:count]])
     views = philox.words(config.seed, philox.PICK, rows, 1, 1)[:, 0].astype(np.int64) % store.views
-    live = embed_again(config, store, dataset)
-    right, wrong, ideal, exact, codec = [], [], [], 0, store.codecs["embedding"]
+    live, kind = embed_again(config, store, dataset), store.codecs["embedding"]
+    found = Likeness(config, store)
     with meter("live teacher", count, "images") as bar:
         for view in np.unique(views):
             mine = rows[views == view]
-            again = live(mine, int(view))
-            stored = store.read("embedding", int(view))[mine]
-            other = store.read("embedding", int(view + 1) % store.views)[mine]
-            right.append(cosine(again, stored))
-            wrong.append(cosine(again, other))
-            kept = codec.decode(*codec.encode(again))
-            ideal.append(cosine(again, kept))
-            exact += int((kept == stored).all(1).sum())
+            again, stored = live(mine, int(view)), pick(store, mine, int(view))
+            kept = kind.decode(*kind.encode(again))
+            right, ideal = cosine(again, stored), cosine(again, kept)
+            found.right.append(right)
+            found.ideal.append(ideal)
+            if store.views > 1:
+                found.wrong_view.append(cosine(again, pick(store, mine, int(view + 1) % store.views)))
+            if len(mine) > 1:
+                found.wrong_image.append(cosine(again, np.roll(stored, 1, axis=0)))
+            worst = int((right - ideal).argmin())
+            if right[worst] < ideal[worst] - LOSS and not found.place:
+                found.place = whereabouts(store, int(mine[worst]), int(view), again[worst], ideal[worst] - LOSS)
+            found.exact += int((kept == stored).all(1).sum())
             bar.advance(len(mine))
-    low = int((np.concatenate(right) < np.concatenate(ideal) - LOSS).sum())
-    return judge(config, store, np.concatenate(right), np.concatenate(wrong), exact, low)
+    return judge(found)
 
 
-def judge(
-    config: Config, store: "FeatureStore", right: "np.ndarray", wrong: "np.ndarray", exact: int, low: int
-) -> dict[str, Any]:
-    """In words, and as numbers; a control that scores as high as the claim proves nothing and is said."""
-    control = f", a wrong view scores {wrong.mean():.4f}" if store.views > 1 else ""
+@dataclass
+class Likeness:
+    """Cosines of live features to stored ones, an array per view: the claim, and two controls that must not fit."""
+
+    config: Config
+    store: "FeatureStore"
+    right: list["np.ndarray"] = field(default_factory=list)
+    ideal: list["np.ndarray"] = field(default_factory=list)  # of what the codec keeps of the live feature itself
+    wrong_view: list["np.ndarray"] = field(default_factory=list)
+    wrong_image: list["np.ndarray"] = field(default_factory=list)
+    exact: int = 0  # rows equal to the bit
+    place: str = ""  # where the first feature that does not fit lies instead
+
+
+def pick(store: "FeatureStore", rows: "np.ndarray", view: int) -> "np.ndarray":
+    """(n, D) stored features of sorted rows, a row block in memory at a time."""
+    import numpy as np
+
+    out = []
+    for block in np.unique(rows // store.rows):
+        start, stop = store.span(int(block))
+        mine = rows[(rows >= start) & (rows < stop)]
+        out.append(store.read("embedding", view, slice(start, stop))[mine - start])
+    return np.concatenate(out)
+
+
+def whereabouts(store: "FeatureStore", row: int, view: int, feature: "np.ndarray", least: float) -> str:
+    """Where in its row block a feature lies that is not where it should be; nothing if no cosine reaches `least`."""
+    import numpy as np
+
+    start, stop = store.span(row // store.rows)
+    found = [cosine(feature[None], store.read("embedding", v, slice(start, stop))) for v in range(store.views)]
+    v, i = np.unravel_index(np.argmax(found), (store.views, stop - start))
+    if found[v][i] < least:
+        return ""
+    return f"that of (row {row}, view {view}) is stored as (row {start + i}, view {v}): rows or views are mixed up"
+
+
+def judge(found: Likeness) -> dict[str, Any]:
+    """In words, and as numbers. Raises UserError if a row does not fit, or if the controls fit as well."""
+    import numpy as np
+
+    from pipeline.device import choose
+
+    config, right, ideal = found.config, np.concatenate(found.right), np.concatenate(found.ideal)
+    parts = {"wrong_view": found.wrong_view, "wrong_image": found.wrong_image}
+    controls = {name: float(np.concatenate(part).mean()) for name, part in parts.items() if part}
+    stored_in = found.store.identity["precision"]
+    now_in = config.precision or stored_in
+    how = f"on {choose(config.device)} in {now_in}" + ("" if now_in == stored_in else f" (stored in {stored_in})")
+    scores = "".join(f", a {name.replace('_', ' ')} scores {score:.5f}" for name, score in controls.items())
     said = (
-        f"{len(right)} features embedded again: cosine {right.min():.5f} at least, {right.mean():.5f} on average"
-        f"{control}; {exact} equal to the bit"
+        f"{len(right)} features embedded again {how}: cosine {right.min():.5f} at least, {right.mean():.5f} on average"
+        f"{scores}; {found.exact} equal to the bit"
     )
-    if low:
-        raise UserError(
-            f"{config.store}: {low} of {said}; more than {LOSS} below what {store.identity['codec']} keeps, it is not "
-            "this teacher on these pixels. The pixels were checked first, so the arithmetic differs: another device, "
-            "precision or library version?"
-        )
-    return {"said": said, "cosine": float(right.min()), "wrong_view": float(wrong.mean()), "exact": exact}
+    if low := int((right < ideal - LOSS).sum()):
+        arithmetic = "the pixels were checked first, so the arithmetic differs: another device, precision or version?"
+        why = f"more than {LOSS} below what {found.store.identity['codec']} keeps it is not this teacher's feature"
+        raise UserError(f"{config.store}: {low} of {said}; {why}: {found.place or arithmetic}")
+    for name, score in controls.items():
+        if ideal.mean() - score <= CLEARLY * max(ROUNDING, ideal.mean() - right.mean()):
+            raise UserError(
+                f"{config.store}: {said}; a {name.replace('_', ' ')} fits nearly as well, so this proves nothing: the "
+                "teacher hardly tells the images apart"
+            )
+    return {"said": said, "cosine": float(right.min()), **controls, "exact": found.exact, "how": how}
 
 
 def cosine(a: "np.ndarray", b: "np.ndarray") -> "np.ndarray":

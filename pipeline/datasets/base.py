@@ -39,6 +39,13 @@ class Dataset(ABC):
                 parts.append(f"{len(names)} {'is' if len(names) == 1 else 'are'} {words}, as {min(names)}")
         return "; ".join(parts) or "same names, but other labels or another order"
 
+    def changed(self, content: np.ndarray, since: float) -> list[int]:
+        """Rows whose stored bytes no longer have these hashes ((N,) uint64, 0 where there is none to compare).
+
+        Only what was touched after `since` (seconds of the epoch) is read again; data that are no files cannot change.
+        """
+        return []
+
     def subset(self, n: int) -> "Dataset":
         """The first n images of every n/N-th position: an even sample, in order."""
         return Subset(self, np.linspace(0, len(self) - 1, n).round().astype(int)) if n < len(self) else self
@@ -55,6 +62,11 @@ class Subset(Dataset):
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
         return self.whole.load(int(self.rows[i]))
+
+    def changed(self, content: np.ndarray, since: float) -> list[int]:
+        of_all = np.zeros(len(self.whole), np.uint64)
+        of_all[self.rows] = content
+        return np.flatnonzero(np.isin(self.rows, self.whole.changed(of_all, since))).tolist()
 
 
 def content_hash(data: Any) -> int:

@@ -50,17 +50,33 @@ class Folder(Dataset):
         self.label = np.array([number[top] for top in tops] or [-1] * len(self.ids), np.int64)
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
+        data = self._bytes(i)
+        return decode(data), content_hash(data)
+
+    def changed(self, content: np.ndarray, since: float) -> list[int]:
+        return [i for i in np.flatnonzero(content).tolist() if self._changed(i, int(content[i]), since)]
+
+    def _changed(self, i: int, content: int, since: float) -> bool:
+        try:  # the time of the inode: a file moved here from elsewhere keeps its own
+            touched = os.stat(self._place(i)).st_ctime >= since
+            return touched and content_hash(self._bytes(i)) != content
+        except (OSError, BadImage):
+            return True
+
+    def _place(self, i: int) -> bytes:
+        return os.path.join(os.fsencode(self.path), self._files[i])
+
+    def _bytes(self, i: int) -> bytes:
         try:
-            with open(os.path.join(os.fsencode(self.path), self._files[i]), "rb", opener=_open) as file:
+            with open(self._place(i), "rb", opener=_open) as file:
                 about = os.fstat(file.fileno())
                 if not stat.S_ISREG(about.st_mode):
                     raise BadImage(UNREADABLE, "no regular file")
                 if about.st_size > MAX_BYTES:
                     raise BadImage(TOO_LARGE, f"{about.st_size} bytes, the limit is {MAX_BYTES}")
-                data = file.read()
+                return file.read()
         except OSError as problem:
             raise BadImage(UNREADABLE, problem.strerror or str(problem)) from None
-        return decode(data), content_hash(data)
 
 
 def _open(path: Any, flags: int) -> int:

@@ -1,0 +1,183 @@
+"""Images that change under an export are noticed and named: while it runs, between kill and resume, between views."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nasty import encoded, noise
+
+from pipeline import embed as embedding
+from pipeline.artifact import UserError
+from pipeline.datasets.base import content_hash
+from pipeline.datasets.folder import Folder as ImageFolder
+from pipeline.images import BROKEN, UNREADABLE
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore
+from stages.export_teacher import Config, run
+
+TEACHER = "convnet:channels=4+8,pretrained=false"
+COUNT, EARLY, LATE = 48, "b/05.png", "z/44.png"  # three shards; the early image is in the first, the late in the last
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for i in range(COUNT):
+        file = tmp_path / "data" / ("z" if i >= 40 else "b") / f"{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(noise(i, 18)))
+    return tmp_path / "data"
+
+
+def export(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    how = {"views": 2, "image_size": 16, "batch_size": 8, "shard_size": 16, "workers": 0, "device": "cpu"}
+    return run(Config(data=str(data), teacher=TEACHER, out=out, **{**how, **changes}))  # type: ignore[arg-type]
+
+
+def forget(out: Path, block: int) -> None:
+    """As after a kill before this row block was done."""
+    for record in (out / "done").glob(f"{block:07d}.*"):
+        record.unlink()
+
+
+def delete(data: Path, name: str) -> None:
+    (data / name).unlink()
+
+
+def replace(data: Path, name: str) -> None:
+    (data / name).write_bytes(encoded(noise(999, 18)))
+
+
+def move_over(data: Path, name: str) -> None:
+    """As `mv` or `rsync --times`: the new file keeps its old date."""
+    other = data.parent / "other.png"
+    other.write_bytes(encoded(noise(999, 18)))
+    os.utime(other, (0, 0))
+    other.rename(data / name)
+
+
+def cut(data: Path, name: str) -> None:
+    (data / name).write_bytes((data / name).read_bytes()[:100])
+
+
+def add(data: Path, name: str) -> None:
+    shutil.copy(data / name, data / (name[:-4] + "-new.png"))
+
+
+CASES: list[tuple[Callable[[Path, str], None], str]] = [
+    (delete, "1 is gone, as {name}"),
+    (add, "1 is new, as {stem}-new.png"),
+    (replace, "1 images are not those the stored views were made from, the first is {name}; put them back"),
+    (move_over, "1 images are not those the stored views were made from, the first is {name}; put them back"),
+    (cut, "1 images are not those the stored views were made from, the first is {name}; put them back"),
+]
+EACH = pytest.mark.parametrize(("change", "words"), CASES, ids=[change.__name__ for change, _ in CASES])
+
+
+def said(words: str, name: str) -> str:
+    return words.format(name=name, stem=name[:-4])
+
+
+@EACH
+def test_between_a_kill_and_the_next_start(data: Path, tmp_path: Path, change: Any, words: str) -> None:
+    out = tmp_path / "store"
+    export(data, out)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    forget(out, 2)
+    saved = shutil.copytree(data, tmp_path / "saved")
+    change(data, EARLY)
+    with pytest.raises(UserError, match=said(words, EARLY)):
+        export(data, out)
+    shutil.rmtree(data)
+    saved.rename(data)
+    export(data, out)
+    kept = {file: old for file, old in before.items() if file.name != "history.jsonl"}
+    assert {file: file.read_bytes() for file in kept} == kept
+
+
+@EACH
+def test_between_two_views_passes(data: Path, tmp_path: Path, change: Any, words: str) -> None:
+    out = tmp_path / "store"
+    export(data, out)
+    change(data, LATE)
+    with pytest.raises(UserError, match=said(words, LATE)):
+        export(data, out, views=6)
+    assert sorted(FeatureStore(Folder(out)).done()[2]) == [(0, 2)]
+
+
+@EACH
+@pytest.mark.parametrize("name", [EARLY, LATE], ids=["embedded-already", "not-yet-embedded"])
+def test_while_the_export_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, words: str, name: str
+) -> None:
+    """The change comes when the second shard is at work: the first is embedded, the last not yet looked at."""
+    call, calls = embedding.Forward.__call__, []
+
+    def forward(self: Any, *batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            change(data, name)
+        return call(self, *batch)
+
+    monkeypatch.setattr(embedding.Forward, "__call__", forward)
+    unseen = name == LATE and change in (replace, move_over, cut)
+    if unseen:  # what was embedded is what lies there now: nothing is wrong, or it is a bad image like any other
+        made = export(data, tmp_path / "store")
+        assert made["bad_images"] == (change is cut)
+    else:
+        with pytest.raises(UserError, match=said(words, name)):
+            export(data, tmp_path / "store")
+    store = FeatureStore(Folder(tmp_path / "store"))
+    store.require_complete()
+    status = dict(zip(store.table("sample_id").tolist(), store.table("status").tolist(), strict=True))
+    wanted = {delete: UNREADABLE, cut: BROKEN}.get(change, 0) if name == LATE else 0
+    assert {key: code for key, code in status.items() if code} == ({name: wanted} if wanted else {})
+    if not unseen:  # the same command says so again, until it is mended
+        with pytest.raises(UserError, match=said(words, name)):
+            export(data, tmp_path / "store")
+
+
+def test_files_that_were_only_touched_are_read_again_and_found_the_same(data: Path, tmp_path: Path) -> None:
+    export(data, tmp_path / "store")
+    for file in data.rglob("*.png"):
+        file.write_bytes(file.read_bytes())
+    assert "complete already" in export(data, tmp_path / "store")["summary"]
+
+
+def test_only_what_was_touched_since_is_read_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = ImageFolder(data)
+    content = np.array([content_hash((data / name).read_bytes()) for name in dataset.ids], np.uint64)
+    content[7] = 0  # a bad image: nothing to compare
+    read: list[int] = []
+    monkeypatch.setattr(ImageFolder, "_bytes", lambda self, i: (read.append(i), b"other")[1])
+    assert dataset.changed(content, time.time() + 60) == [] and read == []
+    everything = [i for i in range(COUNT) if i != 7]
+    assert dataset.changed(content, 0) == everything and read == everything
+    few = dataset.subset(5)
+    assert few.changed(np.array([1, 0, 1, 1, 0], np.uint64), 0) == [0, 2, 3]
+
+
+def test_a_disk_that_goes_away_stops_the_export_and_spoils_no_row(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, calls = embedding.Forward.__call__, []
+
+    def forward(self: Any, *batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            data.rename(tmp_path / "unmounted")
+        return call(self, *batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embedding.Forward, "__call__", forward)
+        with pytest.raises(
+            UserError, match="none of the images of rows 16 to 31 can be read.*is their disk still there"
+        ):
+            export(data, tmp_path / "store")
+    assert sorted(FeatureStore(Folder(tmp_path / "store")).done()) == [0]
+    (tmp_path / "unmounted").rename(data)
+    assert export(data, tmp_path / "store")["bad_images"] == 0
