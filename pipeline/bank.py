@@ -89,7 +89,12 @@ def _gather(vectors: Tensor, images: int) -> Tensor:
     return ranks.gather(vectors.unflatten(0, (images, -1))).flatten(0, 1)
 
 
+def single(x: Tensor) -> Tensor:
+    """In float32 at least: what mixed precision has halved is raised, doubles stay."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def unit(x: Tensor) -> Tensor:
     """Rows of length 1, in float32 at least: (..., d) -> (..., d)."""
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x = single(x)
     return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)

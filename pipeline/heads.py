@@ -51,8 +51,8 @@ def groups(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
 class Projection(nn.Sequential):
     """A head in evaluation mode: (n, D) -> (n, P). DINO's ends in unit vectors, as its prototypes expect them."""
 
-    def __init__(self, tensors: Tensors, activation: str = "auto"):
-        """tensors: one of `groups`. activation: relu, gelu, or auto, which is GELU for a head with prototypes.
+    def __init__(self, tensors: Tensors):
+        """tensors: one of `groups`. Activations are GELU in a head with prototypes, as DINO's, else ReLU.
 
         Raises UserError if the tensors are no sequence of linear and norm layers.
         """
@@ -62,12 +62,11 @@ class Projection(nn.Sequential):
             if place != "last_layer":
                 layers.setdefault(int(place), {})[kind] = tensor
         dino = any(name.startswith("last_layer.") for name in tensors)
-        gelu = activation == "gelu" or (activation == "auto" and dino)
         modules: list[nn.Module] = []
         before = min(layers)
         for number in sorted(layers):
             if number > before + 1:
-                modules.append(nn.GELU() if gelu else nn.ReLU())
+                modules.append(nn.GELU() if dino else nn.ReLU())
             modules.append(_layer(number, layers[number]))
             before = number
         super().__init__(*modules)

@@ -74,7 +74,8 @@ class Eyes:
             try:
                 image, content[j] = self.dataset.load(i)
                 for (views, sizes), variates, outs in zip(kinds, drawn, pixels, strict=True):
-                    for out, seen in zip(outs, see(image, self.spec, variates[j], views[j], sizes), strict=True):
+                    wanted = sizes if views.shape[1] else []  # a shard may lack nothing but its local crops
+                    for out, seen in zip(outs, see(image, self.spec, variates[j], views[j], wanted), strict=False):
                         out[j] = seen
             except BadImage as problem:
                 status[j], bad[i] = problem.status, str(problem)

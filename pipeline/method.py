@@ -7,7 +7,7 @@ its `state_dict`. One method serves one student, or all students of a run if it 
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -120,9 +120,7 @@ class Method(nn.Module):
 
     def suit(self, name: str, arrays: Container[str], pairing: str) -> None:
         """Raises UserError if it needs what is not there; `name` is what the user calls it."""
-        for array in self.needs.arrays:
-            if array not in arrays:
-                raise UserError(f"{name} needs {array!r} of the teacher, which the store lacks; {exported(array)}")
+        require_arrays(name, self.needs.arrays, arrays)
         if pairing not in self.needs.pairings:
             raise UserError(f"{name} needs --pairing {' or '.join(self.needs.pairings)}, not {pairing}")
 
@@ -133,12 +131,18 @@ class Method(nn.Module):
                 module.fill(read)
 
 
-def exported(array: str) -> str:
-    """Which flags of export-teacher put an array into a store."""
-    if array.startswith("local_"):
-        rest = array.removeprefix("local_")
-        return "export with --local-views 6" + ("" if rest == "embedding" else f" --keep embedding,{rest}")
-    return f"export with --keep embedding,{array}"
+def require_arrays(name: str, wanted: Sequence[str], arrays: Container[str]) -> None:
+    """Raises UserError if the store lacks one of the arrays wanted, with the flags that put it there."""
+    for array in wanted:
+        if array in arrays:
+            continue
+        output = array.removeprefix("local_")
+        flags = ["--local-views 6"] if output != array else []
+        flags += [f"--keep embedding,{output}"] if output != "embedding" else []
+        flags += ["(and the head's name in the teacher's file, as head=fc)"] if output == "projection" else []
+        raise UserError(
+            f"{name} needs {array!r} of the teacher, which the store lacks; export with {' '.join(flags) or 'it'}"
+        )
 
 
 def require(**values: float) -> None:
@@ -146,6 +150,28 @@ def require(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise UserError(f"{name}={value} was asked, but must be more than 0")
+
+
+def require_shares(**values: float) -> None:
+    """Hyper-parameters that must be from 0 to 1. Raises UserError."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{name}={value} was asked, but must be from 0 to 1")
+
+
+Target = Literal["auto", "projection", "embedding"]
+
+
+def target_of(setting: Setting, asked: Target, method: str) -> str:
+    """Which vectors of the teacher a method compares with: `auto` is its projection where the store keeps one."""
+    if asked != "auto":
+        return asked
+    if "projection" in setting.widths:
+        return "projection"
+    setting.notes.append(
+        f"{method}: the store keeps no projection; the teacher's {setting.teacher_width}-d embedding is the target"
+    )
+    return "embedding"
 
 
 def bank_size(asked: int | None, published: int, setting: Setting) -> int:

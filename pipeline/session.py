@@ -197,6 +197,13 @@ class Session:
     def _sizes(self, size: Callable[[Apprentice], tuple[int, str]]) -> list[tuple[int, str]]:
         return list(dict.fromkeys(size(apprentice) for apprentice in self.apprentices))
 
+    def require_sizes(self) -> None:
+        """Raises UserError if a student cannot take the local crops that its method shows it."""
+        for lesson in self.lessons:
+            if any(name.startswith("local_") for name in lesson.method.needs.outputs):
+                for apprentice in lesson.apprentices:
+                    apprentice.student.require_size(self._local_size(apprentice)[0], "--image-size")
+
     def _local_size(self, apprentice: Apprentice) -> tuple[int, str]:
         """Local crops are as much smaller than the student's images as they were for the teacher."""
         wants = apprentice.student.preprocessing

@@ -253,11 +253,12 @@ def prepare(config: Config, store: "FeatureStore", dataset: "Dataset", plan: "Pl
     training = training_of(config, recipe, plan)
     lessons = lessons_of(config, store, plan, training, device)
     plan = with_crops(plan, store, [lesson.method.needs for lesson in lessons])
+    session = Session(store, dataset, plan, lessons, device)
+    session.require_sizes()
     if config.overwrite:  # only now, when nothing else can be refused
         for folder in run_folders(config):
             if aside := artifact.set_aside(folder, "run"):
                 say(f"set the earlier {folder} aside as {aside}")
-    session = Session(store, dataset, plan, lessons, device)
     session.claim(config.method, recipe.warmup_epochs)
     session.restore()
     return session

@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifact import UserError
 from pipeline.bank import MemoryBank, unit
-from pipeline.method import Batch, Method, Outputs, Recipe, Setting, bank_size, require, store_rows
+from pipeline.method import Batch, Method, Outputs, Recipe, Setting, bank_size, require, require_shares, store_rows
 from pipeline.similarity import relation_kl
 
 PUBLISHED = 128_000
@@ -73,8 +72,7 @@ class TwoQueuesMomentum(TwoQueues):
         momentum: float = 0.999,
     ):
         super().__init__(setting=setting, bank=bank, tau=tau, start=start)
-        if not 0 <= momentum <= 1:
-            raise UserError(f"momentum={momentum} was asked, but must be from 0 to 1")
+        require_shares(momentum=momentum)
         self.momentum = momentum
         self._student = [setting.students[0]]  # in a list: it is not ours to checkpoint
         self.slow = copy.deepcopy(setting.students[0]).requires_grad_(False)

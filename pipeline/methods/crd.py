@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.bank import unit
-from pipeline.method import Batch, Method, Outputs, Recipe, Setting, require
+from pipeline import ranks
+from pipeline.bank import single, unit
+from pipeline.method import Batch, Method, Outputs, Recipe, Setting, require, require_shares
 
 EPS = 1e-7
 
@@ -34,7 +35,8 @@ class Crd(Method):
         self, *, setting: Setting, negatives: int = 16_384, tau: float = 0.07, momentum: float = 0.5, width: int = 128
     ):
         super().__init__()
-        require(negatives=negatives, tau=tau, momentum=momentum, width=width)
+        require(negatives=negatives, tau=tau, width=width)
+        require_shares(momentum=momentum)
         n = len(setting.rows)
         self.tau, self.momentum = tau, momentum
         self.negatives = min(negatives, n)
@@ -55,11 +57,12 @@ class Crd(Method):
         w = batch.teacher_views.shape[1]
         slots = self.slots(batch).repeat_interleave(w)  # (B * W,)
         with torch.autocast(slots.device.type, enabled=False):
-            s = unit(self.student_head(outputs[0]["embedding"].flatten(0, 1).float()))  # (B * W, width)
+            s = unit(self.student_head(single(outputs[0]["embedding"].flatten(0, 1))))  # (B * W, width)
             t = unit(self.teacher_head(batch.teacher["embedding"].flatten(0, 1)))
             self._seen = s.detach().unflatten(0, (-1, w)), t.detach().unflatten(0, (-1, w))
-            drawn = torch.randint(len(self.rows), (len(slots), self.negatives), device=slots.device)
-            picked = torch.cat([slots[:, None], drawn], 1)  # (B * W, 1 + K), the positive first
+            shape = ranks.size() * len(batch.rows), w, self.negatives
+            drawn = torch.randint(len(self.rows), shape, device=slots.device)[ranks.rank() :: ranks.size()]
+            picked = torch.cat([slots[:, None], drawn.flatten(0, 1)], 1)  # (B * W, 1 + K), the positive first
             return [self._nce(s, self.teacher_memory, picked, 1) + self._nce(t, self.student_memory, picked, 0)]
 
     def slots(self, batch: Batch) -> Tensor:
@@ -67,13 +70,13 @@ class Crd(Method):
         return torch.searchsorted(self.rows, batch.rows)
 
     def _nce(self, anchors: Tensor, memory: Tensor, picked: Tensor, side: int) -> Tensor:
-        """-(log h+ + sum log(1 - h-)), batch mean; h = e / (e + K / n), e = exp(cosine / tau) / Z. Their eq. 17.
+        """-(log h+ + sum log(1 - h-)), batch mean; h = e / (e + K / n), e = exp(cosine / tau) / Z.
 
         All cosines are taken at once and the drawn ones picked: less memory than K vectors for each anchor.
         """
         scores = ((anchors @ memory.T) / self.tau).gather(1, picked).exp()  # (n, 1 + K)
         if not self.constants[side]:
-            self.constants[side] = scores.detach().mean() * len(memory)
+            self.constants[side] = ranks.gather(scores.detach().mean(1)).mean() * len(memory)
         e = scores / self.constants[side].clone()  # the other side's is set before this one's gradient is taken
         noise = self.negatives / len(memory)
         positive = (e[:, 0] / (e[:, 0] + noise + EPS)).log()
@@ -82,7 +85,7 @@ class Crd(Method):
 
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
-        slots = self.slots(batch)
+        slots = ranks.gather(self.slots(batch))
         for memory, seen in zip((self.student_memory, self.teacher_memory), self._seen, strict=True):
-            for view in range(seen.shape[1]):
-                memory[slots] = unit(memory[slots] * self.momentum + seen[:, view] * (1 - self.momentum))
+            for now in ranks.gather(seen).unbind(1):
+                memory[slots] = unit(memory[slots] * self.momentum + now * (1 - self.momentum))

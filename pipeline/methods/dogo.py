@@ -1,6 +1,7 @@
 """DoGo: Distill on the Go, peers that learn without a teacher. Bhat, Arani, Zonooz, CVPR workshops 2021."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,8 @@ from torch.nn import functional as F
 
 from pipeline import ranks
 from pipeline.artifact import UserError
-from pipeline.bank import unit
-from pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, require
+from pipeline.bank import single, unit
+from pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, Target, require, target_of
 
 RECIPE = Recipe(optimizer="adam", lr=3e-4, weight_decay=1e-6, batch_size=256, epochs=1000, schedule="constant")
 WEIGHT = 100 / 256  # the release divides by B * B and weighs by 100; at its batch of 256 this is that of a batch mean
@@ -54,23 +55,34 @@ class DogoFrozen(Method):
 
     The student has its contrastive loss and follows the similarities between two stored views of
     the batch. As peers see views of their own anyway, `--pairing cross` and `same` are alike faithful.
+    `target=projection` is what a peer would show: the teacher's own projection (`head=` and
+    `--keep embedding,projection`); the embedding takes its place where the store keeps none.
     """
 
     needs = Needs(views=2)
     recipe = RECIPE
 
     def __init__(
-        self, *, setting: Setting, tau: float = 0.1, tau_ssl: float = 0.5, weight: float = WEIGHT, width: int = 128
+        self,
+        *,
+        setting: Setting,
+        tau: float = 0.1,
+        tau_ssl: float = 0.5,
+        weight: float = WEIGHT,
+        width: int = 128,
+        target: Target = "auto",
     ):
         super().__init__()
         require(tau=tau, tau_ssl=tau_ssl, width=width)
         self.tau, self.tau_ssl, self.weight = tau, tau_ssl, weight
+        self.target = target_of(setting, target, "dogo-frozen")
+        self.needs = replace(type(self).needs, arrays=(self.target,))
         self.head = projection(setting.students[0].width, width)
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         with torch.autocast(batch.rows.device.type, enabled=False):
             one, two = pair(self.head, outputs[0])
-            t = ranks.gather(unit(batch.teacher["embedding"][:, :2].contiguous()))  # (B, 2, D)
+            t = ranks.gather(unit(batch.teacher[self.target][:, :2].contiguous()))  # (B, 2, D)
             theirs = log_relations(t[:, 0], t[:, 1], self.tau)
             mine = log_relations(one, two, self.tau)
             return [nt_xent(one, two, self.tau_ssl) + self.weight * kl(theirs, mine)]
@@ -83,7 +95,7 @@ def projection(width: int, out: int) -> nn.Sequential:
 
 def pair(head: nn.Module, out: Outputs) -> tuple[Tensor, Tensor]:
     """Unit projections of the first two views, of all ranks: (B, P) each."""
-    z = out["embedding"][:, :2].float()  # (B, 2, d)
+    z = single(out["embedding"][:, :2])  # (B, 2, d)
     z = ranks.gather(unit(head(z.flatten(0, 1))).unflatten(0, z.shape[:2]))
     return z[:, 0], z[:, 1]
 

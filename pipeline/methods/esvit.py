@@ -8,8 +8,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import heads, ranks
-from pipeline.bank import MemoryBank, unit
-from pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, bank_size, require, store_rows
+from pipeline.bank import MemoryBank, single, unit
+from pipeline.method import (
+    Batch,
+    Method,
+    Needs,
+    Outputs,
+    Recipe,
+    Setting,
+    bank_size,
+    require,
+    require_arrays,
+    require_shares,
+    store_rows,
+)
 from pipeline.similarity import relation_cross_entropy
 
 
@@ -17,9 +29,9 @@ class EsVit(Method):
     """Cross-entropy between views, and between each student region and the teacher region most like it.
 
     Every other view of an image is compared with each stored one: the step's views and `crops` small
-    ones that the student alone sees. A student region learns from the region of the other view whose
-    feature has the largest cosine to its own, wherever that lies. Half the loss are views, half regions.
-    Linear projectors, dropped at the end, take the student to the teacher's widths.
+    ones that the student alone sees. Linear projectors, dropped at the end, take the student to the
+    teacher's widths. A student region learns from the region of the other view whose feature has the
+    largest cosine to its own, projected, wherever that lies. Half the loss are views, half regions.
 
     What is compared: prototypes, if the teacher brought its DINO heads (`head=head+head_dense+dino_loss`
     when it was exported). The heads stay frozen on both sides, unlike in the paper, where the student
@@ -31,7 +43,7 @@ class EsVit(Method):
 
     needs = Needs(("embedding", "regions"), ("embedding", "regions"), views=2)
     recipe = Recipe(
-        optimizer="adamw", lr=2.5e-4, weight_decay=0.04, batch_size=512, epochs=300, schedule="cosine", warmup_epochs=10
+        optimizer="adamw", lr=5e-4, weight_decay=0.04, batch_size=512, epochs=300, schedule="cosine", warmup_epochs=10
     )
 
     def __init__(
@@ -46,6 +58,8 @@ class EsVit(Method):
     ):
         super().__init__()
         require(tau_t=tau_t, tau_s=tau_s)
+        require_shares(momentum=momentum)
+        require_arrays("esvit", self.needs.arrays, setting.widths)
         if crops:
             self.needs = replace(type(self).needs, outputs=(*self.needs.outputs, *LOCAL), crops=crops)
         student = setting.students[0].equip(("regions",))
@@ -53,6 +67,7 @@ class EsVit(Method):
         dense = next((stem for stem in kept if "dense" in stem), None)
         view = next((stem for stem in kept if stem != dense), None)
         terms: dict[str, Prototypes | Similarities] = {}
+        size = 0
         for name, stem in (("embedding", view), ("regions", dense)):
             tensors = kept.get(stem) if stem is not None else None
             width, target = student.shapes[name][-1], setting.widths[name][-1]
@@ -60,7 +75,8 @@ class EsVit(Method):
                 centre = _centre(setting, "center_grid" if name == "regions" else "center")
                 terms[name] = Prototypes(width, target, heads.Projection(tensors), protos, centre, momentum)
             else:
-                terms[name] = Similarities(width, target, bank_size(bank, 4096, setting), name, setting)
+                size = size or bank_size(bank, 4096, setting)
+                terms[name] = Similarities(width, target, size, name, setting)
             terms[name].tau_t, terms[name].tau_s = tau_t, tau_s
         self.view, self.region = terms["embedding"], terms["regions"]
 
@@ -73,7 +89,7 @@ class EsVit(Method):
         losses = []
         with torch.autocast(batch.rows.device.type, enabled=False):
             for s, z, v in seen:  # (B, d), (B, R, c)
-                s, z = self.view.projector(s.float()), self.region.projector(z.float())
+                s, z = self.view.projector(single(s)), self.region.projector(single(z))
                 for u in range(batch.teacher_views.shape[1]):
                     if v >= 0 and torch.equal(batch.student_views[:, v], batch.teacher_views[:, u]):
                         continue  # the same view
@@ -88,7 +104,8 @@ class EsVit(Method):
         rows, views = batch.rows, batch.teacher_views
         y = batch.teacher["regions"].flatten(0, 1)  # (B * W, R', C)
         self.view.after(rows, views, batch.teacher["embedding"].flatten(0, 1))
-        chosen = torch.randint(y.shape[1], (len(y),), device=y.device)
+        shape = ranks.size() * len(batch.rows), batch.teacher_views.shape[1]
+        chosen = torch.randint(y.shape[1], shape, device=y.device)[ranks.rank() :: ranks.size()].flatten()
         self.region.after(rows, views, y if isinstance(self.region, Prototypes) else y[torch.arange(len(y)), chosen])
 
 

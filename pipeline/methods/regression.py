@@ -6,7 +6,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.bank import unit
+from pipeline import ranks
+from pipeline.bank import single, unit
 from pipeline.method import Batch, Method, Outputs, Recipe, Setting
 
 
@@ -28,12 +29,12 @@ class Regression(Method):
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         t = batch.teacher["embedding"].flatten(0, 1)  # (B * W, D)
-        s = self.head(outputs[0]["embedding"].flatten(0, 1)).float()  # (B * W, D)
+        s = single(self.head(outputs[0]["embedding"].flatten(0, 1)))  # (B * W, D)
         if self.norm == "l2":
             return [(unit(s) - unit(t)).pow(2).sum(1).mean()]
         return [F.mse_loss(_standardised(s), _standardised(t))]
 
 
 def _standardised(x: Tensor) -> Tensor:
-    """(n, D) with mean 0 and variance 1 in every dimension."""
-    return F.batch_norm(x, None, None, training=True)
+    """(n, D) with mean 0 and variance 1 in every dimension, over the rows of all ranks."""
+    return F.batch_norm(ranks.gather(x), None, None, training=True)

@@ -6,9 +6,21 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.artifact import UserError
 from pipeline.bank import MemoryBank, unit
-from pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, bank_size, exported, require, store_rows
+from pipeline.method import (
+    Batch,
+    Method,
+    Needs,
+    Outputs,
+    Recipe,
+    Setting,
+    Target,
+    bank_size,
+    require,
+    require_arrays,
+    store_rows,
+    target_of,
+)  # fmt: skip
 from pipeline.philox import LOCAL
 from pipeline.similarity import relation_cross_entropy
 
@@ -25,8 +37,9 @@ class Seed(Method):
 
     `target=projection` is what was published: the teacher's own projection (`head=` and
     `--keep embedding,projection` when it was exported); the pooled embedding takes its place where
-    the store keeps none. `small=true` adds the published term of small crops (`--local-views 6`):
-    student and teacher embed each, which has a queue of its own that only the first of an image enters.
+    the store keeps none. `small=true`, the default where the store has small crops
+    (`--local-views 6`), adds the published term of theirs: student and teacher embed each, it is compared
+    over a queue of its own, which only the first crop of an image enters.
     """
 
     recipe = Recipe(lr=0.03, weight_decay=1e-4, batch_size=256, epochs=200, schedule="cosine")
@@ -39,27 +52,20 @@ class Seed(Method):
         tau_t: float = 0.01,
         tau_s: float = 0.2,
         start: Literal["store", "empty", "random"] = "store",
-        target: Literal["auto", "projection", "embedding"] = "auto",
+        target: Target = "auto",
         small: bool | None = None,
     ):
         super().__init__()
         require(tau_t=tau_t, tau_s=tau_s)
         self.tau_t, self.tau_s = tau_t, tau_s
-        self.target = "projection" if target == "auto" and "projection" in setting.widths else target
-        if self.target == "auto":
-            self.target = "embedding"
-            setting.notes.append(
-                f"seed: the store keeps no projection; the teacher's {setting.teacher_width}-d embedding is the target"
-            )
+        self.target = target_of(setting, target, "seed")
         self.small = f"local_{self.target}" in setting.widths if small is None else small
         self.needs = Needs((self.target,))
         if self.small:
             self.needs = replace(
                 self.needs, arrays=(self.target, f"local_{self.target}"), outputs=("embedding", "local_embedding")
             )
-        for array in self.needs.arrays:
-            if array not in setting.widths:
-                raise UserError(f"seed needs {array!r} of the teacher, which the store lacks; {exported(array)}")
+        require_arrays("seed", self.needs.arrays, setting.widths)
         student, width = setting.students[0].width, setting.widths[self.target][-1]
         self.head = nn.Sequential(nn.Linear(student, student), nn.ReLU(), nn.Linear(student, width))
         size = bank_size(bank, PUBLISHED, setting)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pipeline import labelhead
 from pipeline.artifact import UserError
+from pipeline.bank import single
 from pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, require
 
 
@@ -50,7 +51,7 @@ class SimClrV2(Method):
             else:
                 t = self.teacher_head(batch.teacher["embedding"])
             p = (t.flatten(0, 1) / self.tau).softmax(1)  # (B * W, C)
-        logits = self.classifier(outputs[0]["embedding"].flatten(0, 1)).float()
+        logits = single(self.classifier(outputs[0]["embedding"].flatten(0, 1)))
         return [F.cross_entropy(logits / self.tau, p) * self.tau**2]
 
     def delivers(self) -> dict[str, Tensor]:
