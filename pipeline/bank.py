@@ -73,7 +73,8 @@ class MemoryBank(nn.Module):
         slots = (torch.arange(n, device=self.rows.device) + self.pointer) % self.size
         self.rows[slots], self.views[slots] = rows[-n:].to(self.rows), views[-n:].to(self.views)
         for name, column in columns.items():
-            getattr(self, f"column_{name}")[slots] = column[-n:].detach().float()
+            mine = getattr(self, f"column_{name}")
+            mine[slots] = column[-n:].detach().to(mine)
         self.pointer = (self.pointer + n) % self.size
         self.filled = min(self.size, self.filled + n)
 
