@@ -106,8 +106,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Export:
     """A real `compress export-teacher`, started again and again over one store."""
 
-    def __init__(self, forge: Any, data: Path, home: Path, scheduler: str = "local", seconds: float = 0.03):
-        self.forge, self.home, self.out = forge, home, home / "store"
+    def __init__(
+        self, forge: Any, data: Path, home: Path, scheduler: str = "local", seconds: float = 0.03, out: str = "store"
+    ):
+        self.forge, self.home, self.out = forge, home, home / out
         (home / "slow.py").write_text(SLOW)
         (home / "seconds").write_text(str(seconds))
         flags = {"data": data, "teacher": f"python:{home}/slow.py:slow", "out": self.out, "views": VIEWS,
@@ -243,11 +245,14 @@ def test_a_killed_or_stopped_export_goes_on_and_ends_the_same_to_the_byte(
         process = run.start()
         until(has_more_than(run, before), process)
         strike(signum, whom, process)
-        assert run.end(process) == status, run.said()
-        assert len(before) < len(run.done()) < 2 * SHARDS
+        code, complete = run.end(process), len(run.done()) == 2 * SHARDS
+        assert code == status or complete, run.said()
+        assert len(before) < len(run.done())
         assert kept.items() <= run.inodes().items()  # what was done is neither lost nor done again
         assert run.wasted() - wasted <= 2 * PER_SHARD
-        assert signum == signal.SIGKILL or "shards are kept; repeat the command to continue" in run.said()
+        assert code not in (143, 130) or "shards are kept; repeat the command to continue" in run.said()
+        if complete:  # two workers may have got there before the third stop
+            break
     run.finish()
     assert_the_same(run, undisturbed)
 
@@ -356,19 +361,17 @@ def test_fifty_kills_at_random_moments_end_the_same_to_the_byte(
 def test_a_disk_that_fills_up_at_any_point_costs_nothing_once_there_is_room(
     forge: Any, images: Path, undisturbed: dict[str, bytes], tmp_path: Path, scheduler: str
 ) -> None:
-    run = Export(forge, images, tmp_path, scheduler, seconds=0)
-    run.out.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(run.out)]
+    run, disk = Export(forge, images, tmp_path, scheduler, seconds=0, out="disk/store"), tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
     try:
         blocks = sum(-(-len(data) // 4096) for data in undisturbed.values())
         for step in range(20):
-            for entry in run.out.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            free = os.statvfs(run.out).f_bavail
-            ballast = tmp_path / "store/.ballast"
+            shutil.rmtree(run.out, ignore_errors=True)
+            free, ballast = os.statvfs(disk).f_bavail, disk / "ballast"
             ballast.write_bytes(bytes((free - blocks * step // 20) * 4096))
             code = run.end(run.start())
             assert code == 2, run.said()
@@ -379,4 +382,4 @@ def test_a_disk_that_fills_up_at_any_point_costs_nothing_once_there_is_room(
             run.finish()
             assert_the_same(run, undisturbed)
     finally:
-        subprocess.run(["umount", "--lazy", str(run.out)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
