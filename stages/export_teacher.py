@@ -125,6 +125,8 @@ def run(config: Config) -> dict[str, Any]:
         f"{config.out}: {store.images} images x {store.views} views x {embedder.width} {config.codec}, "
         f"{duration(cost.seconds)}, {cost.views / max(cost.seconds, 1e-9):.0f} views/s",
     )
+    if isinstance(store.storage, Folder):
+        store.storage.sweep()  # what a lost worker left
     now = open_images(config)
     require_its_images(config, store.manifest, now)
     require_unchanged(store, now)
