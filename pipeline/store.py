@@ -18,7 +18,7 @@ import numpy as np
 from pipeline import artifact
 from pipeline.artifact import UserError
 from pipeline.codecs import Codec, codec
-from pipeline.grid import GROUP, UNWRITTEN, VIEW_BLOCK, Grid, grids, layout, open_group, table_files
+from pipeline.grid import GROUP, UNWRITTEN, VIEW_BLOCK, Grid, grids, layout, open_group, read_view, table_files
 from pipeline.images import GOOD, REASONS
 from pipeline.philox import LOCAL
 from pipeline.storage import Folder, Storage
@@ -259,7 +259,13 @@ class FeatureStore:
 
     def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
         """What lies on disk of one view: ((n, ...) as the codec keeps it, (n, ...) scale or None)."""
-        stored = self._read(name, (rows, column(view)))
+        if isinstance(folder := self.storage, Folder):
+            self.array(name)  # its metadata is looked at, whoever reads
+            start, stop, _ = rows.indices(self.images)
+            place = folder.path / GROUP / name
+            stored = self._whole(name, lambda: read_view(place, self.grids[name], column(view), start, stop))
+        else:
+            stored = self._read(name, (rows, column(view)))
         return stored, self._read(f"{name}_scale", (rows, column(view))) if self.codecs[name].scaled else None
 
     def read(self, name: str, view: int, rows: slice = slice(None)) -> np.ndarray:
@@ -269,8 +275,12 @@ class FeatureStore:
 
     def _read(self, name: str, selection: Any) -> np.ndarray:
         array = self.array(name)
+        return self._whole(name, lambda: np.asarray(array[selection]))
+
+    def _whole(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `read` says of an array. Raises UserError if it is damaged."""
         try:
-            return np.asarray(array[selection])
+            return read()
         except (ValueError, RuntimeError, OSError) as problem:
             if isinstance(problem, OSError) and problem.errno:
                 raise

@@ -37,6 +37,7 @@ HOMES = {
     "click": {"cli.py"},
     "zarr": {"pipeline/grid.py"},
     "numcodecs": {"pipeline/codecs.py", "pipeline/grid.py"},
+    "google_crc32c": {"pipeline/grid.py"},
     "dask": {"pipeline/scheduler.py"},
     "distributed": {"pipeline/scheduler.py"},
     "faiss": {"pipeline/neighbors.py", "pipeline/codecs.py"},

@@ -139,6 +139,26 @@ def test_compression_is_lossless_readable_by_plain_zarr_and_still_one_view_deep(
     assert records[0] == records[1]
 
 
+@pytest.mark.parametrize("codec", ["int8", "float32", "int8+zstd", "float16+zstd"])
+def test_shards_read_directly_are_what_zarr_reads(tmp_path: Path, codec: str) -> None:
+    """Shards of two chunks, a ragged last one, a chunk and a shard of nothing but zeros, any span of rows."""
+    rows, images = 1500, 4000  # chunks of 750 rows
+    store = make(tmp_path, 5, codec=codec, images=images, rows=rows)
+    for shard in store.pending():
+        n = shard.stop - shard.start
+        x = np.random.default_rng(shard.block).normal(size=(n, 5, D)).astype(np.float32)
+        x[: 750 * (shard.block == 0)] = 0
+        x[: n * (shard.block == 1)] = 0
+        kept = {"embedding": store.codecs["embedding"].encode(x)}
+        store.write(shard, kept, np.zeros(n, np.uint8), content(shard.start, shard.stop), {})
+    assert not (tmp_path / "features.zarr/embedding/c/1").exists()
+    spans = [(0, images), (0, 0), (0, 1), (740, 760), (749, 1501), (750, 1500), (1499, 3001), (3999, 4000)]
+    for view, (start, stop) in itertools.product((0, 3, 4), spans):
+        direct = store.stored("embedding", view, slice(start, stop))[0]
+        through_zarr = store.array("embedding")[start:stop, view]
+        assert direct.dtype == through_zarr.dtype and np.array_equal(direct, through_zarr), (view, start, stop)
+
+
 def train(store: FeatureStore, seed: int = 0) -> np.ndarray:
     """Train the codec of the embedding -> the sample (400, D)."""
     sample = np.random.default_rng(seed).normal(size=(400, D)).astype(np.float32)
