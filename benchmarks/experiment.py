@@ -55,12 +55,16 @@ class Experiment:
         export_teacher.run(export_teacher.Config(data=self.train, out=out, workers=self.workers, **settings))
         return out
 
-    def distill(self, arm: str, **settings: Any) -> None:
-        """Train and score an arm's students, one for each seed; of peers the first is scored."""
-        for seed in SEEDS:
-            out = self.out / "runs" / arm / f"seed-{seed}"
-            made = distill.run(distill.Config(out=out, seed=seed, workers=self.workers, **settings))
-            self.score(arm, seed, run=Path(made["runs"][0]))
+    def references(self, store: Path, student: str, images: int) -> None:
+        """Score the teacher, and the student as it begins."""
+        self.score("teacher", store=store)
+        self.score("untrained", model=student, train=self.train, limit=images)
+
+    def distill(self, arm: str, seed: int, **settings: Any) -> None:
+        """Train and score an arm's student; of peers the first is scored."""
+        out = self.out / "runs" / arm / f"seed-{seed}"
+        made = distill.run(distill.Config(out=out, seed=seed, workers=self.workers, **settings))
+        self.score(arm, seed, run=Path(made["runs"][0]))
 
     def score(self, arm: str, seed: int = 0, **subject: Any) -> None:
         """Evaluate a `run`, `store` or `model` as a row of the table."""

@@ -12,9 +12,10 @@ All arms read one store, take the same number of steps of the same images in the
 weights. Seeds differ in weights and order; the pool of views is one.
 """
 
+from itertools import product
 from typing import Any
 
-from benchmarks.experiment import Experiment, asked
+from benchmarks.experiment import SEEDS, Experiment, asked
 
 TEACHER, SIZE = "efficientnet-lite:2,crop=1", 64
 STUDENT, METHOD = "convnet:channels=32+64+128", "compress-1q"
@@ -45,11 +46,10 @@ def main() -> None:
     experiment = Experiment(given.out, given.images)
     store = experiment.export(teacher=TEACHER, image_size=SIZE, views=1 + EPOCHS, limit=IMAGES)
     if given.only is None:
-        experiment.score("teacher", store=store)
-        experiment.score("untrained", model=STUDENT, train=experiment.train, limit=IMAGES)
-    for arm in [given.only] if given.only else ARMS:
+        experiment.references(store, STUDENT, IMAGES)
+    for seed, arm in product(SEEDS, [given.only] if given.only else ARMS):
         experiment.distill(
-            arm, store=store, student=(STUDENT,), method=METHOD, epochs=EPOCHS, batch_size=BATCH, lr=RATE,
+            arm, seed, store=store, student=(STUDENT,), method=METHOD, epochs=EPOCHS, batch_size=BATCH, lr=RATE,
             schedule="cosine", **ARMS[arm],
         )  # fmt: skip
     experiment.finish(ROWS, ("Loss", "NN", "kNN 20", "Linear"))

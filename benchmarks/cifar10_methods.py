@@ -1,0 +1,93 @@
+"""Every method on CIFAR-10 images: one teacher, one store, one student, equal steps, and what stands beside them.
+
+    python -m benchmarks.cifar10_methods --out methods --images cifar10    # about an hour of one core
+
+Optimiser, temperatures and weight decay are each method's published ones. Published rates are for runs a thousand times
+as long; all are multiplied by the same FASTER and fall along a cosine. `supervised` is the same network with a linear
+layer on the labels of the same images: the same pixels in the same order for the same number of steps.
+"""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch.nn import functional as F
+
+from benchmarks.experiment import CLUSTERS, PROTOCOLS, SEEDS, Experiment, asked
+from pipeline.loader import Eyes, feed
+from pipeline.models import build
+from pipeline.schedule import Schedule
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore
+from pipeline.views import ViewSpec
+from stages import distill
+
+TEACHER, SIZE, VIEWS, IMAGES = "efficientnet-lite:2,crop=1", 96, 5, 5000
+STUDENT = "convnet:channels=32+64+128"
+EPOCHS, BATCH, FASTER = 20, 128, 40
+SUPERVISED_RATE = 0.2
+
+METHODS: dict[str, dict[str, Any]] = {  # arm: its method, and flags where it needs some
+    "compress-1q": {"method": "compress-1q"},
+    "compress-2q": {"method": "compress-2q"},
+    "compress-2q-momentum": {"method": "compress-2q-momentum:momentum=0.99"},  # 0.999 would hardly leave the start
+    "seed": {"method": "seed"},
+}
+ROWS = ("teacher", "untrained", "supervised", *METHODS)
+
+
+def main() -> None:
+    given = asked(__doc__, ("supervised", *METHODS))
+    experiment = Experiment(given.out, given.images, (*PROTOCOLS, *CLUSTERS))
+    store = experiment.export(teacher=TEACHER, image_size=SIZE, views=VIEWS, limit=IMAGES)
+    if given.only is None:
+        experiment.references(store, STUDENT, IMAGES)
+    for seed, arm in product(SEEDS, [given.only] if given.only else ("supervised", *METHODS)):
+        if arm == "supervised":
+            weights = supervised(store, seed, experiment.out / "runs" / arm / f"seed-{seed}")
+            model = f"{STUDENT},weights={weights}"
+            experiment.score(arm, seed, model=model, train=experiment.train, limit=IMAGES)
+        else:
+            experiment.distill(arm, seed, store=store, **settings(METHODS[arm]))
+    experiment.finish({arm: arm for arm in ROWS}, ("NN", "kNN 20", "Cluster", "Linear"))
+
+
+def settings(of_method: dict[str, Any]) -> dict[str, Any]:
+    """Flags of a method's runs: the common ones, its own, and its published rate times FASTER."""
+    flags: dict[str, Any] = {"student": (STUDENT,), "epochs": EPOCHS, "batch_size": BATCH, **of_method}
+    published = distill.recipe_of(distill.Config(store=Path(), out=Path(), **flags)).lr * BATCH / 256
+    return {"lr": FASTER * published, "schedule": "cosine", **flags}
+
+
+def supervised(store: Path, seed: int, out: Path) -> Path:
+    """The student's weights after the steps of the other arms, from labels: SGD with momentum, cross-entropy."""
+    file = out / "student.safetensors"
+    if file.exists():
+        return file
+    config = distill.Config(store, (STUDENT,), "compress-1q", out, epochs=EPOCHS, batch_size=BATCH, seed=seed)
+    images = FeatureStore(Folder(store))
+    plan = distill.plan_of(config, images, distill.recipe_of(config))
+    torch.manual_seed(seed)
+    student = build(STUDENT, pretrained_default=False).to(memory_format=torch.channels_last)
+    layer = torch.nn.Linear(student.width, len(images.about["classes"]))
+    modules = torch.nn.ModuleList([student, layer]).train()
+    sgd = torch.optim.SGD(modules.parameters(), SUPERVISED_RATE, momentum=0.9, weight_decay=1e-4)
+    schedule, sizes = Schedule("cosine"), [(student.preprocessing.size, student.preprocessing.interpolation)]
+    dataset, spec = distill.open_images(config, images), ViewSpec(**images.identity["views"])
+    label = torch.from_numpy(images.table("label"))
+    for step, sight in enumerate(feed(Eyes(dataset, spec, images.table("view_key"), sizes, plan), workers=0)):
+        sgd.param_groups[0]["lr"] = SUPERVISED_RATE * schedule(step / plan.steps)
+        rows, pixels = torch.from_numpy(plan.at(step)[0]), sight.pixels[0].flatten(0, 1)
+        loss = F.cross_entropy(layer(student(student.prepare(pixels))), label[rows])
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    out.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in student.backbone.state_dict().items()}, file)
+    return file
+
+
+if __name__ == "__main__":
+    main()
