@@ -26,7 +26,7 @@ from stages import distill
 
 TEACHER, SIZE, VIEWS, IMAGES = "efficientnet-lite:2,crop=1", 96, 5, 5000
 STUDENT = "convnet:channels=32+64+128"
-EPOCHS, BATCH, FASTER = 20, 128, 40
+EPOCHS, BATCH, FASTER = 10, 128, 40
 SUPERVISED_RATE = 0.2
 
 METHODS: dict[str, dict[str, Any]] = {  # arm: its method, and flags where it needs some
