@@ -2,9 +2,11 @@
 
     python -m benchmarks.cifar10_methods --out methods --images cifar10    # about an hour of one core
 
-Optimiser, temperatures and weight decay are each method's published ones. Published rates are for runs a thousand times
-as long; all are multiplied by the same FASTER and fall along a cosine. `supervised` is the same network with a linear
-layer on the labels of the same images: the same pixels in the same order for the same number of steps.
+Optimiser, temperatures and weight decay are each method's published ones. Published rates are for runs hundreds of
+times as long: here every method has the rate of its optimiser in RATES, half an epoch of warm-up and a cosine.
+`supervised` is the same network with a linear layer on the labels of the same images: the same pixels in the same order
+for as many steps. A step shows each image once; to a student of dogo and dogo-frozen twice, of esvit twice and in two
+small crops besides.
 """
 
 from itertools import product
@@ -22,18 +24,26 @@ from pipeline.schedule import Schedule
 from pipeline.storage import Folder
 from pipeline.store import FeatureStore
 from pipeline.views import ViewSpec
-from stages import distill
+from stages import distill, label_head
 
 TEACHER, SIZE, VIEWS, IMAGES = "efficientnet-lite:2,crop=1", 96, 5, 5000
 STUDENT = "convnet:channels=32+64+128"
-EPOCHS, BATCH, FASTER = 10, 128, 40
-SUPERVISED_RATE = 0.2
+EPOCHS, BATCH, WARMUP = 10, 128, 0.5
+RATES = {"sgd": 0.2, "adam": 3e-3, "adamw": 3e-3, "lars": 2.0}
 
 METHODS: dict[str, dict[str, Any]] = {  # arm: its method, and flags where it needs some
     "compress-1q": {"method": "compress-1q"},
     "compress-2q": {"method": "compress-2q"},
     "compress-2q-momentum": {"method": "compress-2q-momentum:momentum=0.99"},  # 0.999 would hardly leave the start
     "seed": {"method": "seed"},
+    "regression": {"method": "regression"},
+    "regression-bn": {"method": "regression:norm=batch"},
+    "crd": {"method": "crd"},
+    "simclr-v2-1%": {"method": "simclr-v2", "labels": "1%"},
+    "simclr-v2-10%": {"method": "simclr-v2", "labels": "10%"},
+    "dogo": {"method": "dogo", "student": (STUDENT, STUDENT)},
+    "dogo-frozen": {"method": "dogo-frozen"},
+    "esvit": {"method": "esvit:crops=2", "keep": "embedding,regions"},
 }
 ROWS = ("teacher", "untrained", "supervised", *METHODS)
 
@@ -41,7 +51,7 @@ ROWS = ("teacher", "untrained", "supervised", *METHODS)
 def main() -> None:
     given = asked(__doc__, ("supervised", *METHODS))
     experiment = Experiment(given.out, given.images, (*PROTOCOLS, *CLUSTERS))
-    store = experiment.export(teacher=TEACHER, image_size=SIZE, views=VIEWS, limit=IMAGES)
+    store = export(experiment)
     if given.only is None:
         experiment.references(store, STUDENT, IMAGES)
     for seed, arm in product(SEEDS, [given.only] if given.only else ("supervised", *METHODS)):
@@ -50,15 +60,29 @@ def main() -> None:
             model = f"{STUDENT},weights={weights}"
             experiment.score(arm, seed, model=model, train=experiment.train, limit=IMAGES)
         else:
-            experiment.distill(arm, seed, store=store, **settings(METHODS[arm]))
+            experiment.distill(arm, seed, **settings(experiment, **METHODS[arm]))
     experiment.finish({arm: arm for arm in ROWS}, ("NN", "kNN 20", "Cluster", "Linear"))
 
 
-def settings(of_method: dict[str, Any]) -> dict[str, Any]:
-    """Flags of a method's runs: the common ones, its own, and its published rate times FASTER."""
-    flags: dict[str, Any] = {"student": (STUDENT,), "epochs": EPOCHS, "batch_size": BATCH, **of_method}
-    published = distill.recipe_of(distill.Config(store=Path(), out=Path(), **flags)).lr * BATCH / 256
-    return {"lr": FASTER * published, "schedule": "cosine", **flags}
+def export(experiment: Experiment, keep: str = "embedding") -> Path:
+    """The store that most methods share, or one that holds more of the teacher: regions are nine times as large."""
+    name = "teacher" if keep == "embedding" else f"teacher-{keep.replace(',', '-')}"
+    return experiment.export(name, teacher=TEACHER, image_size=SIZE, views=VIEWS, limit=IMAGES, keep=keep)
+
+
+def settings(
+    experiment: Experiment, method: str, keep: str = "embedding", labels: str | None = None, **flags: Any
+) -> dict[str, Any]:
+    """Flags of a method's runs: those all have, its own, and what has to be made before it can begin."""
+    store = export(experiment, keep)
+    if labels:
+        head = store.parent / f"head-{labels.rstrip('%')}.safetensors"
+        if not head.exists():
+            label_head.run(label_head.Config(store, head, labels))
+        method = f"{method}:head={head}"
+    given = {"store": store, "student": (STUDENT,), "method": method, "epochs": EPOCHS, "batch_size": BATCH, **flags}
+    optimizer = distill.recipe_of(distill.Config(out=store, **given)).optimizer
+    return {"lr": RATES[optimizer], "schedule": "cosine", "warmup_epochs": WARMUP, **given}
 
 
 def supervised(store: Path, seed: int, out: Path) -> Path:
@@ -73,12 +97,13 @@ def supervised(store: Path, seed: int, out: Path) -> Path:
     student = build(STUDENT, pretrained_default=False).to(memory_format=torch.channels_last)
     layer = torch.nn.Linear(student.width, len(images.about["classes"]))
     modules = torch.nn.ModuleList([student, layer]).train()
-    sgd = torch.optim.SGD(modules.parameters(), SUPERVISED_RATE, momentum=0.9, weight_decay=1e-4)
-    schedule, sizes = Schedule("cosine"), [(student.preprocessing.size, student.preprocessing.interpolation)]
+    sgd = torch.optim.SGD(modules.parameters(), RATES["sgd"], momentum=0.9, weight_decay=1e-4)
+    schedule, sees = Schedule("cosine", warmup=WARMUP / EPOCHS), student.preprocessing
     dataset, spec = distill.open_images(config, images), ViewSpec(**images.identity["views"])
     label = torch.from_numpy(images.table("label"))
-    for step, sight in enumerate(feed(Eyes(dataset, spec, images.table("view_key"), sizes, plan), workers=0)):
-        sgd.param_groups[0]["lr"] = SUPERVISED_RATE * schedule(step / plan.steps)
+    eyes = Eyes(dataset, spec, images.table("view_key"), [(sees.size, sees.interpolation)], plan)
+    for step, sight in enumerate(feed(eyes, workers=0)):
+        sgd.param_groups[0]["lr"] = RATES["sgd"] * schedule(step / plan.steps)
         rows, pixels = torch.from_numpy(plan.at(step)[0]), sight.pixels[0].flatten(0, 1)
         loss = F.cross_entropy(layer(student(student.prepare(pixels))), label[rows])
         sgd.zero_grad()
