@@ -83,9 +83,14 @@ class Board:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a file; none if there is no such file."""
+    return parse(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
+
+
+def parse(text: str) -> list[dict[str, Any]]:
     """All whole rows; a line that a crash cut short or a disk damaged is passed over."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -25,7 +25,7 @@ class Storage(Protocol):
     def put(self, key: str, data: bytes) -> None: ...
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Put if absent; False if somebody was there first."""
+        """Put if absent; False if somebody was there first. The data should be nobody else's: hold a token."""
         ...
 
     def delete(self, key: str) -> None:
@@ -42,7 +42,33 @@ class Storage(Protocol):
         """Keys below a folder prefix ("done"), in no order."""
         ...
 
+    def size(self, prefix: str = "") -> int:
+        """Bytes of all that `list` names."""
+        ...
+
     def __str__(self) -> str: ...
+
+
+def open_storage(where: str | os.PathLike[str]) -> Storage:
+    """A folder, or for a URL (s3://, gs://, az://, memory://) a bucket that answers. Raises UserError."""
+    text = os.fspath(where)
+    if not is_url(text):
+        return Folder(text.removeprefix("file://"))
+    from pipeline.bucket import Bucket
+
+    bucket = Bucket(text)
+    bucket.greet()
+    return bucket
+
+
+def is_url(where: str | os.PathLike[str]) -> bool:
+    """Whether a place is in an object store: a scheme and ://, file:// apart."""
+    return re.match(r"(?!file://)[a-z][a-z0-9+.-]*://", os.fspath(where)) is not None
+
+
+def absolute(where: str | os.PathLike[str]) -> str:
+    """A place so that it holds from any working directory; a URL does as it is."""
+    return os.fspath(where) if is_url(where) else str(Folder(os.fspath(where).removeprefix("file://")).path.absolute())
 
 
 class Folder:
@@ -91,6 +117,9 @@ class Folder:
             for name in names:
                 if not name.endswith(PART):
                     yield name if base == "." else f"{base}/{name}"
+
+    def size(self, prefix: str = "") -> int:
+        return sum((self.path / key).stat().st_size for key in self.list(prefix))
 
     def sweep(self) -> int:
         """Delete what killed writers left; how many. Of another machine's only what is a day old: it may be alive."""

@@ -1,0 +1,137 @@
+"""A real S3 server (moto) on loopback, and a proxy before it that does what networks do."""
+
+import http.client
+import threading
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+FAULTS = ("500", "slow", "drop", "cut", "lost")
+"""500: an internal error; slow: a moment late; drop: no answer; cut: half of the body; lost: done, but not answered."""
+
+
+class Server:
+    """moto behind the proxy. `meet("500", "drop")`: what befalls the next requests, first to last."""
+
+    def __init__(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self.moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self.moto.start()
+        self.behind = self.moto.get_host_and_port()
+        self.faults: deque[str] = deque()
+        self.only = ""  # faults befall only requests that hold this text in method and path
+        self.unconditional = False  # ignore If-None-Match, as some servers do
+        self.seen: list[str] = []  # "GET /bucket/key"
+        self._lock = threading.Lock()
+        self._proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
+        self._proxy.daemon_threads = True
+        threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._proxy.server_address[1]}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a program needs to know to reach it."""
+        key = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
+        return {"AWS_ENDPOINT_URL": self.address, **key}
+
+    def bucket(self, name: str) -> str:
+        """Create a bucket -> s3://NAME."""
+        where = f"http://{self.behind[0]}:{self.behind[1]}/{name}"
+        with urllib.request.urlopen(urllib.request.Request(where, method="PUT")):
+            return f"s3://{name}"
+
+    def meet(self, *faults: str, only: str = "") -> None:
+        self.faults, self.only = deque(faults), only
+
+    def check_keys(self, after: float) -> None:
+        """Refuse access keys that nobody was given, after so many requests."""
+        where = f"http://{self.behind[0]}:{self.behind[1]}/moto-api/reset-auth"
+        kind = {"Content-Type": "application/octet-stream"}
+        with urllib.request.urlopen(urllib.request.Request(where, str(after).encode(), kind, method="POST")):
+            pass
+
+    def next_fault(self, request: str) -> str:
+        with self._lock:
+            self.seen.append(request)
+            return self.faults.popleft() if self.faults and self.only in request else ""
+
+    def calm(self) -> None:
+        """No faults, no record."""
+        self.meet()
+        self.unconditional, self.seen = False, []
+
+    def stop(self) -> None:
+        self._proxy.shutdown()
+        self._proxy.server_close()
+        self.moto.stop()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_of: Server
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.server_of.next_fault(f"{self.command} {self.path}")
+        if fault == "drop":
+            self.close_connection = True
+            return
+        if fault == "500":
+            self.reply(500, {}, b"<Error><Code>InternalError</Code><Message>We erred.</Message></Error>")
+            return
+        if fault == "slow":
+            time.sleep(0.3)
+        status, headers, data = self.ask(body)
+        if fault == "lost":
+            self.close_connection = True
+            return
+        self.reply(status, headers, data, len(data) // 2 if fault == "cut" else None)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
+
+    def ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        headers = dict(self.headers)
+        if self.server_of.unconditional:
+            headers = {name: value for name, value in headers.items() if name.lower() != "if-none-match"}
+        behind = http.client.HTTPConnection(*self.server_of.behind, timeout=30)
+        try:
+            behind.request(self.command, self.path, body, headers)
+            got = behind.getresponse()
+            return got.status, dict(got.getheaders()), got.read()
+        finally:
+            behind.close()
+
+    def reply(self, status: int, headers: dict[str, str], data: bytes, only: int | None = None) -> None:
+        self.send_response_only(status)
+        passing = ("connection", "transfer-encoding", "content-length")
+        for name, value in headers.items():
+            if name.lower() not in passing:
+                self.send_header(name, value)
+        size = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", size)
+        self.end_headers()
+        self.wfile.write(data if only is None else data[:only])
+        if only is not None:
+            self.wfile.flush()
+            self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """A server while the block runs."""
+    server = Server()
+    try:
+        yield server
+    finally:
+        server.stop()

@@ -1,0 +1,250 @@
+"""An object store keeps what is put into it, also when the network errs, and says in words what it refuses."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from object_store import FAULTS, Server
+
+from pipeline import artifact
+from pipeline.artifact import UserError
+from pipeline.bucket import Bucket
+from pipeline.storage import Folder, Storage, absolute, is_url, open_storage
+from pipeline.store import FeatureStore, Shard
+
+PROMPT = 10.0  # seconds in which what is wrong must have been said
+
+
+@pytest.fixture
+def place(bucket: str) -> Bucket:
+    return Bucket(f"{bucket}/some/prefix")
+
+
+# ---------------------------------------------------------------- what is put is got
+
+
+@pytest.mark.parametrize("scheme", ["s3", "memory"])
+def test_a_bucket_does_what_a_folder_does(scheme: str, bucket: str, tmp_path: Any, request: Any) -> None:
+    def deeds(storage: Storage) -> Iterator[Any]:
+        storage.put("a/b.json", b"one")
+        storage.put("a/b.json", b"two")
+        storage.put("a/c/d", b"")
+        storage.put("top", bytes(7))
+        yield storage.get("a/b.json")
+        yield storage.get("a/c/d")
+        for prefix in ("", "a", "a/c", "a/b", "none"):
+            yield sorted(storage.list(prefix)), storage.size(prefix)
+        yield storage.put_new("new", b"mine"), storage.put_new("new", b"yours"), storage.get("new")
+        yield storage.exists("new"), storage.exists("none")
+        storage.delete("new")
+        storage.delete("new")
+        yield storage.exists("new")
+        with pytest.raises(FileNotFoundError):
+            storage.get("new")
+
+    where = {"s3": f"{bucket}/x", "memory": f"memory://{request.node.name}"}[scheme]
+    there, here = list(deeds(open_storage(where))), list(deeds(Folder(tmp_path)))
+    assert there == here
+    assert sorted(open_storage(where).list()) == ["a/b.json", "a/c/d", "top"]
+
+
+def test_prefixes_of_one_bucket_do_not_see_each_other(bucket: str) -> None:
+    Bucket(f"{bucket}/a").put("key", b"a")
+    Bucket(f"{bucket}/ab").put("key", b"ab")
+    assert list(Bucket(f"{bucket}/a").list()) == ["key"] and Bucket(f"{bucket}/a").get("key") == b"a"
+
+
+def test_a_large_value_goes_there_and_back(place: Bucket) -> None:
+    data = np.random.default_rng(0).bytes(17_000_001)
+    place.put("large", data)
+    assert place.get("large") == data and place.size() == len(data)
+
+
+def test_a_listing_longer_than_a_page_is_whole_and_so_is_one_that_broke_off(
+    server: Server, place: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")  # of a page
+    keys = [f"done/{n:04d}" for n in range(25)]
+    for key in keys:
+        place.put(key, b"x")
+    for faults in ((), ("cut",), ("", "cut"), ("", "500"), ("", "cut", "cut", "drop")):
+        server.meet(*faults)
+        assert list(place.list("done")) == keys
+        assert not server.faults
+
+
+# ---------------------------------------------------------------- networks err
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_request_that_meets_an_error_that_passes_does_what_it_should(
+    fault: str, server: Server, place: Bucket
+) -> None:
+    data = bytes(range(256)) * 8
+    deeds = {
+        "put": lambda: place.put("key", data) or place.get("key") == data,
+        "get": lambda: place.get("key") == data,
+        "list": lambda: list(place.list()) == ["key"],
+        "exists": lambda: place.exists("key") and not place.exists("none"),
+        "put_new": lambda: place.put_new("new", data) and not place.put_new("new", b"other"),
+        "delete": lambda: place.delete("new") or not place.exists("new"),
+        "large": lambda: place.put("large", data * 3000) or place.get("large") == data * 3000,
+    }
+    for what, deed in deeds.items():
+        server.meet(fault)
+        assert deed(), what
+        assert not server.faults, f"{what} met no fault"
+
+
+@pytest.mark.parametrize("place_in_row", range(4))
+def test_put_if_absent_knows_its_own_when_the_answer_is_lost(place_in_row: int, server: Server, place: Bucket) -> None:
+    server.meet(*[""] * place_in_row, "lost")
+    assert place.put_new("lease", b"mine") is True
+    server.meet(*[""] * place_in_row, "lost")
+    assert place.put_new("lease", b"yours") is False
+
+
+def test_only_the_first_of_many_puts_if_absent(place: Bucket) -> None:
+    won: list[int] = []
+    threads = [
+        threading.Thread(target=lambda n=n: won.append(n) if place.put_new("key", b"%d" % n) else None)
+        for n in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1 and place.get("key") == b"%d" % won[0]
+
+
+def test_put_if_absent_holds_one_after_the_other_where_the_server_ignores_the_condition(
+    server: Server, place: Bucket
+) -> None:
+    server.unconditional = True
+    assert place.put_new("key", b"mine") and not place.put_new("key", b"yours")
+    assert place.get("key") == b"mine"
+
+
+# ---------------------------------------------------------------- what does not pass is said
+
+
+def said(where: str, within: float = PROMPT) -> str:
+    began = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        open_storage(where)
+    assert time.monotonic() - began < within
+    return str(caught.value)
+
+
+def test_a_missing_bucket_is_named(server: Server) -> None:
+    assert "s3://nowhere/x: there is no such bucket" in said("s3://nowhere/x")
+    for deed in (lambda b: b.get("key"), lambda b: b.put("key", b""), lambda b: list(b.list())):
+        with pytest.raises(UserError, match="no such bucket"):
+            deed(Bucket("s3://nowhere/x"))
+
+
+def test_wrong_credentials_are_said_with_the_servers_words(server: Server, bucket: str) -> None:
+    place = Bucket(bucket)
+    place.put("key", b"")
+    server.check_keys(after=0)
+    try:
+        assert "refuses these credentials (The AWS Access Key Id you provided does not exist" in said(bucket)
+        for deed in (lambda: place.get("key"), lambda: place.put("key", b""), lambda: place.exists("key")):
+            with pytest.raises(UserError, match="refuses these credentials"):
+                deed()
+    finally:
+        server.check_keys(after=float("inf"))
+
+
+def test_no_credentials_at_all_are_said(server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")  # no machine of the provider
+    assert "no credentials were found" in said(bucket, within=30)
+
+
+def test_an_address_where_nobody_answers_is_said_at_once(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert "does not answer as it should" in said("s3://bucket/x")
+
+
+def test_a_server_that_only_errs_is_given_up(server: Server, bucket: str) -> None:
+    server.meet(*["500"] * 50)
+    assert "does not answer as it should: We erred." in said(bucket)
+
+
+def test_a_scheme_nobody_knows_is_refused() -> None:
+    assert "cannot be opened" in said("what://bucket/x")
+
+
+# ---------------------------------------------------------------- Zarr reads through it
+
+
+def small_store(where: str) -> FeatureStore:
+    """Six images, two views, four dimensions, one shard."""
+    data = {"fingerprint": "f", "images": 6}
+    identity = {"data": data, "arrays": {"embedding": [4]}, "shard_rows": 6, "codec": "float32"}
+    tables = {"sample_id": list("abcdef"), "label": range(6), "view_key": range(6)}
+    store = FeatureStore.make(open_storage(where), identity, {"views": 2}, tables)
+    features = np.arange(48, dtype="<f4").reshape(6, 2, 4)
+    store.write(
+        Shard(0, 0, 6, (0, 1)), {"embedding": (features, None)}, np.zeros(6, "u1"), np.arange(6, dtype="<u8"), {}
+    )
+    return FeatureStore(open_storage(where))
+
+
+def test_features_are_read_from_a_bucket_through_errors_that_pass(server: Server, bucket: str) -> None:
+    store = small_store(f"{bucket}/store")
+    store.require_complete()
+    for fault in FAULTS:
+        server.meet("", fault)
+        again = FeatureStore(Bucket(f"{bucket}/store"))
+        np.testing.assert_array_equal(again.read("embedding", 1), np.arange(48).reshape(6, 2, 4)[:, 1])
+        assert again.table("sample_id").tolist() == list("abcdef")
+
+
+def test_reading_features_without_rights_says_so_in_the_same_words(server: Server, bucket: str) -> None:
+    store = small_store(f"{bucket}/store")
+    server.check_keys(after=0)
+    try:
+        with pytest.raises(UserError, match="refuses these credentials"):
+            store.read("embedding", 0)
+    finally:
+        server.check_keys(after=float("inf"))
+
+
+def test_damage_in_a_bucket_is_called_damage(server: Server, bucket: str) -> None:
+    store = small_store(f"{bucket}/store")
+    key = next(key for key in store.storage.list("features.zarr/embedding/c"))
+    data = bytearray(store.storage.get(key))
+    data[5] ^= 1
+    store.storage.put(key, bytes(data))
+    with pytest.raises(UserError, match="array 'embedding' is damaged"):
+        store.read("embedding", 0)
+
+
+# ---------------------------------------------------------------- names of places
+
+
+@pytest.mark.parametrize(
+    ("where", "url"), [("s3://b/p", True), ("memory://x", True), ("a/b", False), ("file:///a", False)]
+)
+def test_a_url_stays_what_it_is_and_a_folder_becomes_absolute(where: str, url: bool, tmp_path: Any) -> None:
+    assert is_url(where) is url
+    assert absolute(where) == where if url else absolute(where).startswith("/")
+    assert isinstance(open_storage(str(tmp_path)), Folder) and isinstance(open_storage(f"file://{tmp_path}"), Folder)
+
+
+def test_what_is_in_an_object_store_has_its_neighbour_here() -> None:
+    assert str(artifact.beside("s3://bucket/deep/teacher/", "-evaluation")) == "teacher-evaluation"
+
+
+def test_overwrite_refuses_what_cannot_be_set_aside(bucket: str) -> None:
+    small_store(f"{bucket}/store")
+    assert artifact.replaceable(f"{bucket}/empty", "store") is False
+    with pytest.raises(UserError, match="sets aside by renaming"):
+        artifact.set_aside(f"{bucket}/store", "store")
+    FeatureStore(open_storage(f"{bucket}/store")).require_complete()
