@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.storage import Folder, Storage
+from pipeline.storage import Folder, Storage, is_url, open_storage
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LEASE = "lease.json"  # of who is writing: see pipeline.lease
 
 
 class Mismatch(UserError):
@@ -151,17 +152,26 @@ def claimed(storage: Storage, kind: str) -> dict[str, Any] | None:
         return read(storage, kind)
     if isinstance(storage, Folder) and storage.path.exists() and not storage.path.is_dir():
         raise UserError(f"{storage} is a file, and a folder is needed for the {kind}; choose another --out")
-    if any(True for _ in storage.list()):
+    if any(key != LEASE for key in storage.list()):
         raise UserError(f"{storage} is not empty and holds no {MANIFEST} of ours; choose another --out")
     return None
 
 
-def replaceable(folder: Path, kind: str) -> bool:
+def replaceable(where: str | Path, kind: str) -> bool:
     """Whether there is a `kind` of ours for --overwrite to set aside.
 
-    Raises UserError for anything else that is there: it is left as it is.
+    Raises UserError for anything else that is there, and for what is in an object store, where nothing
+    can be renamed: it is left as it is.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_url(where):
+        if any(True for _ in open_storage(where).list()):
+            raise UserError(
+                f"--overwrite sets aside by renaming, which {where} cannot do; choose another --out, "
+                "or delete what is there with your provider's tool"
+            )
+        return False
+    folder = Path(where)
+    if not folder.exists() or (folder.is_dir() and all(path.name == LEASE for path in folder.iterdir())):
         return False
     if not (folder / MANIFEST).exists():
         raise UserError(
@@ -173,14 +183,14 @@ def replaceable(folder: Path, kind: str) -> bool:
     return True
 
 
-def set_aside(folder: Path, kind: str) -> Path | None:
+def set_aside(where: str | Path, kind: str) -> Path | None:
     """For --overwrite: move a `kind` of ours to the first free NAME.old-N. None if there is nothing.
 
     Raises UserError for a folder that is not ours or cannot be moved: it is left as it is.
     """
-    if not replaceable(folder, kind):
+    if not replaceable(where, kind):
         return None
-    number = 1
+    folder, number = Path(where), 1
     while (aside := beside(folder, f".old-{number}")).exists():
         number += 1
     try:
@@ -192,7 +202,11 @@ def set_aside(folder: Path, kind: str) -> Path | None:
     return aside
 
 
-def beside(folder: Path, ending: str) -> Path:
-    """A neighbour of a folder, NAME + ending: `runs/a` -> `runs/a-evaluation`; `.` has a name too."""
+def beside(where: str | Path, ending: str) -> Path:
+    """A neighbour of a folder, NAME + ending: `runs/a` -> `runs/a-evaluation`; `.` has a name too.
+
+    What is in an object store has its neighbour here: `s3://bucket/a` -> `a-evaluation`.
+    """
+    folder = Path(os.fspath(where).rstrip("/").rpartition("/")[2]) if is_url(where) else Path(where)
     named = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
     return named.parent / f"{named.name}{ending}"

@@ -71,13 +71,13 @@ def shards(store: FeatureStore, progress: Callable[[int], None] = lambda n: None
     for block, spans in sorted(store.done().items()):
         for span in sorted(spans):
             key = done_key(block, *span)
-            why = _shard(store, block, span)
+            why = fault(store, block, span)
             if why:
                 yield Damage(key, why, lambda key=key: store.storage.delete(key))  # type: ignore[misc]
         progress(1)
 
 
-def _shard(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
+def fault(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
     """What is wrong with one (row block, span of views), or nothing."""
     start, stop = store.span(block)
     rows = slice(start, stop)
@@ -92,6 +92,8 @@ def _shard(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
                     return f"{name} of view {view} differs from the done record"
     except UserError as damage:
         return str(damage)
+    except FileNotFoundError:
+        return "the done record is gone"
     return ""
 
 

@@ -1,5 +1,6 @@
 """Data set -> views -> frozen model -> store: the one loop behind every export of features."""
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,15 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline import audit
 from pipeline.errors import UserError
 from pipeline.images import GOOD, NOT_FINITE, REASONS, UNREADABLE
 from pipeline.loader import Eyes, Piece, feed, pieces_of
 from pipeline.model import Embedder
 from pipeline.philox import LOCAL
-from pipeline.store import FeatureStore, Shard, batches, is_local
+from pipeline.store import FeatureStore, Shard, batches, done_key, is_local
 from pipeline.views import ViewSpec
 
 GONE = 8  # images of one shard, all of them unreadable
+WRITES = 6  # times a shard is written that does not read back as it should
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -174,6 +177,7 @@ def _outputs(store: FeatureStore, forward: Forward, kind: str, seen: list[torch.
 
 
 def _write(store: FeatureStore, shard: Shard, rows: list[_Rows]) -> None:
+    """Store a shard and read it back. Of two writers who meet in it by mistake the last to write makes it whole."""
     features: dict[str, Stored] = {}
     for name in rows[0].stored:
         parts = [r.stored[name] for r in rows]
@@ -184,4 +188,16 @@ def _write(store: FeatureStore, shard: Shard, rows: list[_Rows]) -> None:
     if len(status) >= GONE and (status == UNREADABLE).all():  # a disk that went away is no thousand bad images
         why = f"none of the images of rows {shard.start} to {shard.stop - 1} can be read, the first: {bad[shard.start]}"
         raise UserError(f"{why}; is their disk still there? What is done is kept, repeat the command to continue")
-    store.write(shard, features, status, content, bad)
+    why = ""
+    for attempt in range(WRITES):
+        spans = store.write(shard, features, status, content, bad)
+        why = next(filter(None, (audit.fault(store, shard.block, span) for span in spans)), "")
+        if not why:
+            return
+        for span in spans:  # pending again, whatever becomes of us
+            store.storage.delete(done_key(shard.block, *span))
+        time.sleep(random.uniform(0, 0.05 * 2**attempt))  # two writers in step would meet again
+    raise UserError(
+        f"{store.storage}: rows {shard.start} to {shard.stop - 1} read back otherwise than they were written, {WRITES} "
+        f"times ({why}); end whatever else writes there, check the disk, and repeat the command"
+    )

@@ -1,0 +1,225 @@
+"""Of two exports into one store one goes on and the other says who it is; the store is whole whatever they do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import lease
+from pipeline.artifact import LEASE, UserError
+from pipeline.lease import Lease
+from pipeline.storage import Folder, Storage, open_storage
+from stages import export_teacher, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = "convnet:channels=4+8,pretrained=false"
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("bucket") + "/store"
+
+
+@pytest.fixture
+def storage(place: str) -> Storage:
+    return open_storage(place)
+
+
+def another(storage: Storage, silent: float = 0.0, **changes: Any) -> dict[str, Any]:
+    """The lease of somebody on another machine."""
+    there = {"host": "far", "pid": 7, "machine": "other", "began": "1", "token": "x", "beat": time.time() - silent}
+    storage.put(LEASE, json.dumps(there | changes).encode())
+    return there | changes
+
+
+# ---------------------------------------------------------------- who holds it
+
+
+def test_one_holds_it_and_others_are_told_who(storage: Storage) -> None:
+    with Lease(storage) as held:
+        assert not held.lost
+        with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*stop it first"):
+            Lease(storage).__enter__()
+        with pytest.raises(UserError, match="is being written by"):
+            lease.require_free(storage)
+    assert not storage.exists(LEASE)
+    with Lease(storage):
+        pass
+
+
+def test_a_lease_ends_with_the_block_also_by_an_error(storage: Storage) -> None:
+    with pytest.raises(ZeroDivisionError), Lease(storage):
+        raise ZeroDivisionError
+    lease.require_free(storage)
+    assert not storage.exists(LEASE)
+
+
+def test_the_lease_of_a_process_that_ended_is_taken_at_once(storage: Storage) -> None:
+    program = "import sys; from pipeline.lease import Lease; from pipeline.storage import open_storage\n"
+    program += "Lease(open_storage(sys.argv[1])).__enter__(); print('held', flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", program, str(storage)]
+    with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"process {holder.pid} "):
+            Lease(storage).__enter__()
+        holder.send_signal(signal.SIGKILL)
+        while lease.began(holder.pid):  # not reaped yet: a zombie is gone too
+            time.sleep(0.01)
+        began = time.monotonic()
+        with Lease(storage):
+            assert time.monotonic() - began < 5
+
+
+def test_a_number_that_another_process_has_now_is_not_the_holder(storage: Storage) -> None:
+    another(storage, machine=lease.machine(), pid=os.getpid(), began="12345")
+    with Lease(storage) as held:
+        assert held._mine()
+
+
+def test_a_holder_on_another_machine_is_believed_while_it_gives_signs_of_life(storage: Storage) -> None:
+    for silent in (0, lease.STALE / 2, -1e6):  # also one whose clock is ahead
+        another(storage, silent)
+        with pytest.raises(UserError, match="process 7 on far"):
+            Lease(storage).__enter__()
+
+
+def test_a_silent_holder_on_another_machine_is_watched_and_then_replaced(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(lease.time, "sleep", waited.append)
+    another(storage, silent=1000)
+    with Lease(storage) as held:
+        assert held._mine() and waited[0] == lease.WATCH
+    assert "process 7 on far gave no sign of life for 1000 s" in capsys.readouterr().err
+
+
+def test_a_holder_whose_clock_is_behind_shows_while_it_is_watched(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = another(storage, silent=1000)
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: another(storage, silent=985))
+    with pytest.raises(UserError, match="process 7 on far"):
+        Lease(storage).__enter__()
+    assert lease.read(storage) != there
+
+
+def test_a_damaged_lease_is_nobodys(storage: Storage) -> None:
+    for junk in (b"", b"{", b"[]", b'{"pid": 3}'):
+        storage.put(LEASE, junk)
+        with Lease(storage) as held:
+            assert held._mine()
+
+
+def test_a_holder_gives_signs_of_life_and_notices_its_successor(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT", 0.05)
+    with Lease(storage) as held:
+        first, until = lease.read(storage), time.monotonic() + 20
+        while lease.read(storage) == first and time.monotonic() < until:
+            time.sleep(0.02)
+        beat = lease.read(storage)
+        assert beat and first and beat["beat"] > first["beat"] and beat["token"] == first["token"]
+        held.check()
+        another(storage)
+        while not held.lost and time.monotonic() < until:
+            time.sleep(0.02)
+        with pytest.raises(UserError, match="was taken over by process 7 on far"):
+            held.check()
+    assert (lease.read(storage) or {})["token"] == "x"  # the successor's stays
+
+
+# ---------------------------------------------------------------- two exports
+
+
+PROGRAM = """
+import contextlib, os, sys, time
+import torch
+torch.set_num_threads(1)
+from pipeline import lease
+from pipeline.embed import Forward
+from stages import export_teacher
+out, data, mode, start = sys.argv[1:5]
+honest = Forward.__call__
+if mode != "leased":  # a lease that keeps nobody apart, and a device of its own last bits
+    class Nothing(lease.Lease):
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+    lease.Lease, lease.require_free = Nothing, lambda storage: None
+    Forward.__call__ = lambda self, pixels: honest(self, pixels) * (1 + 1e-6 * int(mode))
+while time.time() < float(start):
+    time.sleep(0.001)
+how = dict(views=4, image_size=8, limit=48, batch_size=4, shard_size=4, workers=0, device="cpu", codec="float32")
+from pipeline.errors import UserError
+try:
+    export_teacher.run(export_teacher.Config(data, "convnet:channels=4+8,pretrained=false", out, **how))
+except UserError as problem:
+    sys.exit(f"error: {problem}")
+"""
+
+
+def race(place: str, modes: tuple[str, str]) -> list[tuple[int, str]]:
+    """Two processes export at the same moment -> [(exit status, stderr), ...]."""
+    start = str(time.time() + 8)
+    words = [sys.executable, "-c", PROGRAM, place, "digits"]
+    running = [subprocess.Popen([*words, mode, start], cwd=ROOT, stderr=subprocess.PIPE, text=True) for mode in modes]
+    return [(process.wait(), process.communicate()[1]) for process in running]
+
+
+@pytest.fixture(autouse=True)
+def no_child_is_left() -> Iterator[None]:
+    yield
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_of_two_exports_at_once_one_finishes_and_the_other_says_who(place: str) -> None:
+    ends = sorted(race(place, ("leased", "leased")))
+    if ends[1][0]:  # the usual case; a late starter may find a finished store
+        assert "is being written by process" in ends[1][1] and ends[1][1].count("error:") == 1
+    assert ends[0][0] == 0
+    assert verify.run(verify.Config(place, sample=0))["damaged"] == []
+    assert not open_storage(place).exists(LEASE)
+
+
+def test_two_exports_that_no_lease_keeps_apart_leave_shards_and_done_records_that_belong_together(place: str) -> None:
+    ends = race(place, ("1", "2"))
+    assert [status for status, _ in ends] == [0, 0], ends
+    made = verify.run(verify.Config(place, sample=0))
+    assert made["damaged"] == [] and made["pending"] == 0
+
+
+def test_a_killed_export_is_followed_by_the_same_command_at_once(tmp_path: Path) -> None:
+    out = str(tmp_path / "store")
+    child = subprocess.Popen([sys.executable, "-c", PROGRAM, out, "digits", "leased", "0"], cwd=ROOT)
+    while not list(Path(out).glob("done/*")):
+        time.sleep(0.01)
+        assert child.poll() is None
+    child.kill()
+    child.wait()
+    assert Folder(out).exists(LEASE)
+    how = {"views": 4, "image_size": 8, "limit": 48, "batch_size": 4, "shard_size": 4, "workers": 0}
+    made = export_teacher.run(export_teacher.Config("digits", TEACHER, out, **how, codec="float32", device="cpu"))  # type: ignore[arg-type]
+    assert "images" in made and not Folder(out).exists(LEASE)
+
+
+def test_overwrite_does_not_set_aside_what_somebody_is_writing(tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    how = {"views": 1, "image_size": 8, "limit": 8, "batch_size": 4, "workers": 0, "device": "cpu"}
+    config = export_teacher.Config("digits", TEACHER, str(out), **how)  # type: ignore[arg-type]
+    export_teacher.run(config)
+    another(Folder(out))
+    with pytest.raises(UserError, match="is being written by process 7 on far"):
+        export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **how, overwrite=True))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="is being written by process 7 on far"):
+        verify.run(verify.Config(str(out), sample=0, repair=True))
+    assert "is complete already" in export_teacher.run(config)["summary"]  # a finished store needs no writer
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
