@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": ("stages.evaluate", "Nearest neighbours, clusters and linear probes, with a report."),
     "inspect": ("stages.inspect", "What a store, run or evaluation is and how far it got."),
     "verify": ("stages.verify", "Every digest of a store, then the live teacher against a sample; --repair."),
+    "store copy": ("stages.store_copy", "Push, pull, cut down or recode a store, digests checked."),
     "compare": ("stages.compare", "One table and page over many evaluations, the teacher first."),
     "sweep": ("stages.sweep", "A grid of students, methods and stores from a YAML file, compared at the end."),
     "models": ("stages.menus:Models", "What can be named as teacher, student or --model."),
@@ -35,19 +36,27 @@ COMMANDS = {
     "protocols": ("stages.menus:Protocols", "What can be named as --protocol."),
     "demo": ("stages.demo", "The three stages on embedded data, minutes on two cores."),
 }
-"""name: (module, or module:Config, summary). A module is imported when its command is asked for."""
+"""name, or family and name: (module, or module:Config, summary). A module is imported when its command is asked for."""
 
 
 class Commands(TyperGroup):
-    """The command table. Listing it imports no stage."""
+    """The command table, or those of its commands that begin with `family`. Listing it imports no stage."""
+
+    family = ""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
+        words = (name.removeprefix(self.family).split()[0] for name in COMMANDS if name.startswith(self.family))
+        return list(dict.fromkeys(words))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in COMMANDS:
-            raise UserError(f"no command {cmd_name!r}{nearest(cmd_name, COMMANDS) or '.'} Known: {', '.join(COMMANDS)}")
-        where, summary = COMMANDS[cmd_name]
+        name = self.family + cmd_name
+        if any(known.startswith(f"{name} ") for known in COMMANDS):
+            group = Commands(name=cmd_name, help=f"Commands for a {name}.", no_args_is_help=True)
+            group.family = f"{name} "
+            return group
+        if name not in COMMANDS:
+            raise UserError(f"no command {name!r}{nearest(name, COMMANDS) or '.'} Known: {', '.join(COMMANDS)}")
+        where, summary = COMMANDS[name]
         if cmd_name not in sys.argv[1:]:  # only listed
             return TyperCommand(cmd_name, help=summary)
         return _command(cmd_name, where, summary)

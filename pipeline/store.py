@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import artifact
+from pipeline import artifact, journal
 from pipeline.artifact import UserError
 from pipeline.codecs import Codec, codec
 from pipeline.grid import GROUP, UNWRITTEN, VIEW_BLOCK, Grid, grids, layout, open_group, read_view, table_files
@@ -89,6 +89,9 @@ class FeatureStore:
         artifact.claim(storage, "store", identity)
         store = cls(storage)
         store._tidy()
+        first = about.get("first_view", 0)
+        if first > store.held.start:
+            raise UserError(f"{storage} holds views from {store.held.start} on, not from {first}; a store only grows")
         if about["views"] < store.views:
             raise UserError(
                 f"{storage} has {store.views} views, but --views {about['views']} was asked, and a store only grows; "
@@ -98,8 +101,8 @@ class FeatureStore:
         if not storage.exists(last) or storage.get(last) != artifact.spell(store.manifest) or store._unlike():
             small = layout(store.grids, store.images, _extents(store.identity, store.views)) | table_files(tables)
             store._put_small(small | dict(files or {}) | store._codebooks())  # killed at it, or growing
-        if about["views"] > store.views:
-            store._grow(about["views"])
+        if about["views"] > store.views or first < store.held.start:
+            store._grow(about["views"], first)
         return cls(storage)
 
     @property
@@ -108,9 +111,14 @@ class FeatureStore:
         return self.about["views"]
 
     @property
+    def held(self) -> range:
+        """Views that are there to be used: all of them, but of a copy cut down perhaps only those from some view on."""
+        return range(self.about.get("first_view", 0), self.views)
+
+    @property
     def all_views(self) -> list[int]:
         """Numbers of all that is stored of an image."""
-        return [*range(self.views), *self.local]
+        return [*self.held, *self.local]
 
     def arrays_of(self, view: int) -> list[str]:
         """Names of the feature arrays that hold this view."""
@@ -152,10 +160,10 @@ class FeatureStore:
             )
         return record
 
-    def pending(self) -> list[Shard]:
-        """Row blocks with views that are not done, in order."""
+    def pending(self, views: int | None = None) -> list[Shard]:
+        """Row blocks with views that are not done, in order; as if there were to be `views` of them, if given."""
         done = self.done()
-        wanted = set(self.all_views)
+        wanted = {*range(self.held.start, views or self.views), *self.local}
         out = []
         for block in range(-(-self.images // self.rows)):
             spans = done.get(block, [])
@@ -178,9 +186,11 @@ class FeatureStore:
         """Raises UserError if any (i, v) of these views (all of them unless given) is not done."""
         wanted = set(self.all_views if views is None else views)
         if over := wanted.difference(self.all_views):
+            more = max(over) >= self.views
+            way = f"--views {max(over) + 1}" if more else "the views that it was copied without"
             raise UserError(
-                f"{self.storage} holds views 0 to {self.views - 1}, but view {max(over)} was asked for; "
-                f"repeat its export-teacher command with --views {max(over) + 1}"
+                f"{self.storage} holds views {self.held.start} to {self.views - 1}, but view {max(over)} was asked "
+                f"for; repeat the command that made it with {way}"
             )
         total = -(-self.images // self.rows)
         lacking = sum(1 for shard in self.pending() if wanted & set(shard.views))
@@ -298,8 +308,8 @@ class FeatureStore:
         status: np.ndarray,
         content: np.ndarray,
         bad: Mapping[int, str],
-    ) -> None:
-        """Store a shard whole, then its done records.
+    ) -> list[tuple[int, int]]:
+        """Store a shard whole, then its done records -> the spans of views they are of.
 
         features: per array what the codec made, ((rows, views, ...), (rows, views, ...) or None);
         status (rows,) uint8; content (rows,) uint64; bad: {row number: reason}.
@@ -334,6 +344,7 @@ class FeatureStore:
             self.storage.put(done_key(shard.block, views.start, views.stop), artifact.canonical(record) + b"\n")
             for old in [s for s in held if s[0] == views.start and s[1] != views.stop]:
                 self.storage.delete(done_key(shard.block, *old))
+        return [(views.start, views.stop) for views, _ in records]
 
     def _as_before(
         self,
@@ -388,15 +399,25 @@ class FeatureStore:
         else:
             self.storage.put(key, encoded)
 
+    def shard_keys(self, block: int, views: tuple[int, int]) -> list[str]:
+        """The files that a done record of a row block and a span of views speaks of."""
+        arrays = self.arrays_of(views[0])
+        names = [part for n in arrays for part in ([n, f"{n}_scale"] if self.codecs[n].scaled else [n])]
+        features = [self._chunk_key(name, (block, column(views[0]) // VIEW_BLOCK)) for name in names]
+        return [self._chunk_key("status", (block,)), self._chunk_key("content", (block,)), *features]
+
     def _chunk_key(self, name: str, place: tuple[int, ...]) -> str:
         return f"{GROUP}/{name}/{self.grids[name].place(*place)}"
 
-    def _grow(self, views: int) -> None:
+    def _grow(self, views: int, first: int) -> None:
         """More views: new metadata, then the manifest that knows them."""
         small = layout(self.grids, self.images, _extents(self.identity, views))
         for key, data in small.items():
             self.storage.put(key, data)
-        self._amend({**self.about, "views": views}, small)
+        about = {**self.about, "views": views, "first_view": first}
+        if not first:
+            del about["first_view"]
+        self._amend(about, small)
 
     def _amend(self, about: Mapping[str, Any], small: Mapping[str, bytes]) -> None:
         """A manifest that knows more small files, then their second copies."""
@@ -469,6 +490,11 @@ class FeatureStore:
                     record = self.record(block, *span)
                     reasons |= {int(i): why for i, why in record["bad"].items()}
         return [(int(i), str(ids[i]), reasons.get(int(i), REASONS[int(status[i])])) for i in bad]
+
+    def history(self) -> list[dict[str, Any]]:
+        """What `remember` was told, in order; a line cut short by a crash is passed over."""
+        key = "history.jsonl"
+        return journal.parse(self.storage.get(key).decode()) if self.storage.exists(key) else []
 
     def remember(self, event: Mapping[str, Any]) -> None:
         """Add a line to history.jsonl: who made it when, at what cost. Outside every digest."""

@@ -12,7 +12,7 @@ import torch
 from pipeline import artifact
 from pipeline.artifact import UserError
 from pipeline.model import Embedder
-from pipeline.storage import Folder
+from pipeline.storage import Folder, open_storage
 from pipeline.store import FeatureStore
 from pipeline.views import ViewSpec
 
@@ -32,6 +32,7 @@ class Subject:
     data: dict[str, Any] | None = None  # the images it came from: {"spec", "limit"}
     store: FeatureStore | None = None  # stored features, for the teacher
     run: Path | None = None
+    ids: Callable[[], Any] | None = None  # sample ids of its images, if they are a selection
     beside: Path | None = None  # where the teacher's evaluation would be
 
     def stored(self, dataset: Any) -> FeatureStore | None:
@@ -59,8 +60,9 @@ def of_run(folder: Path, image_size: int | None, build: Build) -> Subject:
         lambda: embedder,
         folder / "evaluation",
         about["data"],
+        ids=lambda: FeatureStore(open_storage(about["store"])).table("sample_id"),
         run=folder,
-        beside=artifact.beside(Path(about["store"]), "-evaluation"),
+        beside=artifact.beside(about["store"], "-evaluation"),
     )
 
 
@@ -77,29 +79,30 @@ def load_student(embedder: Embedder, file: Path) -> None:
         raise UserError(f"{file} is damaged ({why}); delete it and repeat the distill command, which writes it anew")
 
 
-def of_store(folder: Path, build: Build) -> Subject:
+def of_store(store: FeatureStore, build: Build) -> Subject:
     """A teacher: its features from the store; the network itself is built only for other images."""
-    store = FeatureStore(Folder(folder))
-    store.require_complete([0])
-    teacher, about = store.identity["teacher"], store.about
+    if 0 in store.held:
+        store.require_complete([0])
+    where, teacher, about = str(store.storage), store.identity["teacher"], store.about
 
     def live() -> Embedder:
         torch.manual_seed(0)
         embedder = build(about["teacher"], image_size=teacher["preprocessing"]["size"], pretrained_default=True)
         if embedder.digest() != teacher["weights"]:
-            raise UserError(f"{about['teacher']} has other weights now than when {folder} was made; restore them")
+            raise UserError(f"{about['teacher']} has other weights now than when {where} was made; restore them")
         return embedder
 
     model = {"name": teacher["name"], "role": "teacher", "parameters": about["parameters"], "width": teacher["width"]}
     return Subject(
-        {**model, "spec": about["teacher"], "store": str(folder)},
+        {**model, "spec": about["teacher"], "store": where},
         teacher["weights"],
         teacher["preprocessing"],
         ViewSpec(**store.identity["views"]),
         live,
-        artifact.beside(folder, "-evaluation"),
+        artifact.beside(where, "-evaluation"),
         about["data"],
-        store=store,
+        store=store if 0 in store.held else None,
+        ids=lambda: store.table("sample_id"),
     )
 
 

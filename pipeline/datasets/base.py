@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +46,17 @@ class Dataset(ABC):
         Only what was touched after `since` (seconds of the epoch) is read again; data that are no files cannot change.
         """
         return []
+
+    def part(self, made_of: Mapping[str, Any], ids: Callable[[], Any]) -> "Dataset":
+        """What a store is made of: of `limit` images, evenly spread, those that were `selected`.
+
+        made_of: the store's record of its data; ids: the (n,) sample ids of the store, read if it is a selection.
+        """
+        whole = self.subset(made_of["limit"]) if made_of["limit"] else self
+        if not made_of.get("selected"):
+            return whole
+        number = {name: i for i, name in enumerate(whole.ids)}
+        return Subset(whole, np.array([number[str(name)] for name in ids() if str(name) in number], np.int64))
 
     def subset(self, n: int) -> "Dataset":
         """The first n images of every n/N-th position: an even sample, in order."""

@@ -1,0 +1,174 @@
+"""A store from another one: all of it or a part, to another place or as another codec, digests checked.
+
+A copy keeps the numbers of its views and the keys they are drawn from: view v of a row is the pixels that
+the teacher saw. A copy of all images as the same codec is the same store, though it may hold fewer
+views; any other says in its identity which store it is part of.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline import artifact, audit
+from pipeline.artifact import UserError
+from pipeline.codecs import codec
+from pipeline.grid import GROUP, VIEW_BLOCK
+from pipeline.storage import Storage, absolute
+from pipeline.store import FeatureStore, Shard, done_key
+
+Progress = Callable[[int], None]
+
+
+def describe(
+    source: FeatureStore, views: range, rows: np.ndarray, form: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(identity, about, tables) of a copy of these views and rows of a store, as codec `form`."""
+    identity = dict(source.identity)
+    columns = {name: source.table(name)[rows] for name in ("sample_id", "label", "view_key")}
+    ids = [str(name) for name in columns["sample_id"]]
+    classes = source.about.get("classes", [])
+    about = {key: value for key, value in source.about.items() if key not in ("small", "first_view")}
+    about |= {"views": views.stop, "first_view": views.start} if views.start else {"views": views.stop}
+    about["copied"] = {"from": absolute(str(source.storage)), "store": source.fingerprint}
+    if len(rows) < source.images:
+        names = [classes[y] if y >= 0 else None for y in columns["label"].tolist()]
+        identity["data"] = {"fingerprint": artifact.fingerprint([ids, names]), "images": len(rows)}
+        about["data"] = {**source.about["data"], "selected": True}
+        place = {int(i): j for j, i in enumerate(rows)}
+        probes = source.about.get("pixels", {})
+        about["pixels"] = {str(place[int(i)]): seen for i, seen in probes.items() if int(i) in place}
+    identity["codec"] = form
+    if identity != source.identity:
+        identity["parent"] = {"store": source.fingerprint, "images": artifact.fingerprint(ids)}
+    return identity, about, {**columns, "sample_id": ids}
+
+
+def heads(source: FeatureStore) -> dict[str, bytes]:
+    """The small files of a store that are no arrays: the teacher's heads. Raises UserError if they are damaged."""
+    found = {}
+    for key, claimed in source.about["small"].items():
+        if not key.startswith(f"{GROUP}/"):
+            found[key] = source.storage.get(key)
+            if artifact.digest(found[key]) != claimed:
+                raise UserError(f"{source.storage}/{key} is damaged; compress verify --repair mends it from its copy")
+    return found
+
+
+def copy(source: FeatureStore, target: FeatureStore, rows: np.ndarray, progress: Progress) -> None:
+    """Fill what the target lacks. Files go over as they are where rows and codec are the same.
+
+    Raises UserError for damage in the source: it is not copied.
+    """
+    same = len(rows) == source.images and target.identity == source.identity
+    checked: set[tuple[int, tuple[int, int]]] = set()
+    there = source.done() if same else {}
+    for shard in target.pending():
+        spans = [span for span in there.get(shard.block, []) if set(range(*span)) <= set(shard.views)]
+        for span in spans:
+            _files(source.storage, target, shard.block, span)
+        left = tuple(v for v in shard.views if not any(v in range(*span) for span in spans))
+        if left:
+            _rows(source, target, Shard(shard.block, shard.start, shard.stop, left), rows, checked)
+        progress(shard.stop - shard.start)
+
+
+def _files(source: Storage, target: FeatureStore, block: int, span: tuple[int, int]) -> None:
+    """One shard, byte for byte, its done record last."""
+    for key in target.shard_keys(block, span):
+        try:
+            target.storage.put(key, source.get(key))
+        except FileNotFoundError:
+            target.storage.delete(key)  # all fill value
+    key = done_key(block, *span)
+    target.storage.put(key, source.get(key))
+    if why := audit.fault(target, block, span):
+        target.storage.delete(key)
+        raise UserError(f"{source} is damaged, {key}: {why}; compress verify --repair marks the shards to export again")
+
+
+def _rows(source: FeatureStore, target: FeatureStore, shard: Shard, rows: np.ndarray, checked: set) -> None:
+    """One shard put together from the source's rows, encoded anew if the codec is another."""
+    mine = rows[shard.start : shard.stop]
+    for block in np.unique(mine // source.rows).tolist():
+        for span in source.done()[block]:
+            if set(range(*span)) & set(shard.views) and (block, span) not in checked:
+                checked.add((block, span))
+                if why := audit.fault(source, block, span):
+                    raise UserError(
+                        f"{source.storage} is damaged, {done_key(block, *span)}: {why}; "
+                        "compress verify --repair marks the shards to export again"
+                    )
+    near = slice(int(mine[0]), int(mine[-1]) + 1)  # rows ascend
+    pick = mine - mine[0]
+    status, content = source.table("status", near)[pick], source.table("content", near)[pick]
+    bad = {shard.start + int(np.searchsorted(mine, i)): why for i, _, why in source.bad_images() if i in mine}
+    features = {}
+    for name in {name: None for view in shard.views for name in target.arrays_of(view)}:
+        views = [view for view in shard.views if name in target.arrays_of(view)]
+        parts = [_encoded(source, target, name, view, near, pick) for view in views]
+        scales = [scale for _, scale in parts if scale is not None]
+        features[name] = (np.stack([stored for stored, _ in parts], 1), np.stack(scales, 1) if scales else None)
+    for span in target.write(shard, features, status, content, bad):
+        if why := audit.fault(target, shard.block, span):
+            target.storage.delete(done_key(shard.block, *span))
+            raise UserError(f"{target.storage}: what was written reads back otherwise ({why}); repeat the command")
+
+
+def _encoded(
+    source: FeatureStore, target: FeatureStore, name: str, view: int, near: slice, pick: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """One view of an array as the target keeps it."""
+    stored, scale = source.stored(name, view, near)
+    stored, scale = stored[pick], None if scale is None else scale[pick]
+    if target.codecs[name].name == source.codecs[name].name:
+        return stored, scale
+    values = source.codecs[name].decode(stored, scale)
+    if np.abs(values).max(initial=0) > target.codecs[name].limit:
+        small = target.codecs[name].name
+        raise UserError(f"{source.storage}: {name} of view {view} is too large for {small}; choose another --codec")
+    return target.codecs[name].encode(values)
+
+
+def parse_views(text: str | None, source: FeatureStore) -> range:
+    """`4:8`, `:8`, `4:` -> range. A start is that of a view block. Raises UserError."""
+    held = source.held
+    first, _, last = (text or ":").partition(":")
+    try:
+        start, stop = int(first or held[0]), int(last or held[-1] + 1)
+    except ValueError:
+        raise UserError(f"--views is {text}, but must be FIRST:END, such as 0:8") from None
+    if not set(range(start, stop)) <= set(held) or start >= stop:
+        raise UserError(f"--views {text} was asked, but {source.storage} holds views {held[0]} to {held[-1]}")
+    if start % VIEW_BLOCK:
+        down = start - start % VIEW_BLOCK
+        raise UserError(
+            f"--views {text} was asked, but views are stored in blocks of {VIEW_BLOCK}; ask for {down}:{stop}"
+        )
+    return range(start, stop)
+
+
+def parse_images(text: str | None, read: Callable[[str], str], ids: Sequence[str]) -> np.ndarray:
+    """`0:1000`, `::2`, or a file of sample ids, one a line -> ascending rows. Raises UserError."""
+    if text is None:
+        return np.arange(len(ids))
+    parts = text.split(":")
+    if 2 <= len(parts) <= 3 and all(part.lstrip("-").isdecimal() or not part for part in parts):
+        if parts[2:] == ["0"]:
+            raise UserError(f"--images {text} has step 0; give 1 or more")
+        rows = np.arange(len(ids))[slice(*(int(part) if part else None for part in parts))]
+        rows = np.sort(rows)
+    else:
+        wanted = [line for line in read(text).split("\n") if line]
+        number: Mapping[str, int] = {name: i for i, name in enumerate(ids)}
+        if unknown := [name for name in wanted if name not in number]:
+            raise UserError(f"{len(unknown)} lines of {text} are no images of the store, the first is {unknown[0]!r}")
+        rows = np.array(sorted({number[name] for name in wanted}), np.int64)
+    if not len(rows):
+        raise UserError(f"--images {text} names none of the {len(ids)} images")
+    return rows
+
+
+def codec_of(source: FeatureStore, asked: str | None) -> str:
+    """The codec of the copy: the source's unless another is asked for. Raises UserError for an unknown one."""
+    return codec(asked).name if asked else source.identity["codec"]

@@ -1,0 +1,287 @@
+"""A copied, cut down or recoded store says what it is part of, and (i, v) in it is the (i, v) of its source."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.artifact import Mismatch, UserError
+from pipeline.loader import Eyes, Piece
+from pipeline.session import Session
+from pipeline.storage import Folder, open_storage
+from pipeline.store import FeatureStore
+from pipeline.views import ViewSpec
+from stages import distill, evaluate, export_teacher, store_copy, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = "convnet:channels=4+8,pretrained=false"
+IMAGES = 50
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 digits, 8 views, row blocks of 20."""
+    out = tmp_path_factory.mktemp("transfer") / "source"
+    export(out)
+    return out
+
+
+def export(out: Path, **said: Any) -> dict[str, Any]:
+    default = {"views": 8, "image_size": 8, "limit": IMAGES, "batch_size": 10, "shard_size": 20}
+    how = {**default, "workers": 0, "device": "cpu", **said}
+    return export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **how))
+
+
+def copy(source: Path | str, out: Path | str, **said: Any) -> FeatureStore:
+    store_copy.run(store_copy.Config(str(source), str(out), **said))
+    return FeatureStore(open_storage(str(out)))
+
+
+def whole(folder: Path) -> bool:
+    return verify.run(verify.Config(str(folder), sample=0))["damaged"] == []
+
+
+def files(folder: Path, *but: str) -> dict[str, bytes]:
+    found = (file for file in folder.rglob("*") if file.is_file() and file.name not in ("history.jsonl", *but))
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
+
+
+# ---------------------------------------------------------------- the same store elsewhere
+
+
+def test_a_copy_of_all_is_the_same_store_to_the_byte(source: Path, tmp_path: Path) -> None:
+    made = copy(source, tmp_path / "copy")
+    assert made.fingerprint == FeatureStore(Folder(source)).fingerprint
+    assert files(tmp_path / "copy", "manifest.json") == files(source, "manifest.json")
+    assert made.about["copied"] == {"from": str(source), "store": made.fingerprint}
+    assert "is complete already" in export(tmp_path / "copy")["summary"]
+
+
+def test_pushed_to_a_bucket_and_pulled_again_it_is_the_same(source: Path, bucket: str, tmp_path: Path) -> None:
+    copy(source, f"{bucket}/there")
+    copy(f"{bucket}/there", tmp_path / "back")
+    assert files(tmp_path / "back", "manifest.json") == files(source, "manifest.json")
+
+
+def test_fewer_views_are_the_same_store_which_the_export_completes(source: Path, tmp_path: Path) -> None:
+    made = copy(source, tmp_path / "copy", views=":6")
+    assert made.views == 6 and made.fingerprint == FeatureStore(Folder(source)).fingerprint
+    made.require_complete()
+    assert export(tmp_path / "copy")["views"] == 8
+    assert files(tmp_path / "copy", "manifest.json") == files(source, "manifest.json")
+
+
+@pytest.mark.parametrize("first", ["4:8", ":4"])
+def test_more_views_are_added_to_a_copy_and_nothing_is_copied_twice(source: Path, tmp_path: Path, first: str) -> None:
+    copy(source, tmp_path / "copy", views=first)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy/done").iterdir()}
+    made = copy(source, tmp_path / "copy")
+    assert made.held == range(8) and all(path.stat().st_mtime_ns == when for path, when in before.items())
+    made.require_complete()
+    assert files(tmp_path / "copy", "manifest.json") == files(source, "manifest.json")
+
+
+# ---------------------------------------------------------------- a part of it
+
+
+def test_views_keep_their_numbers_and_rows_their_keys(source: Path, tmp_path: Path) -> None:
+    src = FeatureStore(Folder(source))
+    made = copy(source, tmp_path / "copy", views="4:8", images="1::2")
+    rows = np.arange(1, IMAGES, 2)
+    assert made.held == range(4, 8) and made.images == len(rows) and made.fingerprint != src.fingerprint
+    assert made.identity["parent"]["store"] == src.fingerprint
+    for name in ("sample_id", "label", "view_key", "content", "status"):
+        np.testing.assert_array_equal(made.table(name), src.table(name)[rows])
+    for view in range(4, 8):
+        stored, scale = made.stored("embedding", view)
+        old, old_scale = src.stored("embedding", view)
+        np.testing.assert_array_equal(stored, old[rows])
+        np.testing.assert_array_equal(scale, old_scale[rows])  # type: ignore[index]
+    assert whole(tmp_path / "copy")
+    with pytest.raises(UserError, match="holds views 4 to 7, but view 3 was asked for"):
+        made.require_complete([3])
+
+
+@pytest.fixture(scope="module")
+def cut(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Views 4 to 7 of every second image, from the second on."""
+    out = tmp_path_factory.mktemp("cut") / "cut"
+    copy(source, out, views="4:8", images="1::2")
+    return out
+
+
+def train(store: Path, out: Path, **said: Any) -> dict[str, Any]:
+    how = {"steps": 4, "batch_size": 10, "image_size": 8, "workers": 0, "device": "cpu", "lr": 0.2, **said}
+    return distill.run(distill.Config(str(store), ("convnet:channels=4+8",), "compress-1q", out, **how))
+
+
+def test_a_student_of_a_cut_down_store_sees_the_pixels_the_teacher_saw(
+    source: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.datasets import DATASETS
+
+    src = FeatureStore(Folder(source))
+    everything = DATASETS.order("digits").subset(IMAGES)
+    eyes = Eyes(everything, ViewSpec(**src.identity["views"]), np.arange(IMAGES), [(8, "bilinear")], [])
+    seen, step = [], Session.step
+
+    def watch(self: Session, number: int, sight: Any, measure: bool) -> Any:
+        rows, student, teacher = self.plan.at(number)
+        for j, (row, view) in enumerate(zip(rows.tolist(), student[:, 0].tolist(), strict=True)):
+            original = 2 * row + 1
+            shown = eyes.look(Piece(np.array([original]), np.array([[view]])))
+            assert torch.equal(sight.pixels[0][j], shown.pixels[0][0])
+            taught = self.read(torch.tensor([row]), torch.from_numpy(teacher[j, :1])).numpy()
+            np.testing.assert_array_equal(taught[0], src.read("embedding", view)[original])
+            seen.append((original, view))
+        return step(self, number, sight, measure)
+
+    monkeypatch.setattr(Session, "step", watch)
+    train(cut, tmp_path / "run", steps=12)
+    assert {view for _, view in seen} == {4, 5, 6, 7} and {row for row, _ in seen} == set(range(1, IMAGES, 2))
+
+
+def test_verify_and_evaluate_know_a_cut_down_store(cut: Path, tmp_path: Path) -> None:
+    made = verify.run(verify.Config(str(cut), sample=1.0, device="cpu"))
+    assert made["cosine"] > 0.999 > made["wrong_view"]
+    train(cut, tmp_path / "run")
+    how: dict[str, Any] = {"val": "digits:split=test", "protocol": ("nn",), "workers": 0, "device": "cpu"}
+    scored = evaluate.run(evaluate.Config(run=tmp_path / "run", **how))
+    assert scored["metrics"]["data"]["train_images"] == IMAGES // 2
+    teacher = evaluate.run(evaluate.Config(store=str(cut), out=tmp_path / "teacher", **how))  # no view 0: live
+    assert teacher["metrics"]["data"]["train_images"] == IMAGES // 2
+
+
+def test_images_are_chosen_by_a_file_of_sample_ids(source: Path, tmp_path: Path) -> None:
+    src = FeatureStore(Folder(source))
+    ids = src.table("sample_id")
+    (tmp_path / "ids").write_text("".join(f"{ids[i]}\n" for i in (7, 3, 33)))
+    made = copy(source, tmp_path / "copy", images=str(tmp_path / "ids"))
+    assert made.table("sample_id").tolist() == [ids[3], ids[7], ids[33]]
+    np.testing.assert_array_equal(made.read("embedding", 5), src.read("embedding", 5)[[3, 7, 33]])
+    train(tmp_path / "copy", tmp_path / "run", batch_size=3)
+
+
+def test_a_part_of_a_part_says_so(cut: Path, source: Path, tmp_path: Path) -> None:
+    made = copy(cut, tmp_path / "copy", images=":5")
+    assert made.identity["parent"]["store"] == FeatureStore(Folder(cut)).fingerprint
+    assert made.table("view_key").tolist() == [1, 3, 5, 7, 9]
+    other = copy(cut, tmp_path / "other", images="5:10")
+    assert other.fingerprint != made.fingerprint
+
+
+def test_bad_images_are_bad_in_the_copy_with_their_reasons(tmp_path: Path) -> None:
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        Image.fromarray(random.integers(0, 256, (12, 12, 3), np.uint8)).save(tmp_path / f"images/{number:02d}.png")
+    (tmp_path / "images/05.png").write_bytes(b"junk")
+    how: dict[str, Any] = {"views": 2, "image_size": 8, "batch_size": 4, "workers": 0, "device": "cpu"}
+    export_teacher.run(export_teacher.Config(str(tmp_path / "images"), TEACHER, str(tmp_path / "store"), **how))
+    made = copy(tmp_path / "store", tmp_path / "copy", images="4:8")
+    ((row, name, why),) = made.bad_images()
+    assert (row, name) == (1, "05.png") and why == FeatureStore(Folder(tmp_path / "store")).bad_images()[0][2]
+
+
+# ---------------------------------------------------------------- another codec
+
+
+def test_another_codec_holds_the_decoded_values(source: Path, tmp_path: Path) -> None:
+    src = FeatureStore(Folder(source))
+    made = copy(source, tmp_path / "copy", codec="float32", views="4:6")
+    for view in (4, 5):
+        np.testing.assert_array_equal(made.read("embedding", view), src.read("embedding", view))
+    assert made.identity["codec"] == "float32" and made.identity["parent"]["store"] == src.fingerprint
+    assert whole(tmp_path / "copy")
+
+
+# ---------------------------------------------------------------- stopped, damaged, refused
+
+
+@pytest.mark.parametrize("how", [{}, {"images": "::2"}, {"codec": "float16", "views": ":6"}])
+def test_a_copy_stopped_anywhere_is_continued_to_the_same_bytes(
+    how: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy(source, tmp_path / "whole", **how)
+    want, put = files(tmp_path / "whole"), Folder.put
+    for stop in (0, 3, len(want) // 3, len(want) // 2, len(want) - 1):
+        count, out = iter(range(stop)), tmp_path / f"stop{stop}"
+
+        def cut_off(self: Folder, key: str, data: bytes, count: Any = count) -> None:
+            if next(count, None) is None:
+                raise KeyboardInterrupt
+            put(self, key, data)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Folder, "put", cut_off)
+            copy(source, out, **how)
+        copy(source, out, **how)
+        assert files(out) == want
+
+
+@pytest.mark.parametrize("how", [{}, {"images": "::2"}, {"codec": "float16"}])
+def test_damage_in_the_source_is_named_and_not_copied(how: dict[str, str], source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    file = tmp_path / "source/features.zarr/embedding_scale/c/1/1"
+    data = bytearray(file.read_bytes())
+    data[9] ^= 2
+    file.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"source is damaged, done/0000001.0004-0008.json: .*verify --repair"):
+        copy(tmp_path / "source", tmp_path / "copy", **how)
+    shutil.copyfile(source / "features.zarr/embedding_scale/c/1/1", file)
+    copy(tmp_path / "source", tmp_path / "copy", **how).require_complete()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"views": "1:4"}, "views are stored in blocks of 4; ask for 0:4"),
+        ({"views": "4:9"}, "holds views 0 to 7"),
+        ({"views": "4"}, "holds views|must be FIRST:END"),
+        ({"views": "a:b"}, "must be FIRST:END, such as 0:8"),
+        ({"images": "60:70"}, "names none of the 50 images"),
+        ({"images": "::0"}, "step 0"),
+        ({"images": "nowhere.txt"}, "neither START:END"),
+        ({"codec": "int7"}, "unknown codec"),
+    ],
+)
+def test_what_cannot_be_copied_is_refused_before_anything_is_written(
+    how: dict[str, str], words: str, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        copy(source, tmp_path / "copy", **how)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_copy_is_not_mistaken_for_another(source: Path, cut: Path, tmp_path: Path) -> None:
+    shutil.copytree(cut, tmp_path / "cut")
+    with pytest.raises(Mismatch, match="made with other settings"):
+        copy(source, tmp_path / "cut", images=":10")
+    with pytest.raises(UserError, match="onto itself"):
+        copy(source, source)
+    with pytest.raises(Mismatch):
+        export(tmp_path / "cut")
+
+
+def test_the_command_is_spelled_store_copy(source: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "cli.py", "store", "copy", str(source), str(tmp_path / "copy"), "--views", "4:8", "--json"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["views"] == [4, 5, 6, 7]
