@@ -102,11 +102,20 @@ def table_files(tables: Mapping[str, Any]) -> dict[str, bytes]:
 
 def open_group(storage: Storage) -> zarr.Group:
     """The group, to read. Zarr raises a mixed bag of exceptions if its metadata is damaged."""
-    if isinstance(storage, Folder):
-        files: Any = zarr.storage.LocalStore(storage.path, read_only=True)
-    else:
-        files = zarr.storage.ObjectStore(storage.objects, read_only=True)  # type: ignore[attr-defined]
-    return zarr.open_group(files, path=GROUP, mode="r")
+    files: Any = zarr.storage.LocalStore(storage.path, read_only=True) if isinstance(storage, Folder) else None
+    return zarr.open_group(files or _Objects(storage), path=GROUP, mode="r", zarr_format=3)
+
+
+class _Objects(zarr.storage.ObjectStore):
+    """The objects of a bucket, to read; its failures in its own words."""
+
+    def __init__(self, bucket: Any):
+        super().__init__(bucket.objects, read_only=True)
+        self.bucket = bucket
+
+    async def get(self, *asked: Any, **how: Any) -> Any:
+        with self.bucket.worded():
+            return await super().get(*asked, **how)
 
 
 def read_view(folder: Path, grid: Grid, view: int, start: int, stop: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from pipeline.method import Batch
 from pipeline.model import Preprocessing
 from pipeline.pairs import Features, Plan
 from pipeline.pixels import require_same
-from pipeline.storage import Folder
+from pipeline.storage import Folder, absolute
 from pipeline.store import FeatureStore
 from pipeline.views import ViewSpec, local_size
 
@@ -86,9 +86,8 @@ class Session:
                 artifact.claim(Folder(apprentice.folder), "run", identity, self._about(apprentice))
 
     def _about(self, apprentice: Apprentice) -> dict[str, Any]:
-        where = self.store.storage
         return {
-            "store": str(where.path.absolute() if isinstance(where, Folder) else where),
+            "store": absolute(str(self.store.storage)),
             "data": self.store.about["data"],
             "views": self.plan.views[-1] + 1,
             "views_spec": self.store.identity["views"],

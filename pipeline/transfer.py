@@ -14,9 +14,11 @@ from pipeline import artifact, audit
 from pipeline.artifact import UserError
 from pipeline.codecs import codec
 from pipeline.grid import GROUP, VIEW_BLOCK
+from pipeline.images import GOOD
 from pipeline.storage import Storage, absolute
 from pipeline.store import FeatureStore, Shard, done_key
 
+SAMPLE = 4096  # rows to train a codec on
 Progress = Callable[[int], None]
 
 
@@ -44,11 +46,14 @@ def describe(
     return identity, about, {**columns, "sample_id": ids}
 
 
-def heads(source: FeatureStore) -> dict[str, bytes]:
-    """The small files of a store that are no arrays: the teacher's heads. Raises UserError if they are damaged."""
-    found = {}
+def files(source: FeatureStore, form: str) -> dict[str, bytes]:
+    """The small files of a store that are no arrays: heads, and codebooks where the copy is of the same codec.
+
+    Raises UserError if they are damaged.
+    """
+    found, same = {}, _kind(form) == _kind(source.identity["codec"])
     for key, claimed in source.about["small"].items():
-        if not key.startswith(f"{GROUP}/"):
+        if not key.startswith(f"{GROUP}/") and (same or not key.startswith("codebook/")):
             found[key] = source.storage.get(key)
             if artifact.digest(found[key]) != claimed:
                 raise UserError(f"{source.storage}/{key} is damaged; compress verify --repair mends it from its copy")
@@ -121,13 +126,27 @@ def _encoded(
     """One view of an array as the target keeps it."""
     stored, scale = source.stored(name, view, near)
     stored, scale = stored[pick], None if scale is None else scale[pick]
-    if target.codecs[name].name == source.codecs[name].name:
+    if _kind(target.codecs[name].name) == _kind(source.codecs[name].name):
         return stored, scale
     values = source.codecs[name].decode(stored, scale)
     if np.abs(values).max(initial=0) > target.codecs[name].limit:
         small = target.codecs[name].name
         raise UserError(f"{source.storage}: {name} of view {view} is too large for {small}; choose another --codec")
     return target.codecs[name].encode(values)
+
+
+def _kind(form: str) -> str:
+    """A codec without its compression, which changes no value."""
+    return form.partition("+")[0]
+
+
+def learn(source: FeatureStore, target: FeatureStore, rows: np.ndarray) -> None:
+    """Train the copy's codecs that need it, on rows spread evenly over the copy."""
+    for name in target.untrained():
+        views = [view for view in target.all_views if name in target.arrays_of(view)][:VIEW_BLOCK]
+        some = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)]
+        some = some[source.table("status")[some] == GOOD]
+        target.train(name, np.concatenate([source.read(name, view)[some] for view in views]))
 
 
 def parse_views(text: str | None, source: FeatureStore) -> range:

@@ -7,20 +7,20 @@ from typing import Any
 from pipeline import artifact
 from pipeline.artifact import UserError
 from pipeline.config import flag
-from pipeline.storage import Folder
+from pipeline.storage import Folder, is_url, open_storage
 
 
 @dataclass(frozen=True)
 class Config:
     """One table and page over many evaluations, the teacher as the first row."""
 
-    folder: tuple[str, ...] = flag(help="evaluations, or runs and stores that have one", place=True)
+    folder: tuple[str, ...] = flag(help="evaluations, or runs and stores that have one; folders or URLs", place=True)
     out: Path = flag(Path("compare.html"), "the page to write")
 
 
 def run(config: Config) -> dict[str, Any]:
     """Write the page. Returns {"summary": table and path, "rows": the metrics}."""
-    rows = [metrics(Path(folder)) for folder in config.folder]
+    rows = [metrics(folder) for folder in config.folder]
 
     from pipeline.comparison import compare
 
@@ -29,12 +29,15 @@ def run(config: Config) -> dict[str, Any]:
     return {"summary": f"{table}\n{config.out}", "rows": rows, "page": str(config.out)}
 
 
-def metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json of an evaluation, or of the evaluation of a run or a store."""
-    places = [folder, folder / "evaluation", artifact.beside(folder, "-evaluation")]
+def metrics(folder: str) -> dict[str, Any]:
+    """metrics.json of an evaluation, or of the evaluation of a run or a store; any of them may be a URL."""
+    name = folder.rstrip("/") or folder
+    places = [name, f"{name}/evaluation", *([f"{name}-evaluation"] if is_url(name) else [])]
+    places.append(str(artifact.beside(name, "-evaluation")))
     for place in places:
-        if (place / artifact.MANIFEST).exists() and (place / "metrics.json").exists():
-            artifact.read(Folder(place), "evaluation")
-            return artifact.read_json(Folder(place), "metrics.json")
+        storage = open_storage(place)
+        if storage.exists(artifact.MANIFEST) and storage.exists("metrics.json"):
+            artifact.read(storage, "evaluation")
+            return artifact.read_json(storage, "metrics.json")
     looked = ", ".join(map(str, places))
     raise UserError(f"{folder} has no evaluation; make one with compress evaluate (looked in {looked})")

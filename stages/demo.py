@@ -76,9 +76,9 @@ def run(config: Config) -> dict[str, Any]:
 def make(out: Path, epochs: float) -> list[dict[str, Any]]:
     """The stages in turn, each as its own command would run it -> the rows of the table."""
     store, scored = out / "store", out / "store-evaluation"
-    step(export_teacher, data=DATA, teacher=TEACHER, out=store, views=VIEWS)
+    step(export_teacher, data=DATA, teacher=TEACHER, out=str(store), views=VIEWS)
     learned = step(
-        distill, store=store, student=STUDENTS, method=METHOD, out=out / "students", epochs=epochs,
+        distill, store=str(store), student=STUDENTS, method=METHOD, out=out / "students", epochs=epochs,
         batch_size=BATCH, lr=RATE, schedule="cosine", image_size=SIZE,
     )  # fmt: skip
     runs = dict(zip(STUDENTS, map(Path, learned["runs"]), strict=True))

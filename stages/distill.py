@@ -12,7 +12,7 @@ from pipeline.artifact import UserError
 from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
 from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.progress import meter, say
-from pipeline.storage import Folder
+from pipeline.storage import Folder, is_url, open_storage
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
@@ -35,7 +35,7 @@ class Config:
     command again continues; a larger --epochs trains on.
     """
 
-    store: Path = flag(help="the teacher's feature store")
+    store: str = flag(help="the teacher's feature store: a folder, s3://BUCKET/PREFIX, ...")
     student: tuple[str, ...] = flag(help="timm:NAME, torchvision:NAME, cifar-resnet:20, ...; may be repeated")
     method: str = flag(help="compress-2q, compress-1q, seed, ... (compress methods lists them), python:module:Class")
     out: Path = flag(help="folder of the run; with several students, of their runs")
@@ -67,19 +67,25 @@ class Config:
     cache_images: Path | None = flag(None, "a folder for decoded images: each is decoded once, not every epoch")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1")
     allow_other_pixels: bool = flag(False, "train though this machine renders views differently from the exporting one")
+    cache: Path | None = flag(None, "folder for the local copy of a remote store (default: the XDG cache)")
     overwrite: bool = flag(False, "start anew; an earlier run is set aside, not deleted")
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train to the end, or continue. Returns {"summary", "runs": [...], "steps"}."""
     check(config)
-    artifact.read(Folder(config.store), "store")
+    storage = open_storage(config.store)
+    artifact.read(storage, "store")
 
+    from pipeline.mirror import hydrate
     from pipeline.store import FeatureStore
 
-    store, recipe = FeatureStore(Folder(config.store)), recipe_of(config)
+    store, recipe = FeatureStore(storage), recipe_of(config)
     dataset = open_images(config, store)
     val = open_val(config)
+    if is_url(config.store):
+        crops = store.local if any(name.startswith("local_") for name in method_of(config).needs.arrays) else ()
+        store = hydrate(store, [*views_used(config, store), *crops], config.cache)
     plan = plan_of(config, store, recipe)
     session = prepare(config, store, in_memory(config, dataset), plan, recipe)
     finished = session.start >= plan.steps
@@ -175,7 +181,7 @@ def open_images(config: Config, store: "FeatureStore") -> "Dataset":
         raise UserError(
             f"the images of {config.store} are not where they were: {problem}. Say where they are now with --data"
         ) from None
-    dataset = dataset.subset(about["limit"]) if about["limit"] else dataset
+    dataset = dataset.part(about, lambda: store.table("sample_id"))
     if unlike := require_images(store, dataset, config.allow_other_pixels):
         say(f"warning: {unlike}")
     return dataset
@@ -241,7 +247,10 @@ def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
     total = config.views or (artifact.read(folder, "run")["about"]["views"] if begun else store.views)
     if total > store.views:
         raise UserError(f"--views {total} was asked, but {config.store} has {store.views}; export more, or use fewer")
-    return tuple(range(1, total)) if total > 1 else (0,)
+    held = tuple(range(store.held.start, total))
+    if not held:
+        raise UserError(f"--views {total} was asked, but {config.store} holds views from {store.held.start} on")
+    return tuple(v for v in held if v) or held
 
 
 def prepare(config: Config, store: "FeatureStore", dataset: "Dataset", plan: "Plan", recipe: "Recipe") -> "Session":

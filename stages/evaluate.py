@@ -12,7 +12,7 @@ from pipeline.artifact import UserError
 from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
 from pipeline.interrupt import Interrupt
 from pipeline.progress import meter, say
-from pipeline.storage import Folder
+from pipeline.storage import Folder, is_url, open_storage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,10 +37,11 @@ class Config:
     train: str | None = flag(None, "images to learn neighbours and clusters from (default: those of the run or store)")
     limit: int | None = flag(None, "with --train: only this many of them, evenly spread, as the export does")
     run: Path | None = flag(None, "a run of compress distill: its student is scored")
-    store: Path | None = flag(None, "a feature store: its teacher is scored, from stored view 0 where it has it")
+    store: str | None = flag(None, "a feature store: its teacher is scored, from stored view 0 where it has it")
+    cache: Path | None = flag(None, "with --store URL: folder for its local copy (default: the XDG cache)")
     model: str | None = flag(None, "any model: timm:NAME, cifar-resnet:20, ...")
     protocol: tuple[str, ...] = flag(("nn", "knn:k=20", "cluster", "linear"), "nn, knn:k=20, cluster, linear, ...")
-    out: Path | None = flag(None, "folder (default: RUN/evaluation, STORE-evaluation)")
+    out: Path | None = flag(None, "folder (default: RUN/evaluation, STORE-evaluation; here for a URL)")
     teacher: Path | None = flag(None, "evaluation of the teacher, to stand beside in the report")
     image_size: int | None = flag(None, "side in pixels (default: as trained, the model's own)")
     batch_size: int = flag(64, "images per forward on a device", short="-b")
@@ -56,7 +57,7 @@ def run(config: Config) -> dict[str, Any]:
     from pipeline.evaluators import PROTOCOLS
 
     evaluators = {spec: PROTOCOLS.order(spec) for spec in config.protocol}
-    subject = open_subject(config)
+    subject = open_subject(config, any(getattr(e, "augment", False) for e in evaluators.values()))
     out = config.out or subject.home
     anew = config.overwrite and artifact.replaceable(out, "evaluation")
     earlier = None if anew else artifact.claimed(Folder(out), "evaluation")
@@ -100,16 +101,26 @@ def check(config: Config) -> None:
         raise UserError("--image-size does not go with --store: its features are stored already")
 
 
-def open_subject(config: Config) -> "Subject":
+def open_subject(config: Config, augment: bool) -> "Subject":
     from pipeline import subject
     from pipeline.models import build
 
     if config.run:
         return subject.of_run(config.run, config.image_size, build)
     if config.store:
-        return subject.of_store(config.store, build)
+        return subject.of_store(open_store(config, config.store, augment), build)
     assert config.model and config.out
     return subject.of_model(config.model, config.image_size, config.out, build)
+
+
+def open_store(config: Config, where: str, augment: bool) -> "FeatureStore":
+    """The store, by way of a local copy if it is remote: of view 0, of all views to augment."""
+    from pipeline.mirror import hydrate
+    from pipeline.store import FeatureStore
+
+    store = FeatureStore(open_storage(where))
+    used = store.held if augment else [v for v in store.held if v == 0]
+    return hydrate(store, used, config.cache) if is_url(where) else store
 
 
 def train_spec(config: Config, subject: "Subject") -> str:
@@ -131,7 +142,7 @@ def open_sets(config: Config, subject: "Subject") -> tuple["Dataset", "Dataset"]
             raise UserError(
                 f"the training images are not where they were: {problem}. Say where they are now with --train"
             ) from None
-        train = train.subset(subject.data["limit"]) if subject.data["limit"] else train
+        train = train.part(subject.data, subject.ids or tuple)
     val = DATASETS.order(config.val)
     unknown = [name for name in val.classes if name not in train.classes]
     if unknown and (train.label >= 0).any():
@@ -256,9 +267,8 @@ def augmenter(
     From the store, its random views in turn; else crops and flips seen afresh.
     """
     if stored := subject.stored(dataset):
-        if stored.views == 1:
-            return None
-        return lambda epoch: stored.read("embedding", 1 + epoch % (stored.views - 1))[train.rows]
+        drawn = [view for view in stored.held if view]
+        return (lambda epoch: stored.read("embedding", drawn[epoch % len(drawn)])[train.rows]) if drawn else None
     return partial(fresh_features, config, subject, dataset, train.rows)
 
 

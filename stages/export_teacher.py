@@ -17,11 +17,12 @@ from pipeline.interrupt import Interrupt
 from pipeline.menu import nearest
 from pipeline.progress import duration, meter, say, size
 from pipeline.scheduler import parse as parse_scheduler
-from pipeline.storage import Folder
+from pipeline.storage import is_url, open_storage
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
     from pipeline.embed import Cost, Forward
+    from pipeline.lease import Lease
     from pipeline.model import Embedder
     from pipeline.scheduler import Outcome
     from pipeline.store import FeatureStore, Shard
@@ -40,7 +41,7 @@ class Config:
 
     data: str = flag(help="images: folder:PATH, digits, torchvision:NAME,root=DIR")
     teacher: str = flag(help="timm:NAME, torchvision:NAME, python:module:factory, torchscript:FILE, ...")
-    out: Path = flag(help="folder of the store")
+    out: str = flag(help="folder of the store, or s3://BUCKET/PREFIX, gs://, az://")
     views: int = flag(8, "views per image; view 0 is the plain one, the others are random")
     policy: str = flag("crop-flip", "what random views are: crop-flip, moco-v2, dino, none")
     image_size: int | None = flag(None, "side in pixels (default: the teacher's own)")
@@ -66,8 +67,9 @@ def run(config: Config) -> dict[str, Any]:
     from pipeline.models import MODELS
 
     MODELS.parse(config.teacher)
+    storage = open_storage(config.out)
     anew = config.overwrite and artifact.replaceable(config.out, "store")
-    earlier = None if anew else artifact.claimed(Folder(config.out), "store")
+    earlier = None if anew else artifact.claimed(storage, "store")
     dataset = open_images(config)
     if earlier:
         require_its_images(config, earlier, dataset)
@@ -83,33 +85,54 @@ def run(config: Config) -> dict[str, Any]:
     embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True).equip(kept(config))
     spec = ViewSpec(config.policy, config.seed, embedder.preprocessing.crop_ratio)
     identity, about = describe(config, dataset, embedder, spec)
+    if earlier:
+        artifact.claim(storage, "store", identity)
     if config.dry_run:
-        return plan(config, identity)
+        return plan(config, identity, bool(earlier))
 
+    from pipeline import lease
     from pipeline.embed import Forward
     from pipeline.pixels import require_same
     from pipeline.store import FeatureStore
 
-    if config.overwrite and (aside := artifact.set_aside(config.out, "store")):  # only now, when nothing is refused
-        say(f"set the earlier {config.out} aside as {aside}")
-    elif earlier:  # refuse before anything grows
-        artifact.claim(Folder(config.out), "store", identity)
+    if earlier:  # refuse before anything grows
         require_same(earlier["about"]["pixels"], dataset, spec, embedder.preprocessing, range(len(dataset)), allow=None)
+    elif config.overwrite:  # only now, when nothing is refused
+        lease.require_free(storage)
+        if aside := artifact.set_aside(config.out, "store"):
+            say(f"set the earlier {config.out} aside as {aside}")
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
-    store = FeatureStore.make(Folder(config.out), identity, about, tables, head_file(embedder))
-    if earlier:
-        require_unchanged(store, dataset)
+    with lease.Lease(storage) as held:
+        store = FeatureStore.make(storage, identity, about, tables, head_file(embedder))
+        if earlier:
+            require_unchanged(store, dataset)
+        if not store.pending():
+            return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views")
+        forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
+        return fill(config, Workshop(store, dataset, spec, forward), held)
+
+
+@dataclass
+class Workshop:
+    """All that computing a shard takes. One is built per process."""
+
+    store: "FeatureStore"
+    dataset: "Dataset"
+    spec: "ViewSpec"
+    forward: "Forward"
+
+
+def fill(config: Config, work: Workshop, lease: "Lease") -> dict[str, Any]:
+    """Compute what the store lacks, and say what was made."""
+    store, width, device = work.store, work.forward.embedder.width, work.forward.device
     pending = store.pending()
     rows = sum(shard.stop - shard.start for shard in pending)
-    if not pending:
-        return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views")
     on = str(device) if config.scheduler == "local" else config.scheduler
-    say(f"{rows} of {store.images} images to embed, {store.views} views, on {on}, {embedder.width} dimensions")
+    say(f"{rows} of {store.images} images to embed, {store.views} views, on {on}, {width} dimensions")
     with Interrupt() as stop, meter("export", store.images, "images", store.images - rows) as bar:
-        forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
-        work = Workshop(store, dataset, spec, forward)
-        learn_codebooks(config, work, lambda: stop.requested)
-        cost, failed = compute(config, work, pending, bar.advance, lambda: stop.requested)
+        learn_codebooks(config, work, lambda: stop.requested or lease.lost)
+        cost, failed = compute(config, work, pending, bar.advance, lambda: stop.requested or lease.lost)
+        lease.check()
         store.remember(event(config, cost, device))
         left = len(store.pending())
         stop.check(f"{len(pending) - left} of {len(pending)} pending shards are kept; repeat the command to continue")
@@ -122,7 +145,7 @@ def run(config: Config) -> dict[str, Any]:
         )
     made = finish(
         store,
-        f"{config.out}: {store.images} images x {store.views} views x {embedder.width} {config.codec}, "
+        f"{config.out}: {store.images} images x {store.views} views x {width} {config.codec}, "
         f"{duration(cost.seconds)}, {cost.views / max(cost.seconds, 1e-9):.0f} views/s",
     )
     if isinstance(store.storage, Folder):
@@ -131,16 +154,6 @@ def run(config: Config) -> dict[str, Any]:
     require_its_images(config, store.manifest, now)
     require_unchanged(store, now)
     return made
-
-
-@dataclass
-class Workshop:
-    """All that computing a shard takes. One is built per process."""
-
-    store: "FeatureStore"
-    dataset: "Dataset"
-    spec: "ViewSpec"
-    forward: "Forward"
 
 
 def learn_codebooks(config: Config, work: Workshop, stopped: Callable[[], bool]) -> None:
@@ -227,7 +240,7 @@ def workshop(config: Config) -> Workshop:
     from pipeline.views import ViewSpec
 
     dataset = open_images(config)
-    store = FeatureStore(Folder(config.out))
+    store = FeatureStore(open_storage(config.out))
     device = choose(config.device)
     if device == torch.device("cuda"):  # worker k takes GPU k of those it sees
         device = torch.device("cuda", scheduler.worker_number() % torch.cuda.device_count())
@@ -322,7 +335,7 @@ def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dat
     if dataset.fingerprint != earlier["identity"]["data"]["fingerprint"]:
         from pipeline.store import FeatureStore
 
-        unlike = dataset.unlike(FeatureStore(Folder(config.out)).table("sample_id"))
+        unlike = dataset.unlike(FeatureStore(open_storage(config.out)).table("sample_id"))
         raise artifact.Mismatch(
             f"{config.out} was made from other images than --data {config.data}: {unlike}. "
             "Give the same images, choose another --out, or start anew with --overwrite"
@@ -389,36 +402,54 @@ def absolute(data: str, limit: int | None) -> dict[str, Any]:
     return {"spec": str(spec), "limit": limit}
 
 
-def plan(config: Config, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What an export would take: forwards, bytes, files, and the free disk."""
-    import shutil
-
+def plan(config: Config, identity: Mapping[str, Any], begun: bool) -> dict[str, Any]:
+    """What an export would take from here: forwards, bytes, files, and the free disk."""
     from pipeline.grid import VIEW_BLOCK
-    from pipeline.store import is_local
+    from pipeline.philox import LOCAL
+    from pipeline.store import FeatureStore, Shard, is_local
 
     n, rows, kind = identity["data"]["images"], identity["shard_rows"], codec(identity["codec"])
-    blocks, files, total = -(-n // rows), 2 * -(-n // rows), 0
-    for name, shape in identity["arrays"].items():
-        views = config.local_views if is_local(name) else config.views
-        total += n * views * kind.size(tuple(shape))
-        files += blocks * -(-views // VIEW_BLOCK) * (1 + kind.scaled)
-    files += blocks * (-(-config.views // VIEW_BLOCK) + -(-config.local_views // VIEW_BLOCK))  # done records
-    there = next(p for p in [config.out.absolute(), *config.out.absolute().parents] if p.exists())
+    every = (*range(config.views), *range(LOCAL, LOCAL + config.local_views))
+    pending = [Shard(b, b * rows, min(n, (b + 1) * rows), every) for b in range(-(-n // rows))]
+    if begun:
+        pending = FeatureStore(open_storage(config.out)).pending(config.views)
+    written = files = 0
+    for shard in pending:
+        crops = sum(bool(view & LOCAL) for view in shard.views)
+        blocks = {False: -(-(len(shard.views) - crops) // VIEW_BLOCK), True: -(-crops // VIEW_BLOCK)}
+        files += 2 + blocks[False] + blocks[True]  # status, content, done records
+        for name, shape in identity["arrays"].items():
+            count = (shard.stop - shard.start) * (crops if is_local(name) else len(shard.views) - crops)
+            written += count * kind.size(tuple(shape))
+            files += blocks[is_local(name)] * (1 + kind.scaled)
     out = {
         "images": n,
         "views": config.views,
-        "forwards": n * (config.views + config.local_views),
-        "bytes": total,
+        "forwards": sum((shard.stop - shard.start) * len(shard.views) for shard in pending),
+        "total_forwards": n * len(every),
+        "bytes": written,
         "files": files,
         "shard_rows": rows,
-        "free_bytes": shutil.disk_usage(there).free,
     }
     local = f" and {config.local_views} local crops" if config.local_views else ""
     text = (
-        f"dry run: {n} images x {config.views} views{local} = {out['forwards']} forwards; {size(out['bytes'])} "
-        f"in {files} files, shards of {rows} rows; {size(out['free_bytes'])} free in {there}"
+        f"dry run: {n} images x {config.views} views{local} = {out['total_forwards']} forwards"
+        + (f", {out['forwards']} of them pending" if begun else "")
+        + f"; {size(out['bytes'])} in {files} files, shards of {rows} rows"
     )
+    if not is_url(config.out):
+        out["free_bytes"], there = free_disk(config.out)
+        text += f"; {size(out['free_bytes'])} free in {there}"
     return {"summary": text, **out}
+
+
+def free_disk(out: str) -> tuple[int, Path]:
+    """Free bytes, and the folder that was asked: the first there is on the way up."""
+    import shutil
+
+    folder = Path(out).expanduser().absolute()
+    there = next(p for p in [folder, *folder.parents] if p.exists())
+    return shutil.disk_usage(there).free, there
 
 
 def event(config: Config, cost: Any, device: Any) -> dict[str, Any]:

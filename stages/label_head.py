@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import artifact
 from pipeline.artifact import UserError
 from pipeline.config import POSITIVE, flag, require
-from pipeline.storage import Folder
+from pipeline.storage import open_storage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ class Config:
     What makes a teacher without labels a task's teacher; distill reads it as --method simclr-v2:head=FILE.
     """
 
-    store: Path = flag(help="the teacher's feature store, with labels")
+    store: str = flag(help="the teacher's feature store, with labels")
     out: Path = flag(help="the file to write, as head.safetensors")
     labels: str = flag("10%", "which labels may be used: a share of each class, as 1%, or a file of image ids")
     strength: float = flag(1.0, "inverse of the L2 penalty: smaller is smoother")
@@ -34,7 +34,8 @@ def run(config: Config) -> dict[str, Any]:
     """Fit and write the head. Returns {"summary", "head", "labelled", "classes", "top1": on the other labels}."""
     require(config, {"strength": POSITIVE, "seed": (lambda x: x >= 0, "must be 0 or more")})
     share = share_of(config.labels)
-    artifact.read(Folder(config.store), "store")
+    storage = open_storage(config.store)
+    artifact.read(storage, "store")
     if config.out.exists() and not config.overwrite:
         raise UserError(f"{config.out} is there already; name another --out, or replace it with --overwrite")
 
@@ -45,7 +46,7 @@ def run(config: Config) -> dict[str, Any]:
     from pipeline.images import GOOD
     from pipeline.store import FeatureStore
 
-    store = FeatureStore(Folder(config.store))
+    store = FeatureStore(storage)
     store.require_complete([0])
     label = np.where(store.table("status") == GOOD, store.table("label"), -1)
     rows = named(store, config.labels) if share is None else labelhead.choose(label, share, config.seed)

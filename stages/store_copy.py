@@ -22,7 +22,7 @@ class Config:
     dst: str = flag(help="where the copy goes: a folder or a URL", place=True)
     views: str | None = flag(None, "FIRST:END, such as 0:8 or 4:8; FIRST is a multiple of four (default: all)")
     images: str | None = flag(None, "START:END[:STEP], or a file with a sample id a line (default: all)")
-    codec: str | None = flag(None, "int8, float16, float32 (default: as it is)")
+    codec: str | None = flag(None, "int8, float16, float32, pq:M, +zstd behind any (default: as it is)")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -41,7 +41,8 @@ def run(config: Config) -> dict[str, Any]:
     identity, about, tables = transfer.describe(source, views, rows, transfer.codec_of(source, config.codec))
     storage = open_storage(config.dst)
     with Lease(storage):
-        target = FeatureStore.make(storage, identity, about, tables, transfer.heads(source))
+        target = FeatureStore.make(storage, identity, about, tables, transfer.files(source, identity["codec"]))
+        transfer.learn(source, target, rows)
         done = target.images - sum(shard.stop - shard.start for shard in target.pending())
         with meter("copy", target.images, "images", done) as bar:
             transfer.copy(source, target, rows, bar.advance)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import UserError
 from pipeline.config import POSITIVE, flag, one_of, require
+from pipeline.lease import require_free
 from pipeline.progress import meter, say
+from pipeline.storage import open_storage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +51,6 @@ def run(config: Config) -> dict[str, Any]:
             f"{config.store} is damaged in {len(damaged)} places ({'; '.join(damaged[:3])}); "
             "compress verify --repair mends small files and marks damaged shards"
         )
-    from pipeline.bucket import open_storage
     from pipeline.store import FeatureStore
 
     store = FeatureStore(open_storage(config.store))
@@ -71,10 +72,11 @@ def run(config: Config) -> dict[str, Any]:
 def digests(config: Config) -> tuple[list[str], list[str]]:
     """(what is damaged, what was mended), small files first: shards are read by way of them."""
     from pipeline import audit
-    from pipeline.bucket import open_storage
     from pipeline.store import FeatureStore
 
     storage = open_storage(config.store)
+    if config.repair:
+        require_free(storage)
     damaged: list[str] = []
     mended: list[str] = []
 
@@ -115,7 +117,8 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
         return {"said": "no row block is complete, so no feature was embedded again"}
     order = philox.permutation(config.seed, philox.PICK, 0, len(rows))
     rows = np.sort(rows[order[:count]])
-    views = philox.words(config.seed, philox.PICK, rows, 1, 1)[:, 0].astype(np.int64) % store.views
+    picks = philox.words(config.seed, philox.PICK, rows, 1, 1)[:, 0].astype(np.int64) % len(store.held)
+    views = store.held.start + picks
     live, kind = embed_again(config, store, dataset), store.codecs["embedding"]
     found = Likeness(config, store)
     with meter("live teacher", count, "images") as bar:
@@ -126,8 +129,9 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
             right, ideal = cosine(again, stored), cosine(again, kept)
             found.right.append(right)
             found.ideal.append(ideal)
-            if store.views > 1:
-                found.wrong_view.append(cosine(again, pick(store, mine, int(view + 1) % store.views)))
+            if len(store.held) > 1:
+                other = store.held[(int(view) + 1 - store.held.start) % len(store.held)]
+                found.wrong_view.append(cosine(again, pick(store, mine, other)))
             if len(mine) > 1:
                 found.wrong_image.append(cosine(again, np.roll(stored, 1, axis=0)))
             worst = int((right - ideal).argmin())
@@ -169,11 +173,11 @@ def whereabouts(store: "FeatureStore", row: int, view: int, feature: "np.ndarray
     import numpy as np
 
     start, stop = store.span(row // store.rows)
-    found = [cosine(feature[None], store.read("embedding", v, slice(start, stop))) for v in range(store.views)]
-    v, i = np.unravel_index(np.argmax(found), (store.views, stop - start))
+    found = [cosine(feature[None], store.read("embedding", v, slice(start, stop))) for v in store.held]
+    v, i = np.unravel_index(np.argmax(found), (len(store.held), stop - start))
     if found[v][i] < least:
         return ""
-    return f"that of (row {row}, view {view}) is stored as (row {start + i}, view {v}): rows or views are mixed up"
+    return f"that of (row {row}, view {view}) is stored as (row {start + i}, view {store.held[v]}): rows or views are mixed up"
 
 
 def judge(found: Likeness) -> dict[str, Any]:
@@ -223,7 +227,7 @@ def open_images(config: Config, store: "FeatureStore") -> "Dataset":
 
     about = store.about["data"]
     dataset = DATASETS.order(config.data or about["spec"])
-    dataset = dataset.subset(about["limit"]) if about["limit"] else dataset
+    dataset = dataset.part(about, lambda: store.table("sample_id"))
     if dataset.fingerprint != store.identity["data"]["fingerprint"]:
         raise UserError(f"the images are not those of {config.store}: {dataset.unlike(store.table('sample_id'))}")
     preprocessing = Preprocessing.of(store.identity["teacher"]["preprocessing"])

@@ -23,8 +23,8 @@ from pipeline.menu import Menu
 GROUND = {
     f"pipeline.{name}"
     for name in (
-        "errors", "storage", "bucket", "artifact", "config", "menu", "checkpoint", "schedule", "order", "journal",
-        "interrupt", "progress", "device",
+        "errors", "storage", "bucket", "artifact", "lease", "config", "menu", "checkpoint", "schedule", "order",
+        "journal", "interrupt", "progress", "device",
     )
 }  # fmt: skip
 """What a run is made of. Every other file of pipeline/ is on the first floor."""

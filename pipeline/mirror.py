@@ -1,0 +1,113 @@
+"""A local copy of the part of a remote store that a command reads, checked against the store's done records.
+
+The remote done record says what a shard's content is. A shard of the copy that fits it is used as it
+is; any other, be it missing, half there, damaged or of an older state, is fetched again.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline import artifact, audit
+from pipeline.artifact import UserError
+from pipeline.progress import meter, say, size
+from pipeline.storage import Folder, Storage
+from pipeline.store import COPY, FeatureStore, done_key
+
+Spans = Sequence[tuple[int, int]]  # of views: (first, one past the last)
+CONNECTIONS = 16
+
+
+class Mirror(Folder):
+    """A folder that goes by the name of the store it is a copy of."""
+
+    def __init__(self, path: Path, name: str):
+        super().__init__(path)
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def cache_home() -> Path:
+    """Where copies lie unless the user says otherwise: compress/ in the XDG cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compress"
+
+
+def hydrate(remote: FeatureStore, views: Sequence[int], cache: Path | None = None) -> FeatureStore:
+    """Copy what reading these views takes, as far as it is not here already -> the store over the copy.
+
+    Whole shards are copied: their digests cover all arrays. Raises UserError if the remote store lacks
+    some of these views or is damaged.
+    """
+    remote.require_complete(views)
+    here = Mirror((cache or cache_home()).expanduser() / remote.fingerprint, str(remote.storage))
+    here.sweep()
+    for key, claimed in remote.about["small"].items():
+        if not _fits(here, key, claimed):
+            here.put(key, _small(remote, key, claimed))
+    here.put(artifact.MANIFEST, artifact.spell(remote.manifest))
+    local, wanted = FeatureStore(here), set(views)
+    there, held, fetched = remote.done(), local.done(), 0
+    for block, spans in held.items():
+        for span in set(spans) - set(there.get(block, [])):  # the store grew, and wider records took their place
+            here.delete(done_key(block, *span))
+    blocks = {b: [s for s in sorted(spans) if wanted & set(range(*s))] for b, spans in there.items()}
+    pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch")
+    try:
+        tasks = [pool.submit(_block, remote, local, b, spans, held.get(b, [])) for b, spans in blocks.items()]
+        with meter("hydrate", len(tasks), "row blocks") as bar:
+            for task in tasks:
+                fetched += task.result()
+                bar.advance(1, size(fetched))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    say(f"{remote.storage}: {size(fetched)} fetched to {here.path}, the rest was there")
+    return FeatureStore(here)
+
+
+def _block(remote: FeatureStore, local: FeatureStore, block: int, spans: Spans, held: Spans) -> int:
+    """Bring one row block of the copy up to date -> bytes fetched."""
+    here, fetched = local.storage, 0
+    for span in spans:
+        key = done_key(block, *span)
+        record = remote.storage.get(key)
+        if span in held and here.get(key) == record and not audit.fault(local, block, span):
+            continue
+        here.delete(key)  # first: from here to its end the copy of this shard is not to be trusted
+        fetched += sum(_fetch(remote.storage, here, part) for part in local.shard_keys(block, span))
+        here.put(key, record)
+        if why := audit.fault(local, block, span):
+            here.delete(key)
+            raise UserError(
+                f"{remote.storage} is damaged, {key}: {why}; compress verify --repair marks the shards to export again"
+            )
+    return fetched
+
+
+def _fetch(remote: Storage, here: Storage, key: str) -> int:
+    """Copy one file -> its size. One that is all fill value is no file, here as there."""
+    try:
+        data = remote.get(key)
+    except FileNotFoundError:
+        here.delete(key)
+        return 0
+    here.put(key, data)
+    return len(data)
+
+
+def _fits(storage: Storage, key: str, claimed: str) -> bool:
+    return storage.exists(key) and artifact.digest(storage.get(key)) == claimed
+
+
+def _small(remote: FeatureStore, key: str, claimed: str) -> bytes:
+    """A small file of the remote store, else its second copy. Raises UserError if neither is whole."""
+    for place in (key, f"{COPY}/{key}"):
+        try:
+            data = remote.storage.get(place)
+        except FileNotFoundError:
+            continue
+        if artifact.digest(data) == claimed:
+            return data
+    raise UserError(f"{remote.storage}/{key} is damaged, and so is its copy; they cannot be mended")

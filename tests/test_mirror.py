@@ -1,0 +1,249 @@
+"""A student trained from a bucket is the one trained from the folder; the local copy is checked and never trusted."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from object_store import FAULTS, Server
+
+from pipeline import mirror
+from pipeline.artifact import UserError
+from pipeline.bucket import Bucket
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore
+from stages import compare, distill, evaluate, export_teacher, inspect, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = "convnet:channels=4+8,pretrained=false"
+IMAGES = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def export(out: Path | str, **said: Any) -> dict[str, Any]:
+    default = {"views": 6, "image_size": 8, "limit": IMAGES, "batch_size": 10, "shard_size": 20}
+    how = {**default, "workers": 0, "device": "cpu", **said}
+    return export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **how))
+
+
+def train(store: Path | str, out: Path, **said: Any) -> Path:
+    how = {"steps": 6, "batch_size": 20, "image_size": 8, "lr": 0.2, "workers": 0, "device": "cpu", **said}
+    distill.run(distill.Config(str(store), ("convnet:channels=4+8",), "compress-1q", out, **how))
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 digits, 6 views, 3 row blocks of 2 view blocks."""
+    out = tmp_path_factory.mktemp("mirror") / "store"
+    export(out)
+    return out
+
+
+@pytest.fixture
+def remote(folder: Path, bucket: str) -> Bucket:
+    """The same store in a bucket, copied file by file."""
+    there = Bucket(f"{bucket}/deep/teacher")
+    for key in Folder(folder).list():
+        there.put(key, Folder(folder).get(key))
+    return there
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (file for file in folder.rglob("*") if file.is_file() and file.name != "history.jsonl")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
+
+
+def asked(server: Server, method: str) -> list[str]:
+    """Keys of the store that were asked for."""
+    marked = [entry.partition("/deep/teacher/") for entry in server.seen if entry.startswith(f"{method} ")]
+    return sorted({key for _, sep, key in marked if sep})
+
+
+# ---------------------------------------------------------------- all commands, end to end
+
+
+def test_an_export_to_a_bucket_is_to_the_byte_one_to_a_folder(folder: Path, server: Server, bucket: str) -> None:
+    some = random.Random(1)
+    server.meet(*("" if some.random() < 0.8 else some.choice(FAULTS) for _ in range(100)))
+    export(f"{bucket}/teacher")
+    server.calm()
+    there = Bucket(f"{bucket}/teacher")
+    found = {key: there.get(key) for key in there.list() if key != "history.jsonl"}
+    assert found == files(folder)
+    assert "is complete already" in export(f"{bucket}/teacher")["summary"]
+
+
+def test_a_student_from_a_bucket_is_to_the_bit_the_one_from_the_folder(
+    folder: Path, remote: Bucket, tmp_path: Path
+) -> None:
+    here = train(folder, tmp_path / "here")
+    there = train(remote.url, tmp_path / "there", cache=tmp_path / "cache")
+    assert (here / "student.safetensors").read_bytes() == (there / "student.safetensors").read_bytes()
+    manifest = json.loads((there / "manifest.json").read_bytes())
+    assert manifest["about"]["store"] == remote.url
+    assert manifest["identity"] == json.loads((here / "manifest.json").read_bytes())["identity"]
+
+
+def test_the_other_commands_take_the_url(remote: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    told = inspect.run(inspect.Config(remote.url))
+    assert told["kind"] == "store" and told["shards"] == "3 of 3 done, 20 rows each"
+    assert verify.run(verify.Config(remote.url, sample=0.2, device="cpu"))["damaged"] == []
+    made = evaluate.run(
+        evaluate.Config(val="digits:split=test", store=remote.url, protocol=("nn",), workers=0, device="cpu")
+    )
+    assert made["evaluation"] == "teacher-evaluation" and Path("teacher-evaluation/report.html").exists()
+    assert made["metrics"]["model"]["store"] == remote.url
+    assert len(list(Path("xdg/compress").iterdir())) == 1
+    rows = compare.run(compare.Config((remote.url,)))["rows"]
+    assert rows == [made["metrics"]]
+    for name in ("manifest.json", "metrics.json"):
+        Bucket(f"{remote.url}-evaluation").put(name, Path("teacher-evaluation", name).read_bytes())
+    assert compare.run(compare.Config((f"{remote.url}-evaluation",)))["rows"] == rows
+
+
+def test_a_dry_run_to_a_bucket_knows_no_disk_and_writes_nothing(bucket: str) -> None:
+    made = export(f"{bucket}/new", dry_run=True)
+    assert "free_bytes" not in made and made["forwards"] == IMAGES * 6
+    assert list(Bucket(f"{bucket}/new").list()) == []
+
+
+def test_a_dry_run_over_a_store_tells_what_is_pending(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "store")
+    next((tmp_path / "store/done").glob("0000001.0004-*")).unlink()
+    made = export(tmp_path / "store", dry_run=True)
+    assert made["forwards"] == 20 * 2 and made["total_forwards"] == IMAGES * 6
+    assert "40 of them pending" in made["summary"] and made["files"] == 3
+    assert export(tmp_path / "store", dry_run=True, views=8)["forwards"] == IMAGES * 2 + 20 * 2
+
+
+def test_a_store_in_memory_serves_all_commands_of_a_process(tmp_path: Path) -> None:
+    export("memory://teacher", views=2)
+    assert (train("memory://teacher", tmp_path / "run", cache=tmp_path) / "student.safetensors").exists()
+    assert verify.run(verify.Config("memory://teacher", sample=0.2, device="cpu"))["damaged"] == []
+
+
+def test_wrong_places_end_a_command_with_one_sentence(server: Server, tmp_path: Path) -> None:
+    words = [sys.executable, "cli.py", "distill", "--store", "s3://nowhere/x", "--student", "convnet", "--method"]
+    done = subprocess.run([*words, "seed", "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: s3://nowhere/x: there is no such bucket; create it or correct the name\n"
+
+
+# ---------------------------------------------------------------- the local copy
+
+
+def hydrate(remote: Bucket, cache: Path, views: tuple[int, ...] = (0, 1, 2, 3, 4, 5)) -> FeatureStore:
+    return mirror.hydrate(FeatureStore(remote), views, cache)
+
+
+def copy_of(cache: Path) -> Path:
+    return next(cache.iterdir())
+
+
+def test_a_copy_holds_the_view_blocks_that_are_used_and_no_others(remote: Bucket, tmp_path: Path) -> None:
+    local = hydrate(remote, tmp_path, views=(1, 2))
+    kept = {path.name for path in (copy_of(tmp_path) / "features.zarr/embedding/c/0").iterdir()}
+    assert kept == {"0"} and str(local.storage) == remote.url
+    np.testing.assert_array_equal(local.read("embedding", 2), FeatureStore(remote).read("embedding", 2))
+    with pytest.raises(UserError, match="lacks 3 of 3 shards"):
+        local.require_complete([4])
+    hydrate(remote, tmp_path, views=(4,)).require_complete(range(6))
+
+
+def test_what_is_there_is_not_fetched_again(remote: Bucket, tmp_path: Path, server: Server) -> None:
+    hydrate(remote, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("c/*/*") if path.is_file()}
+    server.calm()
+    hydrate(remote, tmp_path)
+    assert {key.partition("/")[0] for key in asked(server, "GET")} == {"manifest.json", "done"}
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("what", ["embedding/c/1/0/0", "embedding_scale/c/2/1", "content/c/1", "sample_id/c/0"])
+@pytest.mark.parametrize("how", ["flipped", "short", "gone", "empty"])
+def test_damage_in_the_copy_is_healed_and_only_that_is_fetched(
+    what: str, how: str, remote: Bucket, tmp_path: Path, server: Server
+) -> None:
+    hydrate(remote, tmp_path)
+    whole = files(tmp_path)
+    file = copy_of(tmp_path) / "features.zarr" / what
+    data = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes({"flipped": data[:3] + bytes([data[3] ^ 4]) + data[4:], "short": data[:-2], "empty": b""}[how])
+    server.calm()
+    hydrate(remote, tmp_path)
+    assert files(tmp_path) == whole
+    fetched = {key for key in asked(server, "GET") if key.startswith("features.zarr")}
+    assert f"features.zarr/{what}" in fetched and len(fetched) <= 6  # of its row block
+
+
+def test_a_copy_stopped_anywhere_is_continued_and_never_trusted(
+    remote: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = files(copy_of(hydrate(remote, tmp_path / "whole") and tmp_path / "whole"))
+    monkeypatch.setattr(mirror, "CONNECTIONS", 1)
+    put = Folder.put
+    for stop in range(1, len(whole), 9):
+        count = iter(range(stop))
+
+        def cut(self: Folder, key: str, data: bytes, count: Any = count) -> None:
+            if next(count, None) is None:
+                raise KeyboardInterrupt
+            put(self, key, data)
+
+        cache = tmp_path / f"cut{stop}"
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Folder, "put", cut)
+            hydrate(remote, cache)
+        hydrate(remote, cache)
+        assert files(copy_of(cache)) == whole
+
+
+def test_a_damaged_remote_store_is_named_and_not_copied(remote: Bucket, tmp_path: Path) -> None:
+    key = "features.zarr/embedding/c/1/1/0"
+    data = remote.get(key)
+    remote.put(key, data[:7] + bytes([data[7] ^ 1]) + data[8:])
+    with pytest.raises(UserError, match=r"deep/teacher is damaged, done/0000001.0004-0006.json.*verify --repair"):
+        hydrate(remote, tmp_path)
+    remote.put(key, data)
+    hydrate(remote, tmp_path).require_complete()
+
+
+def test_a_lost_small_file_is_taken_from_its_second_copy(remote: Bucket, tmp_path: Path) -> None:
+    key = "features.zarr/embedding/zarr.json"
+    data = remote.get(key)
+    remote.put(key, b"junk")
+    hydrate(remote, tmp_path).require_complete()
+    assert (copy_of(tmp_path) / key).read_bytes() == data
+
+
+def test_a_copy_follows_a_store_that_grew(folder: Path, bucket: str, tmp_path: Path) -> None:
+    export(f"{bucket}/grows", views=2)
+    there = Bucket(f"{bucket}/grows")
+    hydrate(there, tmp_path, views=(0, 1))
+    export(f"{bucket}/grows", views=6)
+    local = hydrate(there, tmp_path)
+    assert local.views == 6 and len(list(tmp_path.iterdir())) == 1
+    want = FeatureStore(Folder(folder))
+    for view in range(6):
+        np.testing.assert_array_equal(local.read("embedding", view), want.read("embedding", view))
+    assert sorted(local.storage.list("done")) == sorted(want.storage.list("done"))
