@@ -152,8 +152,10 @@ def learn(source: FeatureStore, target: FeatureStore, rows: np.ndarray) -> None:
 def parse_views(text: str | None, source: FeatureStore) -> range:
     """`4:8`, `:8`, `4:` -> range. A start is that of a view block. Raises UserError."""
     held = source.held
-    first, _, last = (text or ":").partition(":")
+    first, colon, last = (text or ":").partition(":")
     try:
+        if not colon:
+            raise ValueError
         start, stop = int(first or held[0]), int(last or held[-1] + 1)
     except ValueError:
         raise UserError(f"--views is {text}, but must be FIRST:END, such as 0:8") from None
