@@ -177,7 +177,8 @@ def whereabouts(store: "FeatureStore", row: int, view: int, feature: "np.ndarray
     v, i = np.unravel_index(np.argmax(found), (len(store.held), stop - start))
     if found[v][i] < least:
         return ""
-    return f"that of (row {row}, view {view}) is stored as (row {start + i}, view {store.held[v]}): rows or views are mixed up"
+    place = f"(row {start + i}, view {store.held[v]})"
+    return f"that of (row {row}, view {view}) is stored as {place}: rows or views are mixed up"
 
 
 def judge(found: Likeness) -> dict[str, Any]:
