@@ -154,7 +154,8 @@ if mode != "leased":  # a lease that keeps nobody apart, and a device of its own
         def __enter__(self): return self
         def __exit__(self, *_): pass
     lease.Lease, lease.require_free = Nothing, lambda storage: None
-    Forward.__call__ = lambda self, pixels: honest(self, pixels) * (1 + 1e-6 * int(mode))
+    off = 1 + 1e-6 * int(mode)
+    Forward.__call__ = lambda self, *asked: {name: out * off for name, out in honest(self, *asked).items()}
 while time.time() < float(start):
     time.sleep(0.001)
 how = dict(views=4, image_size=8, limit=48, batch_size=4, shard_size=4, workers=0, device="cpu", codec="float32")

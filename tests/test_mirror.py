@@ -129,7 +129,7 @@ def test_a_dry_run_over_a_store_tells_what_is_pending(folder: Path, tmp_path: Pa
     next((tmp_path / "store/done").glob("0000001.0004-*")).unlink()
     made = export(tmp_path / "store", dry_run=True)
     assert made["forwards"] == 20 * 2 and made["total_forwards"] == IMAGES * 6
-    assert "40 of them pending" in made["summary"] and made["files"] == 3
+    assert "40 of them pending" in made["summary"] and made["files"] == 5  # array, scales, status, content, done record
     assert export(tmp_path / "store", dry_run=True, views=8)["forwards"] == IMAGES * 2 + 20 * 2
 
 
