@@ -17,7 +17,7 @@ from pipeline.interrupt import Interrupt
 from pipeline.menu import nearest
 from pipeline.progress import duration, meter, say, size
 from pipeline.scheduler import parse as parse_scheduler
-from pipeline.storage import is_url, open_storage
+from pipeline.storage import Folder, is_url, open_storage
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
