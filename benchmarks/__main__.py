@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("startup", "listing", "codecs", "hydrate", "export", "similarity", "step", "students", "live")
+NAMES = ("startup", "listing", "codecs", "hydrate", "memory", "export", "similarity", "step", "students", "live")
 
 
 def machine() -> dict[str, object]:

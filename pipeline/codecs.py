@@ -8,6 +8,7 @@ per row; `decode` gives float32 back. Bytes per view: float32 4 D, float16 2 D, 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -121,29 +122,38 @@ class ProductQuantiser(Codec):
         """mean (D,), rotation (M d, D) with orthonormal rows, centroids (M, 256, d)."""
         return safetensors.numpy.load(self._fetch())
 
-    def encode(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        flat = features.reshape(-1, features.shape[-1])
-        codes, scale = np.zeros((len(flat), self.parts), self.dtype), np.zeros(len(flat), "<f4")
-        block = np.zeros((ENCODE_ROWS, flat.shape[1]), np.float32)
-        for start in range(0, len(flat), ENCODE_ROWS):
-            rows = flat[start : start + ENCODE_ROWS]
-            norm = np.sqrt(np.square(rows, dtype=np.float64).sum(1))
-            block[: len(rows)] = rows / np.where(norm > 0, norm, 1)[:, None]
-            part, length = self._nearest(block)
-            good = norm > 0
-            codes[start : start + len(rows)] = part[: len(rows)] * good[:, None]
-            scale[start : start + len(rows)] = norm / length[: len(rows)]
-        return codes.reshape(*features.shape[:-1], self.parts), scale.reshape(features.shape[:-1])
+    @cached_property
+    def _quantiser(self) -> Any:
+        """FAISS's, for parts narrow enough that it treats every row alone."""
+        import faiss
 
-    def _nearest(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n, M) codes of unit vectors (n, D), and the lengths (n,) of what they decode to."""
-        mean, rotation, centroids = self._book["mean"], self._book["rotation"], self._book["centroids"]
-        parts = ((units - mean) @ rotation.T).reshape(len(units), self.parts, -1).transpose(1, 0, 2)  # (M, n, d)
-        squares = np.square(centroids).sum(-1)  # (M, 256)
-        codes = (squares[:, None] - 2 * (parts @ centroids.transpose(0, 2, 1))).argmin(-1)  # (M, n)
-        onto_mean = (centroids * (rotation @ mean).reshape(self.parts, 1, -1)).sum(-1)  # (M, 256)
-        length = np.take_along_axis((squares + 2 * onto_mean).astype(np.float64), codes, 1).sum(0)
-        return codes.T.astype(self.dtype), np.sqrt(np.maximum(length + float(mean @ mean), 1e-12))
+        centroids = self._book["centroids"]
+        quantiser = faiss.ProductQuantizer(self.parts * centroids.shape[-1], self.parts, 8)
+        faiss.copy_array_to_vector(centroids.reshape(-1), quantiser.centroids)
+        return quantiser
+
+    @cached_property
+    def _squares(self) -> np.ndarray:
+        """(M, 256) float64: what each centroid adds to the squared length of what is decoded."""
+        mean, rotation, centroids = (self._book[key].astype(np.float64) for key in ("mean", "rotation", "centroids"))
+        onto_mean = (rotation @ mean).reshape(self.parts, 1, -1)
+        return (centroids * (centroids + 2 * onto_mean)).sum(-1) + mean @ mean / self.parts
+
+    def encode(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean, rotation = self._book["mean"], self._book["rotation"]
+        flat = features.reshape(-1, features.shape[-1])
+        norm = np.sqrt(np.square(flat, dtype=np.float64).sum(1))
+        turned = np.empty((len(flat), len(rotation)), np.float32)
+        block = np.zeros((ENCODE_ROWS, len(mean)), np.float32)
+        for start in range(0, len(flat), ENCODE_ROWS):
+            rows = slice(start, min(start + ENCODE_ROWS, len(flat)))
+            block[: rows.stop - start] = flat[rows] / np.where(norm[rows] > 0, norm[rows], 1)[:, None]
+            turned[rows] = ((block - mean) @ rotation.T)[: rows.stop - start]
+        codes = self._quantiser.compute_codes(turned).reshape(len(flat), self.parts)
+        codes[norm == 0] = 0
+        length = np.sqrt(np.maximum(self._squares[np.arange(self.parts), codes].sum(1), 1e-12))
+        scale = (norm / length).astype("<f4")
+        return codes.reshape(*features.shape[:-1], self.parts), scale.reshape(features.shape[:-1])
 
     def decode(self, stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
         assert scale is not None
