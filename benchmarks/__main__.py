@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("startup", "listing", "codecs", "hydrate", "memory", "export", "similarity", "step", "students", "live")
+NAMES = (
+    "startup", "listing", "codecs", "hydrate", "memory", "loader", "export", "similarity", "step", "students", "live",
+)  # fmt: skip
 
 
 def machine() -> dict[str, object]:

@@ -112,5 +112,6 @@ def _timed(act: Callable[[], Any]) -> tuple[Any, float]:
 def _digits(out: Path) -> Path:
     from stages import export_teacher
 
-    export_teacher.run(export_teacher.Config(data="digits", teacher="digits", out=out, views=4, codec="float32"))
+    how = {"data": "digits", "teacher": "digits-teacher", "views": 4, "codec": "float32", "device": "cpu"}
+    export_teacher.run(export_teacher.Config(out=out, **how))  # type: ignore[arg-type]
     return out

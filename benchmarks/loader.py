@@ -1,0 +1,75 @@
+"""What one core decodes and renders, the limit of a loader process, and what a forward takes beside it.
+
+Processor seconds in one thread, so that other work on the machine hardly counts.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.export import BATCH, SIZE, TEACHER, VIEWS
+from benchmarks.photographs import photographs
+from pipeline.datasets import DATASETS
+from pipeline.embed import Forward
+from pipeline.models import build
+from pipeline.views import ViewSpec, draw, see
+
+IMAGES, POLICIES = 24, ("crop-flip", "moco-v2", "dino")
+
+
+def measure() -> dict[str, Any]:
+    """Per core: images decoded, views rendered by policy, views embedded, each a second; and the loader's share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            dataset = DATASETS.order(str(photographs(Path(folder) / "images"))).subset(IMAGES)
+            decode = _seconds(lambda: [dataset.load(i) for i in range(len(dataset))]) / len(dataset)
+            images = [dataset.load(i)[0] for i in range(len(dataset))]
+        render = {policy: _render(images, policy) for policy in POLICIES}
+        embed = _embed()
+    finally:
+        torch.set_num_threads(threads)
+    work = decode / VIEWS + render["crop-flip"]
+    pixels = np.mean([image.shape[0] * image.shape[1] for image in images])
+    return {
+        "images": f"{len(images)}, {pixels / 1e6:.2f} megapixels on average",
+        "decode images/s per core": round(1 / decode, 1),
+        f"render views/s per core at {SIZE}": {policy: round(1 / s, 1) for policy, s in render.items()},
+        f"views/s of one loader process, crop-flip, {VIEWS} views": round(1 / work, 1),
+        f"forward views/s per core, {TEACHER}": round(1 / embed, 1),
+        "loader / forward, seconds of processor": round(work / embed, 4),
+    }
+
+
+def _render(images: list[np.ndarray], policy: str) -> float:
+    """Seconds a view."""
+    spec, views = ViewSpec(policy, 0, 0.875), np.arange(VIEWS)
+    variates = draw(0, np.arange(len(images))[:, None], np.tile(views, (len(images), 1)))
+    sizes = [(SIZE, "bilinear")]
+    return _seconds(
+        lambda: [see(image, spec, u, views.tolist(), sizes) for image, u in zip(images, variates, strict=True)]
+    ) / (len(images) * VIEWS)
+
+
+def _embed() -> float:
+    """Seconds a view."""
+    forward = Forward(build(TEACHER, image_size=SIZE), torch.device("cpu"), batch_size=BATCH)
+    pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
+    return _seconds(lambda: forward(pixels)) / BATCH
+
+
+def _seconds(act: Callable[[], object], runs: int = 3) -> float:
+    """Of processor, the least of some runs after a first."""
+    act()
+    times = []
+    for _ in range(runs):
+        began = time.process_time()
+        act()
+        times.append(time.process_time() - began)
+    return min(times)
