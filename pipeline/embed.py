@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -54,8 +55,19 @@ class Forward:
         self.embedder.equip(self.names)
         self.embedder.eval().requires_grad_(False).to(self.device).to(memory_format=layout)
 
+    @property
+    def ahead(self) -> int:
+        """Batches of rows that may be on the device while the host looks at an earlier one."""
+        return 1 if self.device.type == "cuda" else 0
+
     def __call__(self, pixels: torch.Tensor, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """A ragged batch is padded to the full one, so that every row meets the same arithmetic."""
+        return {name: out.cpu().numpy() for name, out in self.launch(pixels, names).items()}
+
+    def launch(self, pixels: torch.Tensor, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """The same, left on the device: a GPU may still be at it.
+
+        A ragged batch is padded to the full one, so that every row meets the same arithmetic.
+        """
         n = len(pixels)
         if n < self.batch_size:
             pixels = torch.cat([pixels, pixels.new_zeros((self.batch_size - n, *pixels.shape[1:]))])
@@ -64,7 +76,7 @@ class Forward:
             if self.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             made = self.embedder.outputs(images, names or self.names)
-            return {name: out[:n].float().cpu().numpy() for name, out in made.items()}
+            return {name: out[:n].float() for name, out in made.items()}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -97,11 +109,23 @@ def embed(
     cut = [pieces_of(a, b, *_kinds(shard.views, size, small)) for shard, a, b in plan]
     pieces = [piece for part in cut for piece in part]
     eyes = Eyes(dataset, spec, store.table("view_key"), [(size, how)], pieces, [(small, how)])
-    sights = feed(eyes, workers, threads)
+    sights = feed(eyes, workers, threads, pin=forward.device.type == "cuda")
     cost, began = Cost(), time.monotonic()
     rows: list[_Rows] = []
+    flight: deque[tuple[Shard, int, Callable[[], _Rows]]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         writing: Future[None] | None = None
+
+        def land(shard: Shard, stop: int, made: Callable[[], _Rows]) -> None:
+            nonlocal rows, writing
+            rows.append(made())
+            cost.images += len(rows[-1].status)
+            cost.views += rows[-1].status.size * len(shard.views)
+            progress(len(rows[-1].status))
+            if stop == shard.stop:
+                writing = writer.submit(_write, store, shard, rows)
+                rows = []
+
         for (shard, _, b), part in zip(plan, cut, strict=True):
             if stopped():
                 break
@@ -111,13 +135,11 @@ def embed(
             asked = time.monotonic()
             seen = [next(sights) for _ in part]
             cost.waited += time.monotonic() - asked
-            rows.append(_embed_rows(store, forward, part, seen))
-            cost.images += len(rows[-1].status)
-            cost.views += rows[-1].status.size * len(shard.views)
-            progress(len(rows[-1].status))
-            if b == shard.stop:
-                writing = writer.submit(_write, store, shard, rows)
-                rows = []
+            flight.append((shard, b, _launch(store, forward, part, seen)))
+            if len(flight) > forward.ahead:
+                land(*flight.popleft())
+        while flight:
+            land(*flight.popleft())
         if writing:
             writing.result()
     cost.seconds = time.monotonic() - began
@@ -142,13 +164,29 @@ class _Rows:
     bad: dict[int, str]
 
 
-def _embed_rows(store: FeatureStore, forward: Forward, part: list[Piece], seen: list[Any]) -> _Rows:
+def _launch(store: FeatureStore, forward: Forward, part: list[Piece], seen: list[Any]) -> Callable[[], _Rows]:
+    """Set the device to work on a batch of rows; the function returned waits for it and encodes what it made."""
+    made = _outputs(store, forward, "", [s.pixels[0] for s in seen])
+    if part[0].local is not None:
+        made |= _outputs(store, forward, "local_", [s.local[0] for s in seen])
+    made = {name: out.to("cpu", non_blocking=True) for name, out in made.items()}  # from a GPU into pinned memory
+    copied = torch.cuda.Event() if forward.device.type == "cuda" else None
+    if copied:
+        copied.record(torch.cuda.current_stream(forward.device))
+
+    def land() -> _Rows:
+        if copied:
+            copied.synchronize()
+        return _rows(store, part, seen, {name: out.numpy() for name, out in made.items()})
+
+    return land
+
+
+def _rows(store: FeatureStore, part: list[Piece], seen: list[Any], features: dict[str, np.ndarray]) -> _Rows:
+    """Features as they are stored, rows that cannot be used told apart."""
     numbers = np.concatenate([piece.rows for piece in part])
     status, content = np.concatenate([s.status for s in seen]), np.concatenate([s.content for s in seen])
     bad: dict[int, str] = {i: why for s in seen for i, why in s.bad.items()}
-    features = _outputs(store, forward, "", [s.pixels[0] for s in seen])
-    if part[0].local is not None:
-        features |= _outputs(store, forward, "local_", [s.local[0] for s in seen])
     for name, values in features.items():
         codec, views = store.codecs[name], part[0].local if is_local(name) else part[0].views
         fits = (np.abs(values) <= codec.limit) & np.isfinite(values)  # NaN and infinity compare false or too large
@@ -165,15 +203,16 @@ def _embed_rows(store: FeatureStore, forward: Forward, part: list[Piece], seen: 
     return _Rows(stored, status, content, bad)
 
 
-def _outputs(store: FeatureStore, forward: Forward, kind: str, seen: list[torch.Tensor]) -> dict[str, np.ndarray]:
-    """{array: (n, V, ...) float32} of the global views, or the `local_` crops, whose pixels these are."""
-    pixels = seen[0] if len(seen) == 1 else torch.cat(seen)  # (n, V, 3, S, S)
+def _outputs(store: FeatureStore, forward: Forward, kind: str, seen: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """{array: (n, V, ...) float32 on the device} of the global views, or the `local_` crops, whose pixels these are."""
+    there = [pixels.to(forward.device, non_blocking=True) for pixels in seen]  # whole: a strided part would not stay pinned
+    pixels = there[0] if len(there) == 1 else torch.cat(there)  # (n, V, 3, S, S)
     arrays = [name for name in store.arrays if is_local(name) == bool(kind)]
     if not arrays or not pixels.shape[1]:
-        return {name: np.zeros((len(pixels), 0, *store.arrays[name]), np.float32) for name in arrays}
+        return {name: torch.zeros((len(pixels), 0, *store.arrays[name])) for name in arrays}
     names = [name.removeprefix("local_") for name in arrays]
-    views = [forward(pixels[:, j], names) for j in range(pixels.shape[1])]
-    return {f"{kind}{name}": np.stack([made[name] for made in views], axis=1) for name in names}
+    views = [forward.launch(pixels[:, j], names) for j in range(pixels.shape[1])]
+    return {f"{kind}{name}": torch.stack([made[name] for made in views], 1) for name in names}
 
 
 def _write(store: FeatureStore, shard: Shard, rows: list[_Rows]) -> None:

@@ -4,7 +4,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,11 @@ class Sight:
     status: np.ndarray  # (n,) uint8
     content: np.ndarray  # (n,) uint64
     bad: dict[int, str]  # row -> reason
+
+    def pin_memory(self) -> "Sight":
+        """With pixels in pinned memory, from which a GPU fetches them while it computes. DataLoader asks for it."""
+        pixels, local = ([tensor.pin_memory() for tensor in kind] for kind in (self.pixels, self.local))
+        return replace(self, pixels=pixels, local=local)
 
 
 class Eyes:
@@ -82,7 +87,7 @@ class Eyes:
         return Sight(pixels[0], pixels[1] if len(pixels) > 1 else [], status, content, bad)
 
 
-def feed(eyes: Eyes, workers: int, threads: bool = False, ahead: int = 2) -> Iterator[Sight]:
+def feed(eyes: Eyes, workers: int, threads: bool = False, ahead: int = 2, pin: bool = False) -> Iterator[Sight]:
     """The sights of all pieces, in order, `ahead` per worker in flight.
 
     workers processes (0: none, seen as they are asked for); `threads` instead of processes.
@@ -95,6 +100,7 @@ def feed(eyes: Eyes, workers: int, threads: bool = False, ahead: int = 2) -> Ite
             batch_size=None,
             num_workers=workers,
             prefetch_factor=ahead,
+            pin_memory=pin,
             worker_init_fn=_quiet,
         )
     else:
@@ -128,4 +134,4 @@ def pieces_of(
 
 
 def _same(views: Sequence[int], rows: np.ndarray) -> np.ndarray:
-    return np.tile(np.array(views, np.int64), (len(rows), 1))
+    return np.broadcast_to(np.array(views, np.int64), (len(rows), len(views)))  # one copy, however many pieces

@@ -254,6 +254,18 @@ def test_stopping_between_batches_changes_no_byte(
     assert tree(tmp_path / "store") == whole
 
 
+@pytest.mark.parametrize("stops", [(), (3, 1)], ids=str)
+def test_looking_at_a_batch_while_the_next_is_computed_changes_no_byte(
+    images: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]
+) -> None:
+    """As on a GPU, whose outputs are fetched one batch late."""
+    monkeypatch.setattr(embedding.Forward, "ahead", 1)
+    for count in stops:
+        by_embed(images, tmp_path / "store", stopped=stop_after(count))
+    export(images, tmp_path / "store")
+    assert tree(tmp_path / "store") == whole
+
+
 def test_views_are_drawn_from_the_stored_keys_not_from_row_numbers(images: Path, tmp_path: Path) -> None:
     store = by_embed(images, tmp_path / "store", first_key=2**40, codec="float32")
     claimed = expected(images, ViewSpec("crop-flip", 0, 1.0), 3, 10, 2**40 + 10)
@@ -280,7 +292,7 @@ def test_the_same_command_again_computes_and_writes_nothing(
 ) -> None:
     export(images, tmp_path / "store")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*")}
-    monkeypatch.setattr(embedding.Forward, "__call__", lambda *_: pytest.fail("a forward was run"))
+    monkeypatch.setattr(embedding.Forward, "launch", lambda *_: pytest.fail("a forward was run"))
     made = export_teacher.run(config(images, tmp_path / "store"))
     assert made["summary"] == f"{tmp_path / 'store'} is complete already: 37 images, 5 views"
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*")} == before
@@ -295,8 +307,8 @@ def test_only_what_is_pending_is_computed(
     for name in lost:
         (out / f"done/{name}.json").unlink()
     calls: list[int] = []
-    call = embedding.Forward.__call__
-    monkeypatch.setattr(embedding.Forward, "__call__", lambda self, *x: (calls.append(len(x[0])), call(self, *x))[1])
+    call = embedding.Forward.launch
+    monkeypatch.setattr(embedding.Forward, "launch", lambda self, *x: (calls.append(len(x[0])), call(self, *x))[1])
     export(images, out)
     views = {name: int(name[-4:]) - int(name[-9:-5]) for name in lost}
     rows = {"0000000": [8, 8], "0000001": [8, 8], "0000002": [5]}
