@@ -152,9 +152,10 @@ class Embedder(nn.Module):
         return self
 
     def head_tensors(self) -> weights.State:
-        """Tensors of the frozen heads: as the file named those set aside, and `logits.*` of its classifier."""
-        built = {f"{name}.{k}": v for name, head in self.heads.items() for k, v in head.state_dict().items()}
-        return {**self.keys_in_head, **{k: v for k, v in built.items() if k.startswith("logits.")}}
+        """Tensors of the frozen heads: as the file named those set aside, `logits.*` and `projection.*` of others."""
+        own = {name: head for name, head in self.heads.items() if not isinstance(head, heads.Projection)}
+        built = {f"{name}.{k}": v for name, head in own.items() for k, v in head.state_dict().items()}
+        return {**self.keys_in_head, **built}
 
     def digest(self) -> str:
         """SHA-256 over names, types, shapes and bytes of the backbone's tensors, in hexadecimal."""

@@ -1,0 +1,274 @@
+"""Frozen heads: what a file of tensors says is the module it was saved from; kept, stored, and used."""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline import heads
+from pipeline.artifact import UserError
+from pipeline.model import IMAGENET, Embedder, Network
+from pipeline.models import build
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore
+from stages import export_teacher
+
+D = 8
+
+
+def saved(module: nn.Module, name: str, seed: int = 0) -> dict[str, Tensor]:
+    """A head's state dict as it lies in a checkpoint, its batch norms having seen something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
+        for parameter in module.parameters():
+            if parameter.ndim == 2:
+                parameter.sub_(0.6)
+    return {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+
+
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "moco": lambda: nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 5)),
+    "swav": lambda: nn.Sequential(nn.Linear(D, 12), nn.BatchNorm1d(12), nn.ReLU(inplace=True), nn.Linear(12, 5)),
+    "simclr": lambda: nn.Sequential(
+        nn.Linear(D, D, bias=False), nn.BatchNorm1d(D), nn.ReLU(), nn.Linear(D, 5, bias=False)
+    ),
+    "moco-v3": lambda: nn.Sequential(
+        nn.Linear(D, 12, bias=False), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 12, bias=False),
+        nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 5, bias=False), nn.BatchNorm1d(5, affine=False),
+    ),
+    "layer norm": lambda: nn.Sequential(nn.Linear(D, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 5)),
+    "one layer": lambda: nn.Linear(D, 5),
+}  # fmt: skip
+MOCO = HEADS["moco"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("moco", "fc"),
+        ("swav", "projection_head"),
+        ("simclr", "projection_head.layers"),
+        ("moco-v3", "head"),
+        ("layer norm", "projector.net"),
+        ("one layer", "fc"),
+    ],
+)
+def test_a_projection_is_the_module_its_tensors_come_from(kind: str, name: str) -> None:
+    module = HEADS[kind]()
+    tensors = saved(module, name)
+    ((stem, group),) = heads.groups(tensors).items()
+    assert stem == name
+    made, x = heads.Projection(group), torch.randn(7, D)
+    torch.testing.assert_close(made(x), module.eval()(x))
+    made.train()
+    torch.testing.assert_close(made(x), module(x), msg="frozen, also as part of what is trained")
+    assert not any(p.requires_grad for p in made.parameters())
+    assert heads.prototypes(group) is None
+
+
+class DinoHead(nn.Module):
+    """Linear - GELU - Linear - GELU - Linear, unit length, weight-normed prototypes; with batch norm if asked."""
+
+    def __init__(self, norm: bool, old: bool):
+        super().__init__()
+        between = [nn.BatchNorm1d(10)] if norm else []
+        self.mlp = nn.Sequential(
+            nn.Linear(D, 10), *between, nn.GELU(), nn.Linear(10, 10), *between, nn.GELU(), nn.Linear(10, 6)
+        )
+        wrap = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+        self.last_layer = wrap(nn.Linear(6, 11, bias=False))
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        return F.normalize(self.mlp(x), dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(self.bottleneck(x))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize("old", [True, False])
+def test_a_dino_head_gives_its_bottleneck_and_its_prototypes_in_either_spelling(old: bool, norm: bool) -> None:
+    view, dense = DinoHead(norm, old), DinoHead(norm, old)
+    tensors = saved(view, "head") | saved(dense, "head_dense", 1) | {"dino_loss.center": torch.ones(1, 11)}
+    assert any(("weight_g" in key) == old for key in tensors if "last_layer" in key)
+    kept = heads.groups(tensors)
+    assert list(kept) == ["head", "head_dense"]
+    x = torch.randn(7, D)
+    for name, module in (("head", view.eval()), ("head_dense", dense.eval())):
+        made, prototypes = heads.Projection(kept[name]), heads.prototypes(kept[name])
+        assert prototypes is not None
+        torch.testing.assert_close(made(x), module.bottleneck(x))
+        torch.testing.assert_close(made(x) @ prototypes.T, module(x))
+
+
+def test_plain_prototypes_are_taken_as_they_are() -> None:
+    weight = torch.randn(11, 6)
+    kept = heads.groups({"head.mlp.0.weight": torch.randn(6, D), "head.last_layer.weight": weight})
+    assert heads.prototypes(kept["head"]) is weight
+
+
+def test_what_is_neither_linear_nor_a_norm_is_refused_in_words() -> None:
+    with pytest.raises(UserError, match=r"layer 0 of the head is neither linear nor a norm \(weight \(4, 3, 1, 1\)\)"):
+        heads.Projection({"0.weight": torch.zeros(4, 3, 1, 1)})
+
+
+# ---------------------------------------------------------------- a model's own heads
+
+BARE = "convnet:channels=4+8"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[..., str]:
+    """file(**{"fc": module}) -> the spec of a teacher whose checkpoint holds these heads too."""
+
+    def made(**modules: nn.Module) -> str:
+        torch.manual_seed(3)
+        state = OrderedDict(build(BARE, image_size=8).backbone.state_dict())
+        for name, module in modules.items():
+            state |= saved(module, name)
+        torch.save(state, tmp_path / "teacher.pth")
+        return f"{BARE},weights={tmp_path / 'teacher.pth'}"
+
+    return made
+
+
+def images() -> Tensor:
+    return torch.rand(3, 3, 8, 8)
+
+
+def test_a_teacher_projects_and_classifies_with_the_heads_of_its_file(file: Callable[..., str]) -> None:
+    moco, fc = MOCO(), nn.Linear(D, 4)
+    projecting = build(f"{file(fc=moco)},head=fc", image_size=8).equip(("projection",)).eval()
+    classifying = build(f"{file(fc=fc)},head=fc", image_size=8).equip(("logits",)).eval()
+    assert (projecting.shapes["projection"], classifying.shapes["logits"]) == ((5,), (4,))
+    made = projecting.outputs(images(), ("embedding", "projection"))
+    torch.testing.assert_close(made["projection"], moco(made["embedding"]))
+    made = classifying.outputs(images(), ("logits", "embedding"))
+    assert list(made) == ["logits", "embedding"]
+    torch.testing.assert_close(made["logits"], fc(made["embedding"]))
+
+
+def test_a_pretrained_classifier_is_asked_for_only_when_logits_are_kept() -> None:
+    asked: list[int] = []
+    layer = nn.Linear(8, 4)
+    body = build(BARE, image_size=8).backbone
+    network = Network(body, "known", replace(IMAGENET, size=8), classifier=lambda: (asked.append(1), layer)[1])
+    embedder = Embedder(network)
+    assert not asked
+    made = embedder.equip(("logits",)).eval().outputs(images(), ("embedding", "logits"))
+    torch.testing.assert_close(made["logits"], layer(made["embedding"]))
+    assert asked == [1]
+    assert {name: tuple(t.shape) for name, t in embedder.head_tensors().items()} == {
+        "logits.weight": (4, 8), "logits.bias": (4,)
+    }  # fmt: skip
+
+
+def test_a_projector_of_the_model_itself_is_its_projection_and_is_kept_beside() -> None:
+    body = build(BARE, image_size=8).backbone
+    body.projector = MOCO()
+    embedder = Embedder(Network(body, "own", replace(IMAGENET, size=8))).equip(("projection",)).eval()
+    made = embedder.outputs(images(), ("embedding", "projection"))
+    torch.testing.assert_close(made["projection"], body.projector(made["embedding"]))
+    kept = heads.groups(embedder.head_tensors())
+    torch.testing.assert_close(heads.Projection(kept["projection"])(made["embedding"]), made["projection"])
+
+
+@pytest.mark.parametrize(
+    ("modules", "options", "asked", "words"),
+    [
+        ({}, "", "projection", "has no one projection: no head was set aside; .* as in weights=FILE,head=fc"),
+        ({"fc": MOCO(), "g": MOCO()}, ",head=fc+g", "projection", r"head= set 2 heads aside \(fc, g\)"),
+        (
+            {},
+            "",
+            "logits",
+            "has no classifier: .* or name the linear layer in the weights' file, as in weights=FILE,head=fc",
+        ),
+        ({"fc": MOCO()}, ",head=fc", "logits", "has no classifier"),
+        ({}, "", "colours", "a model has no output 'colours'. Known: embedding, projection, logits, regions"),
+    ],
+)
+def test_what_a_teacher_has_not_is_refused_with_what_would_name_it(
+    modules: dict[str, nn.Module], options: str, asked: str, words: str, file: Callable[..., str]
+) -> None:
+    with pytest.raises(UserError, match=words):
+        build(file(**modules) + options, image_size=8).equip((asked,))
+
+
+# ---------------------------------------------------------------- through the corridor
+
+
+def export(teacher: str, out: Path, **said: Any) -> FeatureStore:
+    default = {"views": 2, "image_size": 8, "limit": 24, "batch_size": 8, "workers": 0, "device": "cpu"}
+    export_teacher.run(export_teacher.Config("digits", teacher, out, **{**default, **said}))
+    return FeatureStore(Folder(out))
+
+
+def test_the_stored_projection_is_the_head_on_the_stored_embedding_and_the_head_lies_beside(
+    file: Callable[..., str], tmp_path: Path
+) -> None:
+    module = HEADS["swav"]()
+    teacher = f"{file(projection_head=module)},head=projection_head"
+    store = export(teacher, tmp_path / "store", keep="embedding,projection", codec="float32", local_views=2)
+    assert store.arrays == {"embedding": (8,), "projection": (5,), "local_embedding": (8,), "local_projection": (5,)}
+    kept = heads.beside(store.storage)
+    assert {name: t.tolist() for name, t in kept.items()} == {
+        f"projection_head.{name}": t.tolist() for name, t in module.state_dict().items()
+    }
+    assert safetensors.torch.load_file(tmp_path / "store/heads.safetensors").keys() == kept.keys()
+    head = heads.Projection(heads.groups(kept)["projection_head"])
+    for kind, views in (("", range(2)), ("local_", store.local)):
+        for view in views:
+            embedding, projection = (store.read(f"{kind}{name}", view) for name in ("embedding", "projection"))
+            with torch.no_grad():
+                np.testing.assert_allclose(head(torch.from_numpy(embedding)).numpy(), projection, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_and_regions_are_kept_and_pool_to_the_embedding(file: Callable[..., str], tmp_path: Path) -> None:
+    fc = nn.Linear(8, 3)
+    teacher = f"{file(fc=fc)},head=fc"
+    store = export(teacher, tmp_path / "store", keep="logits,regions", codec="float32", image_size=16)
+    assert store.arrays == {"embedding": (8,), "logits": (3,), "regions": (16, 8)}
+    embedding = torch.from_numpy(store.read("embedding", 1))
+    np.testing.assert_allclose(store.read("logits", 1), fc(embedding).detach().numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(store.read("regions", 1).mean(1), embedding.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_another_head_is_another_store(file: Callable[..., str], tmp_path: Path) -> None:
+    module = MOCO()
+    export(f"{file(fc=module)},head=fc", tmp_path / "store", keep="embedding,projection")
+    with torch.no_grad():
+        module[0].weight.add_(1)
+    state = torch.load(tmp_path / "teacher.pth")
+    torch.save({**state, "fc.0.weight": module[0].weight}, tmp_path / "teacher.pth")
+    with pytest.raises(UserError, match="teacher.heads is .* there, .* asked"):
+        export(f"{BARE},weights={tmp_path / 'teacher.pth'},head=fc", tmp_path / "store", keep="embedding,projection")
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ("embedding,projection", "no head was set aside; .* weights=FILE,head=fc"),
+        ("embedding,logits", "has no classifier"),
+        ("embedding,projections", "there is no output 'projections'; did you mean 'projection'"),
+    ],
+)
+def test_keeping_what_a_teacher_has_not_is_refused_and_nothing_is_written(
+    keep: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        export(f"{BARE},pretrained=false", tmp_path / "store", keep=keep)
+    assert not (tmp_path / "store").exists()
