@@ -12,6 +12,7 @@ import numpy as np
 from pipeline import artifact
 from pipeline.artifact import UserError
 from pipeline.grid import GROUP
+from pipeline.philox import view_name
 from pipeline.storage import Storage
 from pipeline.store import COPY, FeatureStore, done_key, view_digest
 
@@ -89,7 +90,7 @@ def fault(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
         for name in store.arrays_of(span[0]):
             for j, view in enumerate(range(*span)):
                 if view_digest(*store.stored(name, view, rows)) != record["digest"][name][j]:
-                    return f"{name} of view {view} differs from the done record"
+                    return f"{name} of {view_name(view)} differs from the done record"
     except UserError as damage:
         return str(damage)
     except FileNotFoundError:

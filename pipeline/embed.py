@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.images import GOOD, NOT_FINITE, REASONS, UNREADABLE
 from pipeline.loader import Eyes, Piece, feed, pieces_of
 from pipeline.model import Embedder
-from pipeline.philox import LOCAL
+from pipeline.philox import LOCAL, view_name
 from pipeline.store import FeatureStore, Shard, batches, done_key, is_local
 from pipeline.views import ViewSpec
 
@@ -195,7 +195,7 @@ def _rows(store: FeatureStore, part: list[Piece], seen: list[Any], features: dic
             status[j] = NOT_FINITE
             assert views is not None
             view = views[0][np.flatnonzero(~fits[j])[0]]
-            bad[int(numbers[j])] = f"{REASONS[NOT_FINITE]} ({name}, view {view}, as {codec.name})"
+            bad[int(numbers[j])] = f"{REASONS[NOT_FINITE]} ({name}, {view_name(view)}, as {codec.name})"
     stored = {}
     for name, values in features.items():
         values[status != GOOD] = 0

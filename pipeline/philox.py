@@ -18,6 +18,11 @@ _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 
 
+def view_name(view: int) -> str:
+    """A view's number in words: `view 3`, `local crop 0`."""
+    return f"local crop {view & ~(LOCAL | FRESH)}" if view & LOCAL else f"view {view & ~FRESH}"
+
+
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Ten rounds. counter: (..., 4) uint64 holding 32-bit words; key: two 32-bit words. -> (..., 4)."""
     c0, c1, c2, c3 = (counter[..., j] for j in range(4))

@@ -18,6 +18,7 @@ from pipeline.loader import Eyes, Sight, feed
 from pipeline.method import Batch
 from pipeline.model import Preprocessing
 from pipeline.pairs import Features, Plan
+from pipeline.philox import view_name
 from pipeline.pixels import require_same
 from pipeline.storage import Folder, absolute
 from pipeline.store import FeatureStore
@@ -179,8 +180,8 @@ class Session:
         if not np.isfinite(sums).all():
             j = int(np.flatnonzero(~np.isfinite(sums))[0])
             raise UserError(
-                f"{self.store.storage}: {name} of image {self.dataset.ids[int(rows[j])]} in view {int(views[j])} is "
-                "not finite; find the damage with compress verify"
+                f"{self.store.storage}: {name} of image {self.dataset.ids[int(rows[j])]} in {view_name(int(views[j]))} "
+                "is not finite; find the damage with compress verify"
             )
 
     def _require_unchanged(self, batch: Batch, sight: Sight) -> None:

@@ -41,6 +41,8 @@ def store(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
         "data": f"{here.images} images of {here.about['data']['spec']}, {len(here.about['classes'])} classes",
         "teacher": f"{here.about['teacher']}, {here.identity['teacher']['width']} dimensions",
         "views": f"{here.views}, {here.identity['views']['policy']}, seed {here.identity['views']['seed']}",
+        **({"local crops": f"{len(here.local)} of {here.identity['local']['size']} pixels"} if here.local else {}),
+        "arrays": ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in here.arrays.items()),
         "codec": here.identity["codec"],
         "shards": f"{total - len(here.pending())} of {total} done, {here.rows} rows each",
         "bad images": len(here.bad_images()),

@@ -1,12 +1,13 @@
 """`compress verify STORE`: every digest, then the live teacher against a sample of what is stored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import UserError
 from pipeline.config import POSITIVE, flag, one_of, require
 from pipeline.lease import require_free
+from pipeline.philox import LOCAL, view_name
 from pipeline.progress import meter, say
 from pipeline.storage import open_storage
 
@@ -117,20 +118,21 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
         return {"said": "no row block is complete, so no feature was embedded again"}
     order = philox.permutation(config.seed, philox.PICK, 0, len(rows))
     rows = np.sort(rows[order[:count]])
-    picks = philox.words(config.seed, philox.PICK, rows, 1, 1)[:, 0].astype(np.int64) % len(store.held)
-    views = store.held.start + picks
-    live, kind = embed_again(config, store, dataset), store.codecs["embedding"]
-    found = Likeness(config, store)
+    views = np.array(store.all_views)[philox.words(config.seed, philox.PICK, rows, 1, 1)[:, 0] % len(store.all_views)]
+    if store.local and not np.any(views & philox.LOCAL):
+        views[0] = store.local[0]
+    live, found = embed_again(config, store, dataset), Likeness(config, store)
     with meter("live teacher", count, "images") as bar:
         for view in np.unique(views):
             mine = rows[views == view]
             again, stored = live(mine, int(view)), pick(store, mine, int(view))
+            kind, alike = store.codecs[array_of(int(view))], views_like(store, int(view))
             kept = kind.decode(*kind.encode(again))
             right, ideal = cosine(again, stored), cosine(again, kept)
             found.right.append(right)
             found.ideal.append(ideal)
-            if len(store.held) > 1:
-                other = store.held[(int(view) + 1 - store.held.start) % len(store.held)]
+            if len(alike) > 1:
+                other = alike[(alike.index(view) + 1) % len(alike)]
                 found.wrong_view.append(cosine(again, pick(store, mine, other)))
             if len(mine) > 1:
                 found.wrong_image.append(cosine(again, np.roll(stored, 1, axis=0)))
@@ -156,6 +158,16 @@ class Likeness:
     place: str = ""  # where the first feature that does not fit lies instead
 
 
+def array_of(view: int) -> str:
+    """The array that holds a view's embedding."""
+    return "local_embedding" if view & LOCAL else "embedding"
+
+
+def views_like(store: "FeatureStore", view: int) -> Sequence[int]:
+    """Numbers of all views, or of all local crops."""
+    return store.local if view & LOCAL else store.held
+
+
 def pick(store: "FeatureStore", rows: "np.ndarray", view: int) -> "np.ndarray":
     """(n, D) stored features of sorted rows, a row block in memory at a time."""
     import numpy as np
@@ -164,7 +176,7 @@ def pick(store: "FeatureStore", rows: "np.ndarray", view: int) -> "np.ndarray":
     for block in np.unique(rows // store.rows):
         start, stop = store.span(int(block))
         mine = rows[(rows >= start) & (rows < stop)]
-        out.append(store.read("embedding", view, slice(start, stop))[mine - start])
+        out.append(store.read(array_of(view), view, slice(start, stop))[mine - start])
     return np.concatenate(out)
 
 
@@ -173,12 +185,13 @@ def whereabouts(store: "FeatureStore", row: int, view: int, feature: "np.ndarray
     import numpy as np
 
     start, stop = store.span(row // store.rows)
-    found = [cosine(feature[None], store.read("embedding", v, slice(start, stop))) for v in store.held]
-    v, i = np.unravel_index(np.argmax(found), (len(store.held), stop - start))
+    numbers = views_like(store, view)
+    found = [cosine(feature[None], store.read(array_of(v), v, slice(start, stop))) for v in numbers]
+    v, i = np.unravel_index(np.argmax(found), (len(numbers), stop - start))
     if found[v][i] < least:
         return ""
-    place = f"(row {start + i}, view {store.held[v]})"
-    return f"that of (row {row}, view {view}) is stored as {place}: rows or views are mixed up"
+    there = view_name(numbers[int(v)])
+    return f"that of (row {row}, {view_name(view)}) is stored as (row {start + i}, {there}): rows or views are mixed up"
 
 
 def judge(found: Likeness) -> dict[str, Any]:
@@ -259,18 +272,21 @@ def embed_again(
     batch = config.batch_size or identity["batch_size"]
     forward = Forward(embedder, choose(config.device), config.precision or identity["precision"], batch)
     how = embedder.preprocessing.interpolation
-    eyes = Eyes(dataset, ViewSpec(**identity["views"]), store.table("view_key"), [(size, how)], [])
+    small = identity.get("local", {}).get("size", 0)
+    eyes = Eyes(dataset, ViewSpec(**identity["views"]), store.table("view_key"), [(size, how)], [], [(small, how)])
     content = store.table("content")
 
     def live(rows: "np.ndarray", view: int) -> "np.ndarray":
         out = []
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
-            sight = eyes.look(Piece(part, np.full((len(part), 1), view)))
+            wanted, none = np.full((len(part), 1), view), np.empty((len(part), 0), np.int64)
+            sight = eyes.look(Piece(part, none, wanted) if view & LOCAL else Piece(part, wanted))
             changed = np.flatnonzero((sight.content != content[part]) | (sight.status != 0))
             if len(changed):
                 raise UserError(f"image {dataset.ids[int(part[changed[0]])]} changed since {config.store} was made")
-            out.append(forward(sight.pixels[0][:, 0])["embedding"])
+            pixels = sight.local[0] if view & LOCAL else sight.pixels[0]
+            out.append(forward(pixels[:, 0])["embedding"])
         return np.concatenate(out)
 
     return live

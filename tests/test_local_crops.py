@@ -1,0 +1,367 @@
+"""Local crops: drawn, exported, stored, checked and shown to students as the teacher saw them."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import audit
+from pipeline.artifact import UserError
+from pipeline.journal import read as read_journal
+from pipeline.loader import Eyes, Piece
+from pipeline.pairs import Plan
+from pipeline.philox import FRESH, LOCAL, view_name
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore, Shard, done_key
+from pipeline.views import LOCALS, View, ViewSpec, draw, local_size, resolve, see
+from stages import distill, export_teacher, inspect, verify
+
+TEACHER = "convnet:channels=4+8,pretrained=false"
+IMAGES, SIZE = 20, 24
+SMALL = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 smooth pictures of odd sizes."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(IMAGES):
+        small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
+        small.resize((30 + i, 45 - i), Image.Resampling.BICUBIC).save(root / f"{i:02d}.png")
+    return root
+
+
+def config(images: Path, out: Path, **said: Any) -> export_teacher.Config:
+    how = {"teacher": TEACHER, "views": 3, "local_views": 6, "image_size": SIZE, "batch_size": 4, "shard_size": 8}
+    return export_teacher.Config(data=str(images), out=out, **{**how, "workers": 0, "device": "cpu", **said})
+
+
+def export(images: Path, out: Path, **said: Any) -> FeatureStore:
+    export_teacher.run(config(images, out, **said))
+    return FeatureStore(Folder(out))
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "store"
+    export(images, out)
+    return out
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    shutil.copytree(whole, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def files(store: Path) -> dict[str, bytes]:
+    found = {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    return {name: data for name, data in found.items() if name != "history.jsonl"}
+
+
+# ---------------------------------------------------------------- what they are
+
+GOLDEN = {
+    ("crop-flip", 0): View(top=98, left=39, height=134, width=157, flip=True),
+    ("crop-flip", 5): View(top=159, left=144, height=143, width=160, flip=True),
+    ("moco-v2", 1): View(
+        top=39, left=127, height=129, width=170, flip=True, grey=True,
+        jitter=((3, -0.06191201345063746), (1, 1.361418649367988), (0, 0.9083032319322228), (2, 0.8560023985803127)),
+    ),
+    ("dino", 0): View(
+        top=55, left=27, height=221, width=260, flip=True, grey=True, sigma=1.7703741943463682,
+        jitter=((1, 0.9647839495912194), (0, 1.3247256563976406), (2, 1.186576730851084), (3, 0.019296020641922956)),
+    ),
+    ("dino", 5): View(top=77, left=98, height=241, width=269, flip=True, sigma=0.14104730959516018),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "number"), GOLDEN)
+def test_golden_local_crops(policy: str, number: int) -> None:
+    v = LOCAL + number
+    assert resolve(ViewSpec(policy, 7, 0.875), draw(7, 11, v), v, 333, 500) == GOLDEN[policy, number]
+
+
+@pytest.mark.parametrize("policy", LOCALS)
+def test_their_areas_fill_the_range_of_their_policy(policy: str) -> None:
+    spec, numbers = ViewSpec(policy, 3, 0.875), LOCAL + np.arange(6)
+    boxes = [
+        resolve(spec, u, int(v), 400, 500)
+        for key in range(80)
+        for u, v in zip(draw(3, key, numbers), numbers, strict=True)
+    ]
+    areas = np.array([box.height * box.width / (400 * 500) for box in boxes])
+    low, high = LOCALS[policy].scale
+    assert (
+        low * 0.97 < areas.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < areas.max() < high * 1.03
+    )
+
+
+def test_they_are_3_sevenths_of_the_views_in_multiples_of_eight() -> None:
+    assert [local_size(size) for size in (224, 96, 64, 32, 8)] == [96, 40, 24, 16, 8]
+
+
+def test_a_crop_shows_the_same_box_at_every_size() -> None:
+    ramp = np.zeros((90, 120, 3), np.uint8)  # red grows along the width, green along the height
+    ramp[..., 0], ramp[..., 1] = np.arange(120)[None] * 2, np.arange(90)[:, None] * 2
+    spec, numbers = ViewSpec("crop-flip", 0, 0.875), LOCAL + np.arange(6)
+    variates = draw(0, 4, numbers)
+    large, small = see(ramp, spec, variates, numbers.tolist(), [(32, "bilinear"), (8, "bilinear")])
+    for v, u, big, little in zip(numbers, variates, large.float(), small.float(), strict=True):
+        box = resolve(spec, u, int(v), 90, 120)
+        assert float((big.mean((1, 2)) - little.mean((1, 2))).abs().max()) < 1
+        across, down = 2 * (box.left + box.width / 2), 2 * (box.top + box.height / 2)
+        assert big.mean((1, 2))[:2].tolist() == pytest.approx([across - 1, down - 1], abs=1.5)
+
+
+def test_a_loader_sees_them_beside_the_views_or_alone(images: Path) -> None:
+    from pipeline.datasets.folder import Folder as ImageFolder
+
+    data, spec, rows = ImageFolder(images), ViewSpec("crop-flip", 0, 0.875), np.array([3, 11])
+    views, local = np.array([[1, 2]] * 2), LOCAL + np.array([[0, 1, 5]] * 2)
+    eyes = Eyes(data, spec, np.arange(IMAGES), [(SIZE, "bilinear")], [], [(SMALL, "bilinear"), (16, "bilinear")])
+    both, alone = eyes.look(Piece(rows, views, local)), eyes.look(Piece(rows, views[:, :0], local))
+    assert [tuple(p.shape) for p in both.local] == [(2, 3, 3, SMALL, SMALL), (2, 3, 3, 16, 16)]
+    assert alone.pixels[0].shape == (2, 0, 3, SIZE, SIZE) and not alone.bad
+    for j, i in enumerate(rows.tolist()):
+        image, _ = data.load(i)
+        for n, size in enumerate((SMALL, 16)):
+            (want,) = see(image, spec, draw(0, i, local[j]), local[j].tolist(), [(size, "bilinear")])
+            assert torch.equal(both.local[n][j], want) and torch.equal(alone.local[n][j], want)
+
+
+# ---------------------------------------------------------------- in the store
+
+
+def test_they_have_arrays_shards_and_done_records_of_their_own(whole: Path) -> None:
+    store = FeatureStore(Folder(whole))
+    assert store.local == tuple(range(LOCAL, LOCAL + 6)) and store.views == 3
+    assert store.identity["local"] == {"views": 6, "size": SMALL}
+    shapes = {name: store.array(name).shape for name in ("embedding", "local_embedding", "local_embedding_scale")}
+    assert shapes == {"embedding": (20, 3, 8), "local_embedding": (20, 6, 8), "local_embedding_scale": (20, 6)}
+    first = {done_key(0, 0, 3), done_key(0, LOCAL, LOCAL + 4), done_key(0, LOCAL + 4, LOCAL + 6)}
+    assert {name for name in files(whole) if name.startswith("done/0000000.")} == first
+    apart = [store.read("local_embedding", v) for v in store.local]
+    assert all(not np.allclose(apart[0], other) for other in apart[1:])
+
+
+@pytest.mark.parametrize("how", [{"workers": 2}, {"scheduler": "processes:2"}])
+def test_bytes_do_not_depend_on_who_computes_them(
+    how: dict[str, Any], images: Path, whole: Path, tmp_path: Path
+) -> None:
+    export(images, tmp_path / "store", **how)
+    assert files(tmp_path / "store") == files(whole)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_every_write_in_turn_it_ends_at_the_same_bytes(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, left = Folder.put, [0]
+
+    def dying(self: Folder, key: str, data: bytes) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        put(self, key, data)
+
+    monkeypatch.setattr(Folder, "put", dying)
+    out, kills, lacks = tmp_path / "store", 0, set()
+    for allowed in (range(3, 60, 5), range(1, 60)):  # until the store is laid out, then in the midst of its shards
+        for count in allowed:
+            left[0] = count
+            try:
+                export(images, out)
+                break
+            except Killed:
+                kills += 1
+            if (out / "copy/manifest.json").exists():
+                lacks |= {frozenset(bool(v & LOCAL) for v in s.views) for s in FeatureStore(Folder(out)).pending()}
+                if allowed.step == 5:
+                    break
+    monkeypatch.undo()
+    export(images, out)
+    assert kills > 5 and frozenset({True}) in lacks, "never with all views there and local crops missing"
+    assert files(out) == files(whole)
+
+
+@pytest.mark.parametrize("lost", [(0, 3), (LOCAL, LOCAL + 4), (LOCAL + 4, LOCAL + 6)])
+def test_what_is_lost_of_either_kind_alone_is_made_again(
+    lost: tuple[int, int], images: Path, whole: Path, copy: Path
+) -> None:
+    (copy / done_key(1, *lost)).unlink()
+    (pending,) = FeatureStore(Folder(copy)).pending()
+    assert (pending.block, pending.views) == (1, tuple(range(*lost)))
+    export(images, copy)
+    assert files(copy) == files(whole)
+
+
+def test_growing_views_leaves_them_alone(images: Path, whole: Path, copy: Path) -> None:
+    def local(store: Path) -> dict[str, tuple[int, bytes]]:
+        found = [p for p in store.rglob("*") if p.is_file() and ("local" in str(p) or f".{LOCAL // 10}" in p.name)]
+        return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in found if "zarr.json" not in p.name}
+
+    before = local(copy)
+    assert len(before) > 10
+    grown = export(images, copy, views=6)
+    assert local(copy) == before and grown.views == 6 and len(grown.local) == 6
+    with pytest.raises(UserError, match="local.views is 6 there, 8 asked"):
+        export(images, copy, views=6, local_views=8)
+
+
+TWO_SIZES = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+    def forward(self, x):
+        if x.shape[-1] in REFUSED:
+            raise ValueError("too small")
+        out = torch.relu(self.conv(x)).mean((2, 3))
+        return out / 0 if x.shape[-1] in BROKEN and bool(x.std() > 0) else out
+"""
+
+
+def network(folder: Path, refused: str = "()", broken: str = "()") -> str:
+    (folder / "net.py").write_text(TWO_SIZES.replace("REFUSED", refused).replace("BROKEN", broken))
+    return f"python:{folder / 'net.py'}:Net"
+
+
+def test_a_feature_of_a_crop_that_is_not_finite_makes_a_bad_image_and_says_which(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"none of the 20 images could be used.*\(local_embedding, local crop 0, as int8\)"
+    ):
+        export(images, tmp_path / "store", teacher=network(tmp_path, broken="(8,)"))
+
+
+def test_a_teacher_that_cannot_take_crops_is_refused_before_anything_is_made(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot take images of 8 pixels .* choose another --local-size"):
+        export(images, tmp_path / "store", teacher=network(tmp_path, refused="(8,)"))
+    assert not (tmp_path / "store").exists()
+
+
+# ---------------------------------------------------------------- checked, shown
+
+
+def test_verify_reads_every_digest_of_theirs_and_embeds_some_again(whole: Path) -> None:
+    made = verify.run(verify.Config(store=str(whole), sample=1.0))
+    assert made["exact"] == IMAGES and made["cosine"] > 0.999
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        pick = verify.pick
+        patch.setattr(verify, "pick", lambda store, rows, view: (drawn.append(view), pick(store, rows, view))[1])
+        verify.run(verify.Config(store=str(whole), sample=1.0))
+    assert any(view & LOCAL for view in drawn) and any(not view & LOCAL for view in drawn)
+
+
+def test_a_damaged_crop_is_found_named_and_made_again(images: Path, whole: Path, copy: Path) -> None:
+    shard = copy / "features.zarr/local_embedding/c/1/1/0"
+    data = bytearray(shard.read_bytes())
+    data[9] ^= 4
+    shard.write_bytes(data)
+    assert [damage.key for damage in audit.shards(FeatureStore(Folder(copy)))] == [done_key(1, LOCAL + 4, LOCAL + 6)]
+    verify.run(verify.Config(store=str(copy), sample=0, repair=True))
+    export(images, copy)
+    assert files(copy) == files(whole)
+
+
+def test_crops_that_changed_places_are_told_from_rounding(copy: Path) -> None:
+    store = FeatureStore(Folder(copy))
+    for block in range(3):
+        start, stop = store.span(block)
+        rows = slice(start, stop)
+        stored = [store.stored("local_embedding", LOCAL + v, rows) for v in (1, 2, 3, 0)]
+        features = np.stack([s for s, _ in stored], 1), np.stack([c for _, c in stored if c is not None], 1)
+        store.storage.delete(done_key(block, LOCAL, LOCAL + 4))
+        shard = Shard(block, start, stop, tuple(range(LOCAL, LOCAL + 4)))
+        tables = store.table("status", rows), store.table("content", rows)
+        store.write(shard, {"local_embedding": features}, *tables, {})
+    with pytest.raises(UserError, match="local crop [0-3].* is stored as .* local crop [0-3]"):
+        verify.run(verify.Config(store=str(copy), sample=1.0))
+
+
+def test_inspect_shows_them(whole: Path) -> None:
+    made = inspect.run(inspect.Config(whole))
+    assert made["local crops"] == "6 of 8 pixels" and "local_embedding 8" in made["arrays"]
+
+
+# ---------------------------------------------------------------- seen by students
+
+WITNESS = """
+from pipeline.method import Method, Needs
+class Witness(Method):
+    needs = Needs(("embedding", "local_embedding"), ("embedding", "local_embedding"))
+    def __init__(self, *, setting, shift: int = 0):
+        super().__init__()
+        self.shift = shift
+    def forward(self, batch, outputs):
+        whole = (outputs[0]["embedding"] - batch.teacher["embedding"]).abs().max()
+        small = outputs[0]["local_embedding"] - batch.teacher["local_embedding"].roll(self.shift, 1)
+        return [whole + small.abs().max()]
+"""
+
+
+@pytest.mark.parametrize("policy", ["crop-flip", "moco-v2"])
+def test_a_student_equal_to_the_teacher_finds_its_very_features_in_every_crop(
+    policy: str, images: Path, tmp_path: Path
+) -> None:
+    net = network(tmp_path)
+    (tmp_path / "witness.py").write_text(WITNESS)
+    export(images, tmp_path / "store", teacher=net, codec="float32", policy=policy)
+
+    def worst(shift: int) -> float:
+        out = tmp_path / f"run-{shift}"
+        method = f"python:{tmp_path / 'witness.py'}:Witness,shift={shift}"
+        said = {"steps": 2, "batch_size": 10, "image_size": SIZE, "lr": 1e-9, "workers": 0, "device": "cpu"}
+        distill.run(distill.Config(store=tmp_path / "store", student=(net,), method=method, out=out, **said))  # type: ignore
+        return max(row["loss"] for row in read_journal(out / "metrics.jsonl"))
+
+    assert worst(0) < 1e-5
+    assert worst(1) > 0.01, "another crop would not have passed"
+
+
+def test_a_student_that_cannot_take_crops_is_refused_before_the_first_step(whole: Path, tmp_path: Path) -> None:
+    student = network(tmp_path, refused="(8,)")
+    with pytest.raises(UserError, match="cannot take images of 8 pixels .* choose another --image-size"):
+        said = {"steps": 1, "image_size": SIZE, "workers": 0, "device": "cpu"}
+        distill.run(distill.Config(whole, (student,), "seed:bank=5", tmp_path / "run", **said))  # type: ignore
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_step_shows_all_stored_crops_or_so_many_fresh_ones() -> None:
+    def plan(**said: Any) -> Plan:
+        return Plan(3, np.arange(10), (1, 2), 4, 1, "same", 100, **said)
+
+    assert plan().local_at(0) is None and not plan().has_local
+    stored = tuple(range(LOCAL, LOCAL + 6))
+    assert plan(local=stored)[7].local.tolist() == [list(stored)] * 4
+    seen = set()
+    for step in range(30):
+        rows, local = plan(crops=3).at(step)[0], plan(crops=3).local_at(step)
+        assert local is not None and local.shape == (4, 3)
+        assert np.all(local & LOCAL) and np.all(local & FRESH), "never one that a store keeps"
+        seen |= {(int(i), int(v)) for i, views in zip(rows, local, strict=True) for v in views}
+    assert len(seen) == 30 * 4 * 3, "a fresh crop was shown twice"
+
+
+def test_numbers_are_said_in_words() -> None:
+    assert [view_name(v) for v in (0, 7, LOCAL, LOCAL + 5)] == ["view 0", "view 7", "local crop 0", "local crop 5"]
