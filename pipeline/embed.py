@@ -205,7 +205,7 @@ def _rows(store: FeatureStore, part: list[Piece], seen: list[Any], features: dic
 
 def _outputs(store: FeatureStore, forward: Forward, kind: str, seen: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """{array: (n, V, ...) float32 on the device} of the global views, or the `local_` crops, whose pixels these are."""
-    there = [pixels.to(forward.device, non_blocking=True) for pixels in seen]  # whole: a strided part would not stay pinned
+    there = [pixels.to(forward.device, non_blocking=True) for pixels in seen]  # whole: parts would be copied first
     pixels = there[0] if len(there) == 1 else torch.cat(there)  # (n, V, 3, S, S)
     arrays = [name for name in store.arrays if is_local(name) == bool(kind)]
     if not arrays or not pixels.shape[1]:
