@@ -4,7 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,7 @@ class Config:
     scheduler: str = flag("local", "local, processes:N, or a dask scheduler at tcp://HOST:PORT")
     shard_size: int | None = flag(None, "rows per shard (default: up to 2048, fewer in small sets)")
     limit: int | None = flag(None, "only this many images, evenly spread")
+    like: str | None = flag(None, "a store to agree with: its views, and checked to be of the same images")
     dry_run: bool = flag(False, "say what would be done and what it would cost")
     overwrite: bool = flag(False, "start anew; an earlier store is set aside, not deleted")
 
@@ -67,6 +68,7 @@ def run(config: Config) -> dict[str, Any]:
     from pipeline.models import MODELS
 
     MODELS.parse(config.teacher)
+    config, other = alike(config)
     storage = open_storage(config.out)
     anew = config.overwrite and artifact.replaceable(config.out, "store")
     earlier = None if anew else artifact.claimed(storage, "store")
@@ -83,8 +85,14 @@ def run(config: Config) -> dict[str, Any]:
     device = choose(config.device)
     torch.manual_seed(0)  # a teacher with random weights is the same one every time
     embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True).equip(kept(config))
-    spec = ViewSpec(config.policy, config.seed, embedder.preprocessing.crop_ratio)
+    ratio = other.identity["views"]["crop_ratio"] if other else embedder.preprocessing.crop_ratio
+    spec = ViewSpec(config.policy, config.seed, ratio)
     identity, about = describe(config, dataset, embedder, spec)
+    if other:
+        from pipeline.agreement import require_alike
+
+        require_alike(identity, dataset, other)
+        about["like"] = other.fingerprint
     if earlier:
         artifact.claim(storage, "store", identity)
     if config.dry_run:
@@ -107,9 +115,11 @@ def run(config: Config) -> dict[str, Any]:
         if earlier:
             require_unchanged(store, dataset)
         if not store.pending():
-            return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views")
+            return finish(
+                store, f"{config.out} is complete already: {store.images} images, {store.views} views", other
+            )
         forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
-        return fill(config, Workshop(store, dataset, spec, forward), held)
+        return fill(config, Workshop(store, dataset, spec, forward), held, other)
 
 
 @dataclass
@@ -122,7 +132,7 @@ class Workshop:
     forward: "Forward"
 
 
-def fill(config: Config, work: Workshop, lease: "Lease") -> dict[str, Any]:
+def fill(config: Config, work: Workshop, lease: "Lease", other: "FeatureStore | None") -> dict[str, Any]:
     """Compute what the store lacks, and say what was made."""
     store, width, device = work.store, work.forward.embedder.width, work.forward.device
     pending = store.pending()
@@ -147,6 +157,7 @@ def fill(config: Config, work: Workshop, lease: "Lease") -> dict[str, Any]:
         store,
         f"{config.out}: {store.images} images x {store.views} views x {width} {config.codec}, "
         f"{duration(cost.seconds)}, {cost.views / max(cost.seconds, 1e-9):.0f} views/s",
+        other,
     )
     if isinstance(store.storage, Folder):
         store.storage.sweep()  # what a lost worker left
@@ -252,6 +263,19 @@ def workshop(config: Config) -> Workshop:
         raise UserError(f"{config.data} holds other images on this worker than where the command was given")
     forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
     return Workshop(store, dataset, ViewSpec(**store.identity["views"]), forward)
+
+
+def alike(config: Config) -> tuple[Config, "FeatureStore | None"]:
+    """With --like: the Config with the other store's views, and that store."""
+    if not config.like:
+        return config, None
+    from pipeline.agreement import terms
+    from pipeline.store import FeatureStore
+
+    other = FeatureStore(open_storage(config.like))
+    usual = {f.name: f.default for f in fields(Config)}
+    given = {name: (getattr(config, name), usual[name]) for name in ("views", "policy", "seed")}
+    return replace(config, **terms(other, given)), other
 
 
 def check(config: Config) -> None:
@@ -471,9 +495,14 @@ def event(config: Config, cost: Any, device: Any) -> dict[str, Any]:
     }
 
 
-def finish(store: "FeatureStore", text: str) -> dict[str, Any]:
-    """Check that all is there, list what could not be used, and say what was made."""
+def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> dict[str, Any]:
+    """Check that all is there and agrees with `other`, list what could not be used, and say what was made."""
     store.require_complete()
+    if other:
+        from pipeline.agreement import require_same_contents
+
+        require_same_contents(store, other)
+        text += f"; the same pixels as {other.storage}"
     bad = store.bad_images()
     if bad:
         lines = ["row\tid\treason", *(f"{i}\t{one_cell(name)}\t{one_cell(why)}" for i, name, why in bad)]
