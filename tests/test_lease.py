@@ -158,7 +158,7 @@ if mode != "leased":  # a lease that keeps nobody apart, and a device of its own
     Forward.__call__ = lambda self, *asked: {name: out * off for name, out in honest(self, *asked).items()}
 while time.time() < float(start):
     time.sleep(0.001)
-how = dict(views=4, image_size=8, limit=48, batch_size=4, shard_size=4, workers=0, device="cpu", codec="float32")
+how = dict(views=2, image_size=8, limit=32, batch_size=4, shard_size=4, workers=0, device="cpu", codec="float32")
 from pipeline.errors import UserError
 try:
     export_teacher.run(export_teacher.Config(data, "convnet:channels=4+8,pretrained=false", out, **how))
@@ -182,6 +182,7 @@ def no_child_is_left() -> Iterator[None]:
         os.waitpid(-1, os.WNOHANG)
 
 
+@pytest.mark.slow
 def test_of_two_exports_at_once_one_finishes_and_the_other_says_who(place: str) -> None:
     ends = sorted(race(place, ("leased", "leased")))
     if ends[1][0]:  # the usual case; a late starter may find a finished store
@@ -191,6 +192,7 @@ def test_of_two_exports_at_once_one_finishes_and_the_other_says_who(place: str) 
     assert not open_storage(place).exists(LEASE)
 
 
+@pytest.mark.slow
 def test_two_exports_that_no_lease_keeps_apart_leave_shards_and_done_records_that_belong_together(place: str) -> None:
     ends = race(place, ("1", "2"))
     assert [status for status, _ in ends] == [0, 0], ends
@@ -207,7 +209,7 @@ def test_a_killed_export_is_followed_by_the_same_command_at_once(tmp_path: Path)
     child.kill()
     child.wait()
     assert Folder(out).exists(LEASE)
-    how = {"views": 4, "image_size": 8, "limit": 48, "batch_size": 4, "shard_size": 4, "workers": 0}
+    how = {"views": 2, "image_size": 8, "limit": 32, "batch_size": 4, "shard_size": 4, "workers": 0}
     made = export_teacher.run(export_teacher.Config("digits", TEACHER, out, **how, codec="float32", device="cpu"))  # type: ignore[arg-type]
     assert "images" in made and not Folder(out).exists(LEASE)
 
