@@ -1,0 +1,319 @@
+"""Every method in the loop: stopped and run again, diverging, several students in one pass, stores that lack things."""
+
+import json
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import test_distill as plain
+import torch
+from test_distill import (
+    BATCH,
+    CONVNET,
+    RESNET,
+    assert_same_run,
+    at_step,
+    crash,
+    crashed_at,
+    export,
+    newest,
+    stopped_by_signal,
+)
+from test_distill import one_thread as one_thread
+
+from pipeline import checkpoint
+from pipeline.artifact import UserError
+from pipeline.datasets.digits import Digits
+from pipeline.methods import METHODS
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore, Shard, done_key
+from stages import distill, label_head
+
+TINY = "convnet:channels=3+6"
+
+CASES: dict[str, dict[str, Any]] = {
+    "regression": {"method": "regression:norm=batch"},
+    "crd": {"method": "crd:negatives=30", "views_per_step": 2},
+    "simclr-v2": {"method": "simclr-v2:head=HEAD,tau=2"},
+    "esvit": {"method": "esvit:bank=50,crops=2", "lr": 0.01, "clip": 3.0, "norm_decay": False},
+    "seed in full": {"method": "seed:bank=50,small=true"},
+    "dogo": {"method": "dogo", "student": (CONVNET, CONVNET), "lr": 0.01, "ema": None},
+    "dogo of three": {"method": "dogo:weight=1", "student": (CONVNET, TINY, CONVNET), "pairing": "fresh", "lr": 0.01},
+    "dogo-frozen": {"method": "dogo-frozen", "lr": 0.01, "precision": "bf16"},
+    "crd, two students": {"method": "crd:negatives=30", "student": (CONVNET, TINY)},
+    "esvit, two students": {"method": "esvit:bank=50,crops=0", "student": (CONVNET, TINY), "lr": 0.01},
+}
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 digits in 7 views and 2 local crops, with regions, and a head for a tenth of the labels."""
+    out = tmp_path_factory.mktemp("rich") / "store"
+    export(out, views=7, keep="embedding,regions", local_views=2)
+    label_head.run(label_head.Config(store=out, out=out.parent / "head.safetensors", labels="20%"))
+    return out
+
+
+@pytest.fixture
+def run(store: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """run("name", method=...) trains in tmp_path/name."""
+
+    def made(name: str = "run", **said: Any) -> dict[str, Any]:
+        method = said.pop("method").replace("HEAD", str(store.parent / "head.safetensors"))
+        said = {"student": (CONVNET,), **said}
+        return distill.run(plain.config(said.pop("store", store), tmp_path / name, method=method, **said))
+
+    return made
+
+
+def homes(out: Path) -> list[Path]:
+    """The runs in a folder."""
+    return sorted(manifest.parent for manifest in out.rglob("manifest.json"))
+
+
+# ---------------------------------------------------------------- stopped and run again
+
+
+def test_every_method_of_the_menu_is_stopped_and_run_again() -> None:
+    cases = [*plain.CASES.values(), *CASES.values()]
+    assert {case.get("method", "compress-1q").partition(":")[0] for case in cases} == set(METHODS.entries) - {"python"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stopped_at_any_step_and_run_again_is_never_stopped_to_the_bit(
+    name: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    case = {"ema": 0.9, **CASES[name]}
+
+    def again() -> Any:
+        return run("stopped", **case)
+
+    stopped_by_signal(again, 0, signal.SIGTERM)
+    crashed_at(again, 6)  # goes back to step 4
+    save, calls = checkpoint.save, []
+
+    def between(*said: Any) -> None:
+        calls.append(said)
+        if len(calls) > 1:
+            crash()  # of several students one is saved at step 8, the others at step 4
+        save(*said)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(plain.Crash):
+        patch.setattr(checkpoint, "save", between)
+        again()
+    stopped_by_signal(again, 10, signal.SIGINT)
+    again()
+    run("whole", **case)
+    assert len(homes(tmp_path / "whole")) == len(case.get("student", (CONVNET,)))
+    for one, other in zip(homes(tmp_path / "stopped"), homes(tmp_path / "whole"), strict=True):
+        assert one.name == other.name or len(case.get("student", (CONVNET,))) == 1
+        assert_same_run(one, other)
+
+
+@pytest.mark.parametrize("name", ["compress-2q", "compress-2q-momentum", "compress-1q", "seed", *CASES])
+def test_a_rate_far_too_high_never_leaves_a_broken_checkpoint(
+    name: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    case = {**CASES.get(name, {"method": name}), "lr": 1e30, "clip": None}
+    with pytest.raises(UserError, match=r"not finite|the loss is (nan|inf)"):
+        run(save_every=1, **case)
+    assert homes(tmp_path / "run")
+    for home in homes(tmp_path / "run"):
+        assert not (home / "student.safetensors").exists()
+        for file in (home / "checkpoints").glob("*"):
+            saved = checkpoint.load(file)
+            assert all(bool(t.isfinite().all()) for t in saved["student"].values())
+
+
+# ---------------------------------------------------------------- several students
+
+
+def test_peers_of_one_spec_are_name_and_name_2_and_begin_apart(run: Callable[..., Any], tmp_path: Path) -> None:
+    made = run(method="dogo", student=(CONVNET, CONVNET, TINY), steps=1, lr=1e-9)
+    names = ["convnet-channels-4-8", "convnet-channels-4-8-2", "convnet-channels-3-6"]
+    assert [Path(run).name for run in made["runs"]] == names
+    one, two = (safetensors.torch.load_file(tmp_path / "run" / name / "student.safetensors") for name in names[:2])
+    assert not torch.allclose(one["blocks.0.0.weight"], two["blocks.0.0.weight"])
+    identity = json.loads((tmp_path / "run" / names[1] / "manifest.json").read_text())["identity"]
+    assert [peer["spec"] for peer in identity["peers"]] == [CONVNET, CONVNET, TINY]
+
+
+def test_peers_see_views_of_their_own(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.methods.dogo import Dogo
+
+    seen: list[list[torch.Tensor]] = []
+    forward = Dogo.forward
+
+    def noted(self: Dogo, batch: Any, outputs: Any) -> Any:
+        seen.append(batch.images)
+        assert batch.student_views.shape == (BATCH, 4) and len({*batch.student_views[0].tolist()}) == 4
+        assert not batch.teacher, "nothing is read from the store"
+        return forward(self, batch, outputs)
+
+    monkeypatch.setattr(Dogo, "forward", noted)
+    run(method="dogo", student=(CONVNET, TINY), steps=2, lr=0.01)
+    for one, two in seen:
+        assert one.shape == two.shape == (2 * BATCH, 3, 8, 8) and not torch.equal(one, two)
+
+
+def test_peers_without_views_enough_and_one_alone_are_refused(run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="6 views to train on, but --pairing same with --views-per-step 8 needs 8"):
+        run(method="dogo", student=(CONVNET, TINY, RESNET, "convnet:channels=5"))
+    with pytest.raises(UserError, match="repeat --student"):
+        run(method="dogo")
+    with pytest.raises(UserError, match="esvit needs --views-per-step 2 or more, not 1"):
+        run(method="esvit", views_per_step=1)
+    assert not (tmp_path / "run").exists()
+
+
+DIVERGING = """
+from pipeline.methods.regression import Regression
+from pipeline.methods.dogo import Dogo
+class Fragile(Regression):
+    def __init__(self, *, setting):
+        super().__init__(setting=setting)
+        self.breaks = setting.students[0].spec == "SPEC"
+    def forward(self, batch, outputs):
+        (loss,) = super().forward(batch, outputs)
+        return [loss * float("nan") if self.breaks and batch.step == 9 else loss]
+class Pair(Dogo):
+    def forward(self, batch, outputs):
+        first, *others = super().forward(batch, outputs)
+        return [first * float("nan") if batch.step == 9 else first, *others]
+"""
+
+
+@pytest.fixture
+def diverging(tmp_path: Path) -> str:
+    (tmp_path / "diverging.py").write_text(DIVERGING.replace("SPEC", TINY))
+    return f"python:{tmp_path / 'diverging.py'}"
+
+
+def test_one_of_several_that_diverges_stops_alone_and_is_named_at_the_end(
+    diverging: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    trio = (CONVNET, TINY, "convnet:channels=5")
+    for _ in range(2):  # the same command again goes the same way
+        with pytest.raises(UserError) as end:
+            run(method=f"{diverging}:Fragile", student=trio)
+        assert "convnet-channels-3-6: the loss is nan at step 9" in str(end.value)
+        assert "The other 2 students are finished" in str(end.value)
+    assert newest(tmp_path / "run/convnet-channels-3-6") == 8
+    assert not (tmp_path / "run/convnet-channels-3-6/student.safetensors").exists()
+    for student, name in ((CONVNET, "convnet-channels-4-8"), ("convnet:channels=5", "convnet-channels-5")):
+        run(name, method=f"{diverging}:Fragile", student=(student,))
+        assert_same_run(tmp_path / "run" / name, tmp_path / name)
+
+
+def test_peers_stop_together(diverging: str, run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="convnet-channels-4-8 and .*convnet-channels-3-6: the loss is nan at step 9"):
+        run(method=f"{diverging}:Pair", student=(CONVNET, TINY), lr=0.01)
+    assert [newest(home) for home in homes(tmp_path / "run")] == [8, 8]
+    assert not list((tmp_path / "run").rglob("student.safetensors"))
+
+
+def test_students_come_and_go_between_runs_unnoticed_by_the_others(run: Callable[..., Any], tmp_path: Path) -> None:
+    third = "convnet:channels=5"
+    names = {CONVNET: "convnet-channels-4-8", TINY: "convnet-channels-3-6", third: "convnet-channels-5"}
+    how = {"method": "crd:negatives=30"}
+    stopped_by_signal(lambda: run("many", student=(CONVNET, TINY), **how), 5, signal.SIGTERM)
+    stopped_by_signal(lambda: run("many", student=(TINY, third), **how), 3, signal.SIGTERM)  # one left, one came
+    assert [newest(tmp_path / "many" / names[s]) for s in (CONVNET, TINY, third)] == [6, 6, 4]
+    run("many", student=(CONVNET, TINY, third), **how)
+    for student, name in names.items():
+        run(name, student=(student,), **how)
+        assert_same_run(tmp_path / "many" / name, tmp_path / name)
+
+
+def test_an_image_is_decoded_once_a_step_however_many_students_sizes_and_crops_look_at_it(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, steps, load = Counter[int](), [], Digits.load
+
+    def counted(self: Digits, i: int) -> Any:
+        loads[i] += 1
+        return load(self, i)
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, lambda: steps.append(sum(loads.values())))
+        patch.setattr(Digits, "load", counted)
+        students = (CONVNET, TINY, RESNET, "convnet:channels=5")
+        run(method="seed:bank=50", student=students, steps=5, views_per_step=3, image_size=None)
+    probes = sum(loads.values()) - 5 * BATCH
+    assert 0 <= probes <= 4, "what is looked at before the first step"
+    assert steps == [4 * BATCH + probes]
+
+
+# ---------------------------------------------------------------- what is delivered, what is lacking
+
+
+def test_simclr_v2_delivers_the_students_classifier_beside_it(run: Callable[..., Any], tmp_path: Path) -> None:
+    run(method="simclr-v2:head=HEAD", steps=2)
+    head = safetensors.torch.load_file(tmp_path / "run/head.safetensors")
+    assert {name: tuple(t.shape) for name, t in head.items()} == {
+        "classifier.weight": (10, 8),
+        "classifier.bias": (10,),
+    }
+    last = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["method"]
+    assert all(torch.equal(last[name], tensor) for name, tensor in head.items())
+    run("other", method="regression", steps=2)
+    assert not (tmp_path / "other/head.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("esvit", "esvit needs 'regions' of the teacher, .* export with --keep embedding,regions"),
+        ("seed:small=true", "needs 'local_embedding' .* export with --local-views 6"),
+        ("seed:target=projection", "needs 'projection' .* --keep embedding,projection .* head=fc"),
+        ("dogo-frozen:target=projection", "needs 'projection'"),
+        ("simclr-v2", "compress label-head .* or export with --keep embedding,logits"),
+    ],
+)
+def test_a_store_that_lacks_what_a_method_needs_is_refused_with_the_flags(
+    method: str, words: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    export(tmp_path / "bare", views=3, limit=20)
+    with pytest.raises(UserError, match=words):
+        run(method=method, store=tmp_path / "bare")
+    assert not (tmp_path / "run").exists()
+
+
+OWN = """
+from pipeline.method import Method, Needs
+class Cross(Method):
+    needs = Needs(pairings=("cross",))
+    def __init__(self, *, setting):
+        super().__init__()
+    def forward(self, batch, outputs):
+        return [out["embedding"].square().mean() for out in outputs]
+"""
+
+
+def test_a_pairing_that_a_method_cannot_use_is_refused(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    method = f"python:{tmp_path / 'own.py'}:Cross"
+    with pytest.raises(UserError, match="needs --pairing cross, not same"):
+        run(method=method)
+    assert not (tmp_path / "run").exists()
+    run(method=method, pairing="cross", steps=1)
+
+
+def test_a_feature_that_is_not_finite_is_named(run: Callable[..., Any], tmp_path: Path) -> None:
+    export(tmp_path / "ill", views=2, limit=24, batch_size=8, codec="float32")
+    store = FeatureStore(Folder(tmp_path / "ill"))
+    start, stop = store.span(0)
+    rows = slice(start, stop)
+    values = np.stack([store.stored("embedding", v, rows)[0] for v in (0, 1)], 1)
+    values[5, 1, 3] = np.nan
+    store.storage.delete(done_key(0, 0, 2))
+    tables = store.table("status", rows), store.table("content", rows)
+    store.write(Shard(0, start, stop, (0, 1)), {"embedding": (values, None)}, *tables, {})
+    with pytest.raises(UserError, match="embedding of image digits/.* in view 1 is not finite; .* compress verify"):
+        run(method="regression", store=tmp_path / "ill", batch_size=8)
+    assert not (tmp_path / "run/student.safetensors").exists()
