@@ -89,7 +89,7 @@ def _lesson(
 
 def _student() -> Embedder:
     body = nn.Sequential(
-        nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(6, 7, 3, 2, 1)
+        nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(6, 7, 3, 2, 1)
     )
     return Embedder(Network(body, "student", replace(IMAGENET, size=SIZE)))
 
