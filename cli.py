@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from pipeline.artifact import UserError
 from pipeline.interrupt import Interrupted
+from pipeline.launch import leads, started
 from pipeline.menu import nearest
 
 UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -86,7 +87,8 @@ def _function(config: Any, run: Any) -> Any:
     def call(**values: Any) -> None:
         as_json = values.pop("json")
         made = run(config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
-        _show(json.dumps(made, default=str) if as_json else made.get("summary", ""))
+        if made:  # of several ranks the first has something to show
+            _show(json.dumps(made, default=str) if as_json else made.get("summary", ""))
 
     parameters = []
     hints = typing.get_type_hints(config)
@@ -132,6 +134,8 @@ def main() -> None:
     # Idle OpenMP threads sleep instead of spinning: beside loader processes, spinning made the
     # forward of a small network on two busy cores 15 times slower. Has to be said before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if started():  # every rank would be warned that it looks for unused parameters where there are none
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = _status()
         for signum in (signal.SIGINT, signal.SIGTERM):  # all is said: what comes now has nobody to catch it
@@ -153,7 +157,7 @@ def _status() -> int:
     except UserError as problem:
         return _fail(str(problem))
     except UsageProblem as problem:
-        return _fail(_usage(problem))
+        return _fail(_usage(problem)) if leads() else 2
     except (MemoryError, RuntimeError) as problem:
         if not (text := _exhausted(problem)):
             raise

@@ -1,13 +1,28 @@
 """Fields of a stage's Config, help beside the default, and the rules they are held to."""
 
 from collections.abc import Callable
-from dataclasses import MISSING, field
+from dataclasses import MISSING, field, fields
 from typing import Any
 
 
 def flag(default: Any = MISSING, help: str = "", *, short: str = "", place: bool = False) -> Any:
     """A dataclass field that is one command line flag; no default: required. `place`: a positional argument."""
     return field(default=default, metadata={"help": help, "short": short, "place": place})
+
+
+def words(config: Any) -> list[str]:
+    """The flags that make a config of options again: what is at its default is left out."""
+    out: list[str] = []
+    for f in fields(config):
+        name, value = f.name.replace("_", "-"), getattr(config, f.name)
+        if value == f.default:
+            continue
+        if isinstance(value, bool):
+            out.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            for each in value if isinstance(value, tuple) else (value,):
+                out.append(f"--{name}={each}")
+    return out
 
 
 def require(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:

@@ -4,12 +4,13 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline import checkpoint, philox
+from pipeline import checkpoint, philox, ranks
 from pipeline.apprentice import Apprentice
 from pipeline.artifact import UserError
 from pipeline.embed import autocast
@@ -35,6 +36,34 @@ class Training:
     seed: int
 
 
+class Room(nn.Module):
+    """Students and their method as one module, so that one backward pass averages all their gradients over ranks."""
+
+    def __init__(self, apprentices: Sequence[Apprentice], method: Method):
+        super().__init__()
+        self.apprentices, self.method = list(apprentices), method
+        self.students = nn.ModuleList([apprentice.student for apprentice in apprentices])
+
+    def forward(self, batch: Batch, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        """(a loss of each student, their embeddings (B, W, d)). seed: of what the method draws, on all ranks alike."""
+        outputs = [self._look(batch, number) for number in range(len(self.apprentices))]
+        if ranks.size() > 1:
+            torch.manual_seed(seed)
+        losses = self.method(batch, outputs)
+        return losses, [out["embedding"].detach() for out in outputs]
+
+    def _look(self, batch: Batch, number: int) -> Outputs:
+        """What a student makes of its views and crops: (B, W, ...) and (B, L, ...) by name."""
+        wanted, forward = self.method.needs.outputs, self.apprentices[number].forward
+        names = [name for name in wanted if not name.startswith("local_")]
+        out = _unflatten(forward(batch.images[number], names), len(batch.rows))
+        if local := [name for name in wanted if name.startswith("local_")]:
+            plain = [name.removeprefix("local_") for name in local]
+            seen = _unflatten(forward(batch.local_images[number], plain), len(batch.rows))
+            out |= {f"local_{name}": value for name, value in seen.items()}
+        return out
+
+
 class Diverged(UserError):
     """A loss or weights that are not finite: this lesson is over, others may go on."""
 
@@ -49,7 +78,8 @@ class Lesson:
         self.apprentices, self.method, self.training = list(apprentices), method, training
         named = "+".join(apprentice.student.spec for apprentice in apprentices)
         self.seed = training.seed ^ (zlib.crc32(named.encode()) << 32)
-        self.students = nn.ModuleList([apprentice.student for apprentice in apprentices])
+        room = Room(apprentices, method)
+        self.students, self.room = room.students, ranks.averaged(room)
         self.optimizer = optimizer(
             training.optimizer, nn.ModuleList([*self.students, method]), lr=training.lr, momentum=training.momentum,
             weight_decay=training.weight_decay, norm_decay=training.norm_decay,
@@ -63,19 +93,19 @@ class Lesson:
         """One step at `done` of the run, in [0, 1) -> {"loss"} of each student.
 
         `measure` adds {"lr", "spread", "agreement"}. Randomness (dropout, stochastic depth) is a
-        function of (seed, step, students). Raises Diverged if a loss is not finite.
+        function of (seed, step, students, rank). A loss is the mean over ranks; Diverged is raised
+        on all of them if one is not finite.
         """
         self.students.train()
         self.method.train()
-        torch.manual_seed(int(philox.words(self.seed, philox.PICK, batch.step, 0, 2).view("<u8")[0] >> 1))
+        torch.manual_seed(self._seed_of(batch.step, ranks.rank()))
         rate = self.training.lr * self.training.schedule(done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(batch.images[0].device, self.training.precision):
-            outputs = [self._look(batch, number) for number in range(len(self.apprentices))]
-            losses = self.method(batch, outputs)
-        rows = [{"loss": float(loss.detach())} for loss in losses]
+            losses, embeddings = self.room(batch, self._seed_of(batch.step, 0))
+        rows = [{"loss": loss} for loss in ranks.mean([float(loss.detach()) for loss in losses])]
         for row in rows:
             if not math.isfinite(row["loss"]):
                 raise self._diverged(f"the loss is {row['loss']}", batch.step)
@@ -89,20 +119,14 @@ class Lesson:
             apprentice.follow()
         self.method.after_step(batch)
         if measure:
-            for row, out in zip(rows, outputs, strict=True):
-                row |= {"lr": rate, **_measures(out["embedding"], batch.teacher.get("embedding"))}
+            teacher = batch.teacher.get("embedding")
+            teacher = None if teacher is None else ranks.gather(teacher)
+            for row, embedding in zip(rows, embeddings, strict=True):
+                row |= {"lr": rate, **_measures(ranks.gather(embedding), teacher)}
         return rows
 
-    def _look(self, batch: Batch, number: int) -> Outputs:
-        """What a student makes of its views and crops: (B, W, ...) and (B, L, ...) by name."""
-        wanted, forward = self.method.needs.outputs, self.apprentices[number].forward
-        names = [name for name in wanted if not name.startswith("local_")]
-        out = _unflatten(forward(batch.images[number], names), len(batch.rows))
-        if local := [name for name in wanted if name.startswith("local_")]:
-            plain = [name.removeprefix("local_") for name in local]
-            seen = _unflatten(forward(batch.local_images[number], plain), len(batch.rows))
-            out |= {f"local_{name}": value for name, value in seen.items()}
-        return out
+    def _seed_of(self, step: int, rank: int) -> int:
+        return int(philox.words(self.seed, philox.PICK, step, rank, 2).view("<u8")[0] >> 1)
 
     def _diverged(self, what: str, step: int) -> Diverged:
         folders = " and ".join(str(apprentice.folder) for apprentice in self.apprentices)
@@ -119,11 +143,11 @@ class Lesson:
         }  # fmt: skip
 
     def save(self, step: int) -> None:
-        """A checkpoint in each student's folder. Raises Diverged if anything learned is not finite."""
+        """A checkpoint in each student's folder, by rank 0. Raises Diverged if anything learned is not finite."""
         tensors = [*self.students.state_dict().values(), *self.method.parameters()]
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        if ranks.largest(not all(bool(tensor.isfinite().all()) for tensor in tensors)):
             raise self._diverged("weights are not finite", step)
-        for apprentice in self.apprentices:
+        for apprentice in self.apprentices if ranks.rank() == 0 else []:
             checkpoint.save(apprentice.folder / "checkpoints", step, self.parts(apprentice))
 
     def keep_best(self, apprentice: Apprentice, score: float, step: int) -> None:
@@ -136,15 +160,19 @@ class Lesson:
     def restore(self) -> None:
         """Back to the newest checkpoint that all its students have, or stay at step 0 where there is none."""
         homes = [apprentice.folder / "checkpoints" for apprentice in self.apprentices]
-        for home in homes:
-            Folder(home).sweep()
-        common = set.intersection(*(set(checkpoint.steps(home)) for home in homes))
-        if not common:
+        self.start = ranks.told(_newest(homes) if ranks.rank() == 0 else 0)
+        if not self.start:
             return
-        self.start = max(common)
         for apprentice, home in zip(self.apprentices, homes, strict=True):
             saved = checkpoint.restore(home / f"step-{self.start:08d}.pt", self.parts(apprentice))
             apprentice.best = saved["best"]
+
+
+def _newest(homes: Sequence[Path]) -> int:
+    """The last step that has a checkpoint in each folder, 0 if none has; what a crash left behind is swept away."""
+    for home in homes:
+        Folder(home).sweep()
+    return max(set.intersection(*(set(checkpoint.steps(home)) for home in homes)), default=0)
 
 
 def _unflatten(outputs: dict[str, Tensor], images: int) -> Outputs:

@@ -120,8 +120,8 @@ def _by_threads(eyes: Eyes, workers: int, ahead: int) -> Iterator[Sight]:
 
 
 def _quiet(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for signum in (signal.SIGINT, signal.SIGTERM):  # both may come to the whole group: the parent decides
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def pieces_of(

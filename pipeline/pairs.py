@@ -25,6 +25,7 @@ class Plan:
     """The order of a run. rows: the good rows; views: stored views used; B images, W views a step.
 
     local: stored local crops, all of which every step shows; crops: or so many fresh ones of each image.
+    `at`, `local_at` and the pieces are this rank's share, b = B / size images.
     """
 
     seed: int
@@ -37,6 +38,8 @@ class Plan:
     first: int = 0  # step that piece 0 is
     local: tuple[int, ...] = ()
     crops: int = 0
+    rank: int = 0  # of `size` that share a step: this one has images rank, rank + size, ...
+    size: int = 1
 
     def __post_init__(self) -> None:
         if self.pairing not in PAIRINGS:
@@ -63,25 +66,25 @@ class Plan:
         return bool(self.local or self.crops)
 
     def local_at(self, step: int) -> np.ndarray | None:
-        """(B, L) local crops of a step, int64; None if there are none."""
+        """(b, L) local crops of a step, int64; None if there are none."""
         if self.local:
-            return np.tile(np.array(self.local), (self.batch, 1))
+            return np.tile(np.array(self.local), (self.batch // self.size, 1))
         if not self.crops:
             return None
         return (FRESH | LOCAL) + self._places(step)[0][:, None] * self.crops + np.arange(self.crops)
 
     def _places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs (B,), places in the epoch (B,)) of a step's images."""
-        return np.divmod(step * self.batch + np.arange(self.batch), len(self.rows))
+        """(epochs (b,), places in the epoch (b,)) of a step's images."""
+        return np.divmod(step * self.batch + np.arange(self.rank, self.batch, self.size), len(self.rows))
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows (B,), student views (B, W), teacher views (B, W)) of a step, int64."""
-        epochs, ranks = self._places(step)
+        """(rows (b,), student views (b, W), teacher views (b, W)) of a step, int64."""
+        epochs, places = self._places(step)
         rows: list[np.ndarray] = []
         student: list[np.ndarray] = []
         teacher: list[np.ndarray] = []
         for epoch in np.unique(epochs):
-            mine = ranks[epochs == epoch]
+            mine = places[epochs == epoch]
             rows.append(self.rows[_shuffled(self.seed, int(epoch), len(self.rows))[mine]])
             for out, views in zip((student, teacher), self.epoch_views(int(epoch)), strict=True):
                 out.append(np.tile(views, (len(mine), 1)))

@@ -1,10 +1,13 @@
 """A progress line with rate and time left: a bar on a terminal, a line now and then elsewhere."""
 
+import io
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
+
+from pipeline.launch import leads
 
 EVERY = 15.0  # seconds between lines where there is no terminal
 
@@ -51,8 +54,8 @@ class Meter:
 
 @contextmanager
 def meter(what: str, total: int, unit: str, start: int = 0) -> Iterator[Meter]:
-    """A Meter that draws a bar while the block runs if stderr is a terminal."""
-    out = Meter(what, total, unit, start)
+    """A Meter that draws a bar while the block runs if stderr is a terminal; of several ranks the first shows one."""
+    out = Meter(what, total, unit, start, None if leads() else io.StringIO())
     if not out.stream.isatty():
         yield out
         return
@@ -63,8 +66,9 @@ def meter(what: str, total: int, unit: str, start: int = 0) -> Iterator[Meter]:
 
 
 def say(text: str) -> None:
-    """One line for people, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for people, on stderr; of several ranks the first says it."""
+    if leads():
+        print(text, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import artifact
+from pipeline import artifact, ranks
 from pipeline.apprentice import Apprentice
 from pipeline.artifact import UserError
 from pipeline.images import GOOD
@@ -65,9 +65,10 @@ class Session:
     def claim(self, method: str, warmup_epochs: float) -> None:
         """Write each run's manifest, what it is and came from, or compare it with the one that is there.
 
-        The end of the run is not part of what it is: it may grow. Raises Mismatch.
+        The end of the run is not part of what it is: it may grow. Nor is the number of ranks, of which
+        the first does this. Raises Mismatch.
         """
-        for lesson in self.lessons:
+        for lesson in self.lessons if ranks.rank() == 0 else []:
             how = asdict(lesson.training)
             how["schedule"] |= {"warmup": None, "warmup_epochs": warmup_epochs}
             for apprentice in lesson.apprentices:
@@ -124,6 +125,7 @@ class Session:
         """
         batch = self.batch(step)
         self._require_unchanged(batch, sight)
+        ranks.largest()  # nobody begins a step that another cannot take
         epoch, rows = round((step + 1) / self.per_epoch, 4), []
         for lesson in self.lessons:
             made: Sequence[dict[str, float] | None] = [None] * len(lesson.apprentices)

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import artifact
+from pipeline import artifact, launch
 from pipeline.artifact import UserError
-from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
+from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, words
 from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.progress import meter, say
 from pipeline.storage import Folder, is_url, open_storage
@@ -42,7 +42,7 @@ class Config:
     data: str | None = flag(None, "the images, if they have moved since the export")
     epochs: float | None = flag(None, "passes over the images (default: as published)")
     steps: int | None = flag(None, "optimiser steps, instead of --epochs")
-    batch_size: int | None = flag(None, "images per step on a device", short="-b")
+    batch_size: int | None = flag(None, "images per step on each device", short="-b")
     pairing: str = flag("same", "same, fresh or cross: how student and teacher views go together")
     views: int | None = flag(None, "use only views 0 to this-1 of the store (default: all it has now)")
     views_per_step: int | None = flag(None, "views of each image in a step, from one decode (default: the method's)")
@@ -66,13 +66,28 @@ class Config:
     workers: int | None = flag(None, "loader processes (default: one per core up to 16; 1 on CPU)", short="-j")
     cache_images: Path | None = flag(None, "a folder for decoded images: each is decoded once, not every epoch")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1")
+    devices: int | None = flag(None, "train on so many devices of this machine; with torchrun leave it out")
+    sync_bn: bool = flag(False, "on several CUDA devices, batch norm over the batches of all")
     allow_other_pixels: bool = flag(False, "train though this machine renders views differently from the exporting one")
     cache: Path | None = flag(None, "folder for the local copy of a remote store (default: the XDG cache)")
     overwrite: bool = flag(False, "start anew; an earlier run is set aside, not deleted")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train to the end, or continue. Returns {"summary", "runs": [...], "steps"}."""
+    """Train to the end, or continue. Returns {"summary", "runs": [...], "steps"}; {} on ranks other than the first."""
+    if config.devices and not launch.started():
+        check(config)
+        return launch.start(config.devices, ["distill", *words(replace(config, devices=None))])
+    if not launch.started():
+        return distill(config)
+    from pipeline import ranks
+
+    with ranks.together():
+        return distill(config)
+
+
+def distill(config: Config) -> dict[str, Any]:
+    """`run` in one process, alone or as one of several ranks."""
     check(config)
     storage = open_storage(config.store)
     artifact.read(storage, "store")
@@ -96,7 +111,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """All that can be refused before torch is imported."""
-    counts = ("steps", "batch_size", "views", "views_per_step", "image_size", "save_every")
+    counts = ("steps", "batch_size", "views", "views_per_step", "image_size", "save_every", "devices")
     require(config, {name: POSITIVE for name in counts})
     finite = (lambda x: 0 < x < float("inf"), "must be more than 0 and finite")
     require(config, {name: finite for name in ("epochs", "val_every", "lr", "clip")})
@@ -113,6 +128,8 @@ def check(config: Config) -> None:
             "ema": (lambda x: 0 < x < 1, "must be between 0 and 1"),
         },
     )
+    if config.devices and launch.started():
+        raise UserError("--devices starts ranks, and torchrun did so already; leave --devices out")
     if config.epochs and config.steps:
         raise UserError("--epochs and --steps were both given; keep one")
     from pipeline.methods import METHODS
@@ -210,9 +227,10 @@ def open_val(config: Config) -> "Dataset | None":
 
 
 def plan_of(config: Config, store: "FeatureStore", recipe: "Recipe") -> "Plan":
-    """What every step looks at, and how many steps there are."""
+    """What every step looks at, and how many steps there are. A published batch size is that of all ranks together."""
     import numpy as np
 
+    from pipeline import ranks
     from pipeline.images import GOOD
     from pipeline.pairs import Plan
 
@@ -221,11 +239,21 @@ def plan_of(config: Config, store: "FeatureStore", recipe: "Recipe") -> "Plan":
     rows = np.flatnonzero(store.table("status") == GOOD)
     if len(rows) < 2:
         raise UserError(f"{store.storage} has {len(rows)} usable images; at least 2 are needed to train")
-    batch = min(recipe.batch_size, len(rows))
-    if batch < recipe.batch_size:
-        say(f"batch of {batch} instead of {recipe.batch_size}: that is all the usable images")
+    wanted = recipe.batch_size * (ranks.size() if config.batch_size else 1)
+    batch = min(wanted, len(rows))
+    if batch < wanted:
+        say(f"batch of {batch} instead of {wanted}: that is all the usable images")
+    if batch % ranks.size():
+        each = max(1, round(min(batch, len(rows) - ranks.size() / 2) / ranks.size()))
+        raise UserError(
+            f"a batch of {batch} images cannot be shared by {ranks.size()} ranks; give each --batch-size {each}, "
+            f"{each * ranks.size()} in all, or start another number of them"
+        )
     steps = config.steps or max(1, round(recipe.epochs * len(rows) / batch))
-    return Plan(config.seed, rows, views, batch, views_per_step(config), config.pairing, steps)
+    return Plan(
+        config.seed, rows, views, batch, views_per_step(config), config.pairing, steps,
+        rank=ranks.rank(), size=ranks.size(),
+    )  # fmt: skip
 
 
 def views_per_step(config: Config) -> int:
@@ -255,16 +283,16 @@ def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
 
 def prepare(config: Config, store: "FeatureStore", dataset: "Dataset", plan: "Plan", recipe: "Recipe") -> "Session":
     """Build the lessons, claim their folders, and go back to where they stopped."""
-    from pipeline.device import choose
+    from pipeline import ranks
     from pipeline.session import Session
 
-    device = choose(config.device)
+    device = ranks.device(config.device)
     training = training_of(config, recipe, plan)
     lessons = lessons_of(config, store, plan, training, device)
     plan = with_crops(plan, store, [lesson.method.needs for lesson in lessons])
     session = Session(store, dataset, plan, lessons, device)
     session.require_sizes()
-    if config.overwrite:  # only now, when nothing else can be refused
+    if config.overwrite and ranks.rank() == 0:  # only now, when nothing else can be refused
         for folder in run_folders(config):
             if aside := artifact.set_aside(folder, "run"):
                 say(f"set the earlier {folder} aside as {aside}")
@@ -290,7 +318,7 @@ def lessons_of(
     config: Config, store: "FeatureStore", plan: "Plan", training: "Training", device: Any
 ) -> list["Lesson"]:
     """Each student with a method of its own, or all of them as peers in one; everything from the seed."""
-    from pipeline import heads
+    from pipeline import heads, ranks
     from pipeline.apprentice import Apprentice
     from pipeline.lesson import Lesson
     from pipeline.method import Setting
@@ -305,6 +333,7 @@ def lessons_of(
             config.seed, heads=heads.beside(store.storage), images=store.images,
         )  # fmt: skip
         method = METHODS.order(config.method, setting=setting).to(device)
+        method = ranks.synchronised(method, device) if config.sync_bn else method
         method.suit(config.method, store.arrays, config.pairing)
         for apprentice in group:
             apprentice.student.equip([name.removeprefix("local_") for name in method.needs.outputs])
@@ -320,13 +349,15 @@ def build_student(config: Config, number: int, device: Any) -> "Embedder":
     """A student from the seed; peers of one architecture begin with weights of their own."""
     import torch
 
+    from pipeline import ranks
     from pipeline.models import build
 
     spec = config.student[number]
     torch.manual_seed(config.seed + config.student[:number].count(spec))
     embedder = build(spec, image_size=config.image_size, pretrained_default=False)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return embedder.to(device).to(memory_format=layout)
+    embedder = embedder.to(device).to(memory_format=layout)
+    return ranks.synchronised(embedder, device) if config.sync_bn else embedder
 
 
 def torch_compile(student: "Embedder") -> Any:
@@ -345,16 +376,15 @@ def with_crops(plan: "Plan", store: "FeatureStore", needs: "Sequence[Needs]") ->
 
 def train(config: Config, session: "Session", val: "Dataset | None") -> None:
     """Steps start..end. Saves every so often, at the end, and when asked to stop."""
-    from pipeline.device import loader_workers
-    from pipeline.journal import Journal
+    from pipeline import ranks
 
     plan = session.plan
     introduce(config, session)
     with ExitStack() as stack:
-        stop = stack.enter_context(Interrupt())
+        stop = ranks.Stop(stack.enter_context(Interrupt()))
         bar = stack.enter_context(meter("distill", plan.steps, "steps", session.start))
-        logs = [stack.enter_context(Journal(a.folder, w.start)) for w in session.lessons for a in w.apprentices]
-        sights = session.sights(loader_workers(config.workers, session.device))
+        logs = [stack.enter_context(journal(a.folder, w.start)) for w in session.lessons for a in w.apprentices]
+        sights = session.sights(loaders(config, session))
         waited, clock, began = 0.0, time.monotonic(), time.monotonic()
         for step in range(session.start, plan.steps):
             sight = next(sights)
@@ -364,29 +394,46 @@ def train(config: Config, session: "Session", val: "Dataset | None") -> None:
             passed = max(1e-9, time.monotonic() - began)
             speed = {"images_per_s": plan.batch * (step + 1 - session.start) / passed, "data_wait": waited / passed}
             for row, log in zip(rows, logs, strict=True):
-                if row and at_log:
+                if row and log and at_log:
                     log.write({**row, **speed})
             losses = " ".join(f"{row['loss']:.4f}" if row else "-" for row in rows)
             bar.advance(1, f"loss {losses}  {speed['images_per_s']:.0f} images/s  data wait {speed['data_wait']:.0%}")
-            end_of_step(config, session, val, step + 1, logs, stop)
+            end_of_step(config, session, val, step + 1, logs, stop.asked())
             clock = time.monotonic()
+
+
+def journal(folder: Path, start: int) -> Any:
+    """What rank 0 writes as it goes; None for the others."""
+    from pipeline import ranks
+    from pipeline.journal import Journal
+
+    return Journal(folder, start) if ranks.rank() == 0 else nullcontext()
+
+
+def loaders(config: Config, session: "Session") -> int:
+    from pipeline.device import loader_workers
+
+    return loader_workers(config.workers, session.device, launch.beside())
 
 
 def introduce(config: Config, session: "Session") -> None:
     plan, training = session.plan, session.lessons[0].training
     count = len(session.apprentices)
+    shared = f" ({plan.batch // plan.size} on each of {plan.size} ranks)" if plan.size > 1 else ""
     say(
         f"{count} student{'s' * (count > 1)}, {config.method}: steps {session.start} to {plan.steps} "
-        f"({plan.steps / session.per_epoch:g} epochs), global batch {plan.batch} images x {plan.per_step} views, "
-        f"{training.optimizer} at {training.lr:g}, on {session.device}"
+        f"({plan.steps / session.per_epoch:g} epochs), global batch {plan.batch} images x {plan.per_step} views"
+        f"{shared}, {training.optimizer} at {training.lr:g}, on {session.device}"
     )
 
 
 def end_of_step(
-    config: Config, session: "Session", val: "Dataset | None", done: int, logs: Sequence["Journal"], stop: Interrupt
+    config: Config, session: "Session", val: "Dataset | None", done: int, logs: Sequence["Journal | None"], asked: int
 ) -> None:
-    """Check against --val and save when it is time; stop when asked to."""
-    total, asked = session.plan.steps, stop.requested  # once: a signal may come while the first student is saved
+    """Check against --val and save when it is time; stop when asked to, which is a signal's number."""
+    from pipeline import ranks
+
+    total = session.plan.steps
     per_check = max(1, round(config.val_every * session.per_epoch))
     log = iter(logs)
     for lesson in session.lessons:
@@ -399,32 +446,37 @@ def end_of_step(
             with session.alone(lesson):
                 lesson.save(done)
     if asked and done < total:
-        raise Interrupted(stop.signum, f"saved at step {done} of {total}; repeat the command to continue")
+        ranks.largest()  # rank 0 has saved
+        raise Interrupted(asked, f"saved at step {done} of {total}; repeat the command to continue")
 
 
 def examine(
-    config: Config, session: "Session", lesson: "Lesson", val: "Dataset", done: int, logs: Sequence["Journal"]
+    config: Config, session: "Session", lesson: "Lesson", val: "Dataset", done: int, logs: Sequence["Journal | None"]
 ) -> None:
-    """Leave-one-out nearest neighbours on --val; the best so far is kept."""
-    from pipeline.device import loader_workers
-
-    workers = loader_workers(config.workers, session.device)
+    """Leave-one-out nearest neighbours on --val; the best so far is kept. Rank 0 does it, and the others wait."""
     for apprentice, log in zip(lesson.apprentices, logs, strict=True):
-        score = apprentice.examine(val, session.spec, session.device, lesson.training.precision, workers)
+        if log is None:
+            continue
+        workers, precision = loaders(config, session), lesson.training.precision
+        score = apprentice.examine(val, session.spec, session.device, precision, workers)
         lesson.keep_best(apprentice, score, done)
         log.write({"step": done, "epoch": round(done / session.per_epoch, 4), "val_nn": score})
 
 
 def close(session: "Session", what: str) -> dict[str, Any]:
     """Write the bare students and say what was made. Raises UserError if one of several diverged."""
+    from pipeline import ranks
+
     lines, runs = [], []
-    for lesson, apprentice in ((w, a) for w in session.lessons if not w.over for a in w.apprentices):
+    taught = [(w, a) for w in session.lessons if not w.over for a in w.apprentices]
+    for lesson, apprentice in taught if ranks.rank() == 0 else []:
         file = apprentice.deliver(lesson.method.delivers())
         best = f", best val nearest neighbour {apprentice.best:.2f} %" if apprentice.best >= 0 else ""
         lines.append(f"{apprentice.folder}: {what}, {file.name}{best}")
         runs.append(str(apprentice.folder))
+    ranks.largest()  # rank 0 has written
     if over := [lesson.over for lesson in session.lessons if lesson.over]:
         for line in lines:
             say(line)
-        raise UserError(f"{' '.join(over)}. The other {len(lines)} students are finished")
-    return {"summary": "\n".join(lines), "runs": runs, "steps": session.plan.steps}
+        raise UserError(f"{' '.join(over)}. The other {len(taught)} students are finished")
+    return {} if ranks.rank() else {"summary": "\n".join(lines), "runs": runs, "steps": session.plan.steps}

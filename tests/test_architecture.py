@@ -24,7 +24,7 @@ GROUND = {
     f"pipeline.{name}"
     for name in (
         "errors", "storage", "bucket", "artifact", "lease", "config", "menu", "checkpoint", "schedule", "order",
-        "journal", "interrupt", "progress", "device",
+        "journal", "interrupt", "progress", "device", "launch",
     )
 }  # fmt: skip
 """What a run is made of. Every other file of pipeline/ is on the first floor."""
@@ -42,7 +42,7 @@ HOMES = {
     "distributed": {"pipeline/scheduler.py"},
     "faiss": {"pipeline/neighbors.py", "pipeline/codecs.py"},
     "obstore": {"pipeline/bucket.py"},
-    "timm": {"pipeline/models/", "pipeline/optimizers.py"},
+    "timm": {"pipeline/models/", "pipeline/optimizers.py", "pipeline/ranks.py"},
     "torchvision": {"pipeline/models/", "pipeline/views.py", "pipeline/datasets/"},
 }
 """Third-party package: the files, or the folders, that may import it."""
