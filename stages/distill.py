@@ -92,6 +92,7 @@ def distill(config: Config) -> dict[str, Any]:
     storage = open_storage(config.store)
     artifact.read(storage, "store")
 
+    from pipeline import ranks
     from pipeline.mirror import hydrate
     from pipeline.store import FeatureStore
 
@@ -100,7 +101,8 @@ def distill(config: Config) -> dict[str, Any]:
     val = open_val(config)
     if is_url(config.store):
         crops = store.local if any(name.startswith("local_") for name in method_of(config).needs.arrays) else ()
-        store = hydrate(store, [*views_used(config, store), *crops], config.cache)
+        with ranks.in_turn():
+            store = hydrate(store, [*views_used(config, store), *crops], config.cache)
     plan = plan_of(config, store, recipe)
     session = prepare(config, store, in_memory(config, dataset), plan, recipe)
     finished = session.start >= plan.steps
@@ -208,10 +210,10 @@ def in_memory(config: Config, dataset: "Dataset") -> Any:
     """The images, decoded once into a folder that is mapped into memory, if that was asked for."""
     if config.cache_images is None:
         return dataset
-    from pipeline import decoded
+    from pipeline import decoded, ranks
 
     lacking = decoded.pending(dataset, config.cache_images)
-    with meter("decode", len(dataset), "images", len(dataset) - lacking) as bar:
+    with ranks.in_turn(), meter("decode", len(dataset), "images", len(dataset) - lacking) as bar:
         return decoded.build(dataset, config.cache_images, bar.advance)
 
 
