@@ -19,8 +19,9 @@ from pipeline.datasets import DATASETS
 from pipeline.device import choose, loader_workers
 from pipeline.embed import Forward, embed
 from pipeline.models import build
+from pipeline.shelf import shard_rows
 from pipeline.storage import Folder
-from pipeline.store import FeatureStore, shard_rows
+from pipeline.store import FeatureStore
 from pipeline.views import ViewSpec
 
 TEACHER, SIZE, VIEWS, BATCH, IMAGES, ROUNDS = "timm:resnet18,pretrained=false", 224, 8, 32, 96, 5

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.shelf import Shard
 from pipeline.storage import Folder
-from pipeline.store import FeatureStore, Shard
+from pipeline.store import FeatureStore
 
 IMAGES, VIEWS, WIDTH, ROWS, RUNS = 65_536, 4, 1024, 2048, 5
 

@@ -13,8 +13,9 @@ from pipeline import artifact
 from pipeline.artifact import UserError
 from pipeline.grid import GROUP
 from pipeline.philox import view_name
+from pipeline.shelf import done_key, view_digest
 from pipeline.storage import Storage
-from pipeline.store import COPY, FeatureStore, done_key, view_digest
+from pipeline.store import COPY, FeatureStore
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import numpy as np
 from pipeline.embed import Forward, embed
 from pipeline.grid import VIEW_BLOCK
 from pipeline.images import GOOD
+from pipeline.shelf import is_local, shard_rows
 from pipeline.storage import Folder
-from pipeline.store import FeatureStore, is_local, shard_rows
+from pipeline.store import FeatureStore
 from pipeline.views import ViewSpec
 
 IMAGES = 4096  # of the sample; with four views each, 64 vectors per centroid

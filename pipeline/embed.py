@@ -18,7 +18,8 @@ from pipeline.images import GOOD, NOT_FINITE, REASONS, UNREADABLE
 from pipeline.loader import Eyes, Piece, feed, pieces_of
 from pipeline.model import Embedder
 from pipeline.philox import LOCAL, view_name
-from pipeline.store import FeatureStore, Shard, batches, done_key, is_local
+from pipeline.shelf import Shard, batches, done_key, is_local
+from pipeline.store import FeatureStore
 from pipeline.views import ViewSpec
 
 GONE = 8  # images of one shard, all of them unreadable

@@ -12,8 +12,9 @@ from pathlib import Path
 from pipeline import artifact, audit
 from pipeline.artifact import UserError
 from pipeline.progress import meter, say, size
+from pipeline.shelf import done_key
 from pipeline.storage import Folder, Storage
-from pipeline.store import COPY, FeatureStore, done_key
+from pipeline.store import COPY, FeatureStore
 
 Spans = Sequence[tuple[int, int]]  # of views: (first, one past the last)
 CONNECTIONS = 16

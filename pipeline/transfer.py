@@ -15,8 +15,9 @@ from pipeline.artifact import UserError
 from pipeline.codecs import codec
 from pipeline.grid import GROUP, VIEW_BLOCK
 from pipeline.images import GOOD
+from pipeline.shelf import Shard, done_key
 from pipeline.storage import Storage, absolute
-from pipeline.store import FeatureStore, Shard, done_key
+from pipeline.store import FeatureStore
 
 SAMPLE = 4096  # rows to train a codec on
 Progress = Callable[[int], None]

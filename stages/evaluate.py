@@ -187,7 +187,8 @@ def embed_set(config: Config, subject: "Subject", dataset: "Dataset", folder: Pa
     """View 0 of a data set through the subject, as a store of one exact view."""
     from pipeline.device import choose, loader_workers
     from pipeline.embed import Forward, embed
-    from pipeline.store import FeatureStore, shard_rows
+    from pipeline.shelf import shard_rows
+    from pipeline.store import FeatureStore
 
     arrays = {"embedding": [subject.model["width"]]}
     identity = {

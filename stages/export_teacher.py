@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pipeline.lease import Lease
     from pipeline.model import Embedder
     from pipeline.scheduler import Outcome
-    from pipeline.store import FeatureStore, Shard
+    from pipeline.shelf import Shard
+    from pipeline.store import FeatureStore
     from pipeline.views import ViewSpec
 
 CLOCKS = 2.0  # seconds by which the clocks of the images' disk and the store's may differ
@@ -372,7 +373,7 @@ def describe(
     """(identity, about) of the store's manifest: what it is, and what may change."""
     from pipeline.model import digest
     from pipeline.pixels import probe
-    from pipeline.store import shard_rows
+    from pipeline.shelf import shard_rows
     from pipeline.views import local_size
 
     arrays, heads = arrays_of(config, embedder), embedder.head_tensors()
@@ -430,7 +431,8 @@ def plan(config: Config, identity: Mapping[str, Any], begun: bool) -> dict[str, 
     """What an export would take from here: forwards, bytes, files, and the free disk."""
     from pipeline.grid import VIEW_BLOCK
     from pipeline.philox import LOCAL
-    from pipeline.store import FeatureStore, Shard, is_local
+    from pipeline.shelf import Shard, is_local
+    from pipeline.store import FeatureStore
 
     n, rows, kind = identity["data"]["images"], identity["shard_rows"], codec(identity["codec"])
     every = (*range(config.views), *range(LOCAL, LOCAL + config.local_views))

@@ -12,8 +12,9 @@ from object_store import FAULTS, Server
 from pipeline import artifact
 from pipeline.artifact import UserError
 from pipeline.bucket import Bucket
+from pipeline.shelf import Shard
 from pipeline.storage import Folder, Storage, absolute, is_url, open_storage
-from pipeline.store import FeatureStore, Shard
+from pipeline.store import FeatureStore
 
 PROMPT = 10.0  # seconds in which what is wrong must have been said
 

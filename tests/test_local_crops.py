@@ -16,8 +16,9 @@ from pipeline.journal import read as read_journal
 from pipeline.loader import Eyes, Piece
 from pipeline.pairs import Plan
 from pipeline.philox import FRESH, LOCAL, view_name
+from pipeline.shelf import Shard, done_key
 from pipeline.storage import Folder
-from pipeline.store import FeatureStore, Shard, done_key
+from pipeline.store import FeatureStore
 from pipeline.views import LOCALS, View, ViewSpec, draw, local_size, resolve, see
 from stages import distill, export_teacher, inspect, verify
 

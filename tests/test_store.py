@@ -21,8 +21,9 @@ from pipeline import artifact, audit
 from pipeline.artifact import Mismatch, UserError
 from pipeline.codecs import CODECS
 from pipeline.images import BROKEN, GOOD, NOT_FINITE, REASONS
+from pipeline.shelf import Shard, batches, done_key, shard_rows, view_digest
 from pipeline.storage import Folder
-from pipeline.store import FeatureStore, Shard, batches, done_key, shard_rows, view_digest
+from pipeline.store import FeatureStore
 
 ROOT = Path(__file__).parents[1]
 N, D, ROWS = 10, 3, 4

@@ -13,8 +13,9 @@ from PIL import Image
 
 from pipeline import artifact
 from pipeline.artifact import UserError
+from pipeline.shelf import Shard, done_key
 from pipeline.storage import Folder
-from pipeline.store import FeatureStore, Shard, done_key
+from pipeline.store import FeatureStore
 from stages import export_teacher, inspect, verify
 
 TEACHER = "convnet:channels=4+8,pretrained=false"
