@@ -1,12 +1,27 @@
-"""Two stores of the same views of the same images, by two teachers: (i, v) means the same pixels in both."""
+"""Whether (i, v) still means the same pixels: for a store and its images, and for two stores by two teachers."""
 
 from typing import Any
 
 import numpy as np
 
-from pipeline.artifact import UserError, differences
+from pipeline.artifact import MANIFEST, UserError, differences
 from pipeline.images import GOOD
 from pipeline.store import FeatureStore
+
+CLOCKS = 2.0  # seconds by which the clocks of the images' disk and the store's may differ
+
+
+def require_unchanged(store: FeatureStore, dataset: Any) -> None:
+    """Raises UserError if an image is not what its stored features were made from. Reads what was touched since."""
+    content = np.zeros(store.images, np.uint64)
+    for block in store.done():
+        rows = slice(*store.span(block))
+        content[rows] = store.table("content", rows)
+    if changed := dataset.changed(content, store.storage.modified(MANIFEST) - CLOCKS):
+        raise UserError(
+            f"{len(changed)} images are not those the stored views were made from, the first is "
+            f"{dataset.ids[changed[0]]}; put them back, or export into a new folder"
+        )
 
 
 def terms(other: FeatureStore, given: dict[str, tuple[Any, Any]]) -> dict[str, Any]:

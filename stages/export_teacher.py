@@ -1,7 +1,5 @@
 """Dataset -> views -> frozen teacher -> feature store: each (i, v) once, ever."""
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,9 +13,9 @@ from pipeline.codecs import KNOWN, codec
 from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
 from pipeline.interrupt import Interrupt
 from pipeline.menu import nearest
-from pipeline.progress import duration, meter, say, size
+from pipeline.progress import duration, meter, say
 from pipeline.scheduler import parse as parse_scheduler
-from pipeline.storage import Folder, is_url, open_storage
+from pipeline.storage import Folder, open_storage
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from pipeline.store import FeatureStore
     from pipeline.views import ViewSpec
 
-CLOCKS = 2.0  # seconds by which the clocks of the images' disk and the store's may differ
-PACKAGES = ("torch", "torchvision", "pillow", "zarr", "numpy")  # whose versions may change a feature's last bits
 
 
 @dataclass(frozen=True)
@@ -79,8 +75,13 @@ def run(config: Config) -> dict[str, Any]:
 
     import torch
 
+    from pipeline import lease
+    from pipeline.agreement import require_alike, require_unchanged
     from pipeline.device import choose
+    from pipeline.embed import Forward
     from pipeline.models import build
+    from pipeline.pixels import require_same
+    from pipeline.store import FeatureStore
     from pipeline.views import ViewSpec
 
     device = choose(config.device)
@@ -90,19 +91,15 @@ def run(config: Config) -> dict[str, Any]:
     spec = ViewSpec(config.policy, config.seed, ratio)
     identity, about = describe(config, dataset, embedder, spec)
     if other:
-        from pipeline.agreement import require_alike
-
         require_alike(identity, dataset, other)
         about["like"] = other.fingerprint
     if earlier:
         artifact.claim(storage, "store", identity)
     if config.dry_run:
-        return plan(config, identity, bool(earlier))
+        from pipeline.estimate import estimate
 
-    from pipeline import lease
-    from pipeline.embed import Forward
-    from pipeline.pixels import require_same
-    from pipeline.store import FeatureStore
+        pending = FeatureStore(storage).pending(config.views) if earlier else None
+        return estimate(identity, config.views, config.out, pending)
 
     if earlier:  # refuse before anything grows
         require_same(earlier["about"]["pixels"], dataset, spec, embedder.preprocessing, range(len(dataset)), allow=None)
@@ -135,6 +132,9 @@ class Workshop:
 
 def fill(config: Config, work: Workshop, lease: "Lease", other: "FeatureStore | None") -> dict[str, Any]:
     """Compute what the store lacks, and say what was made."""
+    from pipeline.agreement import require_unchanged
+    from pipeline.history import event
+
     store, width, device = work.store, work.forward.embedder.width, work.forward.device
     pending = store.pending()
     rows = sum(shard.stop - shard.start for shard in pending)
@@ -144,7 +144,7 @@ def fill(config: Config, work: Workshop, lease: "Lease", other: "FeatureStore | 
         learn_codebooks(config, work, lambda: stop.requested or lease.lost)
         cost, failed = compute(config, work, pending, bar.advance, lambda: stop.requested or lease.lost)
         lease.check()
-        store.remember(event(config, cost, device))
+        store.remember(event(cost, device))
         left = len(store.pending())
         stop.check(f"{len(pending) - left} of {len(pending)} pending shards are kept; repeat the command to continue")
     if failed:
@@ -340,21 +340,6 @@ def open_images(config: Config) -> "Dataset":
     return dataset.subset(config.limit) if config.limit else dataset
 
 
-def require_unchanged(store: "FeatureStore", dataset: "Dataset") -> None:
-    """Raises UserError if an image is not what its stored features were made from. Reads what was touched since."""
-    import numpy as np
-
-    content = np.zeros(store.images, np.uint64)
-    for block in store.done():
-        rows = slice(*store.span(block))
-        content[rows] = store.table("content", rows)
-    if changed := dataset.changed(content, store.storage.modified(artifact.MANIFEST) - CLOCKS):
-        raise UserError(
-            f"{len(changed)} images are not those the stored views were made from, the first is "
-            f"{dataset.ids[changed[0]]}; put them back, or export into a new folder"
-        )
-
-
 def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dataset") -> None:
     """Raises UserError, with what differs, if the store that is there was made from other images."""
     if dataset.fingerprint != earlier["identity"]["data"]["fingerprint"]:
@@ -411,11 +396,6 @@ def describe(
     return identity, about
 
 
-def one_cell(text: str) -> str:
-    """Text that cannot break a table of tabs and lines: a file's name may hold either."""
-    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
-
-
 def absolute(data: str, limit: int | None) -> dict[str, Any]:
     """The data spec so that it holds from any working directory, and how many of it."""
     from pipeline.datasets import DATASETS
@@ -427,89 +407,18 @@ def absolute(data: str, limit: int | None) -> dict[str, Any]:
     return {"spec": str(spec), "limit": limit}
 
 
-def plan(config: Config, identity: Mapping[str, Any], begun: bool) -> dict[str, Any]:
-    """What an export would take from here: forwards, bytes, files, and the free disk."""
-    from pipeline.grid import VIEW_BLOCK
-    from pipeline.philox import LOCAL
-    from pipeline.shelf import Shard, is_local
-    from pipeline.store import FeatureStore
-
-    n, rows, kind = identity["data"]["images"], identity["shard_rows"], codec(identity["codec"])
-    every = (*range(config.views), *range(LOCAL, LOCAL + config.local_views))
-    pending = [Shard(b, b * rows, min(n, (b + 1) * rows), every) for b in range(-(-n // rows))]
-    if begun:
-        pending = FeatureStore(open_storage(config.out)).pending(config.views)
-    written = files = 0
-    for shard in pending:
-        crops = sum(bool(view & LOCAL) for view in shard.views)
-        blocks = {False: -(-(len(shard.views) - crops) // VIEW_BLOCK), True: -(-crops // VIEW_BLOCK)}
-        files += 2 + blocks[False] + blocks[True]  # status, content, done records
-        for name, shape in identity["arrays"].items():
-            count = (shard.stop - shard.start) * (crops if is_local(name) else len(shard.views) - crops)
-            written += count * kind.size(tuple(shape))
-            files += blocks[is_local(name)] * (1 + kind.scaled)
-    out = {
-        "images": n,
-        "views": config.views,
-        "forwards": sum((shard.stop - shard.start) * len(shard.views) for shard in pending),
-        "total_forwards": n * len(every),
-        "bytes": written,
-        "files": files,
-        "shard_rows": rows,
-    }
-    local = f" and {config.local_views} local crops" if config.local_views else ""
-    text = (
-        f"dry run: {n} images x {config.views} views{local} = {out['total_forwards']} forwards"
-        + (f", {out['forwards']} of them pending" if begun else "")
-        + f"; {size(out['bytes'])} in {files} files, shards of {rows} rows"
-    )
-    if not is_url(config.out):
-        out["free_bytes"], there = free_disk(config.out)
-        text += f"; {size(out['free_bytes'])} free in {there}"
-    return {"summary": text, **out}
-
-
-def free_disk(out: str) -> tuple[int, Path]:
-    """Free bytes, and the folder that was asked: the first there is on the way up."""
-    import shutil
-
-    folder = Path(out).expanduser().absolute()
-    there = next(p for p in [folder, *folder.parents] if p.exists())
-    return shutil.disk_usage(there).free, there
-
-
-def event(config: Config, cost: Any, device: Any) -> dict[str, Any]:
-    """A line of history: who, when, with what, at what cost."""
-    from importlib.metadata import version
-
-    import torch
-
-    return {
-        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in PACKAGES}},
-        "images": cost.images,
-        "views": cost.views,
-        "seconds": round(cost.seconds, 3),
-        "waited": round(cost.waited, 3),
-    }
-
-
 def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> dict[str, Any]:
     """Check that all is there and agrees with `other`, list what could not be used, and say what was made."""
+    from pipeline.history import list_bad
+
     store.require_complete()
     if other:
         from pipeline.agreement import require_same_contents
 
         require_same_contents(store, other)
         text += f"; the same pixels as {other.storage}"
-    bad = store.bad_images()
-    if bad:
-        lines = ["row\tid\treason", *(f"{i}\t{one_cell(name)}\t{one_cell(why)}" for i, name, why in bad)]
-        store.storage.put("bad-images.tsv", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
-        first = "; ".join(f"{one_cell(name)}: {why}" for _, name, why in bad[:3])
+    if bad := list_bad(store):
+        first = "; ".join(f"{name}: {why}" for _, name, why in bad[:3])
         say(f"{len(bad)} of {store.images} images could not be used (bad-images.tsv): {first}")
     if len(bad) == store.images:
         raise UserError(
