@@ -1,5 +1,6 @@
 """`compress label-head`: a linear head on stored embeddings, fitted to a few labels, for simclr-v2."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,8 +91,12 @@ def named(store: "FeatureStore", file: str) -> "np.ndarray":
     import numpy as np
 
     ids = [str(name) for name in store.table("sample_id")]
-    row = {name.rpartition("/")[2]: i for i, name in enumerate(ids)} | {name: i for i, name in enumerate(ids)}
+    short = [name.rpartition("/")[2] for name in ids]
+    shared = {name for name, count in Counter(short).items() if count > 1}
+    row = {name: i for i, name in enumerate(short)} | {name: i for i, name in enumerate(ids)}
     asked = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+    if doubtful := [name for name in asked if name in shared and name not in ids]:
+        raise UserError(f"{file} names {doubtful[0]}, and several images are called so; give ids, as {ids[0]}")
     if missing := [name for name in asked if name not in row]:
         raise UserError(
             f"{len(missing)} of {len(asked)} ids in {file} are not in {store.storage}, the first is {missing[0]}; "

@@ -1,0 +1,129 @@
+"""`compress label-head`: a few labels and the stored embeddings make a head, and nothing else does."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler, normalize
+
+from pipeline import labelhead
+from pipeline.artifact import UserError
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore
+from stages import export_teacher, label_head
+
+IMAGES = 30
+NAMES = ["ant", "bee", "cat"]
+
+
+def blobs(classes: int, n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    label = np.arange(n) % classes
+    return (rng.normal(size=(classes, 6))[label] * 2 + rng.normal(size=(n, 6))).astype(np.float32), label
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_head_is_logistic_regression_on_standardised_unit_features_with_the_scaling_folded_in(classes: int) -> None:
+    features, label = blobs(classes)
+    head = labelhead.fit(features, label, NAMES[:classes], 0.5)
+    plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.5, max_iter=2000)).fit(normalize(features), label)
+    fresh, _ = blobs(classes, seed=3)
+    p = head(torch.from_numpy(fresh * 7)).softmax(1).numpy()  # of any length
+    np.testing.assert_allclose(p, plain.predict_proba(normalize(fresh)), atol=2e-3)
+
+
+def test_a_class_without_examples_is_never_predicted() -> None:
+    features, label = blobs(2)
+    head = labelhead.fit(features, label * 2, NAMES)
+    assert set(head(torch.randn(500, 6)).argmax(1).tolist()) == {0, 2}
+
+
+def test_a_share_is_of_every_class_at_least_one_and_a_function_of_the_seed() -> None:
+    label = np.array([0] * 50 + [1] * 30 + [2] * 3 + [-1] * 9)
+    rows = labelhead.choose(label, 0.1, 0)
+    assert np.bincount(label[rows]).tolist() == [5, 3, 1] and (np.diff(rows) > 0).all()
+    assert np.array_equal(rows, labelhead.choose(label, 0.1, 0))
+    assert not np.array_equal(rows, labelhead.choose(label, 0.1, 1))
+    assert len(labelhead.choose(np.full(4, -1), 0.5, 0)) == 0
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top, rng = tmp_path_factory.mktemp("few"), np.random.default_rng(0)
+    for i in range(IMAGES):
+        file = top / "images" / NAMES[i % 3] / (f"{i:02d}.png" if i > 2 else "first.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        colour = np.eye(3)[i % 3] * 200
+        Image.fromarray((colour + rng.integers(0, 55, (12, 12, 3))).astype(np.uint8)).save(file)
+    teacher = "convnet:channels=4+8,pretrained=false"
+    how: dict[str, Any] = {"views": 2, "image_size": 8, "workers": 0, "device": "cpu", "codec": "float32"}
+    export_teacher.run(export_teacher.Config(str(top / "images"), teacher, top / "store", **how))
+    return top / "store"
+
+
+def made(store: Path, out: Path, **said: Any) -> dict[str, Any]:
+    return label_head.run(label_head.Config(store=store, out=out, **said))
+
+
+def test_the_command_fits_on_the_labels_it_may_use_and_scores_on_the_others(store: Path, tmp_path: Path) -> None:
+    found = made(store, tmp_path / "head.safetensors", labels="20%")
+    assert (found["labelled"], found["classes"]) == (6, 3)
+    here = FeatureStore(Folder(store))
+    features, label = here.read("embedding", 0), here.table("label")
+    rows = labelhead.choose(label, 0.2, 0)
+    head = labelhead.load(tmp_path / "head.safetensors", 8)
+    want = labelhead.fit(features[rows], label[rows], NAMES)
+    torch.testing.assert_close(head.weight, want.weight)
+    rest = np.setdiff1d(np.arange(IMAGES), rows)
+    hits = (head(torch.from_numpy(features[rest])).argmax(1).numpy() == label[rest]).mean()
+    assert found["top1"] == pytest.approx(100 * hits) and head.names == ("ant", "bee", "cat")
+
+
+def test_a_file_of_ids_or_of_file_names_says_which_labels(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "ids").write_text("ant/03.png\n04.png\n\n05.png\n")
+    assert made(store, tmp_path / "head", labels=str(tmp_path / "ids"))["labelled"] == 3
+    (tmp_path / "odd").write_text("ant/03.png\n99.png\n")
+    with pytest.raises(UserError, match=r"1 of 2 ids in .*odd are not in .*, the first is 99.png; they look like ant/"):
+        made(store, tmp_path / "other", labels=str(tmp_path / "odd"))
+    (tmp_path / "doubtful").write_text("first.png\n03.png\n")
+    with pytest.raises(UserError, match="names first.png, and several images are called so; give ids, as ant/"):
+        made(store, tmp_path / "other", labels=str(tmp_path / "doubtful"))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"labels": "0%"}, "must be more than 0% and at most 100%"),
+        ({"labels": "ten%"}, "must be more than 0%"),
+        ({"labels": "nowhere.txt"}, "is neither a share, as 10%, nor a file of image ids"),
+        ({"strength": 0.0}, "--strength is 0.0, but must be more than 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_written(
+    said: dict[str, Any], words: str, store: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        made(store, tmp_path / "head", **said)
+    assert not (tmp_path / "head").exists()
+
+
+def test_a_file_that_is_there_is_replaced_only_when_asked(store: Path, tmp_path: Path) -> None:
+    made(store, tmp_path / "head")
+    before = (tmp_path / "head").read_bytes()
+    with pytest.raises(UserError, match="is there already; name another --out, or replace it with --overwrite"):
+        made(store, tmp_path / "head", labels="50%")
+    assert (tmp_path / "head").read_bytes() == before
+    made(store, tmp_path / "head", labels="50%", overwrite=True)
+    assert (tmp_path / "head").read_bytes() != before
+    made(store, tmp_path / "again", labels="50%")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "head").read_bytes()
+
+
+def test_one_class_is_too_few() -> None:
+    with pytest.raises(UserError, match="two classes at least"):
+        labelhead.fit(np.ones((4, 6), np.float32), np.zeros(4, int), NAMES)
