@@ -181,17 +181,18 @@ def learn_codebooks(config: Config, work: Workshop, stopped: Callable[[], bool])
         return learn(work.store, work.dataset, work.spec, work.forward, workers=workers, stopped=stopped)
     from pipeline import scheduler
 
-    for outcome in scheduler.spread(["codebook"], partial(learn_on_worker, config), config.scheduler, stopped):
+    task = partial(learn_on_worker, config, threads(config))
+    for outcome in scheduler.spread(["codebook"], task, config.scheduler, stopped):
         if outcome.error is not None:
             raise outcome.error
 
 
-def learn_on_worker(config: Config, _: str) -> None:
+def learn_on_worker(config: Config, threads: int | None, _: str) -> None:
     """What a cluster's worker does before the shards."""
     from pipeline.codebook import learn
     from pipeline.device import loader_workers
 
-    work = workshop(config)
+    work = workshop(config, threads)
     workers = loader_workers(config.workers, work.forward.device)
     learn(work.store, work.dataset, work.spec, work.forward, workers=workers, threads=True)
 
@@ -216,7 +217,8 @@ def compute(
     from pipeline import scheduler
 
     total, failed, began = Cost(), [], time.monotonic()
-    for outcome in scheduler.spread(pending, partial(compute_shard, config), config.scheduler, stopped):
+    task = partial(compute_shard, config, threads(config))
+    for outcome in scheduler.spread(pending, task, config.scheduler, stopped):
         if outcome.error is None:
             total += outcome.result
             progress(outcome.task.stop - outcome.task.start)
@@ -227,12 +229,19 @@ def compute(
     return total, failed
 
 
-def compute_shard(config: Config, shard: "Shard") -> "Cost":
+def threads(config: Config) -> int | None:
+    """Of a model on this machine's CPU: workers take as many as `local`, for they decide its last bits."""
+    import torch
+
+    return torch.get_num_threads() if config.scheduler.startswith("processes") else None
+
+
+def compute_shard(config: Config, threads: int | None, shard: "Shard") -> "Cost":
     """What a cluster's worker does: one shard, decoded by threads, as workers may have no child processes."""
     from pipeline.device import loader_workers
     from pipeline.embed import Cost, embed
 
-    work = workshop(config)
+    work = workshop(config, threads)
     if work.store.is_done(shard):  # by a worker that was lost before it could say so
         return Cost()
     workers = loader_workers(config.workers, work.forward.device)
@@ -240,7 +249,7 @@ def compute_shard(config: Config, shard: "Shard") -> "Cost":
 
 
 @lru_cache(maxsize=1)
-def workshop(config: Config) -> Workshop:
+def workshop(config: Config, threads: int | None) -> Workshop:
     """The images, the store and the teacher, in this process and on its device."""
     import torch
 
@@ -251,6 +260,8 @@ def workshop(config: Config) -> Workshop:
     from pipeline.store import FeatureStore
     from pipeline.views import ViewSpec
 
+    if threads:
+        torch.set_num_threads(threads)
     dataset = open_images(config)
     store = FeatureStore(open_storage(config.out))
     device = choose(config.device)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.artifact import UserError
@@ -30,9 +31,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def export(images: Path, out: Path, scheduler: str = "local") -> dict:
+def export(images: Path, out: Path, scheduler: str = "local", teacher: str = TEACHER) -> dict:
     how = {"views": 3, "image_size": 16, "batch_size": 4, "shard_size": 8, "workers": 1, "scheduler": scheduler}
-    return run(Config(data=str(images), teacher=TEACHER, out=out, **how))  # type: ignore[arg-type]
+    return run(Config(data=str(images), teacher=teacher, out=out, **how))  # type: ignore[arg-type]
 
 
 def content(store: Path) -> dict[str, bytes]:
@@ -54,6 +55,33 @@ def test_worker_processes_write_the_same_bytes_as_one_process(images: Path, tmp_
     export(images, tmp_path / "local")
     made = export(images, tmp_path / "spread", "processes:2")
     assert made["images"] == 48
+    assert content(tmp_path / "spread") == content(tmp_path / "local")
+
+
+COUNTING = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        return images.flatten(1)[:, :4] * self.scale * torch.get_num_threads()
+"""
+
+
+def test_workers_of_this_machine_compute_with_as_many_threads_as_one_process(images: Path, tmp_path: Path) -> None:
+    """How a sum is split over threads decides its last bits; dask gives its workers one."""
+    (tmp_path / "counting.py").write_text(COUNTING)
+    teacher = f"python:{tmp_path}/counting.py:Net"
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        export(images, tmp_path / "local", teacher=teacher)
+        export(images, tmp_path / "spread", "processes:1", teacher=teacher)
+    finally:
+        torch.set_num_threads(before)
     assert content(tmp_path / "spread") == content(tmp_path / "local")
 
 
