@@ -95,7 +95,8 @@ def _function(config: Any, run: Any) -> Any:
     for f in fields(config):
         kind = list[str] if typing.get_origin(hints[f.name]) is tuple else hints[f.name]
         name, short = f.name.replace("_", "-"), f.metadata.get("short")
-        names = [f"--{name}/--no-{name}" if kind is bool else f"--{name}", *([short] if short else [])]
+        either = kind is bool or bool in typing.get_args(kind)
+        names = [f"--{name}/--no-{name}" if either else f"--{name}", *([short] if short else [])]
         text = f.metadata.get("help")
         info = typer.Argument(help=text) if f.metadata.get("place") else typer.Option(*names, help=text)
         default = inspect.Parameter.empty if f.default is MISSING else f.default

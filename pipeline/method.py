@@ -51,6 +51,8 @@ class Recipe:
     schedule: str = "cosine"
     warmup_epochs: float = 0.0
     drops: tuple[tuple[float, float], ...] = ((90 / 130, 0.2), (120 / 130, 0.04))
+    norm_decay: bool = True  # norms and biases decay too
+    clip: float | None = None  # largest norm of the gradient
 
 
 @dataclass

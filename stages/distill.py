@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,10 @@ class Config:
     lr: float | None = flag(None, "base learning rate (default: published, scaled with the batch)")
     momentum: float | None = flag(None, "of SGD; beta 1 of AdamW")
     weight_decay: float | None = flag(None)
-    norm_decay: bool = flag(True, "weight decay on norms and biases too, as published")
+    norm_decay: bool | None = flag(None, "weight decay on norms and biases too (default: as published)")
     schedule: str | None = flag(None, "cosine, step or constant")
     warmup_epochs: float | None = flag(None, "epochs of linear warm-up")
-    clip: float | None = flag(None, "clip the gradient to this norm")
+    clip: float | None = flag(None, "clip the gradient to this norm (default: as published, mostly not)")
     ema: float | None = flag(None, "average the student with this decay; the average is what is kept")
     precision: str = flag("fp32", "fp32, bf16, fp16; similarities are always fp32")
     compile: bool = flag(False, "torch.compile the student")
@@ -182,8 +182,8 @@ def method_of(config: Config) -> "type[Method]":
 def recipe_of(config: Config) -> "Recipe":
     """The published recipe with the flags that were given."""
     recipe = method_of(config).recipe
-    names = ("optimizer", "lr", "momentum", "weight_decay", "batch_size", "epochs", "schedule", "warmup_epochs")
-    return replace(recipe, **{n: v for n in names if (v := getattr(config, n)) is not None})
+    flags = [f.name for f in fields(recipe) if f.name != "drops"]
+    return replace(recipe, **{n: v for n in flags if (v := getattr(config, n)) is not None})
 
 
 def open_images(config: Config, store: "FeatureStore") -> "Dataset":
@@ -311,8 +311,8 @@ def training_of(config: Config, recipe: "Recipe", plan: "Plan") -> "Training":
     run_epochs = plan.steps * plan.batch / len(plan.rows)
     schedule = Schedule(recipe.schedule, min(1.0, recipe.warmup_epochs / run_epochs), recipe.drops)
     return Training(
-        recipe.optimizer, rate, recipe.momentum, recipe.weight_decay, config.norm_decay, schedule,
-        config.clip, config.ema, config.precision, config.seed,
+        recipe.optimizer, rate, recipe.momentum, recipe.weight_decay, recipe.norm_decay, schedule,
+        recipe.clip, config.ema, config.precision, config.seed,
     )  # fmt: skip
 
 

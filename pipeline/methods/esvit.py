@@ -43,8 +43,9 @@ class EsVit(Method):
 
     needs = Needs(("embedding", "regions"), ("embedding", "regions"), views=2)
     recipe = Recipe(
-        optimizer="adamw", lr=5e-4, weight_decay=0.04, batch_size=512, epochs=300, schedule="cosine", warmup_epochs=10
-    )
+        optimizer="adamw", lr=5e-4, weight_decay=0.04, batch_size=512, epochs=300, schedule="cosine", warmup_epochs=10,
+        norm_decay=False, clip=3.0,
+    )  # fmt: skip
 
     def __init__(
         self,
