@@ -1,8 +1,13 @@
 """Ctrl-C and SIGTERM as a request that a loop grants at its next safe point."""
 
 import signal
+import time
 from types import FrameType
 from typing import Any
+
+from pipeline.launch import started
+
+ECHO = 2.0  # seconds: a cluster signals every process of a job, and torchrun then passes the signal on to its ranks
 
 
 class Interrupted(BaseException):
@@ -20,7 +25,7 @@ class Interrupt:
     """`with Interrupt() as stop:` then ask `stop.requested`; a second signal is not held back."""
 
     def __init__(self) -> None:
-        self.signum = 0
+        self.signum, self._first = 0, 0.0
         self._before: dict[int, Any] = {}
 
     @property
@@ -37,9 +42,10 @@ class Interrupt:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum:
+        if self.signum and not (started() and time.monotonic() - self._first < ECHO):
             raise KeyboardInterrupt
-        self.signum = signum
+        if not self.signum:
+            self.signum, self._first = signum, time.monotonic()
 
     def check(self, message: str) -> None:
         """Raises Interrupted with this message if a signal came."""

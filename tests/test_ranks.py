@@ -1,0 +1,468 @@
+"""Ranks: N processes with a share of each step make the run that one process makes, and end together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline import device, interrupt, launch, ranks
+from pipeline.artifact import UserError
+from pipeline.config import words
+from pipeline.interrupt import Interrupt
+from pipeline.journal import read as read_journal
+from pipeline.lesson import Diverged
+from pipeline.methods import dogo
+from pipeline.pairs import Plan
+from stages import distill, export_teacher
+from stages.distill import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = "convnet:channels=8+16,pretrained=false"
+IMAGES, BATCH, STEPS = 120, 24, 7  # five steps an epoch
+
+SMOOTH = """
+from torch import nn
+def net():
+    return nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5))
+"""
+"""A student without batch norm: what it makes of an image does not depend on who else is in the batch."""
+
+BROKEN = """
+from pipeline import ranks
+from pipeline.method import Method
+class Broken(Method):
+    def __init__(self, *, setting):
+        super().__init__()
+    def forward(self, batch, outputs):
+        loss = outputs[0]["embedding"].pow(2).mean()
+        return [loss * float("nan") if batch.step == 2 and ranks.rank() == 1 else loss]
+"""
+"""A method whose loss is not finite on one rank."""
+
+CASES: dict[str, dict[str, Any]] = {
+    "compress-1q": {"method": "compress-1q:bank=50", "views_per_step": 2, "pairing": "cross"},
+    "compress-2q": {"method": "compress-2q:bank=50", "clip": 1.0, "ema": 0.9},
+    "compress-2q-momentum": {"method": "compress-2q-momentum:bank=50,momentum=0.9"},
+    "seed": {"method": "seed:bank=50", "optimizer": "adamw", "lr": 0.01},
+    "crd": {"method": "crd:negatives=30"},
+    "regression": {"method": "regression:norm=batch"},
+    "dogo": {"method": "dogo", "peers": 2, "lr": 0.01},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def config(home: Path, name: str, **said: Any) -> Config:
+    default = {
+        "method": "compress-1q:bank=50", "steps": STEPS, "image_size": 8, "lr": 0.2, "schedule": "constant",
+        "workers": 0, "device": "cpu", "batch_size": BATCH // ranks.size(), "peers": 1,
+    }  # fmt: skip
+    asked = {**default, **said}
+    student = (f"python:{home}/smooth.py:net",) * asked.pop("peers")
+    return Config(store=str(home / "store"), student=student, out=home / name, **asked)
+
+
+def train(home: Path, name: str, **said: Any) -> None:
+    """A run in home/name, every step of it logged; beside it the buffers and weights of each rank."""
+
+    def close(session: Any, what: str) -> Any:
+        (lesson,) = session.lessons
+        torch.save([lesson.students.state_dict(), dict(lesson.method.named_buffers())], home / f"{name}.{ranks.rank()}")
+        return finish(session, what)
+
+    finish = distill.close
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "LOG_EVERY", 1)
+        patch.setattr(distill, "close", close)
+        patch.setattr(dogo, "projection", lambda width, out: nn.Linear(width, out))  # the real one has batch norm
+        distill.run(config(home, name, **said))
+
+
+def curves(home: Path, name: str) -> list[list[float]]:
+    """[[loss, spread, agreement of each step] of each student]"""
+    logs = [read_journal(file) for file in sorted((home / name).rglob("metrics.jsonl"))]
+    return [[row[key] for row in log for key in ("loss", "spread", "agreement") if key in row] for log in logs]
+
+
+def left(home: Path, name: str, rank: int = 0) -> dict[str, Tensor]:
+    """What a rank had learned and kept at the end."""
+    students, buffers = torch.load(home / f"{name}.{rank}", weights_only=True)
+    return {**students, **{f"method.{key}": value for key, value in buffers.items()}}
+
+
+def assert_alike(home: Path, name: str, other: str) -> None:
+    """Two runs: the same losses, student and banks within float error."""
+    one, two = curves(home, name), curves(home, other)
+    assert len(one) == len(two) and all(one)
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4, abs=1e-5)
+    mine, theirs = left(home, name), left(home, other)
+    assert mine.keys() == theirs.keys()
+    for key, value in mine.items():
+        torch.testing.assert_close(value, theirs[key], rtol=2e-3, atol=2e-4, msg=lambda said, key=key: f"{key}: {said}")
+
+
+# ---------------------------------------------------------------- worlds
+
+
+def world(size: int, deed: Callable[..., None], *arguments: Any) -> list[int]:
+    """Do something in `size` processes that are ranks; their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn = get_context("spawn")
+    processes = [spawn.Process(target=_rank, args=(n, size, port, deed, arguments)) for n in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode is not None, "a rank hangs"
+    return [process.exitcode or 0 for process in processes]
+
+
+def _rank(number: int, size: int, port: int, deed: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    with ranks.together():
+        deed(*arguments)
+
+
+def in_two(home: Path) -> None:
+    """All that two ranks are asked below."""
+    for name, case in CASES.items():
+        train(home, f"two-{name}", **case)
+    train(home, "two-then-one", steps=3)
+    train(home, "two-then-four", steps=3)
+    train(home, "one-then-two", steps=STEPS)
+    gathered(home)
+    try:
+        train(home, "broken", method=f"python:{home}/broken.py:Broken")
+    except Diverged as end:
+        (home / f"broken.{ranks.rank()}").write_text(str(end))
+
+
+def in_four(home: Path) -> None:
+    for name in ("compress-1q", "dogo"):
+        train(home, f"four-{name}", **CASES[name])
+    train(home, "two-then-four")
+
+
+def gathered(home: Path) -> None:
+    """Gradients of an in-batch loss of all ranks' rows, averaged; rows of whole numbers."""
+    x, layer = problem()
+    network = ranks.averaged(layer)
+    mine = network(x[ranks.rank() :: ranks.size()])
+    in_batch(ranks.gather(mine)).backward()
+    assert layer.weight.grad is not None
+    numbers = ranks.gather(torch.arange(6).reshape(6, 1)[ranks.rank() :: ranks.size()])
+    torch.save([layer.weight.grad, numbers], home / f"gathered.{ranks.rank()}")
+
+
+def problem() -> tuple[Tensor, nn.Linear]:
+    torch.manual_seed(0)
+    return torch.randn(6, 4), nn.Linear(4, 3)
+
+
+def in_batch(z: Tensor) -> Tensor:
+    return (z @ z.T).log_softmax(1).diagonal().sum()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store, and every case trained by one process and by two."""
+    home = tmp_path_factory.mktemp("ranks")
+    (home / "smooth.py").write_text(SMOOTH)
+    (home / "broken.py").write_text(BROKEN)
+    export_teacher.run(
+        export_teacher.Config(
+            "digits",
+            TEACHER,
+            str(home / "store"),
+            views=5,
+            image_size=8,
+            limit=IMAGES,
+            batch_size=40,
+            workers=0,
+            device="cpu",
+        )
+    )
+    for name, case in CASES.items():
+        train(home, f"one-{name}", **case)
+    train(home, "one")
+    train(home, "one-then-two", steps=3)
+    assert world(2, in_two, home) == [0, 0]
+    return home
+
+
+# ---------------------------------------------------------------- the same run
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_with_half_a_batch_each_train_as_one_process_does(name: str, home: Path) -> None:
+    assert_alike(home, f"one-{name}", f"two-{name}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_ranks_end_with_the_same_weights_and_banks_to_the_bit(name: str, home: Path) -> None:
+    zero, one = left(home, f"two-{name}", 0), left(home, f"two-{name}", 1)
+    assert zero.keys() == one.keys()
+    for key, value in zero.items():
+        assert torch.equal(value, one[key]), key
+
+
+def test_a_bank_holds_the_images_and_views_of_all_ranks_in_the_order_of_one_process(home: Path) -> None:
+    one, two = left(home, "one-compress-1q"), left(home, "two-compress-1q")
+    for key in ("method.bank.rows", "method.bank.views"):
+        assert torch.equal(one[key], two[key])
+
+
+def test_gradients_through_a_gathered_batch_are_those_of_one_process(home: Path) -> None:
+    x, layer = problem()
+    in_batch(layer(x)).backward()
+    for rank in range(2):
+        gradient, numbers = torch.load(home / f"gathered.{rank}", weights_only=True)
+        torch.testing.assert_close(gradient, layer.weight.grad)
+        assert numbers.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["two-then-one", "one-then-two"])
+def test_a_checkpoint_is_continued_on_another_number_of_ranks(name: str, home: Path) -> None:
+    if name == "two-then-one":
+        train(home, name)
+    assert_alike(home, "one", name)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them(home: Path) -> None:
+    said = [(home / f"broken.{rank}").read_text() for rank in range(2)]
+    assert said[0] == said[1] and "the loss is nan at step 2" in said[0]
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one_and_go_on_where_two_stopped(home: Path) -> None:
+    assert world(4, in_four, home) == [0, 0, 0, 0]
+    for name in ("compress-1q", "dogo"):
+        assert_alike(home, f"one-{name}", f"four-{name}")
+    assert_alike(home, "one", "two-then-four")
+
+
+# ---------------------------------------------------------------- shares
+
+
+@pytest.mark.parametrize("local", [{}, {"local": (7, 8)}, {"crops": 3}])
+def test_the_shares_of_all_ranks_are_the_step(local: dict[str, Any]) -> None:
+    whole = Plan(3, np.arange(20), (1, 2, 3), 12, 2, "fresh", 9, **local)
+    for step in range(9):
+        parts = [replace(whole, rank=rank, size=3) for rank in range(3)]
+        for rank, part in enumerate(parts):
+            for mine, all_of_it in zip(part.at(step), whole.at(step), strict=True):
+                assert np.array_equal(mine, all_of_it[rank::3])
+            crops, piece = whole.local_at(step), part[step]
+            assert np.array_equal(piece.rows, part.at(step)[0])
+            assert crops is None if piece.local is None else np.array_equal(piece.local, crops[rank::3])
+
+
+@pytest.mark.parametrize(
+    ("each", "size", "said"),
+    [
+        (None, 3, "a batch of 64 images cannot be shared by 3 ranks; give each --batch-size 21, 63 in all"),
+        (50, 3, "a batch of 120 images"),  # divisible: all there are
+        (50, 7, "a batch of 120 images cannot be shared by 7 ranks; give each --batch-size 17, 119 in all"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused_with_the_nearest_that_can(
+    each: int | None, size: int, said: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.storage import Folder
+    from pipeline.store import FeatureStore
+
+    asked = config(home, "never", method="crd", batch_size=each)  # published with 64 images
+    store, recipe = FeatureStore(Folder(home / "store")), distill.recipe_of(asked)
+    monkeypatch.setattr(ranks, "size", lambda: size)
+    if 120 % size == 0 and each:
+        assert distill.plan_of(asked, store, recipe).batch == 120
+        return
+    with pytest.raises(UserError, match=said):
+        distill.plan_of(asked, store, recipe)
+
+
+def test_ranks_of_a_machine_have_a_gpu_each_and_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    assert device.choose("auto", 1) == device.choose("cuda", 1) == torch.device("cuda", 1)
+    assert device.choose("cpu", 1) == torch.device("cpu")
+    with pytest.raises(UserError, match="process 2 of this machine has no CUDA device: 2 are there"):
+        device.choose("auto", 2)
+    with pytest.raises(UserError, match="--device cuda:0 is one device"):
+        device.choose("cuda:0", 1)
+    assert device.loader_workers(None, torch.device("cuda"), beside=4) == 3
+    assert device.loader_workers(5, torch.device("cuda"), beside=4) == 5
+
+
+def test_synchronised_batch_norm_keeps_names_and_activations_and_is_refused_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from timm.layers import BatchNormAct2d
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), BatchNormAct2d(4))
+    names = list(network.state_dict())
+    assert ranks.synchronised(network, torch.device("cpu")) is network  # one process needs none
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(UserError, match="--sync-bn needs CUDA"):
+        ranks.synchronised(network, torch.device("cpu"))
+    made = ranks.synchronised(network, torch.device("cuda"))
+    assert list(made.state_dict()) == names
+    assert all(isinstance(made[n], nn.SyncBatchNorm) for n in (1, 2)) and isinstance(made[2].act, nn.ReLU)
+
+
+def test_the_flags_of_a_config_make_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cli
+
+    students = ("convnet:channels=4", "-x")
+    asked = Config("store", students, "seed", tmp_path, norm_decay=False, overwrite=True, epochs=0.5)
+    made = []
+    monkeypatch.setattr(distill, "run", lambda config: made.append(config) or {})
+    monkeypatch.setattr(sys, "argv", ["compress", "distill", *words(asked)])
+    assert cli.app(standalone_mode=False) in (None, 0)
+    assert made == [asked]
+
+
+# ---------------------------------------------------------------- ending together
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A store of twenty pictures, two of which have changed since."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(20):
+        Image.fromarray(draw.integers(0, 255, (9, 9, 3), np.uint8)).save(folder / f"{i:02d}.png")
+    export_teacher.run(
+        export_teacher.Config(
+            f"folder:{folder}",
+            TEACHER,
+            str(tmp_path / "store"),
+            views=2,
+            image_size=8,
+            batch_size=10,
+            workers=0,
+            device="cpu",
+        )
+    )
+    (tmp_path / "smooth.py").write_text(SMOOTH)
+    return tmp_path
+
+
+def command(*said: Any) -> list[str]:
+    return [sys.executable, str(ROOT / "cli.py"), "distill", *map(str, said)]
+
+
+def flags(home: Path, out: Path, each: int = BATCH // 2) -> list[Any]:
+    return [
+        "--store", home / "store", "--student", f"python:{home}/smooth.py:net", "--method", "compress-1q", "--out", out,
+        "--image-size", 8, "--lr", 0.2, "--schedule", "constant", "--workers", 0, "--device", "cpu", "-b", each,
+        "--save-every", 5,
+    ]  # fmt: skip
+
+
+def errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_all_with_one_line_and_status_2(pictures: Path) -> None:
+    picture = pictures / "pictures" / "03.png"  # seen by one rank only, as any is
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(picture)
+    words = flags(pictures, pictures / "run", each=5)
+    done = subprocess.run(command(*words, "--devices", 2, "--steps", 4), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stderr
+    (line,) = errors(done.stderr)
+    assert "image 03.png changed since the export" in line
+    assert "Traceback" not in done.stderr and not done.stdout
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_where_one_process_comes(
+    home: Path, tmp_path: Path
+) -> None:
+    words, out = [*flags(home, tmp_path / "run"), "--devices", 2], tmp_path / "run"
+    running = subprocess.Popen(command(*words, "--steps", 100_000), stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 200
+    while not (out / "checkpoints/last.pt").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(child(running.pid, "1"), signal.SIGKILL)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 2, said
+    (line,) = errors(said)
+    assert "rank 1 was killed by SIGKILL; repeat the command" in line
+    steps = max(int(path.stem[5:]) for path in (out / "checkpoints").glob("step-*.pt")) + 10
+    done = subprocess.run(command(*words, "--steps", steps), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{out}: {steps} steps, student.safetensors"
+    alone = config(home, "alone", method="compress-1q", steps=steps)
+    distill.run(alone)
+    last = [read_journal(folder / "metrics.jsonl")[-1] for folder in (out, alone.out)]
+    assert last[0]["step"] == last[1]["step"] == steps
+    assert last[0]["loss"] == pytest.approx(last[1]["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_command_saves_once_and_ends_all(signum: int, status: int, home: Path, tmp_path: Path) -> None:
+    words, out = [*flags(home, tmp_path / "run"), "--devices", 2, "--steps", 100_000], tmp_path / "run"
+    running = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 200
+    while not (out / "checkpoints/last.pt").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    running.send_signal(signum)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == status, said
+    saved = [line for line in said.splitlines() if line.startswith("stopped: saved at step")]
+    assert len(saved) == 1
+    assert (out / "checkpoints" / f"step-{int(saved[0].split()[4]):08d}.pt").exists()
+
+
+def test_a_rank_takes_the_echo_of_a_signal_for_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in launch.TOLD:
+        monkeypatch.setenv(name, "2")
+    with Interrupt() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
+        monkeypatch.setattr(interrupt, "ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def child(parent: int, rank: str) -> int:
+    """The process of a rank."""
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0"):
+            return int(pid)
+    raise AssertionError(f"no rank {rank}")
