@@ -22,7 +22,7 @@ demo: install
 	@"$(BIN)/compress" demo --out "$(DEMO)"
 
 test: install
-	@"$(BIN)/python" -m pytest $(ARGS)
+	@"$(BIN)/python" -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: install
 	@"$(BIN)/python" -m ruff check .

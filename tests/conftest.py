@@ -10,7 +10,8 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from object_store import Server
 
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))  # torch and faiss: many tests start workers
+side_by_side = "PYTEST_XDIST_WORKER" in os.environ  # a process for each core, then
+os.environ.setdefault("OMP_NUM_THREADS", "1" if side_by_side else str(min(4, os.cpu_count() or 1)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as cli.main says: spinning threads starve the others
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network fails at once, it does not hang

@@ -79,8 +79,12 @@ def test_seeds_streams_rows_and_numbers_all_give_other_words() -> None:
 
 
 def test_streams_keep_their_numbers() -> None:
-    names = ("VIEW", "LOCAL", "ORDER", "PAIRING", "BANK", "PICK")
-    assert [getattr(philox, name) for name in names] == list(range(6))
+    numbers = {"VIEW": 0, "ORDER": 2, "PAIRING": 3, "BANK": 4, "PICK": 5}
+    assert {name: getattr(philox, name) for name in numbers} == numbers
+
+
+def test_the_bits_of_view_numbers_stay_where_they_are() -> None:
+    assert (philox.LOCAL, philox.FRESH) == (2**30, 2**31)
 
 
 def test_variates_are_words_over_two_to_the_32() -> None:
