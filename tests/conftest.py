@@ -20,6 +20,17 @@ settings.register_profile("house", deadline=None, derandomize=True)  # busy mach
 settings.load_profile("house")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch: small networks are faster so, and sums come out the same."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def _server() -> Iterator["Server"]:
     from object_store import serving

@@ -1,7 +1,6 @@
 """One student: how it is checked against labelled images, and what it delivers."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +22,7 @@ PLAIN = ViewSpec("crop-flip", 0, 1.0)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def student(spec: str = "convnet:channels=4+5") -> Embedder:

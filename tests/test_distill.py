@@ -40,13 +40,7 @@ CONVNET = "convnet:channels=4+8"
 STEPS, BATCH, IMAGES = 14, 24, 120  # five steps an epoch
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many threads in this process as in those it starts: the last bit of a sum depends on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,7 @@ TABLE = torch.randn(IMAGES, VIEWS, D, generator=torch.Generator().manual_seed(1)
 PIXELS = torch.rand(IMAGES, VIEWS, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def read(rows: Tensor, views: Tensor, array: str = "embedding") -> Tensor:

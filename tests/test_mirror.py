@@ -5,13 +5,11 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from object_store import FAULTS, Server
 
 from pipeline import mirror
@@ -26,12 +24,7 @@ TEACHER = "convnet:channels=4+8,pretrained=false"
 IMAGES = 60
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def export(out: Path | str, **said: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import functools
 import os
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,7 @@ CNN = "torchvision:shufflenet_v2_x0_5"
 VIT = "timm:vit_tiny_patch16_224,depth=2"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def cnn(seed: int) -> dict[str, Tensor]:
