@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -110,11 +110,11 @@ def embed(
     cut = [pieces_of(a, b, *_kinds(shard.views, size, small)) for shard, a, b in plan]
     pieces = [piece for part in cut for piece in part]
     eyes = Eyes(dataset, spec, store.table("view_key"), [(size, how)], pieces, [(small, how)])
-    sights = feed(eyes, workers, threads, pin=forward.device.type == "cuda")
+    feeding = closing(feed(eyes, workers, threads, pin=forward.device.type == "cuda"))
     cost, began = Cost(), time.monotonic()
     rows: list[_Rows] = []
     flight: deque[tuple[Shard, int, Callable[[], _Rows]]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+    with feeding as sights, ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         writing: Future[None] | None = None
 
         def land(shard: Shard, stop: int, made: Callable[[], _Rows]) -> None:

@@ -2,7 +2,7 @@
 
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,10 +87,13 @@ class Eyes:
         return Sight(pixels[0], pixels[1] if len(pixels) > 1 else [], status, content, bad)
 
 
-def feed(eyes: Eyes, workers: int, threads: bool = False, ahead: int = 2, pin: bool = False) -> Iterator[Sight]:
+def feed(
+    eyes: Eyes, workers: int, threads: bool = False, ahead: int = 2, pin: bool = False
+) -> Generator[Sight, None, None]:
     """The sights of all pieces, in order, `ahead` per worker in flight.
 
-    workers processes (0: none, seen as they are asked for); `threads` instead of processes.
+    workers processes (0: none, seen as they are asked for); `threads` instead of processes. Use it
+    under contextlib.closing: workers that outlive an error would be waited for at the program's end.
     """
     if workers and threads:
         yield from _by_threads(eyes, workers, ahead)

@@ -1,6 +1,6 @@
 """A training run: what each step looks at, and the lessons that learn from it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -110,7 +110,7 @@ class Session:
             self.features[name] = Features(self.store, name)
         return torch.from_numpy(self.features[name].rows(rows.cpu().numpy(), views.cpu().numpy()))
 
-    def sights(self, workers: int) -> Iterator[Sight]:
+    def sights(self, workers: int) -> Generator[Sight, None, None]:
         """The pixels of steps start, start + 1, ..."""
         pieces: Any = replace(self.plan, first=self.start)
         sizes, local = self._sizes(_size), self._sizes(self._local_size) if self.plan.has_local else []

@@ -1,5 +1,6 @@
 """Features of one view in memory, and the quick check made while training."""
 
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,14 @@ def view_features(
     pieces = [Piece(part := wanted[a : a + step], np.full((len(part), 1), view)) for a in range(0, len(wanted), step)]
     eyes = Eyes(dataset, spec, np.arange(len(dataset)), [(size, embedder.preprocessing.interpolation)], pieces)
     features, seen = [], []
-    for piece, sight in zip(pieces, feed(eyes, workers), strict=True):
-        good = sight.status == GOOD
-        if good.any():
-            with autocast(device, precision):
-                pixels = sight.pixels[0][torch.from_numpy(good), 0].to(device)
-                features.append(embedder(embedder.prepare(pixels)).float())
-            seen.append(piece.rows[good])
+    with closing(feed(eyes, workers)) as sights:
+        for piece, sight in zip(pieces, sights, strict=True):
+            good = sight.status == GOOD
+            if good.any():
+                with autocast(device, precision):
+                    pixels = sight.pixels[0][torch.from_numpy(good), 0].to(device)
+                    features.append(embedder(embedder.prepare(pixels)).float())
+                seen.append(piece.rows[good])
     embedder.train(was_training)
     if not seen:
         raise UserError(f"none of {len(wanted)} images can be used")

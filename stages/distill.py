@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -386,7 +386,7 @@ def train(config: Config, session: "Session", val: "Dataset | None") -> None:
         stop = ranks.Stop(stack.enter_context(Interrupt()))
         bar = stack.enter_context(meter("distill", plan.steps, "steps", session.start))
         logs = [stack.enter_context(journal(a.folder, w.start)) for w in session.lessons for a in w.apprentices]
-        sights = session.sights(loaders(config, session))
+        sights = stack.enter_context(closing(session.sights(loaders(config, session))))
         waited, clock, began = 0.0, time.monotonic(), time.monotonic()
         for step in range(session.start, plan.steps):
             sight = next(sights)

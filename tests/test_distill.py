@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import safetensors
 import safetensors.torch
@@ -130,6 +131,17 @@ def stopped_by_signal(again: Callable[[], Any], number: int, signum: int) -> Non
             again()
     assert stop.value.signum == signum
     assert f"saved at step {number + 1} of " in str(stop.value) and "repeat the command to continue" in str(stop.value)
+
+
+def test_no_loader_process_outlives_a_training_that_was_stopped(run: Callable[..., Any]) -> None:
+    """One that did would be waited for, without end, when the program ends: it leaves signals to its parent."""
+    before = set(psutil.Process().children())
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted) as stop:
+            run(workers=1)
+    assert stop.traceback  # and with it every frame of the training
+    assert set(psutil.Process().children()) <= before
 
 
 def crash(*_: Any, **__: Any) -> None:
