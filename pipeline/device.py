@@ -37,10 +37,11 @@ def choose(name: str, local: int | None = None) -> torch.device:
 
 
 def loader_workers(asked: int | None, device: torch.device, beside: int = 1) -> int:
-    """Loader processes: as asked, else one per core up to 16 for a GPU and one beside a model on the CPU.
+    """Loader processes: as asked, else one per core up to 16 for a GPU.
 
+    Beside a model on the CPU up to 4, which take the time that it leaves: none on a single core.
     beside: processes of the run that share this machine's cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // beside)
-    return asked if asked is not None else min(16, cores) if device.type == "cuda" else min(1, cores - 1)
+    return asked if asked is not None else min(16, cores) if device.type == "cuda" else min(4, cores) * (cores > 1)

@@ -1,5 +1,6 @@
 """Pixels ahead of their use: worker processes, or threads where processes may have no children."""
 
+import os
 import signal
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -123,6 +124,7 @@ def _by_threads(eyes: Eyes, workers: int, ahead: int) -> Iterator[Sight]:
 
 
 def _quiet(_: int) -> None:
+    os.nice(10)  # a model on the CPU waits for the slowest of its threads: none of them should wait for a loader
     for signum in (signal.SIGINT, signal.SIGTERM):  # both may come to the whole group: the parent decides
         signal.signal(signum, signal.SIG_IGN)
 

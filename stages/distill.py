@@ -63,7 +63,7 @@ class Config:
     val: str | None = flag(None, "labelled images for a nearest-neighbour check while training")
     val_every: float = flag(1.0, "epochs between checks")
     save_every: int = flag(500, "steps between checkpoints")
-    workers: int | None = flag(None, "loader processes (default: one per core up to 16; 1 on CPU)", short="-j")
+    workers: int | None = flag(None, "loader processes (default: one per core up to 16; 4 on CPU)", short="-j")
     cache_images: Path | None = flag(None, "a folder for decoded images: each is decoded once, not every epoch")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1")
     devices: int | None = flag(None, "train on so many devices of this machine; with torchrun leave it out")

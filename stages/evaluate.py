@@ -45,7 +45,7 @@ class Config:
     teacher: Path | None = flag(None, "evaluation of the teacher, to stand beside in the report")
     image_size: int | None = flag(None, "side in pixels (default: as trained, the model's own)")
     batch_size: int = flag(64, "images per forward on a device", short="-b")
-    workers: int | None = flag(None, "loader processes (default: one per core up to 16; 1 on CPU)", short="-j")
+    workers: int | None = flag(None, "loader processes (default: one per core up to 16; 4 on CPU)", short="-j")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1")
     precision: str = flag("fp32", "fp32, bf16, fp16")
     overwrite: bool = flag(False, "start anew; an earlier evaluation is set aside, not deleted")

@@ -48,7 +48,7 @@ class Config:
     keep: str = flag("embedding", "what to keep of the teacher: embedding,projection,logits,regions")
     codec: str = flag("int8", f"how features are stored: {KNOWN}")
     batch_size: int = flag(64, "images per forward on a device", short="-b")
-    workers: int | None = flag(None, "loader processes (default: one per core up to 16; 1 on CPU)", short="-j")
+    workers: int | None = flag(None, "loader processes (default: one per core up to 16; 4 on CPU)", short="-j")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1")
     precision: str = flag("fp32", "fp32, bf16, fp16")
     scheduler: str = flag("local", "local, processes:N, or a dask scheduler at tcp://HOST:PORT")
