@@ -24,7 +24,6 @@ from test_distill import (
     newest,
     stopped_by_signal,
 )
-from test_distill import one_thread as one_thread
 
 from pipeline import checkpoint
 from pipeline.artifact import UserError
@@ -33,6 +32,8 @@ from pipeline.methods import METHODS
 from pipeline.storage import Folder
 from pipeline.store import FeatureStore, Shard, done_key
 from stages import distill, label_head
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = "convnet:channels=3+6"
 
