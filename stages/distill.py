@@ -100,9 +100,8 @@ def distill(config: Config) -> dict[str, Any]:
     dataset = open_images(config, store)
     val = open_val(config)
     if is_url(config.store):
-        crops = store.local if any(name.startswith("local_") for name in method_of(config).needs.arrays) else ()
         with ranks.in_turn():
-            store = hydrate(store, [*views_used(config, store), *crops], config.cache)
+            store = hydrate(store, [*views_used(config, store), *store.local], config.cache)
     plan = plan_of(config, store, recipe)
     session = prepare(config, store, in_memory(config, dataset), plan, recipe)
     finished = session.start >= plan.steps

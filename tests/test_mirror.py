@@ -33,9 +33,9 @@ def export(out: Path | str, **said: Any) -> dict[str, Any]:
     return export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **how))
 
 
-def train(store: Path | str, out: Path, **said: Any) -> Path:
+def train(store: Path | str, out: Path, method: str = "compress-1q", **said: Any) -> Path:
     how = {"steps": 6, "batch_size": 20, "image_size": 8, "lr": 0.2, "workers": 0, "device": "cpu", **said}
-    distill.run(distill.Config(str(store), ("convnet:channels=4+8",), "compress-1q", out, **how))
+    distill.run(distill.Config(str(store), ("convnet:channels=4+8",), method, out, **how))
     return out
 
 
@@ -90,6 +90,15 @@ def test_a_student_from_a_bucket_is_to_the_bit_the_one_from_the_folder(
     manifest = json.loads((there / "manifest.json").read_bytes())
     assert manifest["about"]["store"] == remote.url
     assert manifest["identity"] == json.loads((here / "manifest.json").read_bytes())["identity"]
+
+
+def test_local_crops_come_along_from_a_remote_store(tmp_path: Path) -> None:
+    students = []
+    for store in ("memory://crops", str(tmp_path / "crops")):
+        export(store, views=2, local_views=2)
+        run = train(store, tmp_path / f"run-{len(students)}", "seed:small=true", image_size=16, cache=tmp_path / "cache")
+        students.append((run / "student.safetensors").read_bytes())
+    assert students[0] == students[1]
 
 
 def test_the_other_commands_take_the_url(remote: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
