@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.bank import unit
 from pipeline.similarity import relation_kl
 
-B, K, D, d, TAU, THREADS, ROUNDS = 256, 128_000, 2048, 512, 0.04, 2, 5
+B, K, D, d, TAU, THREADS, ROUNDS = 256, 128_000, 2048, 512, 0.04, 2, 9
 
 
 def measure() -> dict[str, object]:

@@ -1,8 +1,8 @@
 """Losses between two distributions over the same anchors, streamed over the bank in blocks.
 
-One pass finds loss and gradient together: running maxima keep the exponentials in range, the gradient
-is added up unnormalised and divided by the partition sums at the end. Nothing of size B x K is kept
-and no bank is copied. In float32 at least, whatever the precision around it.
+One pass finds loss and gradient together: the gradient is added up unnormalised and divided by the
+partition sums at the end; at low temperatures running maxima keep the exponentials in range. Nothing of
+size B x K is kept and no bank is copied. In float32 at least, whatever the precision around it.
 """
 
 from typing import Any
@@ -17,6 +17,9 @@ BLOCK = 4096
 
 FAINT = -80.0
 """exp of less than this is lost beside a weight of 1 in any precision, and slow: subnormal in float32."""
+
+MILD = 1 / 40
+"""From this temperature on, logits lie within +-40: their exponentials and sums of them fit float32 as they are."""
 
 
 def relation_kl(
@@ -100,50 +103,65 @@ class _Relation(torch.autograd.Function):
 class _Sums:
     """What a pass over the anchors adds up for each row. Index 0 is the teacher's distribution, 1 the student's.
 
-    top (2, B): largest logit so far, which all that follows is relative to. mass (2, B): sum of
-    w = exp(logit - top). gap (B,): sum of w_p (a - b), or of -w_p b for a cross-entropy, with logits
-    a, b less their tops. pull (2, B, d): sum of w times the student's anchor.
+    top (2, B): what logits are taken relative to: the largest so far, or 0 where temperatures are mild. mass (2, B):
+    sum of w = exp(logit - top). gap (B,): sum of w_p (a - b), or of -w_p b for a cross-entropy, with logits a, b less
+    their tops. pull (2, B, d): sum of w times the student's anchor.
     """
 
     def __init__(self, s: Tensor, t: Tensor, taus: tuple[float, float], divergence: bool, needed: bool):
         self.rows, self.tau, self.divergence = (t / taus[0], s / taus[1]), taus[1], divergence
-        self.top = s.new_full((2, len(s)), -2.0 / min(taus))  # below every logit
+        self.mild = min(taus) >= MILD
+        self.top = s.new_full((2, len(s)), 0.0 if self.mild else -2.0 / min(taus))  # or below every logit
         self.mass = s.new_zeros(2, len(s), dtype=torch.float64)
         self.gap = s.new_zeros(len(s), dtype=torch.float64)
         self.pull = s.new_zeros(2, *s.shape) if needed else None
 
     def start(self, s: Tensor, t: Tensor, own: Tensor) -> None:
         """The row's own column: t against itself, s against own."""
-        self.top = torch.stack([(self.rows[0] * t).sum(1), (self.rows[1] * own).sum(1)])
-        self.mass += 1.0
+        logits = torch.stack([(self.rows[0] * t).sum(1), (self.rows[1] * own).sum(1)])
+        if not self.mild:
+            self.top = logits
+        a, b = logits - self.top
+        weights = torch.stack([a, b]).exp()
+        self.mass += weights
+        self.gap += weights[0] * (a - b if self.divergence else -b)
         if self.pull is not None:
-            self.pull += own
+            self.pull += weights[..., None] * own
 
     def add(self, near: Tensor, far: Tensor, memory: Tensor) -> None:
         """n anchors of the teacher's bank (n, D) and of the student's (n, d); `memory` (3, B, n) is written over."""
         a, p, b = memory
         torch.mm(self.rows[0], near.T, out=a)
         torch.mm(self.rows[1], far.T, out=b)
+        if self.mild:
+            torch.exp(a, out=p)
+        else:
+            self._lift(a, b)
+            torch.clamp(a, min=FAINT, out=p).exp_()
+        gap = a.sub_(b) if self.divergence else torch.neg(b, out=a)
+        self.gap += gap.mul_(p).sum(1)
+        q = b.exp_() if self.mild else b.clamp_(min=FAINT).exp_()
+        self.mass += torch.stack([p.sum(1), q.sum(1)])
+        if self.pull is not None:
+            self.pull.flatten(0, 1).addmm_(memory[1:].flatten(0, 1), far)
+
+    def _lift(self, a: Tensor, b: Tensor) -> None:
+        """Raise the tops to the largest logits of a and b (B, n), take those relative to them, and all sums with them."""
         top = torch.maximum(self.top, torch.stack([a.amax(1), b.amax(1)]))
         drop = (self.top - top).double()
         fade = drop.exp()
         self.top = top
         a -= top[0][:, None]
         b -= top[1][:, None]
-        torch.clamp(a, min=FAINT, out=p).exp_()
-        if self.divergence:
-            gap, moved = a.sub_(b), drop[0] - drop[1]
-        else:
-            gap, moved = torch.neg(b, out=a), -drop[1]
-        self.gap = fade[0] * (self.gap + self.mass[0] * moved) + gap.mul_(p).sum(1)
-        q = b.clamp_(min=FAINT).exp_()
-        self.mass = fade * self.mass + torch.stack([p.sum(1), q.sum(1)])
+        moved = drop[0] - drop[1] if self.divergence else -drop[1]
+        self.gap = fade[0] * (self.gap + self.mass[0] * moved)
+        self.mass *= fade
         if self.pull is not None:
-            self.pull.mul_(fade[..., None]).flatten(0, 1).addmm_(memory[1:].flatten(0, 1), far)
+            self.pull *= fade[..., None]
 
     def losses(self) -> Tensor:
         """(B,) KL(p || q), or H(p, q)."""
-        mass = self.mass.clamp_min(1.0)  # the largest weight is 1: only without any anchor it is less
+        mass = self._mass()
         losses = self.gap / mass[0] + mass[1].log()
         return losses - mass[0].log() if self.divergence else losses
 
@@ -151,5 +169,9 @@ class _Sums:
         """(B, d) gradient of `losses` in s."""
         if self.pull is None:
             return None
-        mean = self.pull / self.mass.clamp_min(1.0)[..., None]
+        mean = self.pull / self._mass()[..., None]
         return ((mean[1] - mean[0]) / self.tau).to(self.pull.dtype)
+
+    def _mass(self) -> Tensor:
+        """(2, B) 1 where there was no anchor at all."""
+        return torch.where(self.mass > 0, self.mass, 1.0)

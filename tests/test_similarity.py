@@ -128,7 +128,7 @@ def test_compress_is_the_papers_loop_for_any_sizes_and_both_temperatures(
     assert float(single) == pytest.approx(slow, rel=1e-4, abs=2e-5)
 
 
-@pytest.mark.parametrize("tau_t, tau_s", [(0.04, 0.04), (0.1, 0.5)])
+@pytest.mark.parametrize("tau_t, tau_s", [(0.04, 0.04), (0.1, 0.5), (0.01, 0.2)])
 def test_the_gradient_of_compress_is_that_of_the_papers_loop(tau_t: float, tau_s: float) -> None:
     t, ta, s, sa = pair(3, 7, 5, 4, 10)
     s.requires_grad_()
@@ -391,8 +391,8 @@ def test_an_empty_bank_gives_zero_and_zero_slope(loss: Callable[..., Tensor]) ->
     s.requires_grad_()
     got = loss(t, s, torch.empty(0, 4, dtype=torch.float64), torch.empty(0, 4, dtype=torch.float64))
     got.backward()
-    assert float(got.detach()) == 0.0
-    assert s.grad is not None and bool((s.grad == 0).all())
+    assert float(got.detach()) == pytest.approx(0.0, abs=1e-15)
+    assert s.grad is not None and float(s.grad.abs().max()) < 1e-15
 
 
 @each_loss
