@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,14 @@ class Apprentice:
     def __init__(self, folder: Path, student: Embedder, ema: float | None = None):
         self.folder, self.student, self.ema = folder, student, ema
         self.average = copy.deepcopy(student).requires_grad_(False) if ema else None
-        self.forward: Any = student.outputs  # torch.compile'd if asked
+        self.forward: Any = student.outputs
         self.best = -1.0
+
+    def equip(self, outputs: Iterable[str], *, compiled: bool = False) -> None:
+        """Have the student give these outputs (`local_` ones too), by torch.compile if asked."""
+        self.student.equip([name.removeprefix("local_") for name in outputs])
+        if compiled:
+            self.forward = torch.compile(self.student.outputs)
 
     @property
     def learned(self) -> Embedder:

@@ -29,6 +29,10 @@ CUT = "body error"  # how the library calls such an answer, which it tries again
 FAILED = (exceptions.BaseError, FileNotFoundError, FileExistsError)
 
 
+class Unsupported(Exception):
+    """The server does not know what was asked of it."""
+
+
 class Bucket:
     """A prefix in an object store as Storage. Raises UserError for wrong credentials or a missing bucket."""
 
@@ -58,7 +62,7 @@ class Bucket:
             self._ask(lambda: obstore.put(self.objects, key, data, mode="create", use_multipart=False))
         except FileExistsError:
             pass  # perhaps our own: a request is repeated when its answer is lost
-        except NotImplementedError:
+        except Unsupported:
             self.put(key, data)
         return self.get(key) == data
 
@@ -116,7 +120,7 @@ class Bucket:
 
     @contextmanager
     def worded(self) -> Iterator[None]:
-        """What goes wrong in the block, as FileNotFoundError, FileExistsError, NotImplementedError or UserError."""
+        """What goes wrong in the block, as FileNotFoundError, FileExistsError, Unsupported or UserError."""
         try:
             yield
         except FAILED as problem:
@@ -131,7 +135,7 @@ class Bucket:
         if isinstance(problem, exceptions.NotFoundError | FileNotFoundError):
             return FileNotFoundError(text)
         if isinstance(problem, exceptions.NotSupportedError) or "501 Not Implemented" in text:
-            return NotImplementedError(f"{self.url}: {_gist(text)}")
+            return Unsupported(f"{self.url}: {_gist(text)}")
         if "/latest/api/token" in text:  # where a machine of the provider asks for its own
             return UserError(
                 f"no credentials were found for {self.url}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "

@@ -28,7 +28,6 @@ class Codec(ABC):
     name: str
     dtype: np.dtype
     scaled = False
-    trained = False  # it needs a codebook, learnt from some of the features
     compressor = ""  # lossless compression of what lies on disk
     limit = float("inf")  # largest magnitude it can hold
 
@@ -49,9 +48,13 @@ class Codec(ABC):
     def decode(self, stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
         """The other way: (..., D) float32."""
 
+
+class Trained(Codec):
+    """A codec that needs a codebook, learnt from some of the features."""
+
+    @abstractmethod
     def train(self, features: np.ndarray) -> bytes:
-        """Where it is `trained`: the codebook, learnt from float32 features (..., D)."""
-        raise NotImplementedError(f"{self.name} has nothing to learn")
+        """The codebook, learnt from float32 features (..., D)."""
 
 
 class Float32(Codec):
@@ -94,7 +97,7 @@ class Int8(Codec):
         return stored.astype(np.float32) * scale[..., None]
 
 
-class ProductQuantiser(Codec):
+class ProductQuantiser(Trained):
     """M bytes per row for its direction, and its norm, which comes back exact.
 
     Jégou et al. 2011 with the rotation of Ge et al., Optimized Product Quantization, 2014, in its closed
@@ -103,7 +106,7 @@ class ProductQuantiser(Codec):
     FAISS finds. FAISS's own iterations of the rotation, started from here, change nothing: docs/codecs.md.
     """
 
-    dtype, scaled, trained, limit = np.dtype("u1"), True, True, 1e36
+    dtype, scaled, limit = np.dtype("u1"), True, 1e36
 
     def __init__(self, parts: int, codebook: Callable[[], bytes]):
         """codebook: fetches what `train` made, at the first row that is encoded or decoded."""

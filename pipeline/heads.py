@@ -26,6 +26,11 @@ def spell(tensors: Tensors) -> bytes:
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
+def files(tensors: Tensors) -> dict[str, bytes]:
+    """{key: bytes} to lie beside the arrays of a store; nothing where there is no head."""
+    return {HEADS: spell(tensors)} if tensors else {}
+
+
 def beside(storage: Storage) -> dict[str, Tensor]:
     """The teacher's frozen heads that a store keeps; {} if it keeps none."""
     return safetensors.torch.load(storage.get(HEADS)) if storage.exists(HEADS) else {}

@@ -14,8 +14,9 @@ from pipeline import checkpoint, philox, ranks
 from pipeline.apprentice import Apprentice
 from pipeline.artifact import UserError
 from pipeline.embed import autocast
-from pipeline.method import Batch, Method, Outputs
+from pipeline.method import Batch, Method, Outputs, Recipe
 from pipeline.optimizers import optimizer
+from pipeline.pairs import Plan
 from pipeline.schedule import Schedule
 from pipeline.storage import Folder
 
@@ -34,6 +35,19 @@ class Training:
     ema: float | None  # decay of the averaged student
     precision: str
     seed: int
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, plan: Plan, *, lr: float | None, ema: float | None, precision: str, seed: int
+    ) -> "Training":
+        """By a recipe, over a plan. Its rate is for a batch of 256 and grows with the batch; `lr` is taken as it is."""
+        rate = recipe.lr * plan.batch / 256 if lr is None else lr
+        epochs = plan.steps * plan.batch / len(plan.rows)
+        schedule = Schedule(recipe.schedule, min(1.0, recipe.warmup_epochs / epochs), recipe.drops)
+        return cls(
+            recipe.optimizer, rate, recipe.momentum, recipe.weight_decay, recipe.norm_decay, schedule,
+            recipe.clip, ema, precision, seed,
+        )  # fmt: skip
 
 
 class Room(nn.Module):

@@ -105,9 +105,7 @@ class Menu:
         """The options a user may give to a kind."""
         parameters = inspect.signature(self.resolve(kind)).parameters
         return {
-            name: p
-            for name, p in parameters.items()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY and name not in given
+            name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY and name not in given
         }
 
     def order(self, text: str | Spec, **given: typing.Any) -> typing.Any:
@@ -125,9 +123,7 @@ class Menu:
         return spec
 
     def _argument(self, spec: Spec, build: Callable[..., typing.Any]) -> list[typing.Any]:
-        takes = [
-            p for p in inspect.signature(build).parameters.values() if p.kind is inspect.Parameter.POSITIONAL_ONLY
-        ]
+        takes = [p for p in inspect.signature(build).parameters.values() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
         if spec.argument and not takes:
             raise UserError(f"{self.family} {spec.kind!r} takes no argument, but {spec.argument!r} was given")
         if not spec.argument:

@@ -5,6 +5,7 @@ steps on the losses that come back. A method owns its heads and banks; both are 
 its `state_dict`. One method serves one student, or all students of a run if it needs `peers`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -94,7 +95,7 @@ class Batch:
 Outputs = dict[str, Tensor]  # "embedding": (B, W, d), "regions": (B, W, R, d), "local_embedding": (B, L, d), ...
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """Subclass, say what you need and what was published, return one loss per student.
 
     `__init__` takes `setting` and keyword-only hyper-parameters: these are the keys of the method
@@ -109,9 +110,9 @@ class Method(nn.Module):
         """The class itself; `argument` is what follows its kind on the command line."""
         return cls
 
+    @abstractmethod
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         """One scalar loss per student."""
-        raise NotImplementedError
 
     def after_step(self, batch: Batch) -> None:
         """Called after the optimiser's step: banks and momentum encoders move here."""

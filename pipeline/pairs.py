@@ -6,14 +6,17 @@ images, in turns, so that it reads only these from the store.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from pipeline import philox
+from pipeline import philox, ranks
 from pipeline.artifact import UserError
+from pipeline.images import GOOD
 from pipeline.loader import Piece
+from pipeline.method import Needs
 from pipeline.philox import FRESH, LOCAL
 from pipeline.store import FeatureStore
 
@@ -73,6 +76,16 @@ class Plan:
             return None
         return (FRESH | LOCAL) + self._places(step)[0][:, None] * self.crops + np.arange(self.crops)
 
+    def with_crops(self, store: FeatureStore, needs: Sequence[Needs]) -> "Plan":
+        """The plan with the local crops that methods look at: the stored ones, or fresh ones.
+
+        Raises UserError if stored ones are not there yet.
+        """
+        if any(name.startswith("local_") for need in needs for name in need.arrays):
+            store.require_complete(store.local)
+            return replace(self, local=store.local)
+        return replace(self, crops=max(need.crops for need in needs))
+
     def _places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs (b,), places in the epoch (b,)) of a step's images."""
         return np.divmod(step * self.batch + np.arange(self.rank, self.batch, self.size), len(self.rows))
@@ -104,6 +117,30 @@ class Plan:
             return stored, np.roll(stored, 1)
         shift = 1 + int(philox.words(self.seed, philox.PAIRING, epoch, 2**31, 1)[0]) % (count - 1)
         return stored, np.array(self.views)[(places + shift) % count]
+
+
+def lay_out(
+    store: FeatureStore, views: Sequence[int], *, seed: int, batch: int, per_step: int, pairing: str,
+    epochs: float, steps: int | None,
+) -> Plan:  # fmt: skip
+    """The plan of this rank over the usable images of a store: `steps` of them, or as many as `epochs` take.
+
+    batch: of all ranks together; all the usable images if they are fewer. Raises UserError for views that are not
+    there, fewer than two usable images, and a batch that the ranks cannot share evenly.
+    """
+    store.require_complete(views)
+    rows, size = np.flatnonzero(store.table("status") == GOOD), ranks.size()
+    if len(rows) < 2:
+        raise UserError(f"{store.storage} has {len(rows)} usable images; at least 2 are needed to train")
+    batch = min(batch, len(rows))
+    if batch % size:
+        each = max(1, round(min(batch, len(rows) - size / 2) / size))
+        raise UserError(
+            f"a batch of {batch} images cannot be shared by {size} ranks; give each --batch-size {each}, "
+            f"{each * size} in all, or start another number of them"
+        )
+    steps = steps or max(1, round(epochs * len(rows) / batch))
+    return Plan(seed, rows, tuple(views), batch, per_step, pairing, steps, rank=ranks.rank(), size=size)
 
 
 @lru_cache(maxsize=2)

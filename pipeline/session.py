@@ -16,10 +16,8 @@ from pipeline.images import GOOD
 from pipeline.lesson import Diverged, Lesson
 from pipeline.loader import Eyes, Sight, feed
 from pipeline.method import Batch
-from pipeline.model import Preprocessing
 from pipeline.pairs import Features, Plan
 from pipeline.philox import view_name
-from pipeline.pixels import require_same
 from pipeline.storage import Folder, absolute
 from pipeline.store import FeatureStore
 from pipeline.views import ViewSpec, local_size
@@ -61,6 +59,16 @@ class Session:
     def per_epoch(self) -> float:
         """Steps in an epoch."""
         return len(self.plan.rows) / self.plan.batch
+
+    def introduction(self, method: str) -> str:
+        """What is about to be trained, in a line."""
+        plan, training, count = self.plan, self.lessons[0].training, len(self.apprentices)
+        shared = f" ({plan.batch // plan.size} on each of {plan.size} ranks)" if plan.size > 1 else ""
+        return (
+            f"{count} student{'s' * (count > 1)}, {method}: steps {self.start} to {plan.steps} "
+            f"({plan.steps / self.per_epoch:g} epochs), global batch {plan.batch} images x {plan.per_step} views"
+            f"{shared}, {training.optimizer} at {training.lr:g}, on {self.device}"
+        )
 
     def claim(self, method: str, warmup_epochs: float) -> None:
         """Write each run's manifest, what it is and came from, or compare it with the one that is there.
@@ -225,17 +233,3 @@ def _who(apprentice: Apprentice) -> dict[str, Any]:
 def _size(apprentice: Apprentice) -> tuple[int, str]:
     wants = apprentice.student.preprocessing
     return wants.size, wants.interpolation
-
-
-def require_images(store: FeatureStore, dataset: Any, allow_other_pixels: bool) -> str:
-    """These are the store's images and look here as they did to the teacher; else in words how not, if allowed.
-
-    Raises UserError for other images, and for other looks unless `allow_other_pixels`.
-    """
-    if dataset.fingerprint != store.identity["data"]["fingerprint"]:
-        raise UserError(
-            f"the images are not those of {store.storage}: {dataset.unlike(store.table('sample_id'))}; "
-            "give the right ones with --data or export these"
-        )
-    spec, looks = ViewSpec(**store.identity["views"]), Preprocessing.of(store.identity["teacher"]["preprocessing"])
-    return require_same(store.about["pixels"], dataset, spec, looks, store.table("view_key"), allow_other_pixels)

@@ -146,7 +146,7 @@ class _Sums:
             self.pull.flatten(0, 1).addmm_(memory[1:].flatten(0, 1), far)
 
     def _lift(self, a: Tensor, b: Tensor) -> None:
-        """Raise the tops to the largest logits of a and b (B, n), take those relative to them, and all sums with them."""
+        """Raise the tops to the largest logits of a and b (B, n), and take those and all sums relative to them."""
         top = torch.maximum(self.top, torch.stack([a.amax(1), b.amax(1)]))
         drop = (self.top - top).double()
         fade = drop.exp()

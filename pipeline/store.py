@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline import artifact, journal
 from pipeline.artifact import UserError
+from pipeline.codecs import Trained
 from pipeline.grid import GROUP, UNWRITTEN, VIEW_BLOCK, grids, layout, open_group, read_view, table_files
 from pipeline.images import GOOD, REASONS
 from pipeline.philox import LOCAL
@@ -251,13 +252,15 @@ class FeatureStore(Shelf):
 
     def untrained(self) -> list[str]:
         """Arrays whose codec has no codebook yet: nothing of them can be written or read."""
-        return [name for name, kind in self.codecs.items() if kind.trained and book(name) not in self.about["small"]]
+        kinds = {name: kind for name, kind in self.codecs.items() if isinstance(kind, Trained)}
+        return [name for name in kinds if book(name) not in self.about["small"]]
 
     def train(self, name: str, features: np.ndarray) -> None:
         """Train the codec of an array on float32 features (..., D). The first codebook that is put stays for good."""
-        key = book(name)
+        key, kind = book(name), self.codecs[name]
+        assert isinstance(kind, Trained)
         if not self.storage.exists(key):
-            self.storage.put_new(key, self.codecs[name].train(features))
+            self.storage.put_new(key, kind.train(features))
         self._amend(artifact.read(self.storage, "store")["about"], {key: self.storage.get(key)})
 
     def _codebooks(self) -> dict[str, bytes]:
@@ -322,5 +325,3 @@ def _along(rows: np.ndarray, data: np.ndarray) -> np.ndarray:
 
 def _one_line(problem: BaseException) -> str:
     return " ".join(str(problem).split())[:160]
-
-

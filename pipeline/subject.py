@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,25 +86,28 @@ def of_store(store: FeatureStore, build: Build) -> Subject:
         store.require_complete([0])
     where, teacher, about = str(store.storage), store.identity["teacher"], store.about
 
-    def live() -> Embedder:
-        torch.manual_seed(0)
-        embedder = build(about["teacher"], image_size=teacher["preprocessing"]["size"], pretrained_default=True)
-        if embedder.digest() != teacher["weights"]:
-            raise UserError(f"{about['teacher']} has other weights now than when {where} was made; restore them")
-        return embedder
-
     model = {"name": teacher["name"], "role": "teacher", "parameters": about["parameters"], "width": teacher["width"]}
     return Subject(
         {**model, "spec": about["teacher"], "store": where},
         teacher["weights"],
         teacher["preprocessing"],
         ViewSpec(**store.identity["views"]),
-        live,
+        partial(live_teacher, store, build),
         artifact.beside(where, "-evaluation"),
         about["data"],
         store=store if 0 in store.held else None,
         ids=lambda: store.table("sample_id"),
     )
+
+
+def live_teacher(store: FeatureStore, build: Build) -> Embedder:
+    """The network whose features a store holds. Raises UserError if it has other weights here."""
+    spec, teacher = store.about["teacher"], store.identity["teacher"]
+    torch.manual_seed(0)  # one with random weights is the same every time
+    embedder = build(spec, image_size=teacher["preprocessing"]["size"], pretrained_default=True)
+    if embedder.digest() != teacher["weights"]:
+        raise UserError(f"{spec} has other weights here than when {store.storage} was made; restore them")
+    return embedder
 
 
 def of_model(spec: str, image_size: int | None, home: Path, build: Build) -> Subject:

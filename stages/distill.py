@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import artifact, launch
+from pipeline import artifact, launch, roster
 from pipeline.artifact import UserError
 from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, words
 from pipeline.interrupt import Interrupt, Interrupted
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
     from pipeline.journal import Journal
     from pipeline.lesson import Lesson, Training
-    from pipeline.method import Method, Needs, Recipe
+    from pipeline.method import Method, Recipe
     from pipeline.model import Embedder
     from pipeline.pairs import Plan
     from pipeline.session import Session
@@ -139,35 +139,14 @@ def check(config: Config) -> None:
     for student in config.student:
         MODELS.parse(student)
     METHODS.parse(config.method)
-    check_folders(config)
-
-
-def check_folders(config: Config) -> None:
-    """One run folder for each student, and none inside what is something else."""
     if not config.student:
         raise UserError("no --student was given; name at least one, for example --student cifar-resnet:20")
-    taken: dict[Path, str] = {}
-    for student, folder in zip(config.student, run_folders(config), strict=True):
-        if taken.setdefault(folder, student) != student or list(run_folders(config)).count(folder) > 1:
-            raise UserError(f"--student {taken[folder]} and {student} would share {folder}; name each student once")
-        if config.overwrite:
-            artifact.replaceable(folder, "run")
-        else:
-            artifact.claimed(Folder(folder), "run")
-    if len(taken) > 1 and (config.out / artifact.MANIFEST).exists():
-        kind = artifact.read(Folder(config.out))["kind"]
-        raise UserError(f"{config.out} is itself a {kind}, so it cannot hold the runs of several; choose another --out")
+    roster.require(config.out, config.student, run_folders(config), config.overwrite)
 
 
 def run_folders(config: Config) -> list[Path]:
-    """OUT itself for one student, OUT/NAME for each of several; a peer named twice is NAME and NAME-2."""
-    if len(config.student) == 1:
-        return [config.out]
-    names = ["".join(c if c.isalnum() or c in "-_." else "-" for c in student) for student in config.student]
-    if method_of(config).needs.peers:
-        again = [config.student[:n].count(student) for n, student in enumerate(config.student)]
-        names = [f"{name}-{n + 1}" if n else name for name, n in zip(names, again, strict=True)]
-    return [config.out / name for name in names]
+    """Of each student."""
+    return roster.folders(config.out, config.student, lambda: method_of(config).needs.peers)
 
 
 def method_of(config: Config) -> "type[Method]":
@@ -187,20 +166,13 @@ def recipe_of(config: Config) -> "Recipe":
 
 def open_images(config: Config, store: "FeatureStore") -> "Dataset":
     """The images of the store, from where they are now."""
+    from pipeline import originals
     from pipeline.datasets import DATASETS
-    from pipeline.session import require_images
 
-    about = store.about["data"]
-    try:
-        dataset = DATASETS.order(config.data or about["spec"])
-    except UserError as problem:
-        if config.data:
-            raise
-        raise UserError(
-            f"the images of {config.store} are not where they were: {problem}. Say where they are now with --data"
-        ) from None
-    dataset = dataset.part(about, lambda: store.table("sample_id"))
-    if unlike := require_images(store, dataset, config.allow_other_pixels):
+    dataset, unlike = originals.of_store(
+        store, DATASETS.order, config.data, allow_other_pixels=config.allow_other_pixels
+    )
+    if unlike:
         say(f"warning: {unlike}")
     return dataset
 
@@ -229,32 +201,16 @@ def open_val(config: Config) -> "Dataset | None":
 
 def plan_of(config: Config, store: "FeatureStore", recipe: "Recipe") -> "Plan":
     """What every step looks at, and how many steps there are. A published batch size is that of all ranks together."""
-    import numpy as np
+    from pipeline import pairs, ranks
 
-    from pipeline import ranks
-    from pipeline.images import GOOD
-    from pipeline.pairs import Plan
-
-    views = views_used(config, store)
-    store.require_complete(views)
-    rows = np.flatnonzero(store.table("status") == GOOD)
-    if len(rows) < 2:
-        raise UserError(f"{store.storage} has {len(rows)} usable images; at least 2 are needed to train")
-    wanted = recipe.batch_size * (ranks.size() if config.batch_size else 1)
-    batch = min(wanted, len(rows))
-    if batch < wanted:
-        say(f"batch of {batch} instead of {wanted}: that is all the usable images")
-    if batch % ranks.size():
-        each = max(1, round(min(batch, len(rows) - ranks.size() / 2) / ranks.size()))
-        raise UserError(
-            f"a batch of {batch} images cannot be shared by {ranks.size()} ranks; give each --batch-size {each}, "
-            f"{each * ranks.size()} in all, or start another number of them"
-        )
-    steps = config.steps or max(1, round(recipe.epochs * len(rows) / batch))
-    return Plan(
-        config.seed, rows, views, batch, views_per_step(config), config.pairing, steps,
-        rank=ranks.rank(), size=ranks.size(),
+    batch = recipe.batch_size * (ranks.size() if config.batch_size else 1)
+    plan = pairs.lay_out(
+        store, views_used(config, store), seed=config.seed, batch=batch, per_step=views_per_step(config),
+        pairing=config.pairing, epochs=recipe.epochs, steps=config.steps,
     )  # fmt: skip
+    if plan.batch < batch:
+        say(f"batch of {plan.batch} instead of {batch}: that is all the usable images")
+    return plan
 
 
 def views_per_step(config: Config) -> int:
@@ -285,12 +241,13 @@ def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
 def prepare(config: Config, store: "FeatureStore", dataset: "Dataset", plan: "Plan", recipe: "Recipe") -> "Session":
     """Build the lessons, claim their folders, and go back to where they stopped."""
     from pipeline import ranks
+    from pipeline.lesson import Training
     from pipeline.session import Session
 
     device = ranks.device(config.device)
-    training = training_of(config, recipe, plan)
+    training = Training.of(recipe, plan, lr=config.lr, ema=config.ema, precision=config.precision, seed=config.seed)
     lessons = lessons_of(config, store, plan, training, device)
-    plan = with_crops(plan, store, [lesson.method.needs for lesson in lessons])
+    plan = plan.with_crops(store, [lesson.method.needs for lesson in lessons])
     session = Session(store, dataset, plan, lessons, device)
     session.require_sizes()
     if config.overwrite and ranks.rank() == 0:  # only now, when nothing else can be refused
@@ -300,19 +257,6 @@ def prepare(config: Config, store: "FeatureStore", dataset: "Dataset", plan: "Pl
     session.claim(config.method, recipe.warmup_epochs)
     session.restore()
     return session
-
-
-def training_of(config: Config, recipe: "Recipe", plan: "Plan") -> "Training":
-    from pipeline.lesson import Training
-    from pipeline.schedule import Schedule
-
-    rate = recipe.lr if config.lr is not None else recipe.lr * plan.batch / 256
-    run_epochs = plan.steps * plan.batch / len(plan.rows)
-    schedule = Schedule(recipe.schedule, min(1.0, recipe.warmup_epochs / run_epochs), recipe.drops)
-    return Training(
-        recipe.optimizer, rate, recipe.momentum, recipe.weight_decay, recipe.norm_decay, schedule,
-        recipe.clip, config.ema, config.precision, config.seed,
-    )  # fmt: skip
 
 
 def lessons_of(
@@ -337,9 +281,7 @@ def lessons_of(
         method = ranks.synchronised(method, device) if config.sync_bn else method
         method.suit(config.method, store.arrays, config.pairing)
         for apprentice in group:
-            apprentice.student.equip([name.removeprefix("local_") for name in method.needs.outputs])
-            if config.compile:
-                apprentice.forward = torch_compile(apprentice.student)
+            apprentice.equip(method.needs.outputs, compiled=config.compile)
         lessons.append(Lesson(group, method, training))
         for note in setting.notes:
             say(note)
@@ -361,26 +303,12 @@ def build_student(config: Config, number: int, device: Any) -> "Embedder":
     return ranks.synchronised(embedder, device) if config.sync_bn else embedder
 
 
-def torch_compile(student: "Embedder") -> Any:
-    import torch
-
-    return torch.compile(student.outputs)
-
-
-def with_crops(plan: "Plan", store: "FeatureStore", needs: "Sequence[Needs]") -> "Plan":
-    """The plan with the local crops that the methods look at: the stored ones, or fresh ones."""
-    if any(name.startswith("local_") for need in needs for name in need.arrays):
-        store.require_complete(store.local)
-        return replace(plan, local=store.local)
-    return replace(plan, crops=max(need.crops for need in needs))
-
-
 def train(config: Config, session: "Session", val: "Dataset | None") -> None:
     """Steps start..end. Saves every so often, at the end, and when asked to stop."""
     from pipeline import ranks
 
     plan = session.plan
-    introduce(config, session)
+    say(session.introduction(config.method))
     with ExitStack() as stack:
         stop = ranks.Stop(stack.enter_context(Interrupt()))
         bar = stack.enter_context(meter("distill", plan.steps, "steps", session.start))
@@ -415,17 +343,6 @@ def loaders(config: Config, session: "Session") -> int:
     from pipeline.device import loader_workers
 
     return loader_workers(config.workers, session.device, launch.beside())
-
-
-def introduce(config: Config, session: "Session") -> None:
-    plan, training = session.plan, session.lessons[0].training
-    count = len(session.apprentices)
-    shared = f" ({plan.batch // plan.size} on each of {plan.size} ranks)" if plan.size > 1 else ""
-    say(
-        f"{count} student{'s' * (count > 1)}, {config.method}: steps {session.start} to {plan.steps} "
-        f"({plan.steps / session.per_epoch:g} epochs), global batch {plan.batch} images x {plan.per_step} views"
-        f"{shared}, {training.optimizer} at {training.lr:g}, on {session.device}"
-    )
 
 
 def end_of_step(

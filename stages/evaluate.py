@@ -129,6 +129,7 @@ def train_spec(config: Config, subject: "Subject") -> str:
 
 def open_sets(config: Config, subject: "Subject") -> tuple["Dataset", "Dataset"]:
     """Training and validation images. Raises UserError for a class in val that train lacks."""
+    from pipeline import originals
     from pipeline.datasets import DATASETS
 
     if config.train:
@@ -136,13 +137,8 @@ def open_sets(config: Config, subject: "Subject") -> tuple["Dataset", "Dataset"]
         train = train.subset(config.limit) if config.limit else train
     else:
         assert subject.data
-        try:
-            train = DATASETS.order(subject.data["spec"])
-        except UserError as problem:
-            raise UserError(
-                f"the training images are not where they were: {problem}. Say where they are now with --train"
-            ) from None
-        train = train.part(subject.data, subject.ids or tuple)
+        of = str(config.run or config.store)
+        train = originals.find(subject.data, subject.ids or tuple, DATASETS.order, given=None, flag="--train", of=of)
     val = DATASETS.order(config.val)
     unknown = [name for name in val.classes if name not in train.classes]
     if unknown and (train.label >= 0).any():
@@ -174,9 +170,7 @@ def suits(evaluators: dict[str, Any], train: Any, val: Any) -> None:
             require_labels(spec, train, val)
 
 
-def splits(
-    config: Config, subject: "Subject", train: "Dataset", val: "Dataset", out: Path
-) -> tuple["Split", "Split"]:
+def splits(config: Config, subject: "Subject", train: "Dataset", val: "Dataset", out: Path) -> tuple["Split", "Split"]:
     """Features of both sets on disk, resumed where they stopped; labels joined by class name."""
     first = subject.stored(train) or embed_set(config, subject, train, out / "features" / "train")
     second = subject.stored(val) or embed_set(config, subject, val, out / "features" / "val")

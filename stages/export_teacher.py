@@ -1,7 +1,6 @@
 """Dataset -> views -> frozen teacher -> feature store: each (i, v) once, ever."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,14 +18,12 @@ from pipeline.storage import Folder, open_storage
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
-    from pipeline.embed import Cost, Forward
     from pipeline.lease import Lease
     from pipeline.model import Embedder
     from pipeline.scheduler import Outcome
-    from pipeline.shelf import Shard
     from pipeline.store import FeatureStore
     from pipeline.views import ViewSpec
-
+    from pipeline.workshop import Workshop
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def run(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from pipeline import lease
+    from pipeline import heads, lease
     from pipeline.agreement import require_alike, require_unchanged
     from pipeline.device import choose
     from pipeline.embed import Forward
@@ -83,6 +80,7 @@ def run(config: Config) -> dict[str, Any]:
     from pipeline.pixels import require_same
     from pipeline.store import FeatureStore
     from pipeline.views import ViewSpec
+    from pipeline.workshop import Workshop
 
     device = choose(config.device)
     torch.manual_seed(0)  # a teacher with random weights is the same one every time
@@ -109,51 +107,44 @@ def run(config: Config) -> dict[str, Any]:
             say(f"set the earlier {config.out} aside as {aside}")
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     with lease.Lease(storage) as held:
-        store = FeatureStore.make(storage, identity, about, tables, head_file(embedder))
+        store = FeatureStore.make(storage, identity, about, tables, heads.files(embedder.head_tensors()))
         if earlier:
             require_unchanged(store, dataset)
         if not store.pending():
-            return finish(
-                store, f"{config.out} is complete already: {store.images} images, {store.views} views", other
-            )
+            return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views", other)
         forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
-        return fill(config, Workshop(store, dataset, spec, forward), held, other)
+        return fill(config, Workshop(store, dataset, spec, forward, config.workers), held, other)
 
 
-@dataclass
-class Workshop:
-    """All that computing a shard takes. One is built per process."""
-
-    store: "FeatureStore"
-    dataset: "Dataset"
-    spec: "ViewSpec"
-    forward: "Forward"
-
-
-def fill(config: Config, work: Workshop, lease: "Lease", other: "FeatureStore | None") -> dict[str, Any]:
+def fill(config: Config, work: "Workshop", lease: "Lease", other: "FeatureStore | None") -> dict[str, Any]:
     """Compute what the store lacks, and say what was made."""
     from pipeline.agreement import require_unchanged
     from pipeline.history import event
+    from pipeline.workshop import Cluster
 
     store, width, device = work.store, work.forward.embedder.width, work.forward.device
     pending = store.pending()
     rows = sum(shard.stop - shard.start for shard in pending)
     on = str(device) if config.scheduler == "local" else config.scheduler
     say(f"{rows} of {store.images} images to embed, {store.views} views, on {on}, {width} dimensions")
+    failed: list[Outcome] = []
+    place: Workshop | Cluster = work
+    if config.scheduler != "local":
+        place = Cluster(config.scheduler, partial(workshop, config, threads(config)), partial(note, failed))
     with Interrupt() as stop, meter("export", store.images, "images", store.images - rows) as bar:
-        learn_codebooks(config, work, lambda: stop.requested or lease.lost)
-        cost, failed = compute(config, work, pending, bar.advance, lambda: stop.requested or lease.lost)
+
+        def stopped() -> bool:
+            return stop.requested or lease.lost
+
+        if store.untrained():
+            say(f"training {config.codec} on a sample of the images")
+            place.learn(stopped)
+        cost = place.compute(pending, bar.advance, stopped)
         lease.check()
         store.remember(event(cost, device))
         left = len(store.pending())
         stop.check(f"{len(pending) - left} of {len(pending)} pending shards are kept; repeat the command to continue")
-    if failed:
-        first = failed[0]
-        why = f"{type(first.error).__name__}: {' '.join(str(first.error).split())[:300]}"
-        raise UserError(
-            f"{len(failed)} of {len(pending)} shards failed after all tries, the first is that of rows "
-            f"{first.task.start} to {first.task.stop - 1} ({why}); the others are kept, repeat the command to try again"
-        )
+    require_none(failed, len(pending))
     made = finish(
         store,
         f"{config.out}: {store.images} images x {store.views} views x {width} {config.codec}, "
@@ -168,65 +159,21 @@ def fill(config: Config, work: Workshop, lease: "Lease", other: "FeatureStore | 
     return made
 
 
-def learn_codebooks(config: Config, work: Workshop, stopped: Callable[[], bool]) -> None:
-    """Train the codecs that need it, here or on one of the cluster's workers, before any shard is computed."""
-    if not work.store.untrained():
-        return
-    from pipeline.codebook import learn
-    from pipeline.device import loader_workers
-
-    say(f"training {config.codec} on a sample of the images")
-    if config.scheduler == "local":
-        workers = loader_workers(config.workers, work.forward.device)
-        return learn(work.store, work.dataset, work.spec, work.forward, workers=workers, stopped=stopped)
-    from pipeline import scheduler
-
-    task = partial(learn_on_worker, config, threads(config))
-    for outcome in scheduler.spread(["codebook"], task, config.scheduler, stopped):
-        if outcome.error is not None:
-            raise outcome.error
+def note(failed: list["Outcome"], outcome: "Outcome") -> None:
+    """Remember a shard that failed after all tries; the others go on."""
+    failed.append(outcome)
+    say(f"rows {outcome.task.start} to {outcome.task.stop - 1} failed: {outcome.error}")
 
 
-def learn_on_worker(config: Config, threads: int | None, _: str) -> None:
-    """What a cluster's worker does before the shards."""
-    from pipeline.codebook import learn
-    from pipeline.device import loader_workers
-
-    work = workshop(config, threads)
-    workers = loader_workers(config.workers, work.forward.device)
-    learn(work.store, work.dataset, work.spec, work.forward, workers=workers, threads=True)
-
-
-def compute(
-    config: Config,
-    work: Workshop,
-    pending: Sequence["Shard"],
-    progress: Callable[[int], None],
-    stopped: Callable[[], bool],
-) -> tuple["Cost", list["Outcome"]]:
-    """Compute shards here, or on a cluster: -> (what it took, the shards that failed)."""
-    from pipeline.device import loader_workers
-    from pipeline.embed import Cost, embed
-
-    if config.scheduler == "local":
-        workers = loader_workers(config.workers, work.forward.device)
-        return embed(
-            work.store, work.dataset, work.spec, work.forward, shards=pending, workers=workers, progress=progress,
-            stopped=stopped,
-        ), []  # fmt: skip
-    from pipeline import scheduler
-
-    total, failed, began = Cost(), [], time.monotonic()
-    task = partial(compute_shard, config, threads(config))
-    for outcome in scheduler.spread(pending, task, config.scheduler, stopped):
-        if outcome.error is None:
-            total += outcome.result
-            progress(outcome.task.stop - outcome.task.start)
-        else:
-            failed.append(outcome)
-            say(f"rows {outcome.task.start} to {outcome.task.stop - 1} failed: {outcome.error}")
-    total.seconds = time.monotonic() - began
-    return total, failed
+def require_none(failed: list["Outcome"], pending: int) -> None:
+    """Raises UserError, with the first one's reason, if shards failed."""
+    if failed:
+        first = failed[0]
+        why = f"{type(first.error).__name__}: {' '.join(str(first.error).split())[:300]}"
+        raise UserError(
+            f"{len(failed)} of {pending} shards failed after all tries, the first is that of rows {first.task.start} "
+            f"to {first.task.stop - 1} ({why}); the others are kept, repeat the command to try again"
+        )
 
 
 def threads(config: Config) -> int | None:
@@ -236,20 +183,8 @@ def threads(config: Config) -> int | None:
     return torch.get_num_threads() if config.scheduler.startswith("processes") else None
 
 
-def compute_shard(config: Config, threads: int | None, shard: "Shard") -> "Cost":
-    """What a cluster's worker does: one shard, decoded by threads, as workers may have no child processes."""
-    from pipeline.device import loader_workers
-    from pipeline.embed import Cost, embed
-
-    work = workshop(config, threads)
-    if work.store.is_done(shard):  # by a worker that was lost before it could say so
-        return Cost()
-    workers = loader_workers(config.workers, work.forward.device)
-    return embed(work.store, work.dataset, work.spec, work.forward, shards=[shard], workers=workers, threads=True)
-
-
 @lru_cache(maxsize=1)
-def workshop(config: Config, threads: int | None) -> Workshop:
+def workshop(config: Config, threads: int | None) -> "Workshop":
     """The images, the store and the teacher, in this process and on its device."""
     import torch
 
@@ -258,7 +193,9 @@ def workshop(config: Config, threads: int | None) -> Workshop:
     from pipeline.embed import Forward
     from pipeline.models import build
     from pipeline.store import FeatureStore
+    from pipeline.subject import live_teacher
     from pipeline.views import ViewSpec
+    from pipeline.workshop import Workshop
 
     if threads:
         torch.set_num_threads(threads)
@@ -267,14 +204,11 @@ def workshop(config: Config, threads: int | None) -> Workshop:
     device = choose(config.device)
     if device == torch.device("cuda"):  # worker k takes GPU k of those it sees
         device = torch.device("cuda", scheduler.worker_number() % torch.cuda.device_count())
-    torch.manual_seed(0)
-    embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True)
-    if embedder.digest() != store.identity["teacher"]["weights"]:
-        raise UserError(f"{config.teacher} has other weights on this worker than where the command was given")
+    embedder = live_teacher(store, build)
     if dataset.fingerprint != store.identity["data"]["fingerprint"]:
         raise UserError(f"{config.data} holds other images on this worker than where the command was given")
     forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
-    return Workshop(store, dataset, ViewSpec(**store.identity["views"]), forward)
+    return Workshop(store, dataset, ViewSpec(**store.identity["views"]), forward, config.workers)
 
 
 def alike(config: Config) -> tuple[Config, "FeatureStore | None"]:
@@ -333,14 +267,6 @@ def arrays_of(config: Config, embedder: "Embedder") -> dict[str, list[int]]:
     if config.local_views:
         arrays |= {f"local_{n}": arrays[n] for n in ("embedding", "projection") if n in arrays}
     return arrays
-
-
-def head_file(embedder: "Embedder") -> dict[str, bytes]:
-    """{key: bytes} of the frozen heads set aside or used, to lie beside the arrays; nothing where there is none."""
-    from pipeline.heads import HEADS, spell
-
-    tensors = embedder.head_tensors()
-    return {HEADS: spell(tensors)} if tensors else {}
 
 
 def open_images(config: Config) -> "Dataset":

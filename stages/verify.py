@@ -107,10 +107,11 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
     """
     import numpy as np
 
-    from pipeline import philox
+    from pipeline import originals, philox
+    from pipeline.datasets import DATASETS
     from pipeline.images import GOOD
 
-    dataset = open_images(config, store)
+    dataset, _ = originals.of_store(store, DATASETS.order, config.data)  # the same pixels, before any arithmetic
     rows = np.flatnonzero(store.table("status") == GOOD)
     rows = rows[~np.isin(rows // store.rows, [shard.block for shard in store.pending()])]
     count = min(len(rows), max(LEAST, round(config.sample * store.images)))
@@ -232,46 +233,23 @@ def cosine(a: "np.ndarray", b: "np.ndarray") -> "np.ndarray":
     return (a * b).sum(1) / np.maximum(lengths, 1e-12)
 
 
-def open_images(config: Config, store: "FeatureStore") -> "Dataset":
-    """The images of the store; that they look the same here comes before any arithmetic."""
-    from pipeline.datasets import DATASETS
-    from pipeline.model import Preprocessing
-    from pipeline.pixels import require_same
-    from pipeline.views import ViewSpec
-
-    about = store.about["data"]
-    dataset = DATASETS.order(config.data or about["spec"])
-    dataset = dataset.part(about, lambda: store.table("sample_id"))
-    if dataset.fingerprint != store.identity["data"]["fingerprint"]:
-        raise UserError(f"the images are not those of {config.store}: {dataset.unlike(store.table('sample_id'))}")
-    preprocessing = Preprocessing.of(store.identity["teacher"]["preprocessing"])
-    spec, keys = ViewSpec(**store.identity["views"]), store.table("view_key")
-    require_same(store.about["pixels"], dataset, spec, preprocessing, keys, allow=False)
-    return dataset
-
-
 def embed_again(
     config: Config, store: "FeatureStore", dataset: "Dataset"
 ) -> Callable[["np.ndarray", int], "np.ndarray"]:
     """(rows (n,), view) -> (n, D) features by the live teacher, in batches of the exported size."""
     import numpy as np
-    import torch
 
     from pipeline.device import choose
     from pipeline.embed import Forward
     from pipeline.loader import Eyes, Piece
     from pipeline.models import build
+    from pipeline.subject import live_teacher
     from pipeline.views import ViewSpec
 
-    identity = store.identity
-    torch.manual_seed(0)
-    size = identity["teacher"]["preprocessing"]["size"]
-    embedder = build(store.about["teacher"], image_size=size, pretrained_default=True)
-    if embedder.digest() != identity["teacher"]["weights"]:
-        raise UserError(f"{store.about['teacher']} has other weights now than when {config.store} was made")
+    identity, embedder = store.identity, live_teacher(store, build)
     batch = config.batch_size or identity["batch_size"]
     forward = Forward(embedder, choose(config.device), config.precision or identity["precision"], batch)
-    how = embedder.preprocessing.interpolation
+    size, how = embedder.preprocessing.size, embedder.preprocessing.interpolation
     small = identity.get("local", {}).get("size", 0)
     eyes = Eyes(dataset, ViewSpec(**identity["views"]), store.table("view_key"), [(size, how)], [], [(small, how)])
     content = store.table("content")

@@ -361,6 +361,10 @@ class Mine(Method):
     def __init__(self, *, setting, strength: float = 1.0):
         super().__init__()
         self.strength = strength
+    def forward(self, batch, outputs):
+        return [out["embedding"].mean() for out in outputs]
+class Idle(Method):
+    pass
 def stranger(*, setting):
     return None
 """
@@ -388,6 +392,8 @@ def test_a_key_that_the_users_method_does_not_know_is_refused(own: str) -> None:
 def test_what_is_no_method_is_refused(own: str) -> None:
     with pytest.raises(UserError, match="is no subclass of"):
         method(f"{own}:stranger", student())
+    with pytest.raises(UserError, match=r"Idle has no forward\(batch, outputs\)"):
+        method(f"{own}:Idle", student())
     with pytest.raises(UserError, match="has no function or class 'Mime'; did you mean 'Mine'"):
         method(f"{own}:Mime", student())
 

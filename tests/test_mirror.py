@@ -96,7 +96,8 @@ def test_local_crops_come_along_from_a_remote_store(tmp_path: Path) -> None:
     students = []
     for store in ("memory://crops", str(tmp_path / "crops")):
         export(store, views=2, local_views=2)
-        run = train(store, tmp_path / f"run-{len(students)}", "seed:small=true", image_size=16, cache=tmp_path / "cache")
+        out = tmp_path / f"run-{len(students)}"
+        run = train(store, out, "seed:small=true", image_size=16, cache=tmp_path / "cache")
         students.append((run / "student.safetensors").read_bytes())
     assert students[0] == students[1]
 

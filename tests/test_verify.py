@@ -257,7 +257,7 @@ def linear(weight: float = 0.0):
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        ("weight: float = 0.0", "weight: float = 0.1", "has other weights now"),
+        ("weight: float = 0.0", "weight: float = 0.1", "has other weights here"),
         ("ACTIVATION", "torch.relu", "pixels were checked first, so the arithmetic differs"),
         ("ACTIVATION", "torch.ones_like", "the arithmetic differs|proves nothing"),
     ],

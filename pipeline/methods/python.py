@@ -34,4 +34,6 @@ def named(place: str) -> type[Method]:
     build = load(place)
     if not (inspect.isclass(build) and issubclass(build, Method)):
         raise UserError(f"python:{place} is no subclass of pipeline.method.Method")
+    if inspect.isabstract(build):
+        raise UserError(f"python:{place} has no forward(batch, outputs), which gives a loss of each student; write it")
     return build
