@@ -92,7 +92,7 @@ def supervised(store: Path, seed: int, out: Path) -> Path:
         return file
     config = distill.Config(store, (STUDENT,), "compress-1q", out, epochs=EPOCHS, batch_size=BATCH, seed=seed)
     images = FeatureStore(Folder(store))
-    plan = distill.plan_of(config, images, distill.recipe_of(config))
+    plan = distill.plan_of(config, images)
     torch.manual_seed(seed)
     student = build(STUDENT, pretrained_default=False).to(memory_format=torch.channels_last)
     layer = torch.nn.Linear(student.width, len(images.about["classes"]))

@@ -1,7 +1,8 @@
 """An export of views from JPEG files against the bare teacher's forward on ready tensors.
 
-Same model, batch, precision and memory format, alternating in one process. By the clock, and in processor seconds of
-the process and its loaders, which other work on the machine disturbs less: what the export does besides the forward.
+Same model, batch, precision and memory format, in one process, each export between two bare runs and compared with
+their mean: a processor's speed drifts. By the clock, and in processor seconds of the process and its loaders. The
+images are whole batches, as all are but the last of a large set.
 """
 
 import os
@@ -24,32 +25,36 @@ from pipeline.storage import Folder
 from pipeline.store import FeatureStore
 from pipeline.views import ViewSpec
 
-TEACHER, SIZE, VIEWS, BATCH, IMAGES, ROUNDS = "timm:resnet18,pretrained=false", 224, 8, 32, 96, 5
+TEACHER, SIZE, VIEWS, BATCH, IMAGES, ROUNDS = "timm:resnet18,pretrained=false", 224, 8, 50, 250, 5
+BARE = 800  # views of a bare run
 
 
 def measure() -> dict[str, Any]:
-    """views/s of both, and their ratios, in pairs; medians."""
+    """views/s of both, and their ratios; medians."""
     device = choose("auto")
     forward = Forward(build(TEACHER, image_size=SIZE), device, batch_size=BATCH)
-    pairs = []
     with tempfile.TemporaryDirectory() as folder:
         dataset = DATASETS.order(str(photographs(Path(folder) / "images"))).subset(IMAGES)
+        bare, ours = [_bare(forward)], []
         for number in range(ROUNDS):
-            bare = _bare(forward)
-            pairs.append((bare, _export(forward, dataset, Path(folder) / str(number), device)))
+            ours.append(_export(forward, dataset, Path(folder) / str(number), device))
+            bare.append(_bare(forward))
+    beside = (np.array(bare)[:-1] + np.array(bare)[1:]) / 2
+    ratios = np.array(ours) / beside
     return {
         "teacher": f"{TEACHER} at {SIZE}, batch {BATCH}, {VIEWS} views, {len(dataset)} images, {device}",
-        "bare forward views/s": [round(bare[0], 1) for bare, _ in pairs],
-        "export views/s": [round(ours[0], 1) for _, ours in pairs],
-        "ratio": round(float(np.median([ours[0] / bare[0] for bare, ours in pairs])), 3),
-        "ratio, views per processor second": round(float(np.median([ours[1] / bare[1] for bare, ours in pairs])), 3),
+        "bare forward views/s": [round(rate, 1) for rate, _ in bare],
+        "export views/s": [round(rate, 1) for rate, _ in ours],
+        "ratios": [round(float(ratio), 3) for ratio in ratios[:, 0]],
+        "ratio": round(float(np.median(ratios[:, 0])), 3),
+        "ratio, views per processor second": round(float(np.median(ratios[:, 1])), 3),
     }
 
 
 def _bare(forward: Forward) -> tuple[float, float]:
     pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
     forward(pixels)
-    count = IMAGES * VIEWS // BATCH
+    count = BARE // BATCH
     return _rates(count * BATCH, lambda: [forward(pixels) for _ in range(count)])
 
 

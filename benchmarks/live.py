@@ -65,7 +65,7 @@ def _step(store: Path, out: Path, how: dict[str, Any]) -> Callable[[], object]:
         image_size=STUDENT_SIZE, lr=0.01, **how,
     )  # fmt: skip
     opened = FeatureStore(Folder(store))
-    plan = distill.plan_of(config, opened, distill.recipe_of(config))
-    session = distill.prepare(config, opened, distill.open_images(config, opened), plan, distill.recipe_of(config))
+    plan = distill.plan_of(config, opened)
+    session = distill.prepare([config], opened, distill.open_images(config, opened), plan)
     sight = next(session.sights(0))
     return lambda: session.step(0, sight, False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-IMAGES = 96
+IMAGES = 100
 
 
 def photographs(folder: Path) -> Path:

@@ -50,9 +50,9 @@ def _session(store: Path, students: Sequence[str], out: Path) -> tuple[distill.C
         store=store, student=tuple(students), method="compress-1q", out=out, steps=STEPS, batch_size=BATCH,
         image_size=SIZE, lr=0.01,
     )  # fmt: skip
-    opened, recipe = FeatureStore(Folder(store)), distill.recipe_of(config)
-    plan = distill.plan_of(config, opened, recipe)
-    return config, distill.prepare(config, opened, distill.open_images(config, opened), plan, recipe)
+    opened = FeatureStore(Folder(store))
+    plan = distill.plan_of(config, opened)
+    return config, distill.prepare([config], opened, distill.open_images(config, opened), plan)
 
 
 def _train(store: Path, students: Sequence[str], out: Path) -> float:

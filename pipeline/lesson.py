@@ -88,8 +88,13 @@ class Lesson:
     What comes of it does not depend on who else learns in the same run.
     """
 
-    def __init__(self, apprentices: Sequence[Apprentice], method: Method, training: Training):
+    def __init__(
+        self, apprentices: Sequence[Apprentice], method: Method, training: Training, *,
+        name: str = "", warmup_epochs: float = 0.0,
+    ):  # fmt: skip
+        """name: what the user calls the method; warmup_epochs: as asked, the schedule knows their share of the run."""
         self.apprentices, self.method, self.training = list(apprentices), method, training
+        self.name, self.warmup_epochs = name, warmup_epochs
         named = "+".join(apprentice.student.spec for apprentice in apprentices)
         self.seed = training.seed ^ (zlib.crc32(named.encode()) << 32)
         room = Room(apprentices, method)

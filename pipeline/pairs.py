@@ -79,12 +79,15 @@ class Plan:
     def with_crops(self, store: FeatureStore, needs: Sequence[Needs]) -> "Plan":
         """The plan with the local crops that methods look at: the stored ones, or fresh ones.
 
-        Raises UserError if stored ones are not there yet.
+        Raises UserError if stored ones are not there yet, or if methods want different ones.
         """
-        if any(name.startswith("local_") for need in needs for name in need.arrays):
+        stored = any(name.startswith("local_") for need in needs for name in need.arrays)
+        fresh = {need.crops for need in needs if need.crops}
+        if len(fresh) + stored > 1:
+            raise UserError("the methods look at different local crops, so they cannot share a pass; train them apart")
+        if stored:
             store.require_complete(store.local)
-            return replace(self, local=store.local)
-        return replace(self, crops=max(need.crops for need in needs))
+        return replace(self, local=store.local if stored else (), crops=max(fresh, default=0))
 
     def _places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs (b,), places in the epoch (b,)) of a step's images."""

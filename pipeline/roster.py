@@ -11,11 +11,12 @@ from pipeline.storage import Folder
 def folders(out: Path, students: Sequence[str], peers: Callable[[], bool]) -> list[Path]:
     """OUT itself for one student, OUT/NAME for each of several; a peer named twice is NAME and NAME-2.
 
-    peers: whether the method teaches them together; asked only if a student is named twice.
+    One that is left of several stays where its run is. peers: whether the method teaches them together; asked only if
+    a student is named twice.
     """
-    if len(students) == 1:
-        return [out]
     names = ["".join(c if c.isalnum() or c in "-_." else "-" for c in student) for student in students]
+    if len(students) == 1 and not (out / names[0] / artifact.MANIFEST).exists():
+        return [out]
     if len(set(students)) < len(students) and peers():
         again = [students[:n].count(student) for n, student in enumerate(students)]
         names = [f"{name}-{n + 1}" if n else name for name, n in zip(names, again, strict=True)]

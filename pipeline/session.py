@@ -60,17 +60,19 @@ class Session:
         """Steps in an epoch."""
         return len(self.plan.rows) / self.plan.batch
 
-    def introduction(self, method: str) -> str:
+    def introduction(self) -> str:
         """What is about to be trained, in a line."""
-        plan, training, count = self.plan, self.lessons[0].training, len(self.apprentices)
+        plan, count = self.plan, len(self.apprentices)
+        methods = ", ".join(dict.fromkeys(lesson.name for lesson in self.lessons))
+        rates = ", ".join(dict.fromkeys(f"{x.training.optimizer} at {x.training.lr:g}" for x in self.lessons))
         shared = f" ({plan.batch // plan.size} on each of {plan.size} ranks)" if plan.size > 1 else ""
         return (
-            f"{count} student{'s' * (count > 1)}, {method}: steps {self.start} to {plan.steps} "
+            f"{count} student{'s' * (count > 1)}, {methods}: steps {self.start} to {plan.steps} "
             f"({plan.steps / self.per_epoch:g} epochs), global batch {plan.batch} images x {plan.per_step} views"
-            f"{shared}, {training.optimizer} at {training.lr:g}, on {self.device}"
+            f"{shared}, {rates}, on {self.device}"
         )
 
-    def claim(self, method: str, warmup_epochs: float) -> None:
+    def claim(self) -> None:
         """Write each run's manifest, what it is and came from, or compare it with the one that is there.
 
         The end of the run is not part of what it is: it may grow. Nor is the number of ranks, of which
@@ -78,13 +80,13 @@ class Session:
         """
         for lesson in self.lessons if ranks.rank() == 0 else []:
             how = asdict(lesson.training)
-            how["schedule"] |= {"warmup": None, "warmup_epochs": warmup_epochs}
+            how["schedule"] |= {"warmup": None, "warmup_epochs": lesson.warmup_epochs}
             for apprentice in lesson.apprentices:
                 identity = {
                     "store": self.store.fingerprint,
                     "images": len(self.plan.rows),
                     "student": _who(apprentice),
-                    "method": method,
+                    "method": lesson.name,
                     "training": how,
                     "batch_size": self.plan.batch,
                     "pairing": self.plan.pairing,
@@ -163,7 +165,7 @@ class Session:
             if independent:
                 pixels = pixels.chunk(count, 1)[number]
             images.append(self._prepared(apprentice, pixels))
-            if self.plan.has_local:
+            if _local(lesson):
                 small = sight.local[self._sizes(self._local_size).index(self._local_size(apprentice))]
                 local.append(self._prepared(apprentice, small))
         return images, local
@@ -210,7 +212,7 @@ class Session:
     def require_sizes(self) -> None:
         """Raises UserError if a student cannot take the local crops that its method shows it."""
         for lesson in self.lessons:
-            if any(name.startswith("local_") for name in lesson.method.needs.outputs):
+            if _local(lesson):
                 for apprentice in lesson.apprentices:
                     apprentice.student.require_size(self._local_size(apprentice)[0], "--image-size")
 
@@ -221,6 +223,11 @@ class Session:
             return local_size(wants.size), wants.interpolation
         whole = self.store.identity["teacher"]["preprocessing"]["size"]
         return max(8, 8 * round(wants.size * local["size"] / whole / 8)), wants.interpolation
+
+
+def _local(lesson: Lesson) -> bool:
+    """Whether its students see local crops."""
+    return any(name.startswith("local_") for name in lesson.method.needs.outputs)
 
 
 def _who(apprentice: Apprentice) -> dict[str, Any]:

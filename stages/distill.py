@@ -17,7 +17,7 @@ from pipeline.storage import Folder, is_url, open_storage
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
     from pipeline.journal import Journal
-    from pipeline.lesson import Lesson, Training
+    from pipeline.lesson import Lesson
     from pipeline.method import Method, Recipe
     from pipeline.model import Embedder
     from pipeline.pairs import Plan
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pipeline.store import FeatureStore
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
+LEARNING = {"student", "method", "out", "image_size", "views_per_step", "ema", "precision", "compile", "channels_last"}
+"""What may differ between commands that share a pass, besides what a recipe says."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +80,27 @@ def run(config: Config) -> dict[str, Any]:
     if config.devices and not launch.started():
         check(config)
         return launch.start(config.devices, ["distill", *words(replace(config, devices=None))])
+    return share([config])
+
+
+def share(configs: Sequence[Config]) -> dict[str, Any]:
+    """One pass over the images for all these commands, whose `looks` are equal. Returns what `run` does.
+
+    Raises UserError if they cannot share it after all.
+    """
     if not launch.started():
-        return distill(config)
+        return distill(configs)
     from pipeline import ranks
 
     with ranks.together():
-        return distill(config)
+        return distill(configs)
 
 
-def distill(config: Config) -> dict[str, Any]:
-    """`run` in one process, alone or as one of several ranks."""
-    check(config)
+def distill(configs: Sequence[Config]) -> dict[str, Any]:
+    """`share` in one process, alone or as one of several ranks."""
+    for each in configs:
+        check(each)
+    config = configs[0]
     storage = open_storage(config.store)
     artifact.read(storage, "store")
 
@@ -96,18 +108,29 @@ def distill(config: Config) -> dict[str, Any]:
     from pipeline.mirror import hydrate
     from pipeline.store import FeatureStore
 
-    store, recipe = FeatureStore(storage), recipe_of(config)
+    store = FeatureStore(storage)
     dataset = open_images(config, store)
     val = open_val(config)
     if is_url(config.store):
         with ranks.in_turn():
             store = hydrate(store, [*views_used(config, store), *store.local], config.cache)
-    plan = plan_of(config, store, recipe)
-    session = prepare(config, store, in_memory(config, dataset), plan, recipe)
+    plan = plan_of(config, store)
+    for each in configs:
+        if views_used(each, store) != plan.views:
+            raise UserError(f"{each.out} was begun with other views than {config.out}; train it alone")
+    session = prepare(configs, store, in_memory(config, dataset), plan)
     finished = session.start >= plan.steps
     if not finished:
         train(config, session, val)
     return close(session, f"is finished already, {session.start} steps" if finished else f"{plan.steps} steps")
+
+
+def looks(config: Config) -> tuple[Any, ...]:
+    """Equal for commands that one pass over the images can serve: they differ in students and how these learn."""
+    recipe = recipe_of(config)
+    free = {f.name for f in fields(recipe)} | LEARNING
+    same = [getattr(config, f.name) for f in fields(config) if f.name not in free]
+    return (*same, recipe.batch_size, recipe.epochs, views_per_step(config))
 
 
 def check(config: Config) -> None:
@@ -199,10 +222,11 @@ def open_val(config: Config) -> "Dataset | None":
     return val
 
 
-def plan_of(config: Config, store: "FeatureStore", recipe: "Recipe") -> "Plan":
+def plan_of(config: Config, store: "FeatureStore") -> "Plan":
     """What every step looks at, and how many steps there are. A published batch size is that of all ranks together."""
     from pipeline import pairs, ranks
 
+    recipe = recipe_of(config)
     batch = recipe.batch_size * (ranks.size() if config.batch_size else 1)
     plan = pairs.lay_out(
         store, views_used(config, store), seed=config.seed, batch=batch, per_step=views_per_step(config),
@@ -238,38 +262,35 @@ def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
     return tuple(v for v in held if v) or held
 
 
-def prepare(config: Config, store: "FeatureStore", dataset: "Dataset", plan: "Plan", recipe: "Recipe") -> "Session":
+def prepare(configs: Sequence[Config], store: "FeatureStore", dataset: "Dataset", plan: "Plan") -> "Session":
     """Build the lessons, claim their folders, and go back to where they stopped."""
     from pipeline import ranks
-    from pipeline.lesson import Training
     from pipeline.session import Session
 
-    device = ranks.device(config.device)
-    training = Training.of(recipe, plan, lr=config.lr, ema=config.ema, precision=config.precision, seed=config.seed)
-    lessons = lessons_of(config, store, plan, training, device)
+    device = ranks.device(configs[0].device)
+    lessons = [lesson for config in configs for lesson in lessons_of(config, store, plan, device)]
     plan = plan.with_crops(store, [lesson.method.needs for lesson in lessons])
     session = Session(store, dataset, plan, lessons, device)
     session.require_sizes()
-    if config.overwrite and ranks.rank() == 0:  # only now, when nothing else can be refused
-        for folder in run_folders(config):
+    if ranks.rank() == 0:  # only now, when nothing else can be refused
+        for folder in [folder for config in configs if config.overwrite for folder in run_folders(config)]:
             if aside := artifact.set_aside(folder, "run"):
                 say(f"set the earlier {folder} aside as {aside}")
-    session.claim(config.method, recipe.warmup_epochs)
+    session.claim()
     session.restore()
     return session
 
 
-def lessons_of(
-    config: Config, store: "FeatureStore", plan: "Plan", training: "Training", device: Any
-) -> list["Lesson"]:
+def lessons_of(config: Config, store: "FeatureStore", plan: "Plan", device: Any) -> list["Lesson"]:
     """Each student with a method of its own, or all of them as peers in one; everything from the seed."""
     from pipeline import heads, ranks
     from pipeline.apprentice import Apprentice
-    from pipeline.lesson import Lesson
+    from pipeline.lesson import Lesson, Training
     from pipeline.method import Setting
     from pipeline.methods import METHODS
 
-    folders, lessons = run_folders(config), []
+    folders, lessons, recipe = run_folders(config), [], recipe_of(config)
+    training = Training.of(recipe, plan, lr=config.lr, ema=config.ema, precision=config.precision, seed=config.seed)
     everyone = range(len(folders))
     for numbers in [everyone] if method_of(config).needs.peers else [[number] for number in everyone]:
         group = [Apprentice(folders[n], build_student(config, n, device), config.ema) for n in numbers]
@@ -282,7 +303,7 @@ def lessons_of(
         method.suit(config.method, store.arrays, config.pairing)
         for apprentice in group:
             apprentice.equip(method.needs.outputs, compiled=config.compile)
-        lessons.append(Lesson(group, method, training))
+        lessons.append(Lesson(group, method, training, name=config.method, warmup_epochs=recipe.warmup_epochs))
         for note in setting.notes:
             say(note)
     return lessons
@@ -308,7 +329,7 @@ def train(config: Config, session: "Session", val: "Dataset | None") -> None:
     from pipeline import ranks
 
     plan = session.plan
-    say(session.introduction(config.method))
+    say(session.introduction())
     with ExitStack() as stack:
         stop = ranks.Stop(stack.enter_context(Interrupt()))
         bar = stack.enter_context(meter("distill", plan.steps, "steps", session.start))

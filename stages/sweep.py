@@ -1,12 +1,13 @@
 """`compress sweep FILE.yaml`: a grid of students, methods and stores, trained, scored and compared.
 
-A command made of commands: it writes no file of its own but the page at the end.
+A command made of commands: it writes no file of its own but the page at the end. Commands that look at the same
+images in the same order share one pass over them.
 """
 
 import itertools
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,24 @@ from pipeline.menu import nearest
 from pipeline.progress import say
 from stages import compare, distill, evaluate
 
-KEYS = ("out", "store", "student", "method", "distill", "evaluate")
+KEYS = ("out", "store", "student", "method", "at_once", "distill", "evaluate")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Run a grid from a YAML file: each pass over the images trains all the students together.
+    """Run a grid from a YAML file, with as few passes over the images as it takes.
 
-    `store`, `method` and any flag under `distill` may be a list: every combination is a pass. The
-    same command again continues, and adds what was added to the file.
+    `store`, `method` and any flag under `distill` may be a list: every combination is run. Those that
+    look at the same images in the same order (methods, rates, ...) are trained in one pass, up to
+    `at_once` students of them. The same command again continues, and adds what was added to the file.
     """
 
-    file: Path = flag(help="keys: out, store, student, method; distill and evaluate hold flags of these", place=True)
+    file: Path = flag(help="keys: out, store, student, method, at_once; distill, evaluate hold their flags", place=True)
     dry_run: bool = flag(False, "list the passes")
 
 
 @dataclass(frozen=True)
-class Pass:
+class Cell:
     """One distill command: all students of one combination."""
 
     name: str  # of its folder, below the sweep's
@@ -41,40 +43,67 @@ class Pass:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Returns {"summary", "passes", "runs", "failed", "page"}. Raises UserError at the end if a pass failed."""
+    """Returns {"summary", "passes", "runs", "failed", "page"}. Raises UserError at the end if a combination failed."""
     plan = read(config.file)
-    passes = list(passes_of(plan))
+    cells = list(cells_of(plan))
     scoring = options(evaluate.Config, plan.get("evaluate", {}), f"evaluate of {config.file}", without=("run", "store"))
-    for one in passes:
-        distill.check(one.config)  # all of them before the first begins
-    names = [one.name for one in passes]
+    for cell in cells:
+        distill.check(cell.config)  # all of them before the first begins
+    passes = passes_of(cells, plan.get("at_once"))
+    names = [" + ".join(cell.name for cell in one) for one in passes]
     if config.dry_run:
-        students = len(passes[0].config.student)
-        return {"summary": "\n".join([*names, f"{len(passes)} passes of {students} students"]), "passes": names}
-    failed, runs = [], []
+        students = sum(len(cell.config.student) for cell in cells)
+        return {"summary": "\n".join([*names, f"{len(passes)} passes, {students} students"]), "passes": names}
+    failed: list[str] = []
     for number, one in enumerate(passes):
-        say(f"pass {number + 1} of {len(passes)}: {one.name}")
-        try:
-            distill.run(one.config)
-        except UserError as problem:
-            failed.append(f"{one.name}: {problem}")
-            say(f"failed: {failed[-1]}")
-        runs += [folder for folder in distill.run_folders(one.config) if (folder / "student.safetensors").exists()]
-    rows = score(passes, runs, scoring)
+        say(f"pass {number + 1} of {len(passes)}: {names[number]}")
+        failed += train(one)
+    places = [folder for cell in cells for folder in distill.run_folders(cell.config)]
+    runs = [folder for folder in places if (folder / "student.safetensors").exists()]
+    rows = score(cells, runs, scoring)
     page = Path(plan["out"]) / "compare.html"
     made = compare.run(compare.Config(tuple(map(str, rows)), page)) if rows else {"summary": "nothing to compare"}
     if failed:
-        count = f"{len(failed)} of {len(passes)} passes failed"
+        count = f"{len(failed)} of {len(cells)} combinations failed"
         raise UserError(f"{count}, the first is {failed[0]}; the others are in {page}")
     return {"summary": made["summary"], "passes": names, "runs": list(map(str, runs)), "page": str(page)}
 
 
-def score(passes: list[Pass], runs: list[Path], scoring: dict[str, Any]) -> list[Path]:
+def passes_of(cells: Sequence[Cell], at_once: int | None) -> list[list[Cell]]:
+    """Cells that can share a pass over the images together, up to so many students; else one by one."""
+    groups: dict[Any, list[list[Cell]]] = {}
+    for cell in cells:
+        alike = groups.setdefault(distill.looks(cell.config), [[]])
+        if at_once and sum(len(other.config.student) for other in [*alike[-1], cell]) > at_once and alike[-1]:
+            alike.append([])
+        alike[-1].append(cell)
+        if cell.config.devices:  # ranks are started by a command of one method
+            alike.append([])
+    return [one for alike in groups.values() for one in alike if one]
+
+
+def train(cells: Sequence[Cell]) -> list[str]:
+    """One pass -> what failed. If it cannot be, each cell alone: what is finished stays, what stopped goes on."""
+    try:
+        if len(cells) > 1:
+            distill.share([cell.config for cell in cells])
+        else:
+            distill.run(cells[0].config)
+    except UserError as problem:
+        if len(cells) > 1:
+            say(f"not together: {problem}")
+            return [failure for cell in cells for failure in train([cell])]
+        say(f"failed: {cells[0].name}: {problem}")
+        return [f"{cells[0].name}: {problem}"]
+    return []
+
+
+def score(cells: Sequence[Cell], runs: list[Path], scoring: dict[str, Any]) -> list[Path]:
     """Evaluations of the teachers and of the runs, for `compare`; none if the file says nothing of evaluating."""
     if not scoring:
         return []
     out = []
-    for store in dict.fromkeys(one.config.store for one in passes):
+    for store in dict.fromkeys(cell.config.store for cell in cells):
         out.append(Path(evaluate.run(evaluate.Config(**scoring, store=store))["evaluation"]))
     return out + [Path(evaluate.run(evaluate.Config(**scoring, run=folder))["evaluation"]) for folder in runs]
 
@@ -97,10 +126,13 @@ def read(file: Path) -> dict[str, Any]:
             raise UserError(f"{file} has an unknown key {key!r}{hint} Known: {', '.join(KEYS)}")
     if missing := [key for key in ("out", "store", "student", "method") if not plan.get(key)]:
         raise UserError(f"{file} lacks {' and '.join(missing)}")
+    limit = plan.get("at_once")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise UserError(f"at_once is {limit!r}, but must be a number of students, 1 or more")
     return plan
 
 
-def passes_of(plan: Mapping[str, Any]) -> Iterator[Pass]:
+def cells_of(plan: Mapping[str, Any]) -> Iterator[Cell]:
     """Every combination of stores, methods and lists under `distill`."""
     asked = {key.replace("-", "_"): value for key, value in plan.get("distill", {}).items()}
     axes = {key: value for key, value in asked.items() if isinstance(value, list)}
@@ -113,7 +145,7 @@ def passes_of(plan: Mapping[str, Any]) -> Iterator[Pass]:
         said = options(distill.Config, fixed | chosen, "distill", without=("store", "student", "method", "out"))
         where = Path(plan["out"]) / folder
         given = {"store": store, "student": tuple(listed(plan["student"])), "method": method, "out": where}
-        yield Pass(folder, distill.Config(**typed(distill.Config, given), **said))
+        yield Cell(folder, distill.Config(**typed(distill.Config, given), **said))
 
 
 def options(config: Any, asked: Mapping[str, Any], where: str, without: tuple[str, ...]) -> dict[str, Any]:

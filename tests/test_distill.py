@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import random
 import shutil
 import signal
 import subprocess
@@ -389,28 +388,6 @@ def test_the_real_command_interrupted_terminated_and_killed_ends_at_the_same_bit
     assert not list(out.rglob("*.part")), "what the killed ones left half-written"
     whole = config(store, tmp_path / "whole", student=(suicidal,), method="compress-2q:bank=50", steps=90, ema=0.9)
     distill.run(replace(whole, save_every=50))
-    assert_same_run(out, tmp_path / "whole")
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("method", ["compress-2q", "compress-2q-momentum", "compress-1q", "seed"])
-def test_killed_twenty_times_at_random_moments_it_ends_at_the_same_bits(
-    method: str, store: Path, tmp_path: Path, suicidal: str
-) -> None:
-    out, chance = tmp_path / "killed", random.Random(method)
-    line = command(store, out, suicidal, 900, method)
-    for _ in range(20):
-        process, before = program(line), newest(out)
-        while newest(out) < before + 7 and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.5))
-        process.kill()
-        process.communicate()
-    process = program(line)
-    _, told = process.communicate(timeout=600)
-    assert process.returncode == 0, told
-    whole = config(store, tmp_path / "whole", student=(suicidal,), method=f"{method}:bank=50", steps=900, ema=0.9)
-    distill.run(replace(whole, save_every=500))
     assert_same_run(out, tmp_path / "whole")
 
 

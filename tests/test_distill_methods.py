@@ -1,9 +1,14 @@
 """Every method in the loop: stopped and run again, diverging, several students in one pass, stores that lack things."""
 
+import contextlib
 import json
+import os
+import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,7 @@ from test_distill import (
 
 from pipeline import checkpoint
 from pipeline.artifact import UserError
+from pipeline.config import words
 from pipeline.datasets.digits import Digits
 from pipeline.methods import METHODS
 from pipeline.storage import Folder
@@ -36,6 +42,7 @@ from stages import distill, label_head
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = "convnet:channels=3+6"
+warm = plain.warm
 
 CASES: dict[str, dict[str, Any]] = {
     "regression": {"method": "regression:norm=batch"},
@@ -113,6 +120,40 @@ def test_stopped_at_any_step_and_run_again_is_never_stopped_to_the_bit(
     assert len(homes(tmp_path / "whole")) == len(case.get("student", (CONVNET,)))
     for one, other in zip(homes(tmp_path / "stopped"), homes(tmp_path / "whole"), strict=True):
         assert one.name == other.name or len(case.get("student", (CONVNET,))) == 1
+        assert_same_run(one, other)
+
+
+KILLED = {name: plain.CASES[name] for name in ("compress-1q", "compress-2q", "compress-2q-momentum", "seed")} | CASES
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("name", KILLED)
+def test_killed_at_random_moments_it_ends_at_the_same_bits(
+    name: str, kills: int, store: Path, tmp_path: Path, warm: plain.Warm
+) -> None:
+    case = {"student": (CONVNET,), "ema": 0.9, "save_every": 5, **KILLED[name], "val": None}
+    case["method"] = case.get("method", "compress-1q").replace("HEAD", str(store.parent / "head.safetensors"))
+    whole = plain.config(store, tmp_path / "whole", **case, steps=20 + 20 * kills)
+    line, chance = ["distill", *words(replace(whole, out=tmp_path / "killed"))], random.Random(name)
+
+    def steps() -> int:
+        return min(map(newest, homes(tmp_path / "killed")), default=0)
+
+    died = 0
+    for _ in range(kills):
+        victim, goal = warm.start(line), steps() + 5
+        plain.until(lambda goal=goal: steps() >= goal)  # type: ignore[misc]
+        time.sleep(chance.uniform(0, 0.1))
+        with contextlib.suppress(ProcessLookupError):  # it was faster
+            os.kill(victim, signal.SIGKILL)
+        died += warm.wait()[0] == -signal.SIGKILL
+    assert died
+    warm.start(line)
+    status, told = warm.wait()
+    assert status == 0, told
+    assert not list((tmp_path / "killed").rglob("*.part")), "what the killed ones left half-written"
+    distill.run(whole)
+    for one, other in zip(homes(tmp_path / "killed"), homes(tmp_path / "whole"), strict=True):
         assert_same_run(one, other)
 
 
@@ -229,6 +270,15 @@ def test_students_come_and_go_between_runs_unnoticed_by_the_others(run: Callable
     for student, name in names.items():
         run(name, student=(student,), **how)
         assert_same_run(tmp_path / "many" / name, tmp_path / name)
+
+
+def test_the_last_of_several_students_goes_on_where_its_run_is(run: Callable[..., Any], tmp_path: Path) -> None:
+    run(student=(CONVNET, TINY), method="compress-1q", steps=6)
+    alone = run(student=(TINY,), method="compress-1q", steps=9)
+    assert alone["runs"] == [str(tmp_path / "run/convnet-channels-3-6")]
+    assert newest(tmp_path / "run/convnet-channels-3-6") == 9
+    assert newest(tmp_path / "run/convnet-channels-4-8") == 6
+    assert not (tmp_path / "run/manifest.json").exists()
 
 
 def test_an_image_is_decoded_once_a_step_however_many_students_sizes_and_crops_look_at_it(

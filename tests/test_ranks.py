@@ -296,13 +296,13 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_nearest_that_can(
     from pipeline.store import FeatureStore
 
     asked = config(home, "never", method="crd", batch_size=each)  # published with 64 images
-    store, recipe = FeatureStore(Folder(home / "store")), distill.recipe_of(asked)
+    store = FeatureStore(Folder(home / "store"))
     monkeypatch.setattr(ranks, "size", lambda: size)
     if 120 % size == 0 and each:
-        assert distill.plan_of(asked, store, recipe).batch == 120
+        assert distill.plan_of(asked, store).batch == 120
         return
     with pytest.raises(UserError, match=said):
-        distill.plan_of(asked, store, recipe)
+        distill.plan_of(asked, store)
 
 
 def test_ranks_of_a_machine_have_a_gpu_each_and_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

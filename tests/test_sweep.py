@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifact import UserError
+from pipeline.datasets.digits import Digits
 from stages import distill, export_teacher, sweep
 
 STUDENTS = ("convnet:channels=4+6", "convnet:channels=5+6")
@@ -38,7 +39,7 @@ def write(folder: Path, store: Path, **changes: object) -> Path:
 def test_a_sweep_trains_every_combination_and_ends_in_one_page(store: Path, tmp_path: Path) -> None:
     file = write(tmp_path, store, method=["regression"])
     made = sweep.run(sweep.Config(file))
-    assert made["passes"] == ["regression,lr=1", "regression,lr=0.1"]
+    assert made["passes"] == ["regression,lr=1 + regression,lr=0.1"]
     assert len(made["runs"]) == 4
     page = Path(made["page"]).read_text()
     assert all(page.count(student) >= 2 for student in STUDENTS)
@@ -56,7 +57,11 @@ def test_a_sweep_trains_every_combination_and_ends_in_one_page(store: Path, tmp_
 
 def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path) -> None:
     made = sweep.run(sweep.Config(write(tmp_path, store), dry_run=True))
-    assert len(made["passes"]) == 4 and "4 passes of 2 students" in made["summary"]
+    assert len(made["passes"]) == 1 and "1 passes, 8 students" in made["summary"]
+    limited = sweep.run(sweep.Config(write(tmp_path, store, at_once=4), dry_run=True))["passes"]
+    assert limited == [
+        "compress-1q-bank=20,lr=1 + compress-1q-bank=20,lr=0.1", "regression,lr=1 + regression,lr=0.1"
+    ]  # fmt: skip
     assert not (tmp_path / "sweep").exists()
 
 
@@ -70,6 +75,7 @@ def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path
         ({"method": "sead"}, "unknown method 'sead'; did you mean 'seed'"),
         ({"distill": {"pairing": "odd"}}, "--pairing is odd"),
         ({"evaluate": {"protocol": ["nn"]}}, "needs val"),
+        ({"at_once": 0}, "at_once is 0, but must be a number of students"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(
@@ -82,6 +88,40 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
 
 def test_a_pass_that_fails_is_named_and_the_others_are_run(store: Path, tmp_path: Path) -> None:
     file = write(tmp_path, store, method=["compress-1q:bank=500", "regression"], evaluate=None)
-    with pytest.raises(UserError, match=r"2 of 4 passes failed, the first is compress-1q-bank=500,lr=1: bank=500"):
+    with pytest.raises(UserError, match=r"2 of 4 combinations failed, the first is compress-1q-bank=500,lr=1: bank=500"):
         sweep.run(sweep.Config(file))
     assert len(list((tmp_path / "sweep").rglob("student.safetensors"))) == 4
+
+
+def test_methods_that_look_at_the_same_images_share_a_pass_and_become_what_they_become_alone(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, load = [], Digits.load
+    monkeypatch.setattr(Digits, "load", lambda self, i: decoded.append(i) or load(self, i))
+    methods = ["compress-2q:bank=20", "regression", "crd:negatives=10", "seed:bank=20"]
+    how = {"steps": 3, "batch-size": [20, 30], "image-size": 8, "workers": 0}
+    file = write(tmp_path, store, method=methods, distill={**how, "lr": 0.05, "clip": 1.0}, evaluate=None)
+    made = sweep.run(sweep.Config(file))
+    assert [name.count("batch_size=20") for name in made["passes"]] == [4, 0]
+    probes = 3  # images looked at first, to see that they are the teacher's
+    assert len(decoded) == 3 * 20 + probes + 3 * 30 + probes, "one decode of an image per step, for eight students"
+    for method in methods:
+        folder = sweep.safe(method) + ",batch_size=20"
+        alone = tmp_path / folder
+        said = {"steps": 3, "batch_size": 20, "image_size": 8, "workers": 0, "lr": 0.05, "clip": 1.0}
+        distill.run(distill.Config(store=str(store), student=STUDENTS, method=method, out=alone, **said))
+        for file in alone.rglob("student.safetensors"):
+            assert file.read_bytes() == (tmp_path / "sweep" / folder / file.relative_to(alone)).read_bytes()
+
+
+def test_methods_that_look_at_different_crops_are_trained_apart(tmp_path: Path) -> None:
+    out, said = tmp_path / "rich", {"views": 3, "image_size": 16, "limit": 60, "workers": 0, "local_views": 2}
+    export_teacher.run(
+        export_teacher.Config(
+            "digits", "convnet:channels=4+8,pretrained=false", str(out), keep="embedding,regions", **said
+        )
+    )
+    how = {"steps": 2, "batch-size": 20, "image-size": 16, "workers": 0, "views-per-step": 2, "lr": 0.01}
+    methods = ["esvit:bank=20,crops=2", "seed:bank=20,small=true"]
+    made = sweep.run(sweep.Config(write(tmp_path, out, method=methods, distill=how, evaluate=None)))
+    assert len(made["runs"]) == 4
