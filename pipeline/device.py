@@ -1,6 +1,7 @@
 """Which device, and how many loader processes suit it."""
 
 import os
+import platform
 
 import torch
 
@@ -34,6 +35,11 @@ def choose(name: str, local: int | None = None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     return device
+
+
+def called(device: torch.device) -> str:
+    """What kind of device it is, in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
 def loader_workers(asked: int | None, device: torch.device, beside: int = 1) -> int:

@@ -6,21 +6,19 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
 from pipeline.embed import Cost
 from pipeline.store import FeatureStore
 
 PACKAGES = ("torch", "torchvision", "pillow", "zarr", "numpy")  # whose versions may change a feature's last bits
 
 
-def event(cost: Cost, device: torch.device) -> dict[str, Any]:
+def event(cost: Cost, device: str) -> dict[str, Any]:
     """A line of history.jsonl: who, when, with what, at what cost."""
     return {
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "pid": os.getpid(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": device,
         "versions": {"python": platform.python_version(), **{n: version(n) for n in PACKAGES}},
         "images": cost.images,
         "views": cost.views,

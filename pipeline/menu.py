@@ -122,6 +122,18 @@ class Menu:
         self._options(spec, build, dict.fromkeys(given))
         return spec
 
+    def settled(self, text: str) -> str:
+        """The spec with absolute paths, so that it means the same in any working directory."""
+        spec = self.parse(text)
+        build = self.resolve(spec.kind)
+        takes = [p for p in inspect.signature(build).parameters.values() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
+        argument = spec.argument
+        if argument and (_is_path(takes[0]) or ".py:" in argument):
+            argument = _absolute(argument)
+        keys = self.keys(spec.kind)
+        options = {k: _absolute(v) if k in keys and _is_path(keys[k]) else v for k, v in spec.options.items()}
+        return str(Spec(spec.kind, argument, options))
+
     def _argument(self, spec: Spec, build: Callable[..., typing.Any]) -> list[typing.Any]:
         takes = [p for p in inspect.signature(build).parameters.values() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
         if spec.argument and not takes:
@@ -150,6 +162,14 @@ class Menu:
         if missing:
             raise UserError(f"{self.family} {spec.kind!r} needs {missing[0]}=")
         return options
+
+
+def _is_path(parameter: inspect.Parameter) -> bool:
+    return Path in (parameter.annotation, *typing.get_args(parameter.annotation))
+
+
+def _absolute(path: str) -> str:
+    return path if path.lower() == "none" else str(Path(path).expanduser().absolute())
 
 
 def literal(text: str) -> typing.Any:

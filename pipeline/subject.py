@@ -100,9 +100,12 @@ def of_store(store: FeatureStore, build: Build) -> Subject:
     )
 
 
-def live_teacher(store: FeatureStore, build: Build) -> Embedder:
-    """The network whose features a store holds. Raises UserError if it has other weights here."""
-    spec, teacher = store.about["teacher"], store.identity["teacher"]
+def live_teacher(store: FeatureStore, build: Build, spec: str | None = None) -> Embedder:
+    """The network whose features a store holds, built as the store says or as `spec` does.
+
+    Raises UserError if it has other weights here.
+    """
+    spec, teacher = spec or store.about["teacher"], store.identity["teacher"]
     torch.manual_seed(0)  # one with random weights is the same every time
     embedder = build(spec, image_size=teacher["preprocessing"]["size"], pretrained_default=True)
     if embedder.digest() != teacher["weights"]:

@@ -75,6 +75,10 @@ class Config:
     overwrite: bool = flag(False, "start anew; an earlier run is set aside, not deleted")
 
 
+class Apart(UserError):
+    """These commands cannot share a pass over the images; each alone says why, or runs."""
+
+
 def run(config: Config) -> dict[str, Any]:
     """Train to the end, or continue. Returns {"summary", "runs": [...], "steps"}; {} on ranks other than the first."""
     if config.devices and not launch.started():
@@ -86,7 +90,7 @@ def run(config: Config) -> dict[str, Any]:
 def share(configs: Sequence[Config]) -> dict[str, Any]:
     """One pass over the images for all these commands, whose `looks` are equal. Returns what `run` does.
 
-    Raises UserError if they cannot share it after all.
+    Raises Apart if they cannot share it after all; nothing is trained then.
     """
     if not launch.started():
         return distill(configs)
@@ -117,8 +121,11 @@ def distill(configs: Sequence[Config]) -> dict[str, Any]:
     plan = plan_of(config, store)
     for each in configs:
         if views_used(each, store) != plan.views:
-            raise UserError(f"{each.out} was begun with other views than {config.out}; train it alone")
-    session = prepare(configs, store, in_memory(config, dataset), plan)
+            raise Apart(f"{each.out} was begun with other views than {config.out}")
+    try:
+        session = prepare(configs, store, in_memory(config, dataset), plan)
+    except UserError as problem:
+        raise Apart(str(problem)) if len(configs) > 1 else problem from None
     finished = session.start >= plan.steps
     if not finished:
         train(config, session, val)
@@ -130,7 +137,7 @@ def looks(config: Config) -> tuple[Any, ...]:
     recipe = recipe_of(config)
     free = {f.name for f in fields(recipe)} | LEARNING
     same = [getattr(config, f.name) for f in fields(config) if f.name not in free]
-    return (*same, recipe.batch_size, recipe.epochs, views_per_step(config))
+    return (*same, recipe.batch_size, config.steps or recipe.epochs, views_per_step(config))
 
 
 def check(config: Config) -> None:

@@ -1,9 +1,9 @@
 """Dataset -> views -> frozen teacher -> feature store: each (i, v) once, ever."""
 
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import artifact
@@ -14,7 +14,7 @@ from pipeline.interrupt import Interrupt
 from pipeline.menu import nearest
 from pipeline.progress import duration, meter, say
 from pipeline.scheduler import parse as parse_scheduler
-from pipeline.storage import Folder, open_storage
+from pipeline.storage import Folder, absolute, open_storage
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.scheduler import Outcome
     from pipeline.store import FeatureStore
     from pipeline.views import ViewSpec
-    from pipeline.workshop import Workshop
+    from pipeline.workshop import Cluster, Workshop
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
 
     from pipeline import heads, lease
     from pipeline.agreement import require_alike, require_unchanged
-    from pipeline.device import choose
+    from pipeline.device import called, choose
     from pipeline.embed import Forward
     from pipeline.models import build
     from pipeline.pixels import require_same
@@ -82,7 +82,8 @@ def run(config: Config) -> dict[str, Any]:
     from pipeline.views import ViewSpec
     from pipeline.workshop import Workshop
 
-    device = choose(config.device)
+    local = config.scheduler == "local"
+    device = choose(config.device if local else "cpu")  # of a cluster's workers each one chooses
     torch.manual_seed(0)  # a teacher with random weights is the same one every time
     embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True).equip(kept(config))
     ratio = other.identity["views"]["crop_ratio"] if other else embedder.preprocessing.crop_ratio
@@ -107,30 +108,34 @@ def run(config: Config) -> dict[str, Any]:
             say(f"set the earlier {config.out} aside as {aside}")
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     with lease.Lease(storage) as held:
-        store = FeatureStore.make(storage, identity, about, tables, heads.files(embedder.head_tensors()))
         if earlier:
-            require_unchanged(store, dataset)
+            require_unchanged(FeatureStore(storage), dataset)
+        store = FeatureStore.make(storage, identity, about, tables, heads.files(embedder.head_tensors()))
         if not store.pending():
             return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views", other)
+        if not local:
+            return fill(config, store, partial(cluster, config, about), config.scheduler, held, other)
         forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
-        return fill(config, Workshop(store, dataset, spec, forward, config.workers), held, other)
+        work = Workshop(store, dataset, spec, forward, config.workers)
+        return fill(config, store, lambda _: work, called(device), held, other)
 
 
-def fill(config: Config, work: "Workshop", lease: "Lease", other: "FeatureStore | None") -> dict[str, Any]:
-    """Compute what the store lacks, and say what was made."""
+def fill(
+    config: Config,
+    store: "FeatureStore",
+    place: Callable[[list["Outcome"]], "Workshop | Cluster"],
+    device: str,
+    lease: "Lease",
+    other: "FeatureStore | None",
+) -> dict[str, Any]:
+    """Compute what the store lacks, and say what was made. place: where, given the list that failed shards go to."""
     from pipeline.agreement import require_unchanged
     from pipeline.history import event
-    from pipeline.workshop import Cluster
 
-    store, width, device = work.store, work.forward.embedder.width, work.forward.device
-    pending = store.pending()
-    rows = sum(shard.stop - shard.start for shard in pending)
-    on = str(device) if config.scheduler == "local" else config.scheduler
-    say(f"{rows} of {store.images} images to embed, {store.views} views, on {on}, {width} dimensions")
     failed: list[Outcome] = []
-    place: Workshop | Cluster = work
-    if config.scheduler != "local":
-        place = Cluster(config.scheduler, partial(workshop, config, threads(config)), partial(note, failed))
+    work, width, pending = place(failed), store.identity["teacher"]["width"], store.pending()
+    rows = sum(shard.stop - shard.start for shard in pending)
+    say(f"{rows} of {store.images} images to embed, {store.views} views, on {device}, {width} dimensions")
     with Interrupt() as stop, meter("export", store.images, "images", store.images - rows) as bar:
 
         def stopped() -> bool:
@@ -138,8 +143,8 @@ def fill(config: Config, work: "Workshop", lease: "Lease", other: "FeatureStore 
 
         if store.untrained():
             say(f"training {config.codec} on a sample of the images")
-            place.learn(stopped)
-        cost = place.compute(pending, bar.advance, stopped)
+            work.learn(stopped)
+        cost = work.compute(pending, bar.advance, stopped)
         lease.check()
         store.remember(event(cost, device))
         left = len(store.pending())
@@ -157,6 +162,15 @@ def fill(config: Config, work: "Workshop", lease: "Lease", other: "FeatureStore 
     require_its_images(config, store.manifest, now)
     require_unchanged(store, now)
     return made
+
+
+def cluster(config: Config, about: Mapping[str, Any], failed: list["Outcome"]) -> "Cluster":
+    """The workers of --scheduler, each with a workshop of its own, made anew for every command."""
+    from pipeline.workshop import Cluster
+
+    there = replace(config, data=about["data"]["spec"], teacher=about["teacher"], out=absolute(config.out))
+    build = partial(workshop, there, threads(config), secrets.token_hex(8))
+    return Cluster(config.scheduler, build, partial(note, failed))
 
 
 def note(failed: list["Outcome"], outcome: "Outcome") -> None:
@@ -184,8 +198,8 @@ def threads(config: Config) -> int | None:
 
 
 @lru_cache(maxsize=1)
-def workshop(config: Config, threads: int | None) -> "Workshop":
-    """The images, the store and the teacher, in this process and on its device."""
+def workshop(config: Config, threads: int | None, command: str) -> "Workshop":
+    """The images, the store and the teacher, in this process and on its device; kept for one command's tasks."""
     import torch
 
     from pipeline import scheduler
@@ -204,7 +218,7 @@ def workshop(config: Config, threads: int | None) -> "Workshop":
     device = choose(config.device)
     if device == torch.device("cuda"):  # worker k takes GPU k of those it sees
         device = torch.device("cuda", scheduler.worker_number() % torch.cuda.device_count())
-    embedder = live_teacher(store, build)
+    embedder = live_teacher(store, build, config.teacher)
     if dataset.fingerprint != store.identity["data"]["fingerprint"]:
         raise UserError(f"{config.data} holds other images on this worker than where the command was given")
     forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
@@ -293,7 +307,9 @@ def describe(
     config: Config, dataset: "Dataset", embedder: "Embedder", spec: "ViewSpec"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(identity, about) of the store's manifest: what it is, and what may change."""
+    from pipeline.datasets import DATASETS
     from pipeline.model import digest
+    from pipeline.models import MODELS
     from pipeline.pixels import probe
     from pipeline.shelf import shard_rows
     from pipeline.views import local_size
@@ -323,25 +339,14 @@ def describe(
         embedder.require_size(side, "--local-size")
         identity["local"] = {"views": config.local_views, "size": side}
     about = {
-        "data": absolute(config.data, config.limit),
-        "teacher": config.teacher,
+        "data": {"spec": DATASETS.settled(config.data), "limit": config.limit},
+        "teacher": MODELS.settled(config.teacher),
         "classes": list(dataset.classes),
         "views": config.views,
         "parameters": sum(p.numel() for p in embedder.backbone.parameters()),
         "pixels": probe(dataset, spec, embedder.preprocessing),
     }
     return identity, about
-
-
-def absolute(data: str, limit: int | None) -> dict[str, Any]:
-    """The data spec so that it holds from any working directory, and how many of it."""
-    from pipeline.datasets import DATASETS
-
-    spec = DATASETS.parse(data)
-    if spec.kind == "folder":
-        path = str(Path(spec.argument).expanduser().absolute())
-        return {"spec": str(type(spec)("folder", path, spec.options)), "limit": limit}
-    return {"spec": str(spec), "limit": limit}
 
 
 def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> dict[str, Any]:

@@ -7,6 +7,7 @@ images in the same order share one pass over them.
 import itertools
 import re
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -17,6 +18,9 @@ from pipeline.config import flag
 from pipeline.menu import nearest
 from pipeline.progress import say
 from stages import compare, distill, evaluate
+
+NUMBER = re.compile(r"[-+]?[0-9.]+e[-+]?[0-9]+")
+"""1e-3 and the like, which YAML takes for text unless they have a dot and a sign."""
 
 KEYS = ("out", "store", "student", "method", "at_once", "distill", "evaluate")
 
@@ -43,10 +47,18 @@ class Cell:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Returns {"summary", "passes", "runs", "failed", "page"}. Raises UserError at the end if a combination failed."""
+    """Returns {"summary", "passes", "runs", "page"}. Raises UserError at the end if a combination failed."""
     plan = read(config.file)
     cells = list(cells_of(plan))
-    scoring = options(evaluate.Config, plan.get("evaluate", {}), f"evaluate of {config.file}", without=("run", "store"))
+    for name, count in Counter(cell.name for cell in cells).items():
+        if count > 1:
+            raise UserError(f"{count} combinations would share the folder {name}; rename a store, or take one out")
+    scoring = options(
+        evaluate.Config,
+        plan.get("evaluate") or {},
+        f"evaluate of {config.file}",
+        without=("run", "store", "model", "out"),
+    )
     for cell in cells:
         distill.check(cell.config)  # all of them before the first begins
     passes = passes_of(cells, plan.get("at_once"))
@@ -59,13 +71,13 @@ def run(config: Config) -> dict[str, Any]:
         say(f"pass {number + 1} of {len(passes)}: {names[number]}")
         failed += train(one)
     places = [folder for cell in cells for folder in distill.run_folders(cell.config)]
-    runs = [folder for folder in places if (folder / "student.safetensors").exists()]
+    runs = list(filter(delivered, places))
     rows = score(cells, runs, scoring)
     page = Path(plan["out"]) / "compare.html"
     made = compare.run(compare.Config(tuple(map(str, rows)), page)) if rows else {"summary": "nothing to compare"}
     if failed:
-        count = f"{len(failed)} of {len(cells)} combinations failed"
-        raise UserError(f"{count}, the first is {failed[0]}; the others are in {page}")
+        rest = f"; the others are in {page}" if rows else ""
+        raise UserError(f"{len(failed)} of {len(cells)} combinations failed, the first is {failed[0]}{rest}")
     return {"summary": made["summary"], "passes": names, "runs": list(map(str, runs)), "page": str(page)}
 
 
@@ -83,19 +95,32 @@ def passes_of(cells: Sequence[Cell], at_once: int | None) -> list[list[Cell]]:
 
 
 def train(cells: Sequence[Cell]) -> list[str]:
-    """One pass -> what failed. If it cannot be, each cell alone: what is finished stays, what stopped goes on."""
+    """One pass -> what failed. If it cannot be shared, each cell alone."""
     try:
         if len(cells) > 1:
             distill.share([cell.config for cell in cells])
         else:
             distill.run(cells[0].config)
+    except distill.Apart as problem:
+        say(f"not in one pass: {problem}")
+        return [failure for cell in cells for failure in train([cell])]
     except UserError as problem:
-        if len(cells) > 1:
-            say(f"not together: {problem}")
-            return [failure for cell in cells for failure in train([cell])]
-        say(f"failed: {cells[0].name}: {problem}")
-        return [f"{cells[0].name}: {problem}"]
-    return []
+        why = str(problem)
+    except SystemExit as end:  # of ranks; they have said why
+        if end.code != 2:
+            raise
+        why = "a rank failed, see above"
+    else:
+        return []
+    failed = [f"{cell.name}: {why}" for cell in cells if not all(map(delivered, distill.run_folders(cell.config)))]
+    for failure in failed:
+        say(f"failed: {failure}")
+    return failed
+
+
+def delivered(folder: Path) -> bool:
+    """Whether a run is finished."""
+    return (folder / "student.safetensors").exists()
 
 
 def score(cells: Sequence[Cell], runs: list[Path], scoring: dict[str, Any]) -> list[Path]:
@@ -134,7 +159,7 @@ def read(file: Path) -> dict[str, Any]:
 
 def cells_of(plan: Mapping[str, Any]) -> Iterator[Cell]:
     """Every combination of stores, methods and lists under `distill`."""
-    asked = {key.replace("-", "_"): value for key, value in plan.get("distill", {}).items()}
+    asked = {key.replace("-", "_"): value for key, value in (plan.get("distill") or {}).items()}
     axes = {key: value for key, value in asked.items() if isinstance(value, list)}
     fixed = {key: value for key, value in asked.items() if key not in axes}
     stores, methods = listed(plan["store"]), listed(plan["method"])
@@ -167,6 +192,8 @@ def typed(config: Any, said: Mapping[str, Any]) -> dict[str, Any]:
     out = {}
     for key, value in said.items():
         kinds = typing.get_args(hints[key]) or (hints[key],)
+        if float in kinds and isinstance(value, str) and NUMBER.fullmatch(value):
+            value = float(value)
         if typing.get_origin(hints[key]) is tuple:
             value = tuple(map(str, listed(value)))
         elif Path in kinds:

@@ -180,3 +180,23 @@ def test_the_nearest_is_only_named_if_it_is_near() -> None:
 
 def test_a_menu_imports_nothing_until_ordered() -> None:
     Menu("thing", {"x": "this_is:nowhere"}).parse("x")
+
+
+def test_a_settled_spec_means_the_same_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.datasets import DATASETS
+    from pipeline.models import MODELS
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()  # a folder named like a model is none
+    for menu, text, settled in (
+        (MODELS, "timm:resnet18,weights=w.pth", f"timm:resnet18,weights={tmp_path}/w.pth"),
+        (MODELS, "torchscript:net.pt,size=32", f"torchscript:{tmp_path}/net.pt,size=32"),
+        (MODELS, "python:own.py:net,width=3", f"python:{tmp_path}/own.py:net,width=3"),
+        (MODELS, "python:own.module:net", "python:own.module:net"),
+        (DATASETS, "torchvision:CIFAR10,root=data", f"torchvision:CIFAR10,root={tmp_path}/data"),
+        (DATASETS, "./resnet18", f"folder:{tmp_path}/resnet18"),
+        (DATASETS, "digits:split=test", "digits:split=test"),
+    ):
+        assert menu.settled(text) == settled

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distributed import LocalCluster
 from PIL import Image
 
 from pipeline.artifact import UserError
 from pipeline.scheduler import parse
+from pipeline.storage import Folder
+from pipeline.store import FeatureStore
 from stages.export_teacher import Config, run
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +86,28 @@ def test_workers_of_this_machine_compute_with_as_many_threads_as_one_process(ima
     finally:
         torch.set_num_threads(before)
     assert content(tmp_path / "spread") == content(tmp_path / "local")
+
+
+def test_workers_that_outlive_a_command_compute_with_the_teacher_of_the_next(images: Path, tmp_path: Path) -> None:
+    """The same command, and its file of weights has changed since: running workers must not know it as it was."""
+    own = tmp_path / "own.py"
+    text = (
+        "import torch\nclass Net(torch.nn.Module):\n"
+        "    preprocessing = {'size': 16}\n"
+        "    def __init__(self):\n        super().__init__()\n        self.net = torch.nn.Linear(3, 4)\n"
+        "    def forward(self, x):\n        return FACTOR * self.net(x.mean((2, 3)))\n"
+        "def net():\n    made = Net()\n    torch.nn.init.constant_(made.net.weight, FACTOR)\n    return made\n"
+    )
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        stores = []
+        for factor in ("1.0", "2.0"):
+            own.write_text(text.replace("FACTOR", factor))
+            os.utime(own, (0, float(factor)))  # compiled files go by time
+            export(images, tmp_path / "store", cluster.scheduler_address, f"python:{own}:net")
+            stores.append(tmp_path / f"store-{factor}")
+            (tmp_path / "store").rename(stores[-1])
+    one, two = (FeatureStore(Folder(store)).read("embedding", 0) for store in stores)
+    assert not np.allclose(one, two)
 
 
 def test_a_scheduler_that_does_not_answer_is_refused_in_words(images: Path, tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path
         ({"method": "sead"}, "unknown method 'sead'; did you mean 'seed'"),
         ({"distill": {"pairing": "odd"}}, "--pairing is odd"),
         ({"evaluate": {"protocol": ["nn"]}}, "needs val"),
+        ({"method": ["seed:bank=2", "seed:bank=2"]}, "2 combinations would share the folder seed-bank=2,lr=1"),
+        ({"evaluate": {"val": "digits", "out": "here"}}, "has no flag 'out'"),
         ({"at_once": 0}, "at_once is 0, but must be a number of students"),
     ],
 )
@@ -88,9 +90,27 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
 
 def test_a_pass_that_fails_is_named_and_the_others_are_run(store: Path, tmp_path: Path) -> None:
     file = write(tmp_path, store, method=["compress-1q:bank=500", "regression"], evaluate=None)
-    with pytest.raises(UserError, match=r"2 of 4 combinations failed, the first is compress-1q-bank=500,lr=1: bank=500"):
+    with pytest.raises(UserError, match=r"2 of 4 .* failed, the first is compress-1q-bank=500,lr=1: bank=500.*usable"):
         sweep.run(sweep.Config(file))
     assert len(list((tmp_path / "sweep").rglob("student.safetensors"))) == 4
+
+
+def test_a_student_that_diverges_in_a_shared_pass_fails_alone_and_is_not_tried_again(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = {"steps": 4, "batch-size": 20, "image-size": 8, "workers": 0, "lr": [1e30, 0.1]}
+    file = write(tmp_path, store, method=["regression"], student=STUDENTS[0], distill=how, evaluate=None)
+    with pytest.raises(UserError, match="1 of 2 .* failed, the first is regression,lr=1e.30: .*(not finite|nan|inf)"):
+        sweep.run(sweep.Config(file))
+    assert capsys.readouterr().err.count("steps 0 to 4") == 1
+    assert (tmp_path / "sweep/regression,lr=0.1/student.safetensors").exists()
+
+
+def test_empty_sections_are_none(store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    lines = ("out: out", f"store: {store}", f"student: {STUDENTS[0]}", "method: regression", "distill:", "evaluate:")
+    file.write_text("\n".join(lines))
+    assert sweep.run(sweep.Config(file, dry_run=True))["passes"] == ["regression"]
 
 
 def test_methods_that_look_at_the_same_images_share_a_pass_and_become_what_they_become_alone(
