@@ -1,24 +1,26 @@
-"""Decoded images in files that are mapped into memory: for repeated epochs over images that cost to decode.
+"""Decoded images in files: for repeated epochs over images that cost to decode.
 
 The pixels are those the decoder gave, with a checksum each, so a run sees the same bits with and
 without. Files of BLOCK images are put in place whole; what is not there is decoded when it is built.
 """
 
-import os
+import io
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from pipeline import artifact
-from pipeline.artifact import UserError
-from pipeline.images import GOOD, REASONS, BadImage
+from pipeline.artifact import Mismatch, UserError
+from pipeline.device import cores
+from pipeline.images import GOOD, REASONS, UNREADABLE, BadImage
 from pipeline.storage import Folder
 
-BLOCK = 256  # images to a file
+KIND = "decoded images"
+BLOCK = 32  # images to a file, which is in memory while it is made
 ENTRY = np.dtype(
     [("place", "<u8"), ("height", "<u4"), ("width", "<u4"), ("crc", "<u4"), ("content", "<u8"), ("status", "u1")]
 )
@@ -29,7 +31,6 @@ class Decoded:
 
     def __init__(self, dataset: Any, folder: Path):
         self._dataset, self._folder = dataset, folder
-        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # while it is being unpickled there is no data set yet
@@ -39,39 +40,53 @@ class Decoded:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a loader process maps the files itself
+    @property
+    def remedy(self) -> str:
+        """What to do about an image that is not the one the teacher saw: here, it may have been so for a moment."""
+        return f"put it back and delete {self._folder}, which keeps what was decoded"
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
         """((H, W, 3) uint8, content hash), as Dataset.load. Raises BadImage, UserError for a damaged file."""
-        entries, pixels = self._block(i // BLOCK)
-        entry = entries[i % BLOCK]
-        if entry["status"] != GOOD:
-            raise BadImage(int(entry["status"]), REASONS[int(entry["status"])])
-        height, width, place = int(entry["height"]), int(entry["width"]), int(entry["place"])
-        flat = pixels[place : place + height * width * 3]
-        if zlib.crc32(flat.data) != entry["crc"]:
-            name = self._dataset.ids[i]
-            raise UserError(f"{self._folder} is damaged at image {name}; delete the folder, it is decoded anew")
-        return np.array(flat).reshape(height, width, 3), int(entry["content"])
+        try:
+            with open(self._folder / _name(i // BLOCK), "rb") as file:
+                return self._read(file, i)
+        except FileNotFoundError:
+            return self._dataset.load(i)  # in a block that `build` could not keep
 
-    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        if block not in self._open:
-            mapped = np.memmap(self._folder / _name(block), np.uint8, "r")
-            size = min(BLOCK, len(self) - block * BLOCK) * ENTRY.itemsize
-            self._open[block] = mapped[:size].view(ENTRY), mapped[size:]
-        return self._open[block]
+    def _read(self, file: BinaryIO, i: int) -> tuple[np.ndarray, int]:
+        file.seek(i % BLOCK * ENTRY.itemsize)
+        for entry in np.fromfile(file, ENTRY, 1):  # none in a file cut short
+            if entry["status"] != GOOD:
+                raise BadImage(int(entry["status"]), REASONS[int(entry["status"])])
+            height, width = int(entry["height"]), int(entry["width"])
+            file.seek(int(entry["place"]))
+            flat = np.fromfile(file, np.uint8, height * width * 3)
+            if zlib.crc32(flat.data) == entry["crc"]:
+                return flat.reshape(height, width, 3), int(entry["content"])
+        name = self._dataset.ids[i]
+        raise UserError(f"{self._folder} is damaged at image {name}; delete the folder, it is decoded anew")
 
 
 def build(dataset: Any, folder: Path, progress: Callable[[int], None] = lambda images: None) -> Decoded:
-    """Decode what the folder lacks, several images at a time. Raises UserError if it holds other images."""
+    """Decode what the folder lacks, several images at a time. Raises Mismatch if it holds other images.
+
+    A block with an image that cannot be read is not kept: the next time it may be there.
+    """
     home = Folder(folder)
-    artifact.claim(home, "decoded images", {"data": {"fingerprint": dataset.fingerprint, "images": len(dataset)}})
+    identity = {"data": {"fingerprint": dataset.fingerprint, "images": len(dataset)}, "images_per_file": BLOCK}
+    there = artifact.claimed(home, KIND)
+    if there and (unlike := artifact.differences(there["identity"], identity)):
+        raise Mismatch(
+            f"--cache-images {folder} holds other decoded images, or was laid out by another version "
+            f"({'; '.join(unlike)}); delete it, or name another folder"
+        )
+    artifact.claim(home, KIND, identity)
     home.sweep()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for block in _missing(home, len(dataset)):
             rows = range(block * BLOCK, min(len(dataset), (block + 1) * BLOCK))
-            home.put(_name(block), _spell(pool.map(lambda i: _decode(dataset, i), rows), len(rows)))
+            if data := _spell(pool.map(lambda i: _decode(dataset, i), rows), len(rows)):
+                home.put(_name(block), data)
             progress(len(rows))
     return Decoded(dataset, folder)
 
@@ -98,12 +113,16 @@ def _decode(dataset: Any, i: int) -> tuple[np.ndarray, int, int]:
         return np.empty((0, 0, 3), np.uint8), 0, bad.status
 
 
-def _spell(images: Iterator[tuple[np.ndarray, int, int]], count: int) -> bytes:
-    """A file: its table, then the pixels of one image after the other."""
-    entries, parts, place = np.zeros(count, ENTRY), [], 0
+def _spell(images: Iterator[tuple[np.ndarray, int, int]], count: int) -> bytes | None:
+    """A file: its table, then the pixels of one image after the other. None if an image could not be read."""
+    entries, file = np.zeros(count, ENTRY), io.BytesIO()
+    file.seek(entries.nbytes)
     for n, (pixels, content, status) in enumerate(images):
-        data = np.ascontiguousarray(pixels).tobytes()
-        entries[n] = (place, *pixels.shape[:2], zlib.crc32(data), content, status)
-        parts.append(data)
-        place += len(data)
-    return b"".join([entries.tobytes(), *parts])
+        if status == UNREADABLE:
+            return None
+        flat = np.ascontiguousarray(pixels).reshape(-1)
+        entries[n] = (file.tell(), *pixels.shape[:2], zlib.crc32(flat.data), content, status)
+        file.write(flat.data)
+    file.seek(0)
+    file.write(entries.tobytes())
+    return file.getvalue()  # no second copy: the buffer itself is handed out

@@ -1,4 +1,4 @@
-"""Which device, and how many loader processes suit it."""
+"""Which device, how many cores, and how many loader processes suit them."""
 
 import os
 import platform
@@ -42,12 +42,16 @@ def called(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def loader_workers(asked: int | None, device: torch.device, beside: int = 1) -> int:
     """Loader processes: as asked, else one per core up to 16 for a GPU.
 
     Beside a model on the CPU up to 4, which take the time that it leaves: none on a single core.
     beside: processes of the run that share this machine's cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // beside)
-    return asked if asked is not None else min(16, cores) if device.type == "cuda" else min(4, cores) * (cores > 1)
+    mine = max(1, cores() // beside)
+    return asked if asked is not None else min(16, mine) if device.type == "cuda" else min(4, mine) * (mine > 1)

@@ -48,12 +48,13 @@ def start(count: int, words: Sequence[str]) -> dict[str, Any]:
     """
     from torch.distributed import TCPStore
 
+    from pipeline.device import cores
+
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // count))),
     }  # fmt: skip
     command = [sys.executable, str(PROGRAM), *words, "--json"]
     with tempfile.TemporaryFile() as made:

@@ -202,8 +202,9 @@ class Session:
         if len(changed):
             i = int(rows[changed[0]])
             why = sight.bad.get(i, "its content differs from what the teacher saw")
+            remedy = getattr(self.dataset, "remedy", "put it back")
             raise UserError(
-                f"image {self.dataset.ids[i]} changed since the export: {why}; put it back, or export into a new store"
+                f"image {self.dataset.ids[i]} changed since the export: {why}; {remedy}, or export into a new store"
             )
 
     def _sizes(self, size: Callable[[Apprentice], tuple[int, str]]) -> list[tuple[int, str]]:

@@ -1,6 +1,8 @@
 """Decoded images kept in files are those the decoder gave."""
 
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,18 +66,78 @@ def test_a_flipped_bit_is_noticed_and_the_image_named(images: ImageFolder, tmp_p
 def test_a_folder_of_other_images_is_refused(images: ImageFolder, tmp_path: Path) -> None:
     decoded.build(images, tmp_path / "decoded")
     (tmp_path / "images/00.jpg").unlink()
-    with pytest.raises(Mismatch):
+    with pytest.raises(Mismatch, match="decoded holds other decoded images.* delete it, or name another folder"):
         decoded.build(ImageFolder(tmp_path / "images"), tmp_path / "decoded")
 
 
-def test_a_run_on_decoded_images_is_the_run_without_them_to_the_bit(images: ImageFolder, tmp_path: Path) -> None:
-    store = tmp_path / "store"
+def test_a_folder_laid_out_otherwise_is_refused_not_misread(
+    images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded.build(images, tmp_path / "decoded")
+    monkeypatch.setattr(decoded, "BLOCK", 3)
+    with pytest.raises(Mismatch, match="images_per_file is 4 there, 3 asked.* delete it"):
+        decoded.build(images, tmp_path / "decoded")
+
+
+def test_a_file_cut_short_is_damage(images: ImageFolder, tmp_path: Path) -> None:
+    kept, file = decoded.build(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000000.bin"
+    for size in (file.stat().st_size - 1, 0):
+        os.truncate(file, size)
+        with pytest.raises(UserError, match="damaged at image 03.jpg"):
+            kept.load(3)
+
+
+def test_an_image_that_could_not_be_read_for_a_moment_is_read_when_it_is_back(
+    images: ImageFolder, tmp_path: Path
+) -> None:
+    file, away = tmp_path / "images/06.jpg", tmp_path / "06.jpg"
+    file.rename(away)
+    kept = decoded.build(images, tmp_path / "decoded")
+    with pytest.raises(BadImage, match="No such file"):
+        kept.load(6)
+    assert decoded.pending(images, tmp_path / "decoded") == 4, "its block; the others are kept"
+    away.rename(file)
+    assert np.array_equal(kept.load(6)[0], images.load(6)[0])
+    decoded.build(images, tmp_path / "decoded")
+    assert decoded.pending(images, tmp_path / "decoded") == 0
+
+
+def test_an_image_that_was_another_when_it_was_decoded_is_put_right_by_what_the_error_says(
+    images: ImageFolder, tmp_path: Path
+) -> None:
+    how = {"store": export(images, tmp_path), "student": ("convnet:channels=4+6",), "method": "regression"}
+    how |= {"image_size": 16, "steps": 4, "batch_size": 4, "workers": 0, "cache_images": tmp_path / "decoded"}
+    file, folder = tmp_path / "images/03.jpg", tmp_path / "decoded"  # no probe
+    right = file.read_bytes()
+    Image.new("RGB", (8, 8)).save(file)
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"03.jpg changed .* put it back and delete {folder}, which keeps"):
+            distill.run(distill.Config(out=tmp_path / "run", **how))  # type: ignore[arg-type]
+        file.write_bytes(right)
+    shutil.rmtree(folder)
+    distill.run(distill.Config(out=tmp_path / "run", **how))  # type: ignore[arg-type]
+
+
+def test_decoding_keeps_to_the_cores_of_this_process(
+    images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, pool = [], decoded.ThreadPoolExecutor
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5}, raising=False)
+    monkeypatch.setattr(decoded, "ThreadPoolExecutor", lambda threads: asked.append(threads) or pool(threads))
+    decoded.build(images, tmp_path / "decoded")
+    assert asked == [3]
+
+
+def export(images: ImageFolder, home: Path) -> Path:
     teacher = "convnet:channels=4+8,pretrained=false"
-    export_teacher.run(
-        export_teacher.Config(data=str(images.path), teacher=teacher, out=store, views=3, image_size=16, workers=0)
-    )
-    how = {"store": store, "student": ("convnet:channels=4+6",), "method": "regression", "image_size": 16}
-    how |= {"steps": 4, "batch_size": 4, "workers": 0}
+    how = {"views": 3, "image_size": 16, "workers": 0}
+    export_teacher.run(export_teacher.Config(data=str(images.path), teacher=teacher, out=home / "store", **how))  # type: ignore[arg-type]
+    return home / "store"
+
+
+def test_a_run_on_decoded_images_is_the_run_without_them_to_the_bit(images: ImageFolder, tmp_path: Path) -> None:
+    how = {"store": export(images, tmp_path), "student": ("convnet:channels=4+6",), "method": "regression"}
+    how |= {"image_size": 16, "steps": 4, "batch_size": 4, "workers": 0}
     distill.run(distill.Config(out=tmp_path / "plain", **how))  # type: ignore[arg-type]
     distill.run(distill.Config(out=tmp_path / "kept", cache_images=tmp_path / "decoded", **how))  # type: ignore[arg-type]
     names = [tmp_path / run / "student.safetensors" for run in ("plain", "kept")]
