@@ -192,7 +192,7 @@ def _exhausted(problem: Exception) -> str:
         )
     named = type(problem).__name__ in ("MemoryError", "_ArrayMemoryError", "OutOfMemoryError")
     if named or "can't allocate memory" in text:
-        return f"the memory is full ({text[:160]}); use a smaller --batch-size (with --overwrite, if it was begun so)"
+        return f"the memory is full ({text[:160]}); take a smaller batch where the command has one, or fewer students"
     return ""
 
 

@@ -11,6 +11,7 @@ from pipeline import artifact, launch, roster
 from pipeline.artifact import UserError
 from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, words
 from pipeline.interrupt import Interrupt, Interrupted
+from pipeline.lease import Lease, require_free
 from pipeline.progress import meter, say
 from pipeline.storage import Folder, is_url, open_storage
 
@@ -281,6 +282,7 @@ def prepare(configs: Sequence[Config], store: "FeatureStore", dataset: "Dataset"
     session.require_sizes()
     if ranks.rank() == 0:  # only now, when nothing else can be refused
         for folder in [folder for config in configs if config.overwrite for folder in run_folders(config)]:
+            require_free(Folder(folder))
             if aside := artifact.set_aside(folder, "run"):
                 say(f"set the earlier {folder} aside as {aside}")
     session.claim()
@@ -332,13 +334,15 @@ def build_student(config: Config, number: int, device: Any) -> "Embedder":
 
 
 def train(config: Config, session: "Session", val: "Dataset | None") -> None:
-    """Steps start..end. Saves every so often, at the end, and when asked to stop."""
+    """Steps start..end. Saves every so often, at the end, and when asked to stop. Nobody else writes these runs."""
     from pipeline import ranks
 
     plan = session.plan
     say(session.introduction())
     with ExitStack() as stack:
         stop = ranks.Stop(stack.enter_context(Interrupt()))
+        folders = [apprentice.folder for apprentice in session.apprentices] if ranks.rank() == 0 else []
+        leases = [stack.enter_context(Lease(Folder(folder))) for folder in folders]
         bar = stack.enter_context(meter("distill", plan.steps, "steps", session.start))
         logs = [stack.enter_context(journal(a.folder, w.start)) for w in session.lessons for a in w.apprentices]
         sights = stack.enter_context(closing(session.sights(loaders(config, session))))
@@ -355,6 +359,8 @@ def train(config: Config, session: "Session", val: "Dataset | None") -> None:
                     log.write({**row, **speed})
             losses = " ".join(f"{row['loss']:.4f}" if row else "-" for row in rows)
             bar.advance(1, f"loss {losses}  {speed['images_per_s']:.0f} images/s  data wait {speed['data_wait']:.0%}")
+            for lease in leases:
+                lease.check()
             end_of_step(config, session, val, step + 1, logs, stop.asked())
             clock = time.monotonic()
 

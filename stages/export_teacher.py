@@ -63,6 +63,7 @@ def run(config: Config) -> dict[str, Any]:
 
     MODELS.parse(config.teacher)
     config, other = alike(config)
+    check(config)
     storage = open_storage(config.out)
     anew = config.overwrite and artifact.replaceable(config.out, "store")
     earlier = None if anew else artifact.claimed(storage, "store")
@@ -260,7 +261,10 @@ def check(config: Config) -> None:
     parse_scheduler(config.scheduler)
     kept(config)
     if config.policy == "none" and (config.views > 1 or config.local_views):
-        raise UserError(f"--policy none has one view, the plain one, not the {config.views} asked; use --views 1")
+        asked = f"--views {config.views}" if config.views > 1 else f"--local-views {config.local_views}"
+        raise UserError(f"--policy none has one view, the plain one, but {asked} was asked; use --views 1 alone")
+    if config.local_size and not config.local_views:
+        raise UserError(f"--local-size {config.local_size} is that of local views; say how many with --local-views")
 
 
 def kept(config: Config) -> tuple[str, ...]:

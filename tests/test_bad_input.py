@@ -869,5 +869,5 @@ def test_a_loader_process_that_is_killed_is_told(world: World, here: Path, monke
 
 def test_a_batch_larger_than_the_memory_is_told(world: World, here: Path) -> None:
     said = export(world.data, "store", "--batch-size", 10**11)
-    said.refuses("the memory is full", "smaller --batch-size", "--overwrite")
+    said.refuses("the memory is full", "take a smaller batch")
     export(world.data, "store", "--overwrite").works()

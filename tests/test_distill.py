@@ -29,7 +29,9 @@ from pipeline import checkpoint
 from pipeline.artifact import Mismatch, UserError
 from pipeline.interrupt import Interrupted
 from pipeline.journal import read as read_journal
+from pipeline.lease import Lease
 from pipeline.session import Session
+from pipeline.storage import Folder
 from stages import distill, export_teacher
 from stages.distill import Config
 
@@ -389,6 +391,18 @@ def test_the_real_command_interrupted_terminated_and_killed_ends_at_the_same_bit
     whole = config(store, tmp_path / "whole", student=(suicidal,), method="compress-2q:bank=50", steps=90, ema=0.9)
     distill.run(replace(whole, save_every=50))
     assert_same_run(out, tmp_path / "whole")
+
+
+def test_a_run_that_is_being_trained_is_refused_to_a_second_command(run: Callable[..., Any], tmp_path: Path) -> None:
+    run(steps=4)
+    before = snapshot(tmp_path / "run")
+    with Lease(Folder(tmp_path / "run")):
+        for how in ({}, {"overwrite": True}):
+            with pytest.raises(UserError, match=r"run is being written by process \d+"):
+                run(**how)
+    assert snapshot(tmp_path / "run") == before
+    run()
+    assert newest(tmp_path / "run") == STEPS
 
 
 # ---------------------------------------------------------------- finished, growing, changed
