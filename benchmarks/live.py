@@ -28,7 +28,10 @@ def measure() -> dict[str, Any]:
     device = choose("auto")
     forward = Forward(build(f"{TEACHER},pretrained=false", image_size=SIZE), device, batch_size=BATCH)
     views = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
-    formats = {"fp32": {}, "fp32 contiguous": {"channels_last": False}, "bf16": {"precision": "bf16"}}
+    formats: dict[str, dict[str, Any]] = {
+        "fp32": {}, "fp32 contiguous": {"channels_last": False}, "bf16": {"precision": "bf16"},
+        "compiled": {"compile": True},
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         images = str(photographs(Path(folder) / "images"))
         store = Path(folder) / "store"
@@ -51,6 +54,7 @@ def measure() -> dict[str, Any]:
         "teacher forward s": round(found["teacher"], 3),
         "live / cached": round((found["fp32"] + found["teacher"]) / found["fp32"], 2),
         "bf16 / fp32": round(found["bf16"] / found["fp32"], 2),
+        "compiled / not": round(found["compiled"] / found["fp32"], 2),
         "contiguous / channels last": round(found["fp32 contiguous"] / found["fp32"], 2),
     }
 
