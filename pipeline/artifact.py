@@ -137,7 +137,7 @@ def claim(
         if changed := differences(manifest["identity"], asked):
             raise Mismatch(
                 f"{storage} was made with other settings: {'; '.join(changed)}. "
-                "Repeat them, choose another --out, or start anew with --overwrite"
+                "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)"
             )
         return manifest, False
     return write(storage, kind, identity, about or {}), True
@@ -151,9 +151,9 @@ def claimed(storage: Storage, kind: str) -> dict[str, Any] | None:
     if storage.exists(MANIFEST):
         return read(storage, kind)
     if isinstance(storage, Folder) and storage.path.exists() and not storage.path.is_dir():
-        raise UserError(f"{storage} is a file, and a folder is needed for the {kind}; choose another --out")
+        raise UserError(f"{storage} is a file, and a folder is needed for the {kind}; name another folder")
     if any(key != LEASE for key in storage.list()):
-        raise UserError(f"{storage} is not empty and holds no {MANIFEST} of ours; choose another --out")
+        raise UserError(f"{storage} is not empty and holds no {MANIFEST} of ours; name another folder")
     return None
 
 

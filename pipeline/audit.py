@@ -1,21 +1,23 @@
 """Is a store what its records say? Every digest checked, damage named, and what can be mended mended.
 
 Small files (manifest, Zarr metadata, tables) are mended from their second copies. A damaged shard
-loses its done record, so that the export command that made the store computes it again.
+loses its done record, so that the command that made the store makes it again.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pipeline import artifact
 from pipeline.artifact import UserError
-from pipeline.grid import GROUP
 from pipeline.philox import view_name
 from pipeline.shelf import done_key, view_digest
 from pipeline.storage import Storage
 from pipeline.store import COPY, FeatureStore
+
+MANIFESTS = (artifact.MANIFEST, f"{COPY}/{artifact.MANIFEST}")
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,22 @@ class Damage:
     mend: Callable[[], None]
 
 
+def manifest(storage: Storage) -> dict[str, Any]:
+    """The manifest of a store, from its copy if need be. Raises UserError if there is none, or none that is whole."""
+    raw = {place: data for place in MANIFESTS if (data := _get(storage, place)) is not None}
+    for place, data in raw.items():
+        if (found := _manifest(data, place)) is not None and found["kind"] == "store":
+            return found
+    if len(raw) == len(MANIFESTS):
+        raise UserError(f"{storage}: the manifest and its copy are both damaged; the store cannot be mended")
+    return artifact.read(storage, "store")
+
+
 def small_files(storage: Storage) -> list[Damage]:
     """Damage to the manifest, the Zarr metadata and the tables, and to their second copies."""
-    manifests = {place: _get(storage, place) for place in (artifact.MANIFEST, f"{COPY}/{artifact.MANIFEST}")}
-    good = next((m for place, data in manifests.items() if (m := _manifest(data, place)) is not None), None)
-    if good is None:
-        raise UserError(f"{storage}: the manifest and its copy are both damaged; the store cannot be mended")
+    good = manifest(storage)
     spelt = artifact.spell(good)  # to the byte: \u00e9 and \u00E9 read the same
-    out = [_mend(storage, place, spelt) for place, data in manifests.items() if data != spelt]
+    out = [_mend(storage, place, spelt) for place in MANIFESTS if _get(storage, place) != spelt]
     for key, claimed in good["about"]["small"].items():
         places = (key, f"{COPY}/{key}")
         found = {place: _get(storage, place) for place in places}
@@ -45,9 +55,9 @@ def small_files(storage: Storage) -> list[Damage]:
     return out
 
 
-def _manifest(data: bytes | None, place: str) -> dict | None:
+def _manifest(data: bytes, place: str) -> dict[str, Any] | None:
     try:
-        return None if data is None else artifact.parse(data, place)
+        return artifact.parse(data, place)
     except UserError:
         return None
 
@@ -97,9 +107,3 @@ def fault(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
     except FileNotFoundError:
         return "the done record is gone"
     return ""
-
-
-def strays(store: FeatureStore) -> list[str]:
-    """Keys in the group that no manifest entry and no done record accounts for."""
-    known = set(store.about["small"])
-    return [key for key in store.storage.list(GROUP) if "/c/" not in key and key not in known]

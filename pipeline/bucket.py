@@ -85,8 +85,8 @@ class Bucket:
     def list(self, prefix: str = "") -> Iterator[str]:
         return (entry["path"] for entry in self._entries(prefix))
 
-    def size(self, prefix: str = "") -> int:
-        return sum(entry["size"] for entry in self._entries(prefix))
+    def size(self) -> int:
+        return sum(entry["size"] for entry in self._entries(""))
 
     def _entries(self, prefix: str) -> Iterator[Any]:
         """Name and size of what lies below a prefix; a listing that breaks off goes on after its last entry."""

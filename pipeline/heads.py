@@ -7,13 +7,16 @@ shapes say what the layers are; a number that is left out is an activation.
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.artifact import UserError
-from pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from pipeline.shelf import Shelf
 
 HEADS = "heads.safetensors"  # beside the arrays of a store
 Tensors = Mapping[str, Tensor]
@@ -31,9 +34,9 @@ def files(tensors: Tensors) -> dict[str, bytes]:
     return {HEADS: spell(tensors)} if tensors else {}
 
 
-def beside(storage: Storage) -> dict[str, Tensor]:
-    """The teacher's frozen heads that a store keeps; {} if it keeps none."""
-    return safetensors.torch.load(storage.get(HEADS)) if storage.exists(HEADS) else {}
+def beside(store: "Shelf") -> dict[str, Tensor]:
+    """The teacher's frozen heads that a store keeps; {} if it keeps none. Raises UserError if they are damaged."""
+    return safetensors.torch.load(store.small(HEADS)) if HEADS in store.about["small"] else {}
 
 
 def groups(tensors: Tensors) -> dict[str, dict[str, Tensor]]:

@@ -114,7 +114,7 @@ def _require_gone(storage: Storage, there: dict[str, Any]) -> None:
     how = "stop it first" if here else f"stop it there first; if it is gone, repeat this command in {STALE:g} s"
     raise UserError(
         f"{storage} is being written by {_who(there)} (last sign of life {silent:.0f} s ago); "
-        f"wait until it ends, {how}, or choose another --out"
+        f"wait until it ends, or {how}"
     )
 
 

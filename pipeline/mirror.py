@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline import artifact, audit
+from pipeline import artifact
 from pipeline.artifact import UserError
 from pipeline.progress import meter, say, size
 from pipeline.shelf import done_key
-from pipeline.storage import Folder, Storage
+from pipeline.storage import Folder
 from pipeline.store import COPY, FeatureStore
+from pipeline.transfer import bring
 
 Spans = Sequence[tuple[int, int]]  # of views: (first, one past the last)
 CONNECTIONS = 16
@@ -45,19 +46,19 @@ def hydrate(remote: FeatureStore, views: Sequence[int], cache: Path | None = Non
     remote.require_complete(views)
     here = Mirror((cache or cache_home()).expanduser() / remote.fingerprint, str(remote.storage))
     here.sweep()
-    for key, claimed in remote.about["small"].items():
-        if not _fits(here, key, claimed):
-            here.put(key, _small(remote, key, claimed))
     here.put(artifact.MANIFEST, artifact.spell(remote.manifest))
     local, wanted = FeatureStore(here), set(views)
-    there, held, fetched = remote.done(), local.done(), 0
-    for block, spans in held.items():
+    for key in local.about["small"]:
+        if local.intact(key) is None:
+            here.put(key, _small(remote, key))
+    there, fetched = remote.done(), 0
+    for block, spans in local.done().items():
         for span in set(spans) - set(there.get(block, [])):  # the store grew, and wider records took their place
             here.delete(done_key(block, *span))
     blocks = {b: [s for s in sorted(spans) if wanted & set(range(*s))] for b, spans in there.items()}
     pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch")
     try:
-        tasks = [pool.submit(_block, remote, local, b, spans, held.get(b, [])) for b, spans in blocks.items()]
+        tasks = [pool.submit(_block, remote, local, b, spans) for b, spans in blocks.items()]
         with meter("hydrate", len(tasks), "row blocks") as bar:
             for task in tasks:
                 fetched += task.result()
@@ -68,47 +69,14 @@ def hydrate(remote: FeatureStore, views: Sequence[int], cache: Path | None = Non
     return FeatureStore(here)
 
 
-def _block(remote: FeatureStore, local: FeatureStore, block: int, spans: Spans, held: Spans) -> int:
-    """Bring one row block of the copy up to date -> bytes fetched."""
-    here, fetched = local.storage, 0
-    for span in spans:
-        key = done_key(block, *span)
-        record = remote.storage.get(key)
-        if span in held and here.get(key) == record and not audit.fault(local, block, span):
-            continue
-        here.delete(key)  # first: from here to its end the copy of this shard is not to be trusted
-        fetched += sum(_fetch(remote.storage, here, part) for part in local.shard_keys(block, span))
-        here.put(key, record)
-        if why := audit.fault(local, block, span):
-            here.delete(key)
-            raise UserError(
-                f"{remote.storage} is damaged, {key}: {why}; compress verify --repair marks the shards to export again"
-            )
-    return fetched
+def _block(remote: FeatureStore, local: FeatureStore, block: int, spans: Spans) -> int:
+    """Bring one row block of the copy up to date, one span after the other: they share files -> bytes fetched."""
+    return sum(bring(remote.storage, local, block, span) for span in spans)
 
 
-def _fetch(remote: Storage, here: Storage, key: str) -> int:
-    """Copy one file -> its size. One that is all fill value is no file, here as there."""
-    try:
-        data = remote.get(key)
-    except FileNotFoundError:
-        here.delete(key)
-        return 0
-    here.put(key, data)
-    return len(data)
-
-
-def _fits(storage: Storage, key: str, claimed: str) -> bool:
-    return storage.exists(key) and artifact.digest(storage.get(key)) == claimed
-
-
-def _small(remote: FeatureStore, key: str, claimed: str) -> bytes:
+def _small(remote: FeatureStore, key: str) -> bytes:
     """A small file of the remote store, else its second copy. Raises UserError if neither is whole."""
     for place in (key, f"{COPY}/{key}"):
-        try:
-            data = remote.storage.get(place)
-        except FileNotFoundError:
-            continue
-        if artifact.digest(data) == claimed:
+        if (data := remote.intact(key, place)) is not None:
             return data
     raise UserError(f"{remote.storage}/{key} is damaged, and so is its copy; they cannot be mended")

@@ -55,7 +55,7 @@ def require_same(
     first = dataset.ids[int(unlike[0])]
     words = f"{len(unlike)} of {len(there)} probe images do not look as they did to the teacher, the first is {first}"
     if not allow:
-        way_out = "export into another --out" if allow is None else "accept it with --allow-other-pixels"
+        way_out = "export into a new folder" if allow is None else "accept it with --allow-other-pixels"
         raise UserError(
             f"{words}: the file changed, or Pillow or torchvision render differently here; put the file back, install "
             f"the versions in the store's history.jsonl, or {way_out}"

@@ -108,7 +108,7 @@ class Shelf:
         if not whole:
             raise UserError(
                 f"{self.storage}/{done_key(block, first, stop)} is damaged: it does not fit its own digest; "
-                "compress verify --repair marks its shard to export again"
+                "compress verify --repair marks its shard to be made again"
             )
         return record
 
@@ -147,13 +147,11 @@ class Shelf:
         total = -(-self.images // self.rows)
         lacking = sum(1 for shard in self.pending() if wanted & set(shard.views))
         if lacking:
-            raise UserError(
-                f"{self.storage} lacks {lacking} of {total} shards; repeat the export-teacher command that made it"
-            )
+            raise UserError(f"{self.storage} lacks {lacking} of {total} shards; repeat the command that made it")
         if gone := self._gone(wanted):
             raise UserError(
                 f"{self.storage} lacks {len(gone)} of the files that its done records promise, the first is {gone[0]}; "
-                "compress verify --repair marks the shards to export again"
+                "compress verify --repair marks the shards to be made again"
             )
 
     def _gone(self, views: set[int]) -> list[str]:
@@ -162,20 +160,13 @@ class Shelf:
         A file that would hold nothing but fill value is never written; its done record's digest tells.
         """
         there = set(self.storage.list(GROUP))
-        gone = []
+        gone: dict[str, str] = {}
         for block, spans in self.done().items():
-            wanted = [(first, stop) for first, stop in spans if views & set(range(first, stop))]
-            for name in ("status", "content") if wanted else ():
-                if (key := self._chunk_key(name, (block,))) not in there and not self._is_fill(name, block, wanted[0]):
-                    gone.append(key)
-            for first, stop in wanted:
-                for name in self.arrays_of(first):
-                    names = [name, f"{name}_scale"] if self.codecs[name].scaled else [name]
-                    keys = [self._chunk_key(part, (block, column(first) // VIEW_BLOCK)) for part in names]
-                    missing = [key for key in keys if key not in there]
-                    if missing and not self._is_fill(name, block, (first, stop)):
-                        gone += missing
-        return gone
+            for span in spans:
+                if views & set(range(*span)):
+                    missing = {key: name for key, name in self.shard_keys(block, span).items() if key not in there}
+                    gone |= {key: name for key, name in missing.items() if not self._is_fill(name, block, span)}
+        return list(gone)
 
     def _is_fill(self, name: str, block: int, views: tuple[int, int]) -> bool:
         """Whether a done record says that an array holds nothing but fill value there."""
@@ -188,15 +179,30 @@ class Shelf:
         scale = np.zeros(fill.shape[:-1], "<f4") if self.codecs[name].scaled else None
         return set(record["digest"][name]) == {view_digest(fill, scale)}
 
-    def shard_keys(self, block: int, views: tuple[int, int]) -> list[str]:
-        """The files that a done record of a row block and a span of views speaks of."""
-        arrays = self.arrays_of(views[0])
-        names = [part for n in arrays for part in ([n, f"{n}_scale"] if self.codecs[n].scaled else [n])]
-        features = [self._chunk_key(name, (block, column(views[0]) // VIEW_BLOCK)) for name in names]
-        return [self._chunk_key("status", (block,)), self._chunk_key("content", (block,)), *features]
+    def shard_keys(self, block: int, views: tuple[int, int]) -> dict[str, str]:
+        """{file: its array, or that whose scales it holds} of what one done record speaks of."""
+        keys = {self._chunk_key(name, (block,)): name for name in ("status", "content")}
+        for name in self.arrays_of(views[0]):
+            for part in [name, f"{name}_scale"] if self.codecs[name].scaled else [name]:
+                keys[self._chunk_key(part, (block, column(views[0]) // VIEW_BLOCK))] = name
+        return keys
 
     def _chunk_key(self, name: str, place: tuple[int, ...]) -> str:
         return f"{GROUP}/{name}/{self.grids[name].place(*place)}"
+
+    def intact(self, key: str, place: str | None = None) -> bytes | None:
+        """A small file, or what lies in another `place` as its second copy, if it is what the manifest knows."""
+        try:
+            data = self.storage.get(place or key)
+        except FileNotFoundError:
+            return None
+        return data if artifact.digest(data) == self.about["small"][key] else None
+
+    def small(self, key: str) -> bytes:
+        """A small file: metadata, table, codebook, heads. Raises UserError if it is not what the manifest knows."""
+        if (data := self.intact(key)) is None:
+            raise UserError(f"{self.storage}/{key} is damaged; compress verify --repair mends it from its copy")
+        return data
 
     def _codebook(self, name: str) -> bytes:
         """Raises UserError if there is none yet, or it is not the one that the manifest knows."""
@@ -204,14 +210,8 @@ class Shelf:
         if key not in self.about["small"]:
             self.about = artifact.read(self.storage, "store")["about"]  # trained since this store was opened?
         if key not in self.about["small"]:
-            raise UserError(f"{self.storage} has no {key} yet; repeat the export-teacher command that made it")
-        try:
-            data = self.storage.get(key)
-        except FileNotFoundError:
-            data = b""
-        if artifact.digest(data) != self.about["small"][key]:
-            raise UserError(f"{self.storage}/{key} is damaged; compress verify --repair mends it from its copy")
-        return data
+            raise UserError(f"{self.storage} has no {key} yet; repeat the command that made it")
+        return self.small(key)
 
 
 def array_codecs(identity: Mapping[str, Any], codebook: Callable[[str], bytes] | None = None) -> dict[str, Codec]:

@@ -42,7 +42,7 @@ class Storage(Protocol):
         """Keys below a folder prefix ("done"), in no order."""
         ...
 
-    def size(self, prefix: str = "") -> int:
+    def size(self) -> int:
         """Bytes of all that `list` names."""
         ...
 
@@ -118,8 +118,8 @@ class Folder:
                 if not name.endswith(PART):
                     yield name if base == "." else f"{base}/{name}"
 
-    def size(self, prefix: str = "") -> int:
-        return sum((self.path / key).stat().st_size for key in self.list(prefix))
+    def size(self) -> int:
+        return sum((self.path / key).stat().st_size for key in self.list())
 
     def sweep(self) -> int:
         """Delete what killed writers left; how many. Of another machine's only what is a day old: it may be alive."""

@@ -57,8 +57,8 @@ class FeatureStore(Shelf):
             raise UserError(f"{storage} holds views from {store.held.start} on, not from {first}; a store only grows")
         if about["views"] < store.views:
             raise UserError(
-                f"{storage} has {store.views} views, but --views {about['views']} was asked, and a store only grows; "
-                f"ask for {store.views} or more, or choose another --out"
+                f"{storage} has {store.views} views, but {about['views']} were asked for, and a store only grows; "
+                f"ask for {store.views} or more, or name another folder"
             )
         last = f"{COPY}/{artifact.MANIFEST}"
         if not storage.exists(last) or storage.get(last) != artifact.spell(store.manifest) or store._unlike():
@@ -79,12 +79,7 @@ class FeatureStore(Shelf):
 
     def _unlike(self) -> list[str]:
         """Keys of Zarr metadata that is not what the manifest says."""
-        out = []
-        for key in (key for key in self.about["small"] if key.endswith("/zarr.json")):
-            there = self.storage.get(key) if self.storage.exists(key) else b""
-            if artifact.digest(there) != self.about["small"][key]:
-                out.append(key)
-        return out
+        return [key for key in self.about["small"] if key.endswith("/zarr.json") and self.intact(key) is None]
 
     def array(self, name: str) -> Any:
         """One Zarr array. Raises UserError if the store does not keep it or its metadata is damaged."""
@@ -115,6 +110,16 @@ class FeatureStore(Shelf):
         stored, scale = self.stored(name, view, rows)
         return self.codecs[name].decode(stored, scale)
 
+    def pick(self, name: str, view: int, rows: np.ndarray) -> np.ndarray:
+        """(n, ...) float32 features of one view of ascending rows, a row block in memory at a time."""
+        out = []
+        for block in np.unique(rows // self.rows).tolist() or [0]:
+            start, stop = self.span(block)
+            mine = rows[(rows >= start) & (rows < stop)] - start
+            stored, scale = self.stored(name, view, slice(start, stop))
+            out.append(self.codecs[name].decode(stored[mine], None if scale is None else scale[mine]))
+        return np.concatenate(out)
+
     def _read(self, name: str, selection: Any) -> np.ndarray:
         array = self.array(name)
         return self._whole(name, lambda: np.asarray(array[selection]))
@@ -128,7 +133,7 @@ class FeatureStore(Shelf):
                 raise
             raise UserError(
                 f"{self.storage}: array {name!r} is damaged ({_one_line(problem)}); "
-                "compress verify --repair marks the shards to export again"
+                "compress verify --repair marks the shards to be made again"
             ) from None
 
     # ------------------------------------------------------------------ writing
@@ -242,11 +247,11 @@ class FeatureStore(Shelf):
         self._amend(about, small)
 
     def _amend(self, about: Mapping[str, Any], small: Mapping[str, bytes]) -> None:
-        """A manifest that knows more small files, then their second copies."""
+        """A manifest that knows more small files, which are in place, then their second copies."""
         digests = {**about["small"], **{key: artifact.digest(data) for key, data in small.items()}}
         self.manifest = artifact.write(self.storage, "store", self.identity, {**about, "small": digests})
         self.about = self.manifest["about"]
-        self._put_small(small)
+        self._put_copies(small)
 
     # ------------------------------------------------------------------ codebooks
 
@@ -279,6 +284,9 @@ class FeatureStore(Shelf):
     def _put_small(self, small: Mapping[str, bytes]) -> None:
         for key, data in small.items():
             self.storage.put(key, data)
+        self._put_copies(small)
+
+    def _put_copies(self, small: Mapping[str, bytes]) -> None:
         for key, data in small.items():
             self.storage.put(f"{COPY}/{key}", data)
         self.storage.put(f"{COPY}/{artifact.MANIFEST}", artifact.spell(self.manifest))

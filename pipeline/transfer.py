@@ -6,6 +6,7 @@ views; any other says in its identity which store it is part of.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -52,70 +53,100 @@ def files(source: FeatureStore, form: str) -> dict[str, bytes]:
 
     Raises UserError if they are damaged.
     """
-    found, same = {}, _kind(form) == _kind(source.identity["codec"])
-    for key, claimed in source.about["small"].items():
-        if not key.startswith(f"{GROUP}/") and (same or not key.startswith("codebook/")):
-            found[key] = source.storage.get(key)
-            if artifact.digest(found[key]) != claimed:
-                raise UserError(f"{source.storage}/{key} is damaged; compress verify --repair mends it from its copy")
-    return found
+    same = _kind(form) == _kind(source.identity["codec"])
+    mine = [key for key in source.about["small"] if not key.startswith(f"{GROUP}/")]
+    return {key: source.small(key) for key in mine if same or not key.startswith("codebook/")}
 
 
-def copy(source: FeatureStore, target: FeatureStore, rows: np.ndarray, progress: Progress) -> None:
-    """Fill what the target lacks. Files go over as they are where rows and codec are the same.
+def copy(
+    source: FeatureStore,
+    target: FeatureStore,
+    rows: np.ndarray,
+    progress: Progress,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Fill what the target lacks, until it is `stopped`. Files go over as they are where rows and codec are the same.
 
     Raises UserError for damage in the source: it is not copied.
     """
     same = len(rows) == source.images and target.identity == source.identity
-    checked: set[tuple[int, tuple[int, int]]] = set()
-    there = source.done() if same else {}
+    done = source.done()
+    unchecked = {block: list(spans) for block, spans in done.items()}
+    bad = {i: why for i, _, why in source.bad_images()}
     for shard in target.pending():
-        spans = [span for span in there.get(shard.block, []) if set(range(*span)) <= set(shard.views)]
+        if stopped():
+            return
+        spans = [span for span in done.get(shard.block, []) if same and set(range(*span)) <= set(shard.views)]
         for span in spans:
-            _files(source.storage, target, shard.block, span)
+            bring(source.storage, target, shard.block, span)
         left = tuple(v for v in shard.views if not any(v in range(*span) for span in spans))
         if left:
-            _rows(source, target, Shard(shard.block, shard.start, shard.stop, left), rows, checked)
+            _rows(source, target, Shard(shard.block, shard.start, shard.stop, left), rows, unchecked, bad)
         progress(shard.stop - shard.start)
 
 
-def _files(source: Storage, target: FeatureStore, block: int, span: tuple[int, int]) -> None:
-    """One shard, byte for byte, its done record last."""
-    for key in target.shard_keys(block, span):
+def bring(source: Storage, target: FeatureStore, block: int, span: tuple[int, int]) -> int:
+    """Copy one shard byte for byte, its done record last -> bytes copied; none if it is there and whole.
+
+    Raises UserError if it is damaged in the source.
+    """
+    key, here, copied = done_key(block, *span), target.storage, 0
+    record = source.get(key)
+    with suppress(FileNotFoundError):  # looked up now: another process may have brought it meanwhile
+        if here.get(key) == record and not audit.fault(target, block, span):
+            return 0
+        here.delete(key)  # first: from here to its end the copy of this shard is not to be trusted
+    for part in target.shard_keys(block, span):
         try:
-            target.storage.put(key, source.get(key))
+            data = source.get(part)
         except FileNotFoundError:
-            target.storage.delete(key)  # all fill value
-    key = done_key(block, *span)
-    target.storage.put(key, source.get(key))
+            here.delete(part)  # all fill value is no file, here as there
+            continue
+        here.put(part, data)
+        copied += len(data)
+    here.put(key, record)
     if why := audit.fault(target, block, span):
-        target.storage.delete(key)
-        raise UserError(f"{source} is damaged, {key}: {why}; compress verify --repair marks the shards to export again")
+        here.delete(key)
+        raise _damaged(source, block, span, why)
+    return copied
 
 
-def _rows(source: FeatureStore, target: FeatureStore, shard: Shard, rows: np.ndarray, checked: set) -> None:
-    """One shard put together from the source's rows, encoded anew if the codec is another."""
+def _damaged(source: Storage, block: int, span: tuple[int, int], why: str) -> UserError:
+    return UserError(
+        f"{source} is damaged, {done_key(block, *span)}: {why}; "
+        "compress verify --repair marks the shards to be made again"
+    )
+
+
+def _rows(
+    source: FeatureStore,
+    target: FeatureStore,
+    shard: Shard,
+    rows: np.ndarray,
+    unchecked: Mapping[int, list[tuple[int, int]]],
+    bad: Mapping[int, str],
+) -> None:
+    """One shard put together from the source's rows, encoded anew if the codec is another.
+
+    unchecked: spans of the source's row blocks that nobody has looked through yet; bad: {row of the source: reason}.
+    """
     mine = rows[shard.start : shard.stop]
     for block in np.unique(mine // source.rows).tolist():
-        for span in source.done()[block]:
-            if set(range(*span)) & set(shard.views) and (block, span) not in checked:
-                checked.add((block, span))
-                if why := audit.fault(source, block, span):
-                    raise UserError(
-                        f"{source.storage} is damaged, {done_key(block, *span)}: {why}; "
-                        "compress verify --repair marks the shards to export again"
-                    )
+        for span in [span for span in unchecked[block] if set(range(*span)) & set(shard.views)]:
+            if why := audit.fault(source, block, span):
+                raise _damaged(source.storage, block, span, why)
+            unchecked[block].remove(span)
     near = slice(int(mine[0]), int(mine[-1]) + 1)  # rows ascend
     pick = mine - mine[0]
     status, content = source.table("status", near)[pick], source.table("content", near)[pick]
-    bad = {shard.start + int(np.searchsorted(mine, i)): why for i, _, why in source.bad_images() if i in mine}
+    reasons = {shard.start + j: bad[i] for j, i in enumerate(mine.tolist()) if i in bad}
     features = {}
     for name in {name: None for view in shard.views for name in target.arrays_of(view)}:
         views = [view for view in shard.views if name in target.arrays_of(view)]
         parts = [_encoded(source, target, name, view, near, pick) for view in views]
         scales = [scale for _, scale in parts if scale is not None]
         features[name] = (np.stack([stored for stored, _ in parts], 1), np.stack(scales, 1) if scales else None)
-    for span in target.write(shard, features, status, content, bad):
+    for span in target.write(shard, features, status, content, reasons):
         if why := audit.fault(target, shard.block, span):
             target.storage.delete(done_key(shard.block, *span))
             raise UserError(f"{target.storage}: what was written reads back otherwise ({why}); repeat the command")
@@ -147,7 +178,7 @@ def learn(source: FeatureStore, target: FeatureStore, rows: np.ndarray) -> None:
         views = [view for view in target.all_views if name in target.arrays_of(view)][:VIEW_BLOCK]
         some = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)]
         some = some[source.table("status")[some] == GOOD]
-        target.train(name, np.concatenate([source.read(name, view)[some] for view in views]))
+        target.train(name, np.concatenate([source.pick(name, view, some) for view in views]))
 
 
 def parse_views(text: str | None, source: FeatureStore) -> range:

@@ -305,7 +305,7 @@ def lessons_of(config: Config, store: "FeatureStore", plan: "Plan", device: Any)
         group = [Apprentice(folders[n], build_student(config, n, device), config.ema) for n in numbers]
         setting = Setting(
             [apprentice.student for apprentice in group], store.arrays, plan.rows, int(plan.epoch_views(0)[1][0]),
-            config.seed, heads=heads.beside(store.storage), images=store.images,
+            config.seed, heads=heads.beside(store), images=store.images,
         )  # fmt: skip
         method = METHODS.order(config.method, setting=setting).to(device)
         method = ranks.synchronised(method, device) if config.sync_bn else method

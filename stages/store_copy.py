@@ -27,7 +27,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Copy what is missing. Returns {"summary", "store", "fingerprint", "images", "views"}."""
-    from pipeline import transfer
+    from pipeline import artifact, transfer
     from pipeline.lease import Lease
     from pipeline.store import FeatureStore
 
@@ -40,12 +40,14 @@ def run(config: Config) -> dict[str, Any]:
     rows = transfer.parse_images(config.images, read_text, ids)
     identity, about, tables = transfer.describe(source, views, rows, transfer.codec_of(source, config.codec))
     storage = open_storage(config.dst)
-    with Lease(storage):
+    artifact.claimed(storage, "store")  # before anything is written there
+    with Lease(storage) as held:
         target = FeatureStore.make(storage, identity, about, tables, transfer.files(source, identity["codec"]))
         transfer.learn(source, target, rows)
         done = target.images - sum(shard.stop - shard.start for shard in target.pending())
         with meter("copy", target.images, "images", done) as bar:
-            transfer.copy(source, target, rows, bar.advance)
+            transfer.copy(source, target, rows, bar.advance, lambda: held.lost)
+        held.check()
     target.require_complete()
     return {
         "summary": f"{config.dst}: {target.images} images x {len(views)} views {target.identity['codec']}, "

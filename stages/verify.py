@@ -29,7 +29,7 @@ class Config:
     """Check a store: every digest, then the live teacher against a sample of the stored features.
 
     --repair restores small files from their second copies and marks damaged shards, so that the
-    export command that made the store computes exactly those again.
+    command that made the store makes exactly those again.
     """
 
     store: str = flag(help="a feature store", place=True)
@@ -59,7 +59,7 @@ def run(config: Config) -> dict[str, Any]:
     if mended:
         text = f"{config.store}: {len(mended)} places mended"
         if pending:
-            text += f"; {pending} row blocks are to be computed again: repeat the export-teacher command"
+            text += f"; {pending} row blocks are to be computed again: repeat the command that made it"
         return {"summary": text, "damaged": damaged, "mended": mended, "pending": pending}
     found = {"damaged": [], "mended": [], "pending": pending}
     text = f"{config.store}: every digest is right" + (f", {pending} row blocks are pending" if pending else "")
@@ -77,6 +77,7 @@ def digests(config: Config) -> tuple[list[str], list[str]]:
 
     storage = open_storage(config.store)
     if config.repair:
+        audit.manifest(storage)  # first: only a store has a lease
         require_free(storage)
     damaged: list[str] = []
     mended: list[str] = []
@@ -126,7 +127,7 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
     with meter("live teacher", count, "images") as bar:
         for view in np.unique(views):
             mine = rows[views == view]
-            again, stored = live(mine, int(view)), pick(store, mine, int(view))
+            again, stored = live(mine, int(view)), store.pick(array_of(int(view)), int(view), mine)
             kind, alike = store.codecs[array_of(int(view))], views_like(store, int(view))
             kept = kind.decode(*kind.encode(again))
             right, ideal = cosine(again, stored), cosine(again, kept)
@@ -134,7 +135,7 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
             found.ideal.append(ideal)
             if len(alike) > 1:
                 other = alike[(alike.index(view) + 1) % len(alike)]
-                found.wrong_view.append(cosine(again, pick(store, mine, other)))
+                found.wrong_view.append(cosine(again, store.pick(array_of(other), other, mine)))
             if len(mine) > 1:
                 found.wrong_image.append(cosine(again, np.roll(stored, 1, axis=0)))
             worst = int((right - ideal).argmin())
@@ -167,18 +168,6 @@ def array_of(view: int) -> str:
 def views_like(store: "FeatureStore", view: int) -> Sequence[int]:
     """Numbers of all views, or of all local crops."""
     return store.local if view & LOCAL else store.held
-
-
-def pick(store: "FeatureStore", rows: "np.ndarray", view: int) -> "np.ndarray":
-    """(n, D) stored features of sorted rows, a row block in memory at a time."""
-    import numpy as np
-
-    out = []
-    for block in np.unique(rows // store.rows):
-        start, stop = store.span(int(block))
-        mine = rows[(rows >= start) & (rows < stop)]
-        out.append(store.read(array_of(view), view, slice(start, stop))[mine - start])
-    return np.concatenate(out)
 
 
 def whereabouts(store: "FeatureStore", row: int, view: int, feature: "np.ndarray", least: float) -> str:

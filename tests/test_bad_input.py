@@ -495,7 +495,7 @@ def test_an_unfinished_store_is_refused_until_its_command_is_repeated(world: Wor
     whole = features(store)
     next((store / "done").iterdir()).unlink()
     for said in (distill(store, "run"), evaluate("--store", store, "--val", world.val)):
-        said.refuses("lacks 1 of 3 shards", "repeat the export-teacher command")
+        said.refuses("lacks 1 of 3 shards", "repeat the command that made it")
     assert not Path("run").exists() and not Path("store-evaluation").exists()
     export(data, store).works()
     assert features(store) == whole
@@ -527,7 +527,7 @@ def test_a_store_of_other_images_is_refused_and_stays(world: World, store: Path,
     export(data, store).refuses("other images", *names)
     export(data, store, "--views", 9).refuses("other images", *names)
     distill(store, "run").refuses("not those of", *names, "--data")
-    export(world.val, store).refuses("do not look as they did", "a/00.png", "another --out")
+    export(world.val, store).refuses("do not look as they did", "a/00.png", "into a new folder")
     export(world.val, store, "--views", 9).refuses("do not look as they did")
     distill(store, "run", "--data", world.val).refuses("do not look as they did", "--allow-other-pixels")
     assert content(store) == before
@@ -743,11 +743,11 @@ def test_there_must_be_something_to_compare_or_inspect(world: World, data: Path)
 def test_a_folder_that_is_not_ours_is_not_written_to_not_even_with_overwrite(world: World, data: Path) -> None:
     Path("note.txt").write_text("mine")
     (here := data.parent, before := content(data.parent))
-    for more in ((), ("--overwrite",)):
+    for more, instead in (((), "name another folder"), (("--overwrite",), "choose another --out")):
         for out in (data, "note.txt"):
-            export(world.data, out, *more).refuses(str(out), "choose another --out")
-            distill(world.store, out, *more).refuses(str(out), "choose another --out")
-            evaluate("--run", world.run, "--val", world.val, "--out", out, *more).refuses("choose another --out")
+            export(world.data, out, *more).refuses(str(out), instead)
+            distill(world.store, out, *more).refuses(str(out), instead)
+            evaluate("--run", world.run, "--val", world.val, "--out", out, *more).refuses(instead)
         export(world.data, "note.txt/store", *more).refuses("a file stands where a folder is needed")
         distill(world.store, "note.txt/run", *more).refuses("a file stands where a folder is needed")
     compress("compare", world.run, "--out", data).refuses("no evaluation")

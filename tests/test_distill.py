@@ -480,7 +480,7 @@ def test_changed_settings_are_refused_with_the_list_of_what_differs(
     with pytest.raises(Mismatch) as refusal:
         distill.run(config(store, begun, steps=3, **changed))
     assert words in str(refusal.value)
-    assert "Repeat them, choose another --out, or start anew with --overwrite" in str(refusal.value)
+    assert "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)" in str(refusal.value)
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +526,7 @@ def test_overwrite_that_is_refused_leaves_the_old_run_in_its_place(run: Callable
 def test_a_folder_that_is_not_ours_is_left_alone(run: Callable[..., Any], tmp_path: Path, store: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not empty and holds no manifest.json of ours; choose another --out"):
+    with pytest.raises(UserError, match="not empty and holds no manifest.json of ours; name another folder"):
         run()
     with pytest.raises(UserError, match="--overwrite touches only what compress made"):
         run(overwrite=True)
@@ -578,7 +578,7 @@ def test_an_unfinished_store_is_refused(store: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     shutil.copytree(store, half)
     next((half / "done").iterdir()).unlink()
-    with pytest.raises(UserError, match="lacks 1 of .* repeat the export-teacher command that made it"):
+    with pytest.raises(UserError, match="lacks 1 of .* repeat the command that made it"):
         distill.run(config(half, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

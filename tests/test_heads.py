@@ -224,7 +224,7 @@ def test_the_stored_projection_is_the_head_on_the_stored_embedding_and_the_head_
     teacher = f"{file(projection_head=module)},head=projection_head"
     store = export(teacher, tmp_path / "store", keep="embedding,projection", codec="float32", local_views=2)
     assert store.arrays == {"embedding": (8,), "projection": (5,), "local_embedding": (8,), "local_projection": (5,)}
-    kept = heads.beside(store.storage)
+    kept = heads.beside(store)
     assert {name: t.tolist() for name, t in kept.items()} == {
         f"projection_head.{name}": t.tolist() for name, t in module.state_dict().items()
     }

@@ -262,8 +262,8 @@ def test_verify_reads_every_digest_of_theirs_and_embeds_some_again(whole: Path) 
     assert made["exact"] == IMAGES and made["cosine"] > 0.999
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        pick = verify.pick
-        patch.setattr(verify, "pick", lambda store, rows, view: (drawn.append(view), pick(store, rows, view))[1])
+        pick = FeatureStore.pick
+        patch.setattr(FeatureStore, "pick", lambda *asked: (drawn.append(asked[2]), pick(*asked))[1])
         verify.run(verify.Config(store=str(whole), sample=1.0))
     assert any(view & LOCAL for view in drawn) and any(not view & LOCAL for view in drawn)
 

@@ -192,7 +192,7 @@ def test_other_settings_are_refused_by_name_with_both_values(tmp_path: Path) -> 
     assert str(caught.value) == (
         f"{tmp_path} was made with other settings: lr is 0.1 there, 0.2 asked; "
         "model.sizes is [1, 2] there, [1] asked; seed is null there, 3 asked. "
-        "Repeat them, choose another --out, or start anew with --overwrite"
+        "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)"
     )
 
 
@@ -204,7 +204,7 @@ def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("...")
-    with pytest.raises(UserError, match="is not empty and holds no manifest.json of ours; choose another --out"):
+    with pytest.raises(UserError, match="is not empty and holds no manifest.json of ours; name another folder"):
         artifact.claim(Folder(tmp_path), "run", IDENTITY)
     assert list(files(tmp_path)) == ["thesis.tex"]
 

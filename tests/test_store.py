@@ -170,7 +170,7 @@ def train(store: FeatureStore, seed: int = 0) -> np.ndarray:
 def test_a_codebook_is_part_of_the_store_and_is_never_replaced(tmp_path: Path) -> None:
     store = make(tmp_path, 2, codec="pq:3")
     assert store.untrained() == ["embedding"]
-    with pytest.raises(UserError, match=r"has no codebook/embedding.safetensors yet; repeat the export-teacher"):
+    with pytest.raises(UserError, match=r"has no codebook/embedding.safetensors yet; repeat the command that made it"):
         write(store, store.pending()[0])
     train(store)
     assert store.untrained() == [] == FeatureStore(Folder(tmp_path)).untrained()
@@ -478,7 +478,7 @@ def test_a_lost_file_is_not_taken_for_zeros(tmp_path: Path, key: str) -> None:
 def test_an_unfinished_store_says_how_much_is_missing(tmp_path: Path) -> None:
     store = make(tmp_path, 5)
     write(store, store.pending()[1])
-    with pytest.raises(UserError, match="lacks 2 of 3 shards; repeat the export-teacher command that made it"):
+    with pytest.raises(UserError, match="lacks 2 of 3 shards; repeat the command that made it"):
         store.require_complete()
     with pytest.raises(UserError, match="holds views 0 to 4, but view 7 was asked for.*--views 8"):
         export(tmp_path, 5).require_complete([0, 7])
