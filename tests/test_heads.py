@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from pipeline import heads
 from pipeline.artifact import UserError
+from pipeline.method import Setting
 from pipeline.model import IMAGENET, Embedder, Network
 from pipeline.models import build
 from pipeline.storage import Folder
 from pipeline.store import FeatureStore
-from stages import export_teacher
+from stages import distill, export_teacher, store_copy, verify
 
 D = 8
 
@@ -235,6 +236,40 @@ def test_the_stored_projection_is_the_head_on_the_stored_embedding_and_the_head_
             embedding, projection = (store.read(f"{kind}{name}", view) for name in ("embedding", "projection"))
             with torch.no_grad():
                 np.testing.assert_allclose(head(torch.from_numpy(embedding)).numpy(), projection, rtol=1e-4, atol=1e-5)
+
+
+def test_damaged_heads_are_noticed_and_mended(file: Callable[..., str], tmp_path: Path) -> None:
+    store = export(f"{file(fc=MOCO())},head=fc", tmp_path / "store", keep="embedding,projection")
+    kept, path = heads.beside(store), tmp_path / "store/heads.safetensors"
+    whole = path.read_bytes()
+    for damage in (whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:], whole[:5], b"", None):
+        path.write_bytes(damage) if damage is not None else path.unlink()
+        with pytest.raises(UserError, match="heads.safetensors is damaged; compress verify --repair"):
+            heads.beside(store)
+        verify.run(verify.Config(str(tmp_path / "store"), sample=0, repair=True))
+        assert path.read_bytes() == whole and heads.beside(store).keys() == kept.keys()
+
+
+def test_a_recoded_part_keeps_local_crops_and_heads_and_its_runs_find_them(
+    file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = f"{file(head=DinoHead(False, False))},head=head"
+    how: dict[str, Any] = {"keep": "embedding,regions", "views": 3, "local_views": 2, "image_size": 16, "codec": "float32"}
+    source = export(spec, tmp_path / "source", **how)
+    store_copy.run(store_copy.Config(str(tmp_path / "source"), str(tmp_path / "part"), images="::2", codec="pq:4"))
+    part, rows = FeatureStore(Folder(tmp_path / "part")), np.arange(0, 24, 2)
+    assert part.identity["codec"] == "pq:4" and part.local == source.local
+    for name, view in [("embedding", 1), ("regions", 0), *(("local_embedding", view) for view in part.local)]:
+        want, got = source.read(name, view)[rows], part.read(name, view)
+        assert (F.cosine_similarity(torch.from_numpy(want), torch.from_numpy(got), dim=-1) > 0.99).all()
+    found: list[Any] = []
+    monkeypatch.setattr("pipeline.method.Setting", lambda *a, **said: (found.append(Setting(*a, **said)), found[-1])[1])
+    run = {"steps": 2, "batch_size": 4, "image_size": 16, "workers": 0, "device": "cpu"}
+    distill.run(distill.Config(str(tmp_path / "part"), (BARE,), "esvit:crops=0", tmp_path / "run", **run))  # type: ignore[arg-type]
+    kept = heads.beside(source)
+    assert kept and {name: t.tolist() for name, t in found[0].heads.items()} == {
+        name: t.tolist() for name, t in kept.items()
+    }
 
 
 def test_logits_and_regions_are_kept_and_pool_to_the_embedding(file: Callable[..., str], tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline import lease
+from pipeline import artifact, audit, lease
 from pipeline.artifact import LEASE, UserError
 from pipeline.lease import Lease
 from pipeline.storage import Folder, Storage, open_storage
-from stages import export_teacher, verify
+from stages import export_teacher, store_copy, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -226,3 +226,61 @@ def test_overwrite_does_not_set_aside_what_somebody_is_writing(tmp_path: Path) -
     with pytest.raises(UserError, match="is being written by process 7 on far"):
         verify.run(verify.Config(str(out), sample=0, repair=True))
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def export(out: Path) -> Path:
+    how = {"views": 1, "image_size": 8, "limit": 24, "batch_size": 4, "shard_size": 4, "workers": 0, "device": "cpu"}
+    export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **how))  # type: ignore[arg-type]
+    return out
+
+
+def test_a_copy_that_was_superseded_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, fault, enter = export(tmp_path / "source"), audit.fault, Lease.__enter__
+    held: list[Lease] = []
+    looked: list[int] = []
+
+    def superseded(*asked: Any) -> str:
+        looked.append(asked[1])
+        until = time.monotonic() + 20
+        while not held[0].lost and time.monotonic() < until:
+            another(Folder(tmp_path / "copy"))
+            time.sleep(0.01)
+        return fault(*asked)
+
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    monkeypatch.setattr(Lease, "__enter__", lambda self: (held.append(self), enter(self))[1])
+    monkeypatch.setattr(audit, "fault", superseded)
+    with pytest.raises(UserError, match="was taken over by process 7 on far"):
+        store_copy.run(store_copy.Config(str(source), str(tmp_path / "copy")))
+    assert looked == [0]
+
+
+def test_a_lease_json_of_the_users_stays_where_no_store_is(tmp_path: Path) -> None:
+    source, mine = export(tmp_path / "source"), tmp_path / "mine"
+    mine.mkdir()
+    (mine / "flat.txt").write_text("rent")
+    (mine / "lease.json").write_text("of my flat")
+    with pytest.raises(UserError, match="is not empty and holds no manifest.json of ours; name another folder"):
+        store_copy.run(store_copy.Config(str(source), str(mine)))
+    with pytest.raises(UserError, match="is not a store: it holds no manifest.json"):
+        verify.run(verify.Config(str(mine), sample=0, repair=True))
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {"flat.txt": "rent", "lease.json": "of my flat"}
+
+
+def test_a_damaged_manifest_is_mended_from_its_copy_and_both_damaged_are_not(tmp_path: Path) -> None:
+    store = export(tmp_path / "store")
+    whole = (store / "manifest.json").read_bytes()
+    for junk in (whole[:-9], None):
+        (store / "manifest.json").write_bytes(junk) if junk else (store / "manifest.json").unlink()
+        verify.run(verify.Config(str(store), sample=0, repair=True))
+        assert (store / "manifest.json").read_bytes() == whole
+    for place in ("manifest.json", "copy/manifest.json"):
+        (store / place).write_bytes(whole[:-9])
+    with pytest.raises(UserError, match="the manifest and its copy are both damaged"):
+        verify.run(verify.Config(str(store), sample=0, repair=True))
+
+
+def test_a_folder_of_another_kind_is_named_by_verify(tmp_path: Path) -> None:
+    artifact.claim(Folder(tmp_path), "run", {})
+    with pytest.raises(UserError, match="holds a run, not a store"):
+        verify.run(verify.Config(str(tmp_path), sample=0))

@@ -250,3 +250,24 @@ def test_a_copy_follows_a_store_that_grew(folder: Path, bucket: str, tmp_path: P
     for view in range(6):
         np.testing.assert_array_equal(local.read("embedding", view), want.read("embedding", view))
     assert sorted(local.storage.list("done")) == sorted(want.storage.list("done"))
+
+
+def test_what_another_process_brought_meanwhile_is_left_as_it_is(
+    remote: Bucket, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, delete, others, deleted = mirror._block, Folder.delete, [], []
+
+    def late(*asked: Any) -> int:
+        if not others:  # the other one begins after we have looked around and ends before our first shard
+            others.append("began")
+            hydrate(remote, tmp_path)
+            server.calm()
+            deleted.clear()
+        return block(*asked)
+
+    monkeypatch.setattr(mirror, "CONNECTIONS", 1)
+    monkeypatch.setattr(mirror, "_block", late)
+    monkeypatch.setattr(Folder, "delete", lambda self, key: (deleted.append(key), delete(self, key))[1])
+    hydrate(remote, tmp_path).require_complete()
+    assert others and not deleted
+    assert {key.partition("/")[0] for key in asked(server, "GET")} == {"done"}

@@ -206,6 +206,34 @@ def test_another_codec_holds_the_decoded_values(source: Path, tmp_path: Path) ->
     assert whole(tmp_path / "copy")
 
 
+@pytest.mark.parametrize("how", [{"images": "::2"}, {"codec": "float32"}, {}])
+def test_the_source_is_listed_once_however_many_shards_there_are(
+    how: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    for name in ("done", "bad_images"):
+        true = getattr(FeatureStore, name)
+
+        def note(self: FeatureStore, name: str = name, true: Any = true) -> Any:
+            if str(self.storage) == str(source):
+                asked.append(name)
+            return true(self)
+
+        monkeypatch.setattr(FeatureStore, name, note)
+    monkeypatch.setattr(FeatureStore, "require_complete", lambda *_: None)
+    copy(source, tmp_path / "copy", **how)
+    assert sorted(asked) == ["bad_images", "done"]
+
+
+def test_rows_are_picked_from_their_blocks_alone(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read = FeatureStore(Folder(source)), []
+    want, stored = store.read("embedding", 3), FeatureStore.stored
+    monkeypatch.setattr(FeatureStore, "stored", lambda *asked: (read.append(asked[3]), stored(*asked))[1])
+    for rows in ([0, 7, 41, 49], [25], []):
+        np.testing.assert_array_equal(store.pick("embedding", 3, np.array(rows, int)), want[rows])
+    assert read == [slice(0, 20), slice(40, 50), slice(20, 40), slice(0, 20)]
+
+
 # ---------------------------------------------------------------- stopped, damaged, refused
 
 
