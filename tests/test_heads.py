@@ -254,8 +254,8 @@ def test_a_recoded_part_keeps_local_crops_and_heads_and_its_runs_find_them(
     file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = f"{file(head=DinoHead(False, False))},head=head"
-    how: dict[str, Any] = {"keep": "embedding,regions", "views": 3, "local_views": 2, "image_size": 16, "codec": "float32"}
-    source = export(spec, tmp_path / "source", **how)
+    how: dict[str, Any] = {"keep": "embedding,regions", "views": 3, "local_views": 2, "image_size": 16}
+    source = export(spec, tmp_path / "source", codec="float32", **how)
     store_copy.run(store_copy.Config(str(tmp_path / "source"), str(tmp_path / "part"), images="::2", codec="pq:4"))
     part, rows = FeatureStore(Folder(tmp_path / "part")), np.arange(0, 24, 2)
     assert part.identity["codec"] == "pq:4" and part.local == source.local

@@ -501,7 +501,7 @@ def test_a_store_of_other_settings_is_refused_with_what_differs(tmp_path: Path) 
     before = tree(tmp_path)
     with pytest.raises(Mismatch, match='batch_size is null there, 5 asked; codec is "int8" there, "float32" asked'):
         make(tmp_path, 3, codec="float32", batch_size=5)
-    with pytest.raises(UserError, match="has 3 views, but --views 2 was asked, and a store only grows"):
+    with pytest.raises(UserError, match="has 3 views, but 2 were asked for, and a store only grows"):
         make(tmp_path, 2)
     assert tree(tmp_path) == before
 
