@@ -510,12 +510,12 @@ def test_an_unfinished_store_is_refused_until_its_command_is_repeated(world: Wor
         (["--image-size", 9], ["preprocessing.size is 8 there, 9 asked"]),
         (["--teacher", "convnet:channels=8,pretrained=false"], ["teacher.weights"]),
         (["--limit", 5], ["other images", "are gone", "--overwrite"]),
-        (["--views", 2], ["3 views", "--views 2", "only grows"]),
+        (["--views", 2], ["3 views", "2 were asked for", "only grows"]),
     ],
 )
 def test_a_store_from_other_settings_is_refused_and_stays(store: Path, data: Path, more: list, words: list) -> None:
     before = content(store)
-    export(data, store, *more).refuses(*words, "--out")
+    export(data, store, *more).refuses(*words, "another")
     assert content(store) == before
 
 
