@@ -34,6 +34,7 @@ class Config:
 
     store: str = flag(help="a feature store", place=True)
     data: str | None = flag(None, "the images, if they have moved since the export")
+    teacher: str | None = flag(None, "the teacher, if its weights have moved since the export")
     sample: float = flag(0.001, "share of the images to embed again, at least 16 of them; 0 checks digests only")
     repair: bool = flag(False, "mend what can be mended")
     batch_size: int | None = flag(None, "images per forward (default: as exported)", short="-b")
@@ -235,7 +236,7 @@ def embed_again(
     from pipeline.subject import live_teacher
     from pipeline.views import ViewSpec
 
-    identity, embedder = store.identity, live_teacher(store, build)
+    identity, embedder = store.identity, live_teacher(store, build, config.teacher)
     batch = config.batch_size or identity["batch_size"]
     forward = Forward(embedder, choose(config.device), config.precision or identity["precision"], batch)
     size, how = embedder.preprocessing.size, embedder.preprocessing.interpolation

@@ -275,6 +275,17 @@ def test_what_a_changed_teacher_is_called(
         verify.run(verify.Config(store=str(mine.out), sample=1.0))
 
 
+def test_a_teacher_that_moved_is_found_where_it_is_said_to_be(export: export_teacher.Config, tmp_path: Path) -> None:
+    file = tmp_path / "linear.py"
+    file.write_text(LINEAR.replace("ACTIVATION", "torch.tanh"))
+    mine = dataclasses.replace(export, teacher=f"python:{file}:linear", out=tmp_path / "store")
+    export_teacher.run(mine)
+    moved = file.rename(tmp_path / "moved.py")
+    with pytest.raises(UserError, match=r"linear\.py does not exist"):
+        verify.run(verify.Config(store=str(mine.out), sample=1.0))
+    assert verify.run(verify.Config(store=str(mine.out), sample=1.0, teacher=f"python:{moved}:linear"))["exact"] == 23
+
+
 def test_a_teacher_that_says_the_same_of_everything_proves_nothing(
     export: export_teacher.Config, tmp_path: Path
 ) -> None:
