@@ -30,6 +30,15 @@ def find(
     return whole.part(made_of, ids)
 
 
+def require_exported(store: FeatureStore) -> None:
+    """Raises UserError for the features of an evaluation, which name neither their images nor their model."""
+    if "data" not in store.about:
+        raise UserError(
+            f"{store.storage} holds what an evaluation saw in view 0, and is no teacher's store; name a store that "
+            "compress export-teacher made (compress verify --sample 0 checks this one's digests)"
+        )
+
+
 def of_store(
     store: FeatureStore, order: Order, given: str | None, *, allow_other_pixels: bool | None = None
 ) -> tuple[Any, str]:
@@ -37,6 +46,7 @@ def of_store(
 
     Raises UserError for other images, and for other looks unless `allow_other_pixels`; None: no flag could allow them.
     """
+    require_exported(store)
     dataset = find(
         store.about["data"], lambda: store.table("sample_id"), order, given=given, flag="--data", of=str(store.storage)
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from pipeline import artifact
+from pipeline import artifact, originals
 from pipeline.artifact import UserError
 from pipeline.model import Embedder
 from pipeline.storage import Folder, open_storage
@@ -28,7 +28,7 @@ class Subject:
     weights: str  # digest
     preprocessing: dict[str, Any]
     spec: ViewSpec
-    build: Callable[[], Embedder]
+    build: Callable[[], Embedder]  # the same one every time
     home: Path  # where its evaluation goes by default
     data: dict[str, Any] | None = None  # the images it came from: {"spec", "limit"}
     store: FeatureStore | None = None  # stored features, for the teacher
@@ -82,6 +82,7 @@ def load_student(embedder: Embedder, file: Path) -> None:
 
 def of_store(store: FeatureStore, build: Build) -> Subject:
     """A teacher: its features from the store; the network itself is built only for other images."""
+    originals.require_exported(store)
     if 0 in store.held:
         store.require_complete([0])
     where, teacher, about = str(store.storage), store.identity["teacher"], store.about
@@ -92,7 +93,7 @@ def of_store(store: FeatureStore, build: Build) -> Subject:
         teacher["weights"],
         teacher["preprocessing"],
         ViewSpec(**store.identity["views"]),
-        partial(live_teacher, store, build),
+        cache(partial(live_teacher, store, build)),
         artifact.beside(where, "-evaluation"),
         about["data"],
         store=store if 0 in store.held else None,

@@ -271,13 +271,15 @@ def fresh_features(
     config: Config, subject: "Subject", dataset: "Dataset", rows: "np.ndarray", epoch: int
 ) -> "np.ndarray":
     """(n, d) features of crops and flips never seen before, one for each of these rows."""
+    import torch
+
     from pipeline.device import choose, loader_workers
     from pipeline.philox import FRESH
     from pipeline.validation import view_features
     from pipeline.views import ViewSpec
 
     device = choose(config.device)
-    embedder = subject.build().to(device)
+    embedder = subject.build().to(device).to(memory_format=torch.channels_last)  # as `embed` leaves it
     spec = ViewSpec("crop-flip", subject.spec.seed, subject.spec.crop_ratio)
     workers = loader_workers(config.workers, device)
     features, seen = view_features(embedder, dataset, spec, device, config.precision, FRESH + epoch, rows, workers)

@@ -1,14 +1,17 @@
-"""`compress inspect PATH`: what a store, run or evaluation is and how far it got."""
+"""`compress inspect PATH`: what anything that compress made is, and how far it got."""
 
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import artifact
 from pipeline.config import POSITIVE, flag, require
 from pipeline.progress import duration, size
 from pipeline.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from pipeline.store import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -25,69 +28,75 @@ def run(config: Config) -> dict[str, Any]:
     storage = open_storage(config.path)
     manifest = artifact.read(storage)
     require(config, {"students": POSITIVE, "epochs": POSITIVE})
-    tell = {"store": store, "run": distillation, "evaluation": evaluation}[manifest["kind"]]
-    found = tell(storage, manifest)
-    figures = savings(storage, config) if manifest["kind"] == "store" else {}
-    if figures:
-        found |= {"saves": figures.pop("said")}
-    lines = [f"{config.path}: a {manifest['kind']}", *(f"  {k}: {v}" for k, v in found.items())]
+    figures: dict[str, Any] = {}
+    if manifest["kind"] == "store":
+        from pipeline.store import FeatureStore
+
+        here = FeatureStore(storage)
+        figures = savings(here, config)
+        found = store(here, figures)
+    else:
+        tell = {"run": distillation, "evaluation": evaluation}.get(manifest["kind"], settings)
+        found = tell(storage, manifest)
+    lines = [f"{config.path}: {manifest['kind']}", *(f"  {k}: {v}" for k, v in found.items())]
     return {"summary": "\n".join(lines), "kind": manifest["kind"], **found, **figures, "manifest": manifest}
 
 
-def store(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
-    from pipeline.store import FeatureStore
-
-    here = FeatureStore(storage)
-    total, drawn = -(-here.images // here.rows), here.identity["views"]
+def store(here: "FeatureStore", figures: dict[str, Any]) -> dict[str, Any]:
+    """A store in words. figures: its `savings`."""
+    about, total, drawn = here.about, -(-here.images // here.rows), here.identity["views"]
+    exported = "data" in about  # an evaluation's features name neither their images nor their model
+    of = f" of {about['data']['spec']}, {len(about['classes'])} classes" if exported else ", scored by an evaluation"
     held = f"{here.held.start} to {here.views - 1}" if here.held.start else here.views
-    history = here.history()
-    seconds = sum(event.get("seconds", 0) for event in history)
-    views = sum(event.get("views", 0) for event in history)
-    seen = sum(event.get("images", 0) for event in history)
+    cost = f"{duration(figures['device_seconds'])}, {figures['images_per_s'] or 0:.0f} images/s"
     return {
         "fingerprint": here.fingerprint,
-        "data": f"{here.images} images of {here.about['data']['spec']}, {len(here.about['classes'])} classes",
-        "teacher": f"{here.about['teacher']}, {here.identity['teacher']['width']} dimensions",
+        "data": f"{here.images} images{of}",
+        "teacher": f"{about['teacher'] if exported else 'what was scored'}, {here.arrays['embedding'][0]} dimensions",
         "views": f"{held}, {drawn['policy']}, seed {drawn['seed']}",
         **({"local crops": f"{len(here.local)} of {here.identity['local']['size']} pixels"} if here.local else {}),
         "arrays": ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in here.arrays.items()),
         "codec": here.identity["codec"],
-        "shards": f"{total - len(here.pending())} of {total} done, {here.rows} rows each",
+        "shards": f"{total - figures['pending']} of {total} done, {here.rows} rows each",
         "bad images": len(here.bad_images()),
-        "on disk": size(storage.size()),
-        "cost": f"{duration(seconds)}, {seen / seconds:.0f} images/s, {views / seconds:.0f} views/s"
-        if seconds
-        else "not known",
-        **({"copied from": here.about["copied"]["from"]} if "copied" in here.about else {}),
+        "on disk": size(figures["bytes"]),
+        "cost": f"{cost}, {figures['views_per_s']:.0f} views/s" if figures["device_seconds"] else "not known",
+        **({"copied from": about["copied"]["from"]} if "copied" in about else {}),
+        **({"saves": saved(figures)} if exported else {}),
     }
 
 
-def savings(storage: Storage, config: Config) -> dict[str, Any]:
-    """What the store cost and saves, as numbers, and in words as `said`.
+def savings(here: "FeatureStore", config: Config) -> dict[str, Any]:
+    """What the store cost and saves, as numbers.
 
     The teacher once over N images in V views is N * V forwards; a live one is N forwards for each
     student and epoch. So the store pays from V epochs on, all students' together.
     """
-    from pipeline.store import FeatureStore
-
-    here = FeatureStore(storage)
     history, count = here.history(), len(here.all_views)
-    cost = {name: sum(event.get(name, 0) for event in history) for name in ("seconds", "images", "views")}
-    stored, live = here.images * count, round(here.images * config.students * config.epochs)
-    rate = cost["views"] / cost["seconds"] if cost["seconds"] else None
-    worth = f", {duration((live - stored) / rate)} of this device" if rate and live > stored else ""
+    seconds, images, views = (sum(e.get(name, 0) for e in history) for name in ("seconds", "images", "views"))
     return {
-        "said": f"{live - stored} of {live} teacher forwards for {config.students} students x {config.epochs:g} epochs"
-        f"{worth}; pays from {count} epochs on, all students' together",
-        "device_seconds": cost["seconds"],
-        "images_per_s": cost["images"] / cost["seconds"] if cost["seconds"] else None,
-        "views_per_s": rate,
-        "stored_forwards": stored,
-        "live_forwards": live,
+        "students": config.students,
+        "epochs": config.epochs,
+        "device_seconds": seconds,
+        "images_per_s": images / seconds if seconds else None,
+        "views_per_s": views / seconds if seconds else None,
+        "stored_forwards": here.images * count,
+        "live_forwards": round(here.images * config.students * config.epochs),
         "break_even_epochs": count,
-        "bytes": storage.size(),
+        "bytes": here.storage.size(),
         "pending": len(here.pending()),
     }
+
+
+def saved(figures: dict[str, Any]) -> str:
+    """`savings` in words."""
+    live, rate = figures["live_forwards"], figures["views_per_s"]
+    spared = live - figures["stored_forwards"]
+    worth = f", {duration(spared / rate)} of this device" if rate and spared > 0 else ""
+    return (
+        f"{spared} of {live} teacher forwards for {figures['students']} students x {figures['epochs']:g} epochs{worth}"
+        f"; pays from {figures['break_even_epochs']} epochs on, all students' together"
+    )
 
 
 def distillation(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -121,3 +130,10 @@ def evaluation(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
         **{name: json.dumps(found) for name, found in scores.items() if name not in ("model", "data")},
         "report": f"{storage}/report.html" if storage.exists("report.html") else "not yet",
     }
+
+
+def settings(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Anything else of ours: what it was made with."""
+    identity = manifest["identity"].items()
+    made = {name: value if isinstance(value, str) else json.dumps(value) for name, value in identity}
+    return {**made, "on disk": size(storage.size())}

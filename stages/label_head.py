@@ -43,11 +43,12 @@ def run(config: Config) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from pipeline import labelhead
+    from pipeline import labelhead, originals
     from pipeline.images import GOOD
     from pipeline.store import FeatureStore
 
     store = FeatureStore(storage)
+    originals.require_exported(store)
     store.require_complete([0])
     label = np.where(store.table("status") == GOOD, store.table("label"), -1)
     rows = named(store, config.labels) if share is None else labelhead.choose(label, share, config.seed)
