@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from pipeline.model import Embedder
 from pipeline.storage import Folder
 from pipeline.validation import leave_one_out
 from pipeline.views import ViewSpec
+from pipeline.weights import spell
 
 
 class Apprentice:
@@ -54,29 +54,18 @@ class Apprentice:
 
         kept: what its method delivers besides, as head.safetensors.
         """
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.learned.backbone.state_dict().items()}
         looks = json.dumps(self.learned.preprocessing.record())
         said = {"model": self.learned.spec, "preprocessing": looks, "digest": self.learned.digest()}
-        data, home, name = spell(tensors, {"format": "pt", **said}), Folder(self.folder), "student.safetensors"
-        _put(home, name, data)
+        home, name = Folder(self.folder), "student.safetensors"
+        _put(home, name, spell(self.learned.backbone.state_dict(), {"format": "pt", **said}))
         if kept:
-            _put(home, "head.safetensors", spell({k: v.detach().cpu().contiguous() for k, v in kept.items()}, {}))
+            _put(home, "head.safetensors", spell(kept, {}))
         return self.folder / name
 
 
 def _put(home: Folder, name: str, data: bytes) -> None:
     if not (home.exists(name) and home.get(name) == data):
         home.put(name, data)
-
-
-def spell(tensors: dict[str, Tensor], said: dict[str, str]) -> bytes:
-    """A safetensors file with one spelling: the library writes what is said in another order every time."""
-    data = safetensors.torch.save(tensors, said)
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    text = json.dumps({"__metadata__": said, **{k: v for k, v in header.items() if k != "__metadata__"}}).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
-    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 @torch.no_grad()

@@ -49,20 +49,18 @@ class Forward:
     precision: str = "fp32"
     batch_size: int = 64
     names: Sequence[str] = ("embedding",)  # what is wanted of it, see Embedder.outputs
-    channels_last: bool = True
 
     def __post_init__(self) -> None:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
         self.embedder.equip(self.names)
-        self.embedder.eval().requires_grad_(False).to(self.device).to(memory_format=layout)
+        self.embedder.eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
 
     @property
     def ahead(self) -> int:
         """Batches of rows that may be on the device while the host looks at an earlier one."""
         return 1 if self.device.type == "cuda" else 0
 
-    def __call__(self, pixels: torch.Tensor, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        return {name: out.cpu().numpy() for name, out in self.launch(pixels, names).items()}
+    def __call__(self, pixels: torch.Tensor) -> dict[str, np.ndarray]:
+        return {name: out.cpu().numpy() for name, out in self.launch(pixels).items()}
 
     def launch(self, pixels: torch.Tensor, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """The same, left on the device: a GPU may still be at it.
@@ -74,8 +72,7 @@ class Forward:
             pixels = torch.cat([pixels, pixels.new_zeros((self.batch_size - n, *pixels.shape[1:]))])
         with torch.inference_mode(), autocast(self.device, self.precision):
             images = self.embedder.prepare(pixels.to(self.device, non_blocking=True))
-            if self.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=torch.channels_last)
             made = self.embedder.outputs(images, names or self.names)
             return {name: out[:n].float() for name, out in made.items()}
 

@@ -39,7 +39,6 @@ def _from_file(file: Path) -> ModuleType:
     if not file.is_file():
         raise UserError(f"python:{file} does not exist; give the path of a Python file or the name of a module")
     name = f"python:{file.resolve()}"  # not the stem: a user's zarr.py must not become everybody's zarr
-    name = f"python:{file.resolve()}"  # not the stem: a user's zarr.py must not become everybody's zarr
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec and spec.loader  # a name that ends in .py always has a loader
     module = importlib.util.module_from_spec(spec)

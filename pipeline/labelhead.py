@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import philox
-from pipeline.apprentice import spell
 from pipeline.artifact import UserError
 from pipeline.bank import unit
 from pipeline.storage import Folder
+from pipeline.weights import spell
 
 STEEP = 1e-2  # features that vary less than this share of the mean variation are not blown up
 

@@ -20,6 +20,8 @@ from pipeline.pairs import Plan
 from pipeline.schedule import Schedule
 from pipeline.storage import Folder
 
+ALIKE = 2**32 - 1  # beside the ranks' numbers: seeds what all of them draw alike
+
 
 @dataclass(frozen=True)
 class Training:
@@ -61,8 +63,7 @@ class Room(nn.Module):
     def forward(self, batch: Batch, seed: int) -> tuple[list[Tensor], list[Tensor]]:
         """(a loss of each student, their embeddings (B, W, d)). seed: of what the method draws, on all ranks alike."""
         outputs = [self._look(batch, number) for number in range(len(self.apprentices))]
-        if ranks.size() > 1:
-            torch.manual_seed(seed)
+        torch.manual_seed(seed)  # whatever the students drew
         losses = self.method(batch, outputs)
         return losses, [out["embedding"].detach() for out in outputs]
 
@@ -123,7 +124,7 @@ class Lesson:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(batch.images[0].device, self.training.precision):
-            losses, embeddings = self.room(batch, self._seed_of(batch.step, 0))
+            losses, embeddings = self.room(batch, self._seed_of(batch.step, ALIKE))
         rows = [{"loss": loss} for loss in ranks.mean([float(loss.detach()) for loss in losses])]
         for row in rows:
             if not math.isfinite(row["loss"]):

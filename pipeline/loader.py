@@ -16,6 +16,7 @@ from pipeline.images import BadImage
 from pipeline.views import ViewSpec, draw, see
 
 PIECE_BYTES = 32_000_000
+AHEAD = 2  # pieces in flight, per worker
 
 
 @dataclass(frozen=True)
@@ -88,22 +89,20 @@ class Eyes:
         return Sight(pixels[0], pixels[1] if len(pixels) > 1 else [], status, content, bad)
 
 
-def feed(
-    eyes: Eyes, workers: int, threads: bool = False, ahead: int = 2, pin: bool = False
-) -> Generator[Sight, None, None]:
-    """The sights of all pieces, in order, `ahead` per worker in flight.
+def feed(eyes: Eyes, workers: int, threads: bool = False, pin: bool = False) -> Generator[Sight, None, None]:
+    """The sights of all pieces, in order, AHEAD per worker in flight.
 
     workers processes (0: none, seen as they are asked for); `threads` instead of processes. Use it
     under contextlib.closing: workers that outlive an error would be waited for at the program's end.
     """
     if workers and threads:
-        yield from _by_threads(eyes, workers, ahead)
+        yield from _by_threads(eyes, workers)
     elif workers:
         yield from DataLoader(
             eyes,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=ahead,
+            prefetch_factor=AHEAD,
             pin_memory=pin,
             worker_init_fn=_quiet,
         )
@@ -112,12 +111,12 @@ def feed(
             yield eyes[number]
 
 
-def _by_threads(eyes: Eyes, workers: int, ahead: int) -> Iterator[Sight]:
+def _by_threads(eyes: Eyes, workers: int) -> Iterator[Sight]:
     with ThreadPoolExecutor(workers, thread_name_prefix="eyes") as pool:
         flight: deque[Future[Sight]] = deque()
         for number in range(len(eyes)):
             flight.append(pool.submit(eyes.__getitem__, number))
-            if len(flight) > workers * ahead:
+            if len(flight) > workers * AHEAD:
                 yield flight.popleft().result()
         while flight:
             yield flight.popleft().result()

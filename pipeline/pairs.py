@@ -164,7 +164,7 @@ def _turns(seed: int, cycle: int, count: int, w: int) -> np.ndarray:
 class Features:
     """Teacher features in memory, one stored view at a time, as the codec keeps them.
 
-    The latest views stay until they pass `limit` bytes; at least `least` of them always stay.
+    The latest views stay until they pass `limit` bytes, scales counted; at least `least` of them always stay.
     """
 
     def __init__(self, store: FeatureStore, name: str = "embedding", *, limit: int = 4_000_000_000, least: int = 2):
@@ -184,7 +184,7 @@ class Features:
     def _view(self, view: int) -> tuple[np.ndarray, np.ndarray | None]:
         if view not in self._held:
             self._held[view] = self.store.stored(self.name, view)
-            each = self._held[view][0].nbytes
+            each = sum(part.nbytes for part in self._held[view] if part is not None)
             while len(self._held) > self.least and len(self._held) * each > self.limit:
                 self._held.popitem(last=False)
         self._held.move_to_end(view)

@@ -14,19 +14,22 @@ from pipeline.images import BadImage
 from pipeline.model import Preprocessing
 from pipeline.views import ViewSpec, draw, see
 
-PROBES = 3
 VIEWS = (0, 1, 2)
+NEAR = 32  # rows that are looked at for a good image
 
 
-def probe(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, keys: Any = None) -> dict[str, str]:
-    """{row: digest of its probe views at the teacher's size}, over the first, middle and last good image.
+def probe(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing) -> dict[str, str]:
+    """{row: digest of its probe views at the teacher's size}: of the first, middle and last image, or a good one near.
 
-    keys: (N,) view keys; the row numbers unless given.
+    Their view keys are their row numbers.
     """
     out: dict[str, str] = {}
-    for i in sorted({0, len(dataset) // 2, len(dataset) - 1}):
-        if (seen := look(dataset, spec, preprocessing, i, i if keys is None else int(keys[i]))) is not None:
-            out[str(i)] = seen
+    rows = range(len(dataset))
+    for near in (rows[:NEAR], rows[len(rows) // 2 :][:NEAR], rows[::-1][:NEAR]):
+        for i in near:
+            if (seen := look(dataset, spec, preprocessing, i, i)) is not None:
+                out[str(i)] = seen
+                break
     return out
 
 

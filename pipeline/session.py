@@ -1,6 +1,6 @@
 """A training run: what each step looks at, and the lessons that learn from it."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -81,11 +81,12 @@ class Session:
         for lesson in self.lessons if ranks.rank() == 0 else []:
             how = asdict(lesson.training)
             how["schedule"] |= {"warmup": None, "warmup_epochs": lesson.warmup_epochs}
-            for apprentice in lesson.apprentices:
+            everybody = [_who(apprentice) for apprentice in lesson.apprentices]
+            for apprentice, who in zip(lesson.apprentices, everybody, strict=True):
                 identity = {
                     "store": self.store.fingerprint,
                     "images": len(self.plan.rows),
-                    "student": _who(apprentice),
+                    "student": who,
                     "method": lesson.name,
                     "training": how,
                     "batch_size": self.plan.batch,
@@ -94,7 +95,7 @@ class Session:
                     "views": list(self.plan.views),
                 }
                 if len(lesson.apprentices) > 1:
-                    identity["peers"] = [_who(peer) for peer in lesson.apprentices]
+                    identity["peers"] = everybody
                 artifact.claim(Folder(apprentice.folder), "run", identity, self._about(apprentice))
 
     def _about(self, apprentice: Apprentice) -> dict[str, Any]:
@@ -116,15 +117,15 @@ class Session:
 
     def read(self, rows: Tensor, views: Tensor, name: str = "embedding") -> Tensor:
         """(n, ...) float32 teacher features of (rows[j], views[j])."""
-        if name not in self.features:
-            self.features[name] = Features(self.store, name)
-        return torch.from_numpy(self.features[name].rows(rows.cpu().numpy(), views.cpu().numpy()))
+        features = self.features.get(name) or Features(self.store, name)
+        return torch.from_numpy(features.rows(rows.cpu().numpy(), views.cpu().numpy()))
 
     def sights(self, workers: int) -> Generator[Sight, None, None]:
         """The pixels of steps start, start + 1, ..."""
         pieces: Any = replace(self.plan, first=self.start)
         sizes, local = self._sizes(_size), self._sizes(self._local_size) if self.plan.has_local else []
-        return feed(Eyes(self.dataset, self.spec, self.store.table("view_key"), sizes, pieces, local), workers)
+        eyes = Eyes(self.dataset, self.spec, self.store.table("view_key"), sizes, pieces, local)
+        return feed(eyes, workers, pin=self.device.type == "cuda")
 
     def step(self, step: int, sight: Sight, measure: bool) -> Rows:
         """One step of each lesson -> a row of metrics for each of its students.
@@ -136,11 +137,11 @@ class Session:
         batch = self.batch(step)
         self._require_unchanged(batch, sight)
         ranks.largest()  # nobody begins a step that another cannot take
-        epoch, rows = round((step + 1) / self.per_epoch, 4), []
+        epoch, rows, prepared = round((step + 1) / self.per_epoch, 4), [], _Prepared(self.device)
         for lesson in self.lessons:
             made: Sequence[dict[str, float] | None] = [None] * len(lesson.apprentices)
             if step >= lesson.start and not lesson.over:
-                batch.images, batch.local_images = self._inputs(lesson, sight)
+                batch.images, batch.local_images = self._inputs(lesson, sight, prepared)
                 with self.alone(lesson):
                     made = lesson.step(batch, step / self.plan.steps, measure)
             rows += [row and {"step": step + 1, "epoch": epoch, **row} for row in made]
@@ -156,7 +157,7 @@ class Session:
             if all(other.over for other in self.lessons):
                 raise
 
-    def _inputs(self, lesson: Lesson, sight: Sight) -> tuple[list[Tensor], list[Tensor]]:
+    def _inputs(self, lesson: Lesson, sight: Sight, prepared: "_Prepared") -> tuple[list[Tensor], list[Tensor]]:
         """(images, local images) of each student of a lesson, prepared on the device."""
         count, independent = len(lesson.apprentices), lesson.method.needs.independent
         images, local = [], []
@@ -164,14 +165,11 @@ class Session:
             pixels = sight.pixels[self._sizes(_size).index(_size(apprentice))]  # (B, W, 3, S, S)
             if independent:
                 pixels = pixels.chunk(count, 1)[number]
-            images.append(self._prepared(apprentice, pixels))
+            images.append(prepared(apprentice, pixels, (number, independent and count)))
             if _local(lesson):
                 small = sight.local[self._sizes(self._local_size).index(self._local_size(apprentice))]
-                local.append(self._prepared(apprentice, small))
+                local.append(prepared(apprentice, small, (number, "local")))
         return images, local
-
-    def _prepared(self, apprentice: Apprentice, pixels: Tensor) -> Tensor:
-        return apprentice.student.prepare(pixels.flatten(0, 1).to(self.device, non_blocking=True))
 
     def batch(self, step: int) -> Batch:
         """The step's (i, v) and the teacher's side of it. Raises UserError for features that are not finite."""
@@ -224,6 +222,24 @@ class Session:
             return local_size(wants.size), wants.interpolation
         whole = self.store.identity["teacher"]["preprocessing"]["size"]
         return max(8, 8 * round(wants.size * local["size"] / whole / 8)), wants.interpolation
+
+
+class _Prepared:
+    """What students of a step see, on the device: once for those of different lessons who see the same."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.made: dict[Hashable, tuple[Tensor, int]] = {}
+
+    def __call__(self, apprentice: Apprentice, pixels: Tensor, which: Hashable) -> Tensor:
+        """(B, W, 3, S, S) uint8 -> (B * W, 3, S, S). which: of the lesson's peers, and of the step's pixels."""
+        student = apprentice.student
+        key = (which, student.preprocessing)
+        images, version = self.made.get(key, (None, 0))
+        if images is None or images._version != version:  # a student that writes into its input spoils it for itself
+            images = student.prepare(pixels.flatten(0, 1).to(self.device, non_blocking=True))
+            self.made[key] = images, images._version
+        return images
 
 
 def _local(lesson: Lesson) -> bool:

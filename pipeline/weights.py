@@ -6,6 +6,7 @@ another shape is known; if anything is, the error names the key=, prefix= and dr
 
 import argparse
 import contextlib
+import json
 import pickle
 import re
 import warnings
@@ -253,3 +254,12 @@ def _few(items: list[str]) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def spell(tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> bytes:
+    """A safetensors file with one spelling: the library writes what is said in another order every time."""
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    end = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps({"__metadata__": dict(said), **json.loads(data[8:end])}).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
+    return len(text).to_bytes(8, "little") + text + data[end:]

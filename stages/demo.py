@@ -1,6 +1,6 @@
 """`compress demo`: the three stages on the digits inside scikit-learn, and a table of what came of it.
 
-A command made of commands, so the one stage that imports others.
+A command made of commands, as the sweep is, so it imports other stages.
 """
 
 import json

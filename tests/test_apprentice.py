@@ -10,12 +10,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.apprentice import Apprentice, spell
+from pipeline.apprentice import Apprentice
 from pipeline.datasets.digits import Digits
 from pipeline.model import Embedder
 from pipeline.models import build
 from pipeline.validation import leave_one_out, view_features
 from pipeline.views import ViewSpec, draw, see
+from pipeline.weights import spell
 
 SIZE = 8
 PLAIN = ViewSpec("crop-flip", 0, 1.0)

@@ -30,8 +30,10 @@ from pipeline.artifact import Mismatch, UserError
 from pipeline.interrupt import Interrupted
 from pipeline.journal import read as read_journal
 from pipeline.lease import Lease
+from pipeline.model import Embedder
 from pipeline.session import Session
 from pipeline.storage import Folder
+from pipeline.store import FeatureStore
 from stages import distill, export_teacher
 from stages.distill import Config
 
@@ -926,3 +928,62 @@ def test_the_runs_of_several_do_not_go_into_the_run_of_one(run: Callable[..., An
     run(steps=2)
     with pytest.raises(UserError, match="is itself a run, so it cannot hold the runs of several"):
         run(**TWO)
+
+
+# ---------------------------------------------------------------- what students of a pass share
+
+
+def session_of(config: Config) -> Session:
+    opened = FeatureStore(Folder(config.store))
+    return distill.prepare([config], opened, distill.open_images(config, opened), distill.plan_of(config, opened))
+
+
+def test_students_who_see_the_same_share_it_on_the_device(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_of(config(store, tmp_path / "run", student=(CONVNET, "convnet:channels=3", RESNET)))
+    students = [apprentice.student for apprentice in session.apprentices]
+    students[2].preprocessing = replace(students[2].preprocessing, mean=(0.1, 0.2, 0.3))  # this one sees it otherwise
+    asked, prepare = [], Embedder.prepare
+    monkeypatch.setattr(Embedder, "prepare", lambda self, x: (asked.append(self), prepare(self, x))[1])
+    for step, sight in zip((0, 1), session.sights(0), strict=False):
+        session.step(step, sight, False)
+    assert [students.index(student) for student in asked] == [0, 2, 0, 2]
+
+
+def test_a_student_that_writes_into_its_input_spoils_it_for_no_other(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n"
+        "def net(first):\n"
+        "    return nn.Sequential(first, nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "def greedy(): return net(nn.ReLU(inplace=True))\n"
+        "def plain(): return net(nn.Identity())\n"
+    )
+    greedy, plain = (f"python:{tmp_path}/nets.py:{name}" for name in ("greedy", "plain"))
+    both = run("both", student=(greedy, plain), steps=4)["runs"]
+    run("alone", student=(plain,), steps=4)
+    assert_same_run(Path(both[1]), tmp_path / "alone")
+
+
+def test_a_gpus_pixels_come_in_pinned_memory(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, asked = session_of(config(store, tmp_path / "run")), []
+    monkeypatch.setattr("pipeline.session.feed", lambda eyes, workers, pin: asked.append(pin))
+    session.sights(2)
+    session.device = torch.device("cuda")
+    session.sights(2)
+    assert asked == [False, True]
+
+
+def test_an_array_read_for_a_bank_is_not_carried_through_every_batch(store: Path, tmp_path: Path) -> None:
+    session = session_of(config(store, tmp_path / "run"))
+    session.features.clear()  # as of a method that looks at no array of the store
+    assert session.read(torch.tensor([3, 5]), torch.tensor([1, 2])).shape == (2, 16)
+    assert session.batch(0).teacher == {}
+
+
+def test_peers_are_digested_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(tmp_path / "store", views=7)
+    seen, digest = [], Embedder.digest
+    monkeypatch.setattr(Embedder, "digest", lambda self: (seen.append(self), digest(self))[1])
+    session_of(config(tmp_path / "store", tmp_path / "run", student=(CONVNET,) * 3, method="dogo"))
+    assert len(seen) == 3

@@ -86,6 +86,29 @@ def test_the_randomness_of_a_step_is_a_function_of_seed_step_and_student(tmp_pat
     assert len({drawn(3), *others}) == 5
 
 
+def test_a_method_draws_the_same_whatever_its_students_drew_and_not_what_they_drew(tmp_path: Path) -> None:
+    drawn: list[float] = []
+
+    class Draws(Squares):
+        def forward(self, batch: Batch, outputs: Any) -> list[Tensor]:
+            drawn.append(float(torch.rand(())))
+            return super().forward(batch, outputs)
+
+    for drop_path in (0.0, 0.5):
+        one = Apprentice(tmp_path, student(f"cifar-resnet:8,width=2,drop_path={drop_path}"))
+
+        def looks(images: Tensor, names: list[str], give: Any = one.forward) -> Any:
+            drawn.append(float(torch.rand(())))
+            return give(images, names)
+
+        one.forward = looks
+        taught = Lesson([one], Draws(), training())
+        taught.seed = 5  # the student's name is part of it
+        taught.step(batch(), 0.0)
+    (look, draw), again = drawn[:2], drawn[2:]
+    assert again == [look, draw] and look != draw
+
+
 def test_the_average_moves_by_one_minus_its_decay_and_copies_batch_norm_statistics(tmp_path: Path) -> None:
     one = lesson(tmp_path, ema=0.75)
     (apprentice,) = one.apprentices

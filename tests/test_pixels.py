@@ -1,0 +1,46 @@
+"""Probes: the images that are looked at before a store's features are believed."""
+
+from typing import Any
+
+import numpy as np
+
+from pipeline import pixels
+from pipeline.images import BROKEN, BadImage
+from pipeline.model import Preprocessing
+from pipeline.views import ViewSpec
+
+LOOKS = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
+
+
+class Some:
+    """Images of which some are broken."""
+
+    def __init__(self, count: int, *broken: int):
+        self.count, self.broken, self.asked = count, broken, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def load(self, i: int) -> tuple[np.ndarray, int]:
+        self.asked += 1
+        if i in self.broken:
+            raise BadImage(BROKEN, "broken")
+        return np.random.default_rng(i).integers(0, 256, (9, 9, 3), np.uint8), i
+
+
+def probed(dataset: Any) -> list[int]:
+    return [int(i) for i in pixels.probe(dataset, ViewSpec("crop-flip", 0, 1.0), LOOKS)]
+
+
+def test_the_first_middle_and_last_image_are_probed() -> None:
+    assert probed(Some(21)) == [0, 10, 20] and probed(Some(2)) == [0, 1] and probed(Some(1)) == [0]
+
+
+def test_a_good_image_near_it_stands_in_for_a_bad_one() -> None:
+    assert probed(Some(21, 0, 1, 10, 20)) == [2, 11, 19]
+    assert probed(Some(3, 0, 1)) == [2]
+
+
+def test_of_a_disk_full_of_bad_images_a_few_are_looked_at() -> None:
+    gone = Some(10_000, *range(10_000))
+    assert probed(gone) == [] and gone.asked == 3 * pixels.NEAR
