@@ -209,7 +209,7 @@ def open_images(config: Config, store: "FeatureStore") -> "Dataset":
 
 
 def in_memory(config: Config, dataset: "Dataset") -> Any:
-    """The images, decoded once into a folder that is mapped into memory, if that was asked for."""
+    """The images, decoded once into a folder, if that was asked for."""
     if config.cache_images is None:
         return dataset
     from pipeline import decoded, ranks
