@@ -311,7 +311,7 @@ class FeatureStore(Shelf):
     def history(self) -> list[dict[str, Any]]:
         """What `remember` was told, in order; a line cut short by a crash is passed over."""
         key = "history.jsonl"
-        return journal.parse(self.storage.get(key).decode()) if self.storage.exists(key) else []
+        return journal.parse(self.storage.get(key).decode(errors="replace")) if self.storage.exists(key) else []
 
     def remember(self, event: Mapping[str, Any]) -> None:
         """Add a line to history.jsonl: who made it when, at what cost. Outside every digest."""

@@ -171,6 +171,13 @@ def test_two_hundred_bits_flipped_at_random_places_are_found_and_healed(
         print(*(f"\n{what}: {n} bits flipped, {noticed[what]} noticed by readers" for what, n in count.items()))
 
 
+def test_a_history_that_is_no_text_any_more_is_passed_over(damaged: export_teacher.Config) -> None:
+    history = Path(damaged.out) / "history.jsonl"
+    history.write_bytes(history.read_bytes().replace(b"seconds", b"sec\xf3nds"))
+    assert inspect.run(inspect.Config(path=str(damaged.out)))["kind"] == "store"
+    export_teacher.run(damaged)
+
+
 def test_repair_marks_exactly_the_damaged_shard(damaged: export_teacher.Config) -> None:
     shard = damaged.out / "features.zarr/embedding/c/1/0/0"
     data = bytearray(shard.read_bytes())
