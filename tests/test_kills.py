@@ -129,7 +129,7 @@ class Export:
         """Its exit status, once nobody of its group is left."""
         process.join(120)
         assert process.exitcode is not None, "it hangs"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120  # a worker that has just begun looks half a minute for its scheduler
         while members(process.pid):
             assert time.monotonic() < deadline, f"left behind: {members(process.pid)}"
             time.sleep(0.02)
