@@ -65,7 +65,12 @@ def run(config: Config) -> dict[str, Any]:
     names = [" + ".join(cell.name for cell in one) for one in passes]
     if config.dry_run:
         students = sum(len(cell.config.student) for cell in cells)
-        return {"summary": "\n".join([*names, f"{len(passes)} passes, {students} students"]), "passes": names}
+        return {
+            "summary": "\n".join(
+                [*names, f"{len(passes)} pass{'es' * (len(passes) > 1)} over the images for {students} students"]
+            ),
+            "passes": names,
+        }
     failed: list[str] = []
     for number, one in enumerate(passes):
         say(f"pass {number + 1} of {len(passes)}: {names[number]}")

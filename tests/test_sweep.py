@@ -57,7 +57,7 @@ def test_a_sweep_trains_every_combination_and_ends_in_one_page(store: Path, tmp_
 
 def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path) -> None:
     made = sweep.run(sweep.Config(write(tmp_path, store), dry_run=True))
-    assert len(made["passes"]) == 1 and "1 passes, 8 students" in made["summary"]
+    assert len(made["passes"]) == 1 and "1 pass over the images for 8 students" in made["summary"]
     limited = sweep.run(sweep.Config(write(tmp_path, store, at_once=4), dry_run=True))["passes"]
     assert limited == [
         "compress-1q-bank=20,lr=1 + compress-1q-bank=20,lr=0.1", "regression,lr=1 + regression,lr=0.1"
