@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from distributed import LocalCluster
@@ -86,6 +87,22 @@ def test_workers_of_this_machine_compute_with_as_many_threads_as_one_process(ima
     finally:
         torch.set_num_threads(before)
     assert content(tmp_path / "spread") == content(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_command_that_was_killed(images: Path, tmp_path: Path) -> None:
+    flags = {"data": images, "teacher": TEACHER, "out": tmp_path / "store", "views": 8, "image-size": 16,
+             "batch-size": 4, "shard-size": 8, "scheduler": "processes:2"}  # fmt: skip
+    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    running = subprocess.Popen([sys.executable, str(ROOT / "cli.py"), "export-teacher", *words])
+    deadline, began = time.monotonic() + 120, psutil.Process(running.pid)
+    while len(children := began.children(recursive=True)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.kill()
+    running.wait()
+    assert len(children) >= 3, "two workers and what tracks their resources"
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_workers_that_outlive_a_command_compute_with_the_teacher_of_the_next(images: Path, tmp_path: Path) -> None:
