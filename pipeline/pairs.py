@@ -51,7 +51,7 @@ class Plan:
         if len(self.views) < need:
             raise UserError(
                 f"the store has {len(self.views)} views to train on, but --pairing {self.pairing} with "
-                f"--views-per-step {self.per_step} needs {need}; repeat its export-teacher command with more --views"
+                f"--views-per-step {self.per_step} needs {need}; repeat the command that made it with more --views"
             )
 
     def __len__(self) -> int:

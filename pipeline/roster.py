@@ -11,11 +11,11 @@ from pipeline.storage import Folder
 def folders(out: Path, students: Sequence[str], peers: Callable[[], bool]) -> list[Path]:
     """OUT itself for one student, OUT/NAME for each of several; a peer named twice is NAME and NAME-2.
 
-    One that is left of several stays where its run is. peers: whether the method teaches them together; asked only if
-    a student is named twice.
+    One that is left of several, or joins them alone, has its run among theirs. peers: whether the method
+    teaches them together; asked only if a student is named twice.
     """
     names = ["".join(c if c.isalnum() or c in "-_." else "-" for c in student) for student in students]
-    if len(students) == 1 and not (out / names[0] / artifact.MANIFEST).exists():
+    if len(students) == 1 and not _holds_runs(out):
         return [out]
     if len(set(students)) < len(students) and peers():
         again = [students[:n].count(student) for n, student in enumerate(students)]
@@ -37,3 +37,11 @@ def require(out: Path, students: Sequence[str], places: Sequence[Path], overwrit
     if len(taken) > 1 and (out / artifact.MANIFEST).exists():
         kind = artifact.read(Folder(out))["kind"]
         raise UserError(f"{out} is itself a {kind}, so it cannot hold the runs of several; choose another --out")
+
+
+def _holds_runs(out: Path) -> bool:
+    """Whether a folder is none of ours itself and has runs in it."""
+    if (out / artifact.MANIFEST).exists():
+        return False
+    inner = [manifest.parent for manifest in out.glob(f"*/{artifact.MANIFEST}")]
+    return any(artifact.read(Folder(folder))["kind"] == "run" for folder in inner)

@@ -338,11 +338,11 @@ def train(config: Config, session: "Session", val: "Dataset | None") -> None:
     from pipeline import ranks
 
     plan = session.plan
-    say(session.introduction())
     with ExitStack() as stack:
         stop = ranks.Stop(stack.enter_context(Interrupt()))
         folders = [apprentice.folder for apprentice in session.apprentices] if ranks.rank() == 0 else []
         leases = [stack.enter_context(Lease(Folder(folder))) for folder in folders]
+        say(session.introduction())
         bar = stack.enter_context(meter("distill", plan.steps, "steps", session.start))
         logs = [stack.enter_context(journal(a.folder, w.start)) for w in session.lessons for a in w.apprentices]
         sights = stack.enter_context(closing(session.sights(loaders(config, session))))

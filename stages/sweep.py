@@ -13,10 +13,13 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pipeline import artifact
 from pipeline.artifact import UserError
 from pipeline.config import flag
+from pipeline.evaluators import PROTOCOLS
 from pipeline.menu import nearest
 from pipeline.progress import say
+from pipeline.storage import open_storage
 from stages import compare, distill, evaluate
 
 NUMBER = re.compile(r"[-+]?[0-9.]+e[-+]?[0-9]+")
@@ -59,6 +62,10 @@ def run(config: Config) -> dict[str, Any]:
         f"evaluate of {config.file}",
         without=("run", "store", "model", "out"),
     )
+    for protocol in scoring.get("protocol", ()):
+        PROTOCOLS.check(protocol)
+    for store in dict.fromkeys(cell.config.store for cell in cells):
+        artifact.read(open_storage(store), "store")
     for cell in cells:
         distill.check(cell.config)  # all of them before the first begins
     passes = passes_of(cells, plan.get("at_once"))
@@ -171,8 +178,8 @@ def cells_of(plan: Mapping[str, Any]) -> Iterator[Cell]:
     for store, method, *values in itertools.product(stores, methods, *axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         folder = "/".join([safe(Path(store).name)] * (len(stores) > 1) + [safe(method)])
-        folder += "".join(f",{key}={safe(str(value))}" for key, value in chosen.items())
         said = options(distill.Config, fixed | chosen, "distill", without=("store", "student", "method", "out"))
+        folder += "".join(f",{key}={safe(text(said[key]))}" for key in chosen)
         where = Path(plan["out"]) / folder
         given = {"store": store, "student": tuple(listed(plan["student"])), "method": method, "out": where}
         yield Cell(folder, distill.Config(**typed(distill.Config, given), **said))
@@ -215,6 +222,11 @@ def typed(config: Any, said: Mapping[str, Any]) -> dict[str, Any]:
 def listed(value: Any) -> list[str]:
     """One or many, as text."""
     return [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
+
+
+def text(value: Any) -> str:
+    """A value in a folder's name: 0.01, 1e-2 and 0.010 are one."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def safe(text: str) -> str:

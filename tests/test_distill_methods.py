@@ -278,6 +278,8 @@ def test_the_last_of_several_students_goes_on_where_its_run_is(run: Callable[...
     assert alone["runs"] == [str(tmp_path / "run/convnet-channels-3-6")]
     assert newest(tmp_path / "run/convnet-channels-3-6") == 9
     assert newest(tmp_path / "run/convnet-channels-4-8") == 6
+    third = run(student=("convnet:channels=5",), method="compress-1q", steps=2)
+    assert third["runs"] == [str(tmp_path / "run/convnet-channels-5")]
     assert not (tmp_path / "run/manifest.json").exists()
 
 

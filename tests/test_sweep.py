@@ -77,6 +77,8 @@ def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path
         ({"evaluate": {"protocol": ["nn"]}}, "needs val"),
         ({"method": ["seed:bank=2", "seed:bank=2"]}, "2 combinations would share the folder seed-bank=2,lr=1"),
         ({"evaluate": {"val": "digits", "out": "here"}}, "has no flag 'out'"),
+        ({"evaluate": {"val": "digits", "protocol": ["nnn"]}}, "unknown protocol 'nnn'; did you mean 'nn'"),
+        ({"distill": {"lr": [0.01, "1e-2"]}}, "2 combinations would share the folder .*lr=0.01"),
         ({"at_once": 0}, "at_once is 0, but must be a number of students"),
     ],
 )
@@ -104,6 +106,12 @@ def test_a_student_that_diverges_in_a_shared_pass_fails_alone_and_is_not_tried_a
         sweep.run(sweep.Config(file))
     assert capsys.readouterr().err.count("steps 0 to 4") == 1
     assert (tmp_path / "sweep/regression,lr=0.1/student.safetensors").exists()
+
+
+def test_a_store_that_is_not_there_is_refused_by_a_dry_run_too(tmp_path: Path) -> None:
+    file = write(tmp_path, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere"):
+        sweep.run(sweep.Config(file, dry_run=True))
 
 
 def test_empty_sections_are_none(store: Path, tmp_path: Path) -> None:
