@@ -79,7 +79,7 @@ def spread(
 def _client(scheduler: str) -> Iterator[Any]:
     """A client of the cluster; one of `processes:N` is started here and ends here."""
     import dask
-    from dask.distributed import Client, LocalCluster
+    from dask.distributed import Client
 
     kind, argument = parse(scheduler)
     dask.config.set({"distributed.scheduler.allowed-failures": LOST})
@@ -94,17 +94,27 @@ def _client(scheduler: str) -> Iterator[Any]:
                 raise UserError(f"the dask scheduler at {argument} has no workers; start some: dask worker {argument}")
             yield client
         return
-    with (
-        LocalCluster(
-            n_workers=int(argument),
-            threads_per_worker=1,
-            processes=True,
-            silence_logs=50,
-            dashboard_address="127.0.0.1:0",  # any free port: two exports on one machine do not meet
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with _workers(int(argument)) as cluster, Client(cluster, set_as_default=False) as client:
         yield client
+
+
+def _workers(count: int) -> Any:
+    """A cluster of processes on this machine. Raises UserError if they do not start, tried as often as a task is."""
+    from dask.distributed import LocalCluster
+
+    why = ""
+    for _ in range(RETRIES + 1):
+        try:
+            return LocalCluster(
+                n_workers=count,
+                threads_per_worker=1,
+                processes=True,
+                silence_logs=50,
+                dashboard_address="127.0.0.1:0",  # any free port: two exports on one machine do not meet
+            )
+        except RuntimeError as problem:  # one of them died before it was a worker
+            why = str(problem.__cause__ or problem)
+    raise UserError(f"the processes of --scheduler processes:{count} do not start ({why}); is memory short? Try fewer")
 
 
 def _require_scheduler(client: Any, scheduler: str) -> None:

@@ -89,6 +89,21 @@ def test_workers_of_this_machine_compute_with_as_many_threads_as_one_process(ima
     assert content(tmp_path / "spread") == content(tmp_path / "local")
 
 
+def test_workers_that_do_not_start_are_tried_again_and_then_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def died(**how: object) -> None:
+        tried.append(how)
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr("dask.distributed.LocalCluster", died)
+    with pytest.raises(UserError, match=r"processes of --scheduler processes:2 do not start \(Nanny failed"):
+        export(images, tmp_path / "store", "processes:2")
+    assert len(tried) == 3
+
+
 @pytest.mark.slow
 def test_workers_end_with_the_command_that_was_killed(images: Path, tmp_path: Path) -> None:
     flags = {"data": images, "teacher": TEACHER, "out": tmp_path / "store", "views": 8, "image-size": 16,
