@@ -1,8 +1,6 @@
-"""Feature store + images -> students: the only training loop."""
+"""Feature store + images -> students: what they look at, who learns what, and what is delivered."""
 
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline import artifact, launch, roster
 from pipeline.artifact import UserError
 from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, words
-from pipeline.interrupt import Interrupt, Interrupted
-from pipeline.lease import Lease, require_free
+from pipeline.lease import require_free
 from pipeline.progress import meter, say
 from pipeline.storage import Folder, is_url, open_storage
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
-    from pipeline.journal import Journal
     from pipeline.lesson import Lesson
     from pipeline.method import Method, Recipe
     from pipeline.model import Embedder
@@ -25,7 +21,6 @@ if TYPE_CHECKING:
     from pipeline.session import Session
     from pipeline.store import FeatureStore
 
-LOG_EVERY = 10  # steps between lines of metrics.jsonl
 LEARNING = {"student", "method", "out", "image_size", "views_per_step", "ema", "precision", "compile", "channels_last"}
 """What may differ between commands that share a pass, besides what a recipe says."""
 
@@ -334,85 +329,12 @@ def build_student(config: Config, number: int, device: Any) -> "Embedder":
 
 
 def train(config: Config, session: "Session", val: "Dataset | None") -> None:
-    """Steps start..end. Saves every so often, at the end, and when asked to stop. Nobody else writes these runs."""
-    from pipeline import ranks
-
-    plan = session.plan
-    with ExitStack() as stack:
-        stop = ranks.Stop(stack.enter_context(Interrupt()))
-        folders = [apprentice.folder for apprentice in session.apprentices] if ranks.rank() == 0 else []
-        leases = [stack.enter_context(Lease(Folder(folder))) for folder in folders]
-        say(session.introduction())
-        bar = stack.enter_context(meter("distill", plan.steps, "steps", session.start))
-        logs = [stack.enter_context(journal(a.folder, w.start)) for w in session.lessons for a in w.apprentices]
-        sights = stack.enter_context(closing(session.sights(loaders(config, session))))
-        waited, clock, began = 0.0, time.monotonic(), time.monotonic()
-        for step in range(session.start, plan.steps):
-            sight = next(sights)
-            waited += time.monotonic() - clock
-            at_log = step % LOG_EVERY == 0 or step == plan.steps - 1
-            rows = session.step(step, sight, at_log)
-            passed = max(1e-9, time.monotonic() - began)
-            speed = {"images_per_s": plan.batch * (step + 1 - session.start) / passed, "data_wait": waited / passed}
-            for row, log in zip(rows, logs, strict=True):
-                if row and log and at_log:
-                    log.write({**row, **speed})
-            losses = " ".join(f"{row['loss']:.4f}" if row else "-" for row in rows)
-            bar.advance(1, f"loss {losses}  {speed['images_per_s']:.0f} images/s  data wait {speed['data_wait']:.0%}")
-            for lease in leases:
-                lease.check()
-            end_of_step(config, session, val, step + 1, logs, stop.asked())
-            clock = time.monotonic()
-
-
-def journal(folder: Path, start: int) -> Any:
-    """What rank 0 writes as it goes; None for the others."""
-    from pipeline import ranks
-    from pipeline.journal import Journal
-
-    return Journal(folder, start) if ranks.rank() == 0 else nullcontext()
-
-
-def loaders(config: Config, session: "Session") -> int:
+    """From where the session stands to its end."""
     from pipeline.device import loader_workers
+    from pipeline.trainer import Trainer
 
-    return loader_workers(config.workers, session.device, launch.beside())
-
-
-def end_of_step(
-    config: Config, session: "Session", val: "Dataset | None", done: int, logs: Sequence["Journal | None"], asked: int
-) -> None:
-    """Check against --val and save when it is time; stop when asked to, which is a signal's number."""
-    from pipeline import ranks
-
-    total = session.plan.steps
-    per_check = max(1, round(config.val_every * session.per_epoch))
-    log = iter(logs)
-    for lesson in session.lessons:
-        mine = [next(log) for _ in lesson.apprentices]
-        if done <= lesson.start or lesson.over:
-            continue
-        if val is not None and (done % per_check == 0 or done == total):
-            examine(config, session, lesson, val, done, mine)
-        if done == total or asked or done % config.save_every == 0:
-            with session.alone(lesson):
-                lesson.save(done)
-    if asked and done < total:
-        ranks.largest()  # rank 0 has saved
-        raise Interrupted(asked, f"saved at step {done} of {total}; repeat the command to continue")
-
-
-def examine(
-    config: Config, session: "Session", lesson: "Lesson", val: "Dataset", done: int, logs: Sequence["Journal | None"]
-) -> None:
-    """Leave-one-out nearest neighbours on --val; the best so far is kept. Rank 0 does it, and the others wait."""
-    for apprentice, log in zip(lesson.apprentices, logs, strict=True):
-        if log is None:
-            continue
-        workers, precision = loaders(config, session), lesson.training.precision
-        score = apprentice.examine(val, session.spec, session.device, precision, workers)
-        lesson.keep_best(apprentice, score, done)
-        log.write({"step": done, "epoch": round(done / session.per_epoch, 4), "val_nn": score})
+    workers = loader_workers(config.workers, session.device, launch.beside())
+    Trainer(session, val, config.val_every, config.save_every, workers).train()
 
 
 def close(session: "Session", what: str) -> dict[str, Any]:

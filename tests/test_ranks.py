@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline import device, interrupt, launch, ranks
+from pipeline import device, interrupt, launch, ranks, trainer
 from pipeline.artifact import UserError
 from pipeline.config import words
 from pipeline.interrupt import Interrupt
@@ -89,7 +89,7 @@ def train(home: Path, name: str, **said: Any) -> None:
 
     finish = distill.close
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "LOG_EVERY", 1)
+        patch.setattr(trainer, "LOG_EVERY", 1)
         patch.setattr(distill, "close", close)
         patch.setattr(dogo, "projection", lambda width, out: nn.Linear(width, out))  # the real one has batch norm
         distill.run(config(home, name, **said))
