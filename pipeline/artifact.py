@@ -23,6 +23,10 @@ class Mismatch(UserError):
     """A folder made with other settings."""
 
 
+class OtherFormat(UserError):
+    """A manifest that another version of compress wrote."""
+
+
 def canonical(record: Any) -> bytes:
     """JSON with one spelling: sorted keys, no spaces, no NaN."""
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -97,7 +101,7 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
             "(compress verify --repair does so for a store), or move the folder away and begin anew"
         )
     if manifest["format"] != FORMAT:
-        raise UserError(
+        raise OtherFormat(
             f"{where} has format {manifest['format']}, but this version of compress reads {FORMAT}; "
             "use the version that made it"
         )

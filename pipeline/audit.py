@@ -4,7 +4,7 @@ Small files (manifest, Zarr metadata, tables) are mended from their second copie
 loses its done record, so that the command that made the store makes it again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,21 +30,25 @@ class Damage:
 
 
 def manifest(storage: Storage) -> dict[str, Any]:
-    """The manifest of a store, from its copy if need be. Raises UserError if there is none, or none that is whole."""
-    raw = {place: data for place in MANIFESTS if (data := _get(storage, place)) is not None}
+    """The manifest of a store, from its copy if need be. Raises UserError if there is none that is whole."""
+    return _whole(storage, {place: _get(storage, place) for place in MANIFESTS})
+
+
+def _whole(storage: Storage, raw: Mapping[str, bytes | None]) -> dict[str, Any]:
     for place, data in raw.items():
-        if (found := _manifest(data, place)) is not None and found["kind"] == "store":
+        if data is not None and (found := _manifest(data, place)) is not None and found["kind"] == "store":
             return found
-    if len(raw) == len(MANIFESTS):
+    if None not in raw.values():
         raise UserError(f"{storage}: the manifest and its copy are both damaged; the store cannot be mended")
     return artifact.read(storage, "store")
 
 
 def small_files(storage: Storage) -> list[Damage]:
     """Damage to the manifest, the Zarr metadata and the tables, and to their second copies."""
-    good = manifest(storage)
+    raw = {place: _get(storage, place) for place in MANIFESTS}
+    good = _whole(storage, raw)
     spelt = artifact.spell(good)  # to the byte: \u00e9 and \u00E9 read the same
-    out = [_mend(storage, place, spelt) for place in MANIFESTS if _get(storage, place) != spelt]
+    out = [_mend(storage, place, spelt) for place in MANIFESTS if raw[place] != spelt]
     for key, claimed in good["about"]["small"].items():
         places = (key, f"{COPY}/{key}")
         found = {place: _get(storage, place) for place in places}
@@ -58,6 +62,8 @@ def small_files(storage: Storage) -> list[Damage]:
 def _manifest(data: bytes, place: str) -> dict[str, Any] | None:
     try:
         return artifact.parse(data, place)
+    except artifact.OtherFormat:
+        raise
     except UserError:
         return None
 

@@ -126,8 +126,7 @@ class Menu:
         """The spec with absolute paths, so that it means the same in any working directory."""
         spec = self.parse(text)
         build = self.resolve(spec.kind)
-        takes = [p for p in inspect.signature(build).parameters.values() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
-        argument = spec.argument
+        takes, argument = _takes(build), spec.argument
         if argument and (_is_path(takes[0]) or ".py:" in argument):
             argument = _absolute(argument)
         keys = self.keys(spec.kind)
@@ -135,7 +134,7 @@ class Menu:
         return str(Spec(spec.kind, argument, options))
 
     def _argument(self, spec: Spec, build: Callable[..., typing.Any]) -> list[typing.Any]:
-        takes = [p for p in inspect.signature(build).parameters.values() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
+        takes = _takes(build)
         if spec.argument and not takes:
             raise UserError(f"{self.family} {spec.kind!r} takes no argument, but {spec.argument!r} was given")
         if not spec.argument:
@@ -162,6 +161,12 @@ class Menu:
         if missing:
             raise UserError(f"{self.family} {spec.kind!r} needs {missing[0]}=")
         return options
+
+
+def _takes(build: Callable[..., typing.Any]) -> list[inspect.Parameter]:
+    """The parameter that takes the argument of a spec, if there is one."""
+    parameters = inspect.signature(build).parameters.values()
+    return [p for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]
 
 
 def _is_path(parameter: inspect.Parameter) -> bool:

@@ -38,6 +38,7 @@ class Plan:
     per_step: int
     pairing: str
     steps: int
+    reads: bool = True  # whether the stored views are looked at, or only their images
     first: int = 0  # step that piece 0 is
     local: tuple[int, ...] = ()
     crops: int = 0
@@ -48,7 +49,7 @@ class Plan:
         if self.pairing not in PAIRINGS:
             raise UserError(f"--pairing is {self.pairing}, but must be one of {', '.join(PAIRINGS)}")
         need = self.per_step + (1 if self.pairing == "cross" and self.per_step == 1 else 0)
-        if len(self.views) < need:
+        if len(self.views) < need and (self.reads or self.pairing != "fresh"):
             raise UserError(
                 f"the store has {len(self.views)} views to train on, but --pairing {self.pairing} with "
                 f"--views-per-step {self.per_step} needs {need}; repeat the command that made it with more --views"
@@ -124,11 +125,12 @@ class Plan:
 
 def lay_out(
     store: FeatureStore, views: Sequence[int], *, seed: int, batch: int, per_step: int, pairing: str,
-    epochs: float, steps: int | None,
+    epochs: float, steps: int | None, reads: bool = True,
 ) -> Plan:  # fmt: skip
     """The plan of this rank over the usable images of a store: `steps` of them, or as many as `epochs` take.
 
-    batch: of all ranks together; all the usable images if they are fewer. Raises UserError for views that are not
+    batch: of all ranks together; all the usable images if they are fewer. reads: whether the method looks at
+    the teacher's features; fresh views without them want no stored ones. Raises UserError for views that are not
     there, fewer than two usable images, and a batch that the ranks cannot share evenly.
     """
     store.require_complete(views)
@@ -143,7 +145,7 @@ def lay_out(
             f"{each * size} in all, or start another number of them"
         )
     steps = steps or max(1, round(epochs * len(rows) / batch))
-    return Plan(seed, rows, tuple(views), batch, per_step, pairing, steps, rank=ranks.rank(), size=size)
+    return Plan(seed, rows, tuple(views), batch, per_step, pairing, steps, reads, rank=ranks.rank(), size=size)
 
 
 @lru_cache(maxsize=2)

@@ -1,6 +1,7 @@
 """Who learns in a command, and the folder of each one's run."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline import artifact
@@ -43,5 +44,10 @@ def _holds_runs(out: Path) -> bool:
     """Whether a folder is none of ours itself and has runs in it."""
     if (out / artifact.MANIFEST).exists():
         return False
-    inner = [manifest.parent for manifest in out.glob(f"*/{artifact.MANIFEST}")]
-    return any(artifact.read(Folder(folder))["kind"] == "run" for folder in inner)
+    return any(_is_run(manifest.parent) for manifest in out.glob(f"*/{artifact.MANIFEST}"))
+
+
+def _is_run(folder: Path) -> bool:
+    with suppress(UserError):  # somebody else's manifest, or a damaged one
+        return artifact.read(Folder(folder))["kind"] == "run"
+    return False

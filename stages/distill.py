@@ -133,7 +133,7 @@ def looks(config: Config) -> tuple[Any, ...]:
     recipe = recipe_of(config)
     free = {f.name for f in fields(recipe)} | LEARNING
     same = [getattr(config, f.name) for f in fields(config) if f.name not in free]
-    return (*same, recipe.batch_size, config.steps or recipe.epochs, views_per_step(config))
+    return (*same, recipe.batch_size, config.steps or recipe.epochs, views_per_step(config), reads(config))
 
 
 def check(config: Config) -> None:
@@ -233,7 +233,7 @@ def plan_of(config: Config, store: "FeatureStore") -> "Plan":
     batch = recipe.batch_size * (ranks.size() if config.batch_size else 1)
     plan = pairs.lay_out(
         store, views_used(config, store), seed=config.seed, batch=batch, per_step=views_per_step(config),
-        pairing=config.pairing, epochs=recipe.epochs, steps=config.steps,
+        pairing=config.pairing, epochs=recipe.epochs, steps=config.steps, reads=reads(config),
     )  # fmt: skip
     if plan.batch < batch:
         say(f"batch of {plan.batch} instead of {batch}: that is all the usable images")
@@ -247,6 +247,11 @@ def views_per_step(config: Config) -> int:
     if each < needs.views:
         raise UserError(f"{config.method} needs --views-per-step {needs.views} or more, not {each}")
     return each * (len(config.student) if needs.independent else 1)
+
+
+def reads(config: Config) -> bool:
+    """Whether the method looks at the teacher's features at all."""
+    return bool(method_of(config).needs.arrays)
 
 
 def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:

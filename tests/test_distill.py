@@ -537,6 +537,13 @@ def test_a_folder_that_is_not_ours_is_left_alone(run: Callable[..., Any], tmp_pa
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+def test_a_manifest_of_somebody_else_beside_it_is_no_run(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "run/extension").mkdir(parents=True)
+    (tmp_path / "run/extension/manifest.json").write_text('{"manifest_version": 3}')
+    with pytest.raises(UserError, match="run is not empty and holds no manifest.json of ours"):
+        run()
+
+
 # ---------------------------------------------------------------- the store under the run
 
 

@@ -203,6 +203,13 @@ def test_peers_see_views_of_their_own(run: Callable[..., Any], monkeypatch: pyte
         assert one.shape == two.shape == (2 * BATCH, 3, 8, 8) and not torch.equal(one, two)
 
 
+def test_peers_that_read_nothing_draw_as_many_fresh_views_as_they_like(run: Callable[..., Any]) -> None:
+    said = {"student": (CONVNET, TINY), "pairing": "fresh", "views": 2, "steps": 3, "lr": 0.01}
+    assert len(run("dogo", method="dogo", **said)["runs"]) == 2, "one random view is stored, and four are shown"
+    with pytest.raises(UserError, match="1 views to train on, but --pairing fresh with --views-per-step 2 needs 2"):
+        run("frozen", method="dogo-frozen", **said)
+
+
 def test_peers_without_views_enough_and_one_alone_are_refused(run: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="6 views to train on, but --pairing same with --views-per-step 8 needs 8"):
         run(method="dogo", student=(CONVNET, TINY, RESNET, "convnet:channels=5"))

@@ -280,6 +280,19 @@ def test_a_damaged_manifest_is_mended_from_its_copy_and_both_damaged_are_not(tmp
         verify.run(verify.Config(str(store), sample=0, repair=True))
 
 
+def test_a_store_of_a_later_version_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = export(tmp_path / "store")
+    said = artifact.read(Folder(store))
+    monkeypatch.setattr(artifact, "FORMAT", 2)
+    for place in (store, store / "copy"):
+        artifact.write(Folder(place), "store", said["identity"], said["about"])
+    monkeypatch.undo()
+    kept = (store / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match="has format 2, but this version of compress reads 1"):
+        verify.run(verify.Config(str(store), sample=0, repair=True))
+    assert (store / "manifest.json").read_bytes() == kept
+
+
 def test_a_folder_of_another_kind_is_named_by_verify(tmp_path: Path) -> None:
     artifact.claim(Folder(tmp_path), "run", {})
     with pytest.raises(UserError, match="holds a run, not a store"):

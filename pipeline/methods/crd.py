@@ -74,7 +74,7 @@ class Crd(Method):
 
         All cosines are taken at once and the drawn ones picked: less memory than K vectors for each anchor.
         """
-        scores = ((anchors @ memory.T) / self.tau).gather(1, picked).exp()  # (n, 1 + K)
+        scores = ((anchors @ memory.T).gather(1, picked) / self.tau).exp()  # (n, 1 + K)
         if not self.constants[side]:
             self.constants[side] = ranks.gather(scores.detach().mean(1)).mean() * len(memory)
         e = scores / self.constants[side].clone()  # the other side's is set before this one's gradient is taken
