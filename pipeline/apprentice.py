@@ -2,13 +2,15 @@
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pipeline import labelhead
+from pipeline.labelhead import LabelHead
 from pipeline.model import Embedder
 from pipeline.storage import Folder
 from pipeline.validation import leave_one_out
@@ -49,17 +51,17 @@ class Apprentice:
         """Leave-one-out nearest-neighbour accuracy on `val`, view 0, in percent."""
         return leave_one_out(self.learned, val, spec, device, precision, workers)
 
-    def deliver(self, kept: Mapping[str, Tensor] | None = None) -> Path:
+    def deliver(self, head: LabelHead | None = None) -> Path:
         """Write student.safetensors: the bare backbone, as its own library names it, and how to feed it.
 
-        kept: what its method delivers besides, as head.safetensors.
+        head: the classifier that its method delivers besides, as head.safetensors.
         """
         looks = json.dumps(self.learned.preprocessing.record())
         said = {"model": self.learned.spec, "preprocessing": looks, "digest": self.learned.digest()}
         home, name = Folder(self.folder), "student.safetensors"
         _put(home, name, spell(self.learned.backbone.state_dict(), {"format": "pt", **said}))
-        if kept:
-            _put(home, "head.safetensors", spell(kept, {}))
+        if head:
+            _put(home, "head.safetensors", labelhead.spell(head))
         return self.folder / name
 
 

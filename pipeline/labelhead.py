@@ -1,10 +1,11 @@
-"""A linear head on stored embeddings, fitted to a few labels: what turns a teacher without labels to a task.
+"""A linear classifier on embeddings: fitted to a few labels for a teacher, or what a student learned from one.
 
-logits = unit(f) W^T + b. The features' mean and scale are folded into W and b, so the file is the head.
+logits = f W^T + b, with f brought to unit length first where the head says so. The file is the head: weight (C, d),
+bias (C,), and as JSON in its metadata `classes`, their names or null, and `unit`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,33 +14,43 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline import philox
+from pipeline import philox, weights
 from pipeline.artifact import UserError
-from pipeline.bank import unit
+from pipeline.bank import single, unit
 from pipeline.storage import Folder
-from pipeline.weights import spell
 
 STEEP = 1e-2  # features that vary less than this share of the mean variation are not blown up
 
 
 class LabelHead(nn.Module):
-    """(..., D) embeddings, of any length -> (..., C) logits."""
+    """(..., d) embeddings -> (..., C) logits; with `unit` the embeddings' length does not matter."""
 
-    weight: Tensor  # (C, D)
+    weight: Tensor  # (C, d)
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor, names: Sequence[str]):
+    def __init__(self, weight: Tensor, bias: Tensor, names: Sequence[str] | None, *, unit: bool = True):
+        """names: of the classes, None where nobody knows them. Raises ValueError if the parts do not fit."""
         super().__init__()
+        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            shapes = tuple(weight.shape), tuple(bias.shape)
+            raise ValueError(f"weight and bias have shapes {shapes}, not (C, d), (C,)")
+        if names is not None and not len(set(names)) == len(names) == len(weight):
+            raise ValueError(f"{len(set(names))} names for {len(weight)} classes")
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        self.names = tuple(names)
+        self.names = None if names is None else tuple(names)
+        self.unit = unit
 
     @property
     def classes(self) -> int:
-        return len(self.names)
+        return len(self.weight)
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[1]
 
     def forward(self, embedding: Tensor) -> Tensor:
-        return unit(embedding) @ self.weight.T + self.bias
+        return (unit(embedding) if self.unit else single(embedding)) @ self.weight.T + self.bias
 
 
 def fit(features: np.ndarray, label: np.ndarray, names: Sequence[str], strength: float = 1.0) -> LabelHead:
@@ -76,24 +87,34 @@ def choose(label: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(picked)) if picked else np.empty(0, np.int64)
 
 
-def save(head: LabelHead, file: Path, said: dict[str, str]) -> None:
-    """Weight, bias and the class names, as safetensors."""
-    tensors = {"weight": head.weight, "bias": head.bias}
-    Folder(file.parent).put(file.name, spell(tensors, {"classes": json.dumps(head.names), **said}))
+def spell(head: LabelHead, said: Mapping[str, str] | None = None) -> bytes:
+    """The file. said: more for its metadata."""
+    about = {"classes": json.dumps(head.names), "unit": json.dumps(head.unit)}
+    return weights.spell({"weight": head.weight, "bias": head.bias}, {**about, **(said or {})})
 
 
-def load(file: Path, width: int) -> LabelHead:
-    """Raises UserError if there is none, or it is for embeddings of another width."""
+def save(head: LabelHead, file: Path, said: Mapping[str, str] | None = None) -> None:
+    """Write the file, whole or not at all."""
+    Folder(file.parent).put(file.name, spell(head, said))
+
+
+def load(file: Path) -> LabelHead:
+    """Raises UserError if there is none, or the file is damaged or something else."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
-            names = json.loads((opened.metadata() or {})["classes"])
-            head = LabelHead(opened.get_tensor("weight"), opened.get_tensor("bias"), names)
-    except (FileNotFoundError, safetensors.SafetensorError, KeyError, ValueError) as wrong:
+            said = opened.metadata() or {}
+            if "classes" not in said:
+                raise ValueError("it says nothing of classes")
+            tensors = opened.get_tensor("weight"), opened.get_tensor("bias")
+            names = json.loads(said["classes"])
+            unit = json.loads(said.get("unit", "true"))  # a label head of before says nothing of it
+            head = LabelHead(*tensors, names, unit=bool(unit))
+        if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
+            raise ValueError("its numbers are not finite")
+    except (OSError, safetensors.SafetensorError, ValueError, TypeError) as wrong:
         why = " ".join(str(wrong).split())[:120]
-        raise UserError(f"{file} is no head of compress label-head ({why}); make one from the store") from None
-    if head.weight.shape != (len(names), width):
         raise UserError(
-            f"{file} is for embeddings of {head.weight.shape[1]} dimensions, and the store's have {width}; "
-            "make one from this store with compress label-head"
-        )
+            f"{file} is no linear head ({why}); make one with compress label-head, or repeat the distill command of "
+            "simclr-v2, which writes RUN/head.safetensors anew"
+        ) from None
     return head

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline import philox
 from pipeline.artifact import UserError
 from pipeline.bank import MemoryBank, Read
+from pipeline.labelhead import LabelHead
 from pipeline.model import Embedder
 
 
@@ -117,9 +118,9 @@ class Method(nn.Module, ABC):
     def after_step(self, batch: Batch) -> None:
         """Called after the optimiser's step: banks and momentum encoders move here."""
 
-    def delivers(self) -> dict[str, Tensor]:
-        """Tensors of what is kept beside the finished student, as a classifier; most methods keep nothing."""
-        return {}
+    def delivers(self) -> LabelHead | None:
+        """A classifier on the student's embedding, kept beside it as head.safetensors; most methods have none."""
+        return None
 
     def suit(self, name: str, arrays: Container[str], pairing: str) -> None:
         """Raises UserError if it needs what is not there; `name` is what the user calls it."""

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,15 @@ class Results:
 
     def get(self, evaluator: Any) -> Result | None:
         """An evaluator's result with just these options, if it is there and whole."""
-        return self._read(_name(evaluator))
+        found = self._read(_name(evaluator))
+        return found[1] if found and found[0]["options"] == json.loads(json.dumps(_options(evaluator))) else None
 
     def put(self, evaluator: Any, spec: str, result: Result) -> Result:
         """Write a result, arrays first."""
         name, buffer = _name(evaluator), io.BytesIO()
         np.savez(buffer, **result.arrays)  # type: ignore[arg-type]
         self.folder.put(f"results/{name}.npz", buffer.getvalue())
-        said = {"name": evaluator.name, "protocol": spec, "options": asdict(evaluator), "metrics": result.metrics}
+        said = {"name": evaluator.name, "protocol": spec, "options": _options(evaluator), "metrics": result.metrics}
         self.folder.put(f"results/{name}.json", json.dumps(said, indent=1).encode())
         return result
 
@@ -50,24 +51,34 @@ class Results:
         metrics: dict[str, Any] = {}
         results: dict[str, Result] = {}
         for name in names:
-            if (result := self._read(name)) is None:
+            if (found := self._read(name)) is None:
                 continue
-            saved = artifact.read_json(self.folder, f"results/{name}.json")
+            saved, result = found
             key = saved["name"] + "_augmented" * bool(saved["options"].get("augment"))
             metrics[key] = {**metrics.get(key, {}), **result.metrics} if key == "knn" else result.metrics
             results.pop(saved["protocol"], None)
             results[saved["protocol"]] = result
         return metrics, results
 
-    def _read(self, name: str) -> Result | None:
+    def _read(self, name: str) -> tuple[dict[str, Any], Result] | None:
         try:
             saved = json.loads(self.folder.get(f"results/{name}.json"))
             with np.load(io.BytesIO(self.folder.get(f"results/{name}.npz"))) as arrays:
-                return Result(saved["metrics"], dict(arrays))
+                return saved, Result(saved["metrics"], dict(arrays))
         except (FileNotFoundError, ValueError, KeyError, OSError):
             return None  # not there, or cut short: it is made again
 
 
+def _options(evaluator: Any) -> dict[str, Any]:
+    """What decides a result: the fields that two evaluators are compared by."""
+    return {field.name: getattr(evaluator, field.name) for field in fields(evaluator) if field.compare}
+
+
 def _name(evaluator: Any) -> str:
-    """A file name that stands for a protocol with all its options."""
-    return f"{evaluator.name}-{artifact.fingerprint(asdict(evaluator))[:12]}"
+    """A file name that stands for a protocol with the options a user gave.
+
+    What an evaluator found out for itself, as the digest of a file, is not in it: another one takes its place.
+    """
+    found = {field.name for field in fields(evaluator) if not field.init}
+    given = {name: value for name, value in _options(evaluator).items() if name not in found}
+    return f"{evaluator.name}-{artifact.fingerprint(given)[:12]}"

@@ -16,6 +16,7 @@ NOTES = {
     "NMI": "normalised mutual information of clusters and categories on validation, times 100",
     "ARI": "adjusted Rand index on validation, times 100; 0 is chance",
     "Linear": "top-1 of a linear layer on frozen features after its last epoch",
+    "Classifier": "top-1 of a classifier that was there already: the student's own, or a head for the teacher",
     "top-5": "the same layer: the category is among the five likeliest",
     "best": "its best epoch on validation: selected on the very set it is scored on",
 }
@@ -45,6 +46,8 @@ def readings(metrics: Metrics) -> dict[str, float]:
     for title, probe in probes(metrics).items():
         last, best = probe.get("last") or {}, probe.get("best") or {}
         found |= {title: last.get("top1"), f"{title} top-5": last.get("top5"), f"{title} best": best.get("top1")}
+    classifier = metrics.get("classifier") or {}
+    found |= {"Classifier": classifier.get("top1"), "Classifier top-5": classifier.get("top5")}
     return {title: float(value) for title, value in found.items() if finite(value)}
 
 
@@ -64,8 +67,10 @@ def is_augmented(probe: Mapping[str, Any]) -> bool:
 
 
 def meaning(title: str, metrics: Metrics) -> str:
-    """What a title of `readings` means; for a linear layer, how it was trained too."""
+    """What a title of `readings` means; for a linear layer how it was trained too, for a classifier its file."""
     first, last = title.split()[0], title.split()[-1]
     text = NOTES[last if last in ("top-5", "best") else first]
+    if title == "Classifier":
+        return f"{text} ({metrics['classifier'].get('head', '')})"
     probe = probes(metrics).get(title)
     return f"{text} ({probe.get('protocol', '')})" if probe else text

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline import checkpoint
 from pipeline.apprentice import Apprentice
 from pipeline.artifact import UserError
+from pipeline.labelhead import LabelHead
 from pipeline.lesson import Lesson, Training
 from pipeline.method import Batch, Method, Setting
 from pipeline.model import IMAGENET, Embedder, Network
@@ -38,10 +39,11 @@ def check_method(
 ) -> None:
     """Raises AssertionError, saying what is wrong, unless a method can be trusted with a training run.
 
-    It gives one finite loss per student; it moves each student and all that it says it trains; run
-    again it is the same to the bit; stopped and restored into a new one it goes on to the bit; a
-    checkpoint that lacks something is refused. build: the class; options: its keys; heads: what the
-    teacher's frozen heads would be called in the store.
+    It gives one finite loss per student; it moves each student and all that it says it trains; a
+    classifier that it delivers fits the student; run again it is the same to the bit; stopped and
+    restored into a new one it goes on to the bit; a checkpoint that lacks something is refused.
+    build: the class; options: its keys; heads: what the teacher's frozen heads would be called in
+    the store.
     """
     with tempfile.TemporaryDirectory() as folder:
         one = _lesson(build, options, students, heads, Path(folder), seed=0)
@@ -49,6 +51,7 @@ def check_method(
         before = [p.detach().clone() for p in one.students.parameters()]
         whole = [_step(one, step, name) for step in range(STEPS)]
         _require_moved(one, before, name)
+        _require_head(one, name)
 
         again = _lesson(build, options, students, heads, Path(folder), seed=0)
         for step in range(STEPS // 2):
@@ -149,6 +152,12 @@ def _require_moved(lesson: Lesson, before: list[Tensor], name: str) -> None:
     assert all(moved), f"{name} leaves {moved.count(False)} of {len(moved)} tensors of the students as they were"
     idle = [key for key, p in lesson.method.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle, f"{name} never trains {', '.join(idle)}; use it, or say requires_grad_(False)"
+
+
+def _require_head(lesson: Lesson, name: str) -> None:
+    head, width = lesson.method.delivers(), lesson.apprentices[0].student.width
+    assert head is None or isinstance(head, LabelHead), f"{name} delivers a {type(head).__name__}, not a LabelHead"
+    assert head is None or head.width == width, f"{name} delivers a head for {head.width} dimensions, not {width}"
 
 
 def _require_strict(lesson: Lesson, name: str) -> None:

@@ -28,7 +28,7 @@ THUMBNAIL = 96  # pixels, of the report's pictures
 
 @dataclass(frozen=True)
 class Config:
-    """Score a student, the teacher of a store, or any model: neighbours, clusters, linear probes.
+    """Score a student, the teacher of a store, or any model: neighbours, clusters, linear probes, a classifier.
 
     Features, index and finished protocols stay on disk; the same command computes what is missing.
     """
@@ -165,16 +165,20 @@ def suits(evaluators: dict[str, Any], train: Any, val: Any) -> None:
     """Refuse a protocol that needs labels where there are none, before hours of features."""
     from pipeline.evaluators.base import require_labels
 
+    sets = {"training": train, "validation": val}
     for spec, evaluator in evaluators.items():
-        if evaluator.needs_labels:
-            require_labels(spec, train, val)
+        require_labels(spec, **{which: sets[which] for which in evaluator.needs_labels})
 
 
 def splits(config: Config, subject: "Subject", train: "Dataset", val: "Dataset", out: Path) -> tuple["Split", "Split"]:
-    """Features of both sets on disk, resumed where they stopped; labels joined by class name."""
+    """Features of both sets on disk, resumed where they stopped; labels joined by class name.
+
+    Both have the classes of the training images, or, where these have no labels, of the validation images.
+    """
+    classes = (*train.classes, *(name for name in val.classes if name not in train.classes))
     first = subject.stored(train) or embed_set(config, subject, train, out / "features" / "train")
     second = subject.stored(val) or embed_set(config, subject, val, out / "features" / "val")
-    return split(first, train, train.classes), split(second, val, train.classes)
+    return split(first, train, classes), split(second, val, classes)
 
 
 def embed_set(config: Config, subject: "Subject", dataset: "Dataset", folder: Path) -> "FeatureStore":

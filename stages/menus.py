@@ -38,7 +38,9 @@ def run(config: Models | Methods | Protocols) -> dict[str, Any]:
             return found(config.search)
     kinds, lines = {}, []
     for kind in menu.entries:
-        keys = {name: str(p.default) for name, p in menu.keys(kind, given=GIVEN).items()}
+        keys = {
+            name: "..." if p.default is p.empty else str(p.default) for name, p in menu.keys(kind, given=GIVEN).items()
+        }
         kinds[kind] = {"summary": menu.summary(kind), "keys": keys}
         lines.append(f"{kind}  {kinds[kind]['summary']}")
         lines += [f"    {name}={default}" for name, default in keys.items()]

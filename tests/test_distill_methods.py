@@ -30,7 +30,7 @@ from test_distill import (
     stopped_by_signal,
 )
 
-from pipeline import checkpoint
+from pipeline import checkpoint, labelhead
 from pipeline.artifact import UserError
 from pipeline.config import words
 from pipeline.datasets.digits import Digits
@@ -314,13 +314,10 @@ def test_an_image_is_decoded_once_a_step_however_many_students_sizes_and_crops_l
 
 def test_simclr_v2_delivers_the_students_classifier_beside_it(run: Callable[..., Any], tmp_path: Path) -> None:
     run(method="simclr-v2:head=HEAD", steps=2)
-    head = safetensors.torch.load_file(tmp_path / "run/head.safetensors")
-    assert {name: tuple(t.shape) for name, t in head.items()} == {
-        "classifier.weight": (10, 8),
-        "classifier.bias": (10,),
-    }
+    head = labelhead.load(tmp_path / "run/head.safetensors")
+    assert (head.classes, head.width, head.names, head.unit) == (10, 8, tuple("0123456789"), False)
     last = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["method"]
-    assert all(torch.equal(last[name], tensor) for name, tensor in head.items())
+    assert torch.equal(last["classifier.weight"], head.weight) and torch.equal(last["classifier.bias"], head.bias)
     run("other", method="regression", steps=2)
     assert not (tmp_path / "other/head.safetensors").exists()
 

@@ -80,7 +80,7 @@ def test_a_protocol_neither_reads_nor_moves_the_global_random_state(spec: str, t
 def test_without_labels_nn_knn_and_linear_refuse_in_words(spec: str, which: str, tmp_path: Path) -> None:
     bare = blobs(40, labelled=False)
     train, val = (bare, VAL) if which == "training" else (TRAIN, bare)
-    assert PROTOCOLS.order(spec).needs_labels
+    assert PROTOCOLS.order(spec).needs_labels == ("training", "validation")
     with pytest.raises(UserError, match=f"needs labels, but 40 of 40 {which} images have none.*cluster:clusters=K"):
         run(spec, train, val, tmp_path)
 

@@ -76,7 +76,7 @@ def test_the_command_fits_on_the_labels_it_may_use_and_scores_on_the_others(stor
     here = FeatureStore(Folder(store))
     features, label = here.read("embedding", 0), here.table("label")
     rows = labelhead.choose(label, 0.2, 0)
-    head = labelhead.load(tmp_path / "head.safetensors", 8)
+    head = labelhead.load(tmp_path / "head.safetensors")
     want = labelhead.fit(features[rows], label[rows], NAMES)
     torch.testing.assert_close(head.weight, want.weight)
     rest = np.setdiff1d(np.arange(IMAGES), rows)

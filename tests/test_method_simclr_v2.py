@@ -93,9 +93,15 @@ def test_a_student_that_says_what_the_teacher_says_has_the_teachers_entropy(head
 
 def test_the_students_classifier_is_delivered(head: tuple[str, LabelHead]) -> None:
     made = learner(f"simclr-v2:head={head[0]}")
-    assert {name: tuple(tensor.shape) for name, tensor in made.delivers().items()} == {
-        "classifier.weight": (3, 5), "classifier.bias": (3,)
-    }  # fmt: skip
+    kept = made.delivers()
+    assert kept is not None and kept.names == ("ant", "bee", "cat")
+    z = 3 * noise(5, 7, 5)  # as they are: no length is taken out
+    torch.testing.assert_close(kept(z), made.classifier(z))
+
+
+def test_the_classifier_of_a_teacher_with_logits_knows_no_names() -> None:
+    kept = learner("simclr-v2", ("embedding", "logits")).delivers()
+    assert kept is not None and kept.names is None and (kept.classes, kept.width) == (C, 5)
 
 
 def test_without_logits_or_a_head_both_ways_to_them_are_said() -> None:
@@ -106,10 +112,10 @@ def test_without_logits_or_a_head_both_ways_to_them_are_said() -> None:
 
 
 def test_a_head_that_is_none_or_of_another_width_is_refused(tmp_path: Path, head: tuple[str, LabelHead]) -> None:
-    with pytest.raises(UserError, match="is no head of compress label-head"):
+    with pytest.raises(UserError, match="is no linear head .* make one with compress label-head"):
         learner(f"simclr-v2:head={tmp_path / 'gone.safetensors'}")
     (tmp_path / "text").write_text(json.dumps({"weight": 1}))
-    with pytest.raises(UserError, match="is no head of compress label-head"):
+    with pytest.raises(UserError, match="is no linear head"):
         learner(f"simclr-v2:head={tmp_path / 'text'}")
     save(LabelHead(noise(1, 3, D + 1).float(), noise(2, 3).float(), "abc"), tmp_path / "wide", {})
     with pytest.raises(UserError, match="is for embeddings of 7 dimensions, and the store's have 6"):

@@ -100,6 +100,16 @@ class Lenient(Fine):
         return super().load_state_dict(state, strict=False, assign=assign)
 
 
+class Shelf(Fine):
+    def delivers(self) -> Any:
+        return {"head": self.head.weight}
+
+
+class Broad(Fine):
+    def delivers(self) -> LabelHead:
+        return LabelHead(torch.ones(2, 3), torch.ones(2), None)
+
+
 class Unasked(Fine):
     needs = Needs(arrays=("projection",))
 
@@ -114,6 +124,8 @@ class Unasked(Fine):
         (Rows, r"gives a loss of shape \(8,\), not a scalar"),
         (Twice, "gives 2 losses for 1 students"),
         (Infinite, "the loss is inf"),
+        (Shelf, "delivers a dict, not a LabelHead"),
+        (Broad, "delivers a head for 3 dimensions, not 7"),
         (Lenient, "restored from a checkpoint that lacks head.weight"),
     ],
 )

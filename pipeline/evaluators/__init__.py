@@ -9,5 +9,6 @@ PROTOCOLS = Menu(
         "knn": "pipeline.evaluators.knn:WeightedNeighbors",
         "cluster": "pipeline.evaluators.cluster:ClusterAlignment",
         "linear": "pipeline.evaluators.linear:LinearProbe",
+        "classifier": "pipeline.evaluators.classifier:Classifier",
     },
 )

@@ -38,7 +38,7 @@ class Evaluator(Protocol):
     """A protocol with its options. The same splits and options give the same Result."""
 
     name: ClassVar[str]  # the key in metrics.json
-    needs_labels: ClassVar[bool]
+    needs_labels: ClassVar[tuple[str, ...]]  # of which images: "training", "validation"
 
     def __call__(
         self, train: Split, val: Split, folder: Path, augmented: Callable[[int], np.ndarray] | None = None
@@ -48,12 +48,13 @@ class Evaluator(Protocol):
         ...
 
 
-def require_labels(protocol: str, train: Split, val: Split) -> None:
-    """Raises UserError unless every image has a label and training knows two classes or more.
+def require_labels(protocol: str, **sets: Split) -> None:
+    """require_labels("nn", training=train, validation=val) raises UserError unless every image has a label.
 
-    A class of `val` that `train` lacks is the caller's to refuse; here its images count as errors.
+    Training images must be of two classes or more. A class of `val` that `train` lacks is the caller's to
+    refuse; here its images count as errors.
     """
-    for which, split in (("training", train), ("validation", val)):
+    for which, split in sets.items():
         if not len(split):
             raise UserError(f"protocol {protocol!r}: there are no {which} images; give a set that has some")
         if missing := int((split.label < 0).sum()):
@@ -61,7 +62,8 @@ def require_labels(protocol: str, train: Split, val: Split) -> None:
                 f"protocol {protocol!r} needs labels, but {missing} of {len(split)} {which} images have none; give a "
                 "set with a folder per class, or score without labels: --protocol cluster:clusters=K"
             )
-    if len(found := np.unique(train.label)) < 2:
+    train = sets.get("training")
+    if train and len(found := np.unique(train.label)) < 2:
         raise UserError(
             f"protocol {protocol!r}: every training image is of the one class {train.classes[int(found[0])]!r}, so any "
             "feature would score 100; give a training set of two classes or more"

@@ -30,7 +30,7 @@ class ClusterAlignment:
     iterations: int = 20
     seed: int = 1234
     name: ClassVar[str] = "cluster"
-    needs_labels: ClassVar[bool] = False
+    needs_labels: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.clusters is not None and self.clusters < 2:

@@ -23,7 +23,7 @@ class WeightedNeighbors:
     k: int = 20
     temperature: float = 0.07
     name: ClassVar[str] = "knn"
-    needs_labels: ClassVar[bool] = True
+    needs_labels: ClassVar[tuple[str, ...]] = ("training", "validation")
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -38,7 +38,7 @@ class WeightedNeighbors:
 
         Arrays: `prediction` (n_val,); `per_class` (C,) in percent.
         """
-        require_labels(self.name, train, val)
+        require_labels(self.name, training=train, validation=val)
         if self.k > len(train):
             raise UserError(
                 f"protocol 'knn': {self.k} neighbours were asked for, but there are {len(train)} training images; "

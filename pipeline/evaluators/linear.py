@@ -40,7 +40,7 @@ class LinearProbe:
     seed: int = 0
     device: str = "auto"
     name: ClassVar[str] = "linear"
-    needs_labels: ClassVar[bool] = True
+    needs_labels: ClassVar[tuple[str, ...]] = ("training", "validation")
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size"):
@@ -58,7 +58,7 @@ class LinearProbe:
         epoch `weight` (C, d), `bias` (C,) and `prediction` (n_val,), `per_class` (C,) in percent; `mean`
         and `scale` (d,): x = (f/|f| - mean) * scale. The global random state is neither read nor moved.
         """
-        require_labels(self.name, train, val)
+        require_labels(self.name, training=train, validation=val)
         if self.augment and augmented is None:
             raise UserError(
                 "protocol 'linear:augment=true' embeds augmented training images in every epoch, and only stored "

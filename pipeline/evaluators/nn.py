@@ -23,14 +23,14 @@ class NearestNeighbor:
     """
 
     name: ClassVar[str] = "nn"
-    needs_labels: ClassVar[bool] = True
+    needs_labels: ClassVar[tuple[str, ...]] = ("training", "validation")
 
     def __call__(
         self, train: Split, val: Split, folder: Path, augmented: Callable[[int], np.ndarray] | None = None
     ) -> Result:
         """Arrays: `neighbors` (n_val, 8) places in `train`, nearest first; `distance` (n_val, 8) squared L2;
         `prediction` (n_val,); `per_class` (C,) in percent."""
-        require_labels(self.name, train, val)
+        require_labels(self.name, training=train, validation=val)
         keys = neighbors.normalize(train.features)
         queries = neighbors.normalize(val.features)
         distance, ids = neighbors.search(queries, keys, min(DRAWN, len(keys)), "l2")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from pipeline import labelhead
 from pipeline.artifact import UserError
 from pipeline.bank import single
+from pipeline.labelhead import LabelHead
 from pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, require
 
 
@@ -33,7 +34,7 @@ class SimClrV2(Method):
         super().__init__()
         require(tau=tau)
         self.tau = tau
-        self.teacher_head = labelhead.load(head, setting.teacher_width) if head else None
+        self.teacher_head = _of_the_teacher(head, setting.teacher_width) if head else None
         if self.teacher_head is None:
             self.needs = replace(Needs(), arrays=("logits",))
             if "logits" not in setting.widths:
@@ -54,5 +55,17 @@ class SimClrV2(Method):
         logits = single(self.classifier(outputs[0]["embedding"].flatten(0, 1)))
         return [F.cross_entropy(logits / self.tau, p) * self.tau**2]
 
-    def delivers(self) -> dict[str, Tensor]:
-        return {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
+    def delivers(self) -> LabelHead:
+        names = self.teacher_head.names if self.teacher_head else None  # stored logits come without
+        weight, bias = self.classifier.weight.detach(), self.classifier.bias.detach()
+        return LabelHead(weight, bias, names, unit=False)
+
+
+def _of_the_teacher(file: Path, width: int) -> LabelHead:
+    head = labelhead.load(file)
+    if head.width != width:
+        raise UserError(
+            f"{file} is for embeddings of {head.width} dimensions, and the store's have {width}; "
+            "make one from this store with compress label-head"
+        )
+    return head
