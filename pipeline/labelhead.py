@@ -101,6 +101,8 @@ def save(head: LabelHead, file: Path, said: Mapping[str, str] | None = None) -> 
 def load(file: Path) -> LabelHead:
     """Raises UserError if there is none, or the file is damaged or something else."""
     try:
+        if file.is_dir():
+            raise ValueError("it is a folder")
         with safetensors.safe_open(file, "pt") as opened:
             said = opened.metadata() or {}
             if "classes" not in said:

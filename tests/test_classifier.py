@@ -15,6 +15,7 @@ from pipeline.artifact import UserError
 from pipeline.evaluators import PROTOCOLS
 from pipeline.evaluators.base import Split
 from pipeline.labelhead import LabelHead
+from pipeline.results import Results
 from pipeline.scores import readings
 from pipeline.storage import Folder
 from pipeline.store import FeatureStore
@@ -148,6 +149,8 @@ def damage(kind: str, whole: bytes, file: Path) -> None:
     }
     if kind == "of anything":
         return
+    if kind == "of all but a folder":
+        return file.mkdir()
     if kind in parts:
         safetensors.torch.save_file(parts[kind][0], file, parts[kind][1])
     else:
@@ -158,6 +161,7 @@ def damage(kind: str, whole: bytes, file: Path) -> None:
     ("lack", "words"),
     [
         ("of anything", "No such file"),
+        ("of all but a folder", "it is a folder"),
         ("of its end", "[Hh]eader"),
         ("of sense", "[Hh]eader"),
         ("of the names", "it says nothing of classes"),
@@ -268,3 +272,23 @@ def test_a_missing_head_is_refused_before_anything_is_made(made: Path, tmp_path:
     with pytest.raises(UserError, match="is no linear head"):
         scored(tmp_path / "out", "nn", spec(tmp_path / "none"), run=made / "run")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_result_cut_short_by_a_crash_is_never_that_of_the_head_before(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results(Folder(tmp_path))
+    one = PROTOCOLS.order(spec(saved()))
+    results.put(one, "one", one(BARE, LABELLED, tmp_path))
+    other, put = PROTOCOLS.order(spec(saved(seed=2))), Folder.put
+    assert results.get(one) is not None and results.get(other) is None
+
+    def crash(folder: Folder, key: str, data: bytes) -> None:
+        if key.endswith(".json"):
+            raise KeyboardInterrupt
+        put(folder, key, data)
+
+    monkeypatch.setattr(Folder, "put", crash)
+    with pytest.raises(KeyboardInterrupt):
+        results.put(other, "other", other(BARE, LABELLED, tmp_path))
+    assert results.get(one) is None and results.get(other) is None
