@@ -1,4 +1,4 @@
-"""Decoded images in files: for repeated epochs over images that cost to decode.
+"""Decoded images in files, mapped into memory: for repeated epochs over images that cost to decode.
 
 The pixels are those the decoder gave, with a checksum each, so a run sees the same bits with and
 without. Files of BLOCK images are put in place whole; what is not there is decoded when it is built.
@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -48,19 +48,18 @@ class Decoded:
     def load(self, i: int) -> tuple[np.ndarray, int]:
         """((H, W, 3) uint8, content hash), as Dataset.load. Raises BadImage, UserError for a damaged file."""
         try:
-            with open(self._folder / _name(i // BLOCK), "rb") as file:
-                return self._read(file, i)
+            return self._read(_mapped(self._folder / _name(i // BLOCK)), i)
         except FileNotFoundError:
             return self._dataset.load(i)  # in a block that `build` could not keep
 
-    def _read(self, file: BinaryIO, i: int) -> tuple[np.ndarray, int]:
-        file.seek(i % BLOCK * ENTRY.itemsize)
-        for entry in np.fromfile(file, ENTRY, 1):  # none in a file cut short
+    def _read(self, file: np.ndarray, i: int) -> tuple[np.ndarray, int]:
+        first = i % BLOCK * ENTRY.itemsize
+        said = file[first : first + ENTRY.itemsize]
+        for entry in said.view(ENTRY) if len(said) == ENTRY.itemsize else ():  # none in a file cut short
             if entry["status"] != GOOD:
                 raise BadImage(int(entry["status"]), REASONS[int(entry["status"])])
-            height, width = int(entry["height"]), int(entry["width"])
-            file.seek(int(entry["place"]))
-            flat = np.fromfile(file, np.uint8, height * width * 3)
+            height, width, place = int(entry["height"]), int(entry["width"]), int(entry["place"])
+            flat = file[place : place + height * width * 3]
             if zlib.crc32(flat.data) == entry["crc"]:
                 return flat.reshape(height, width, 3), int(entry["content"])
         name = self._dataset.ids[i]
@@ -89,6 +88,11 @@ def build(dataset: Any, folder: Path, progress: Callable[[int], None] = lambda i
                 home.put(_name(block), data)
             progress(len(rows))
     return Decoded(dataset, folder)
+
+
+def _mapped(file: Path) -> np.ndarray:
+    """A file's bytes, uint8. What is written to them stays here."""
+    return np.asarray(np.memmap(file, np.uint8, "c")) if file.stat().st_size else np.empty(0, np.uint8)
 
 
 def pending(dataset: Any, folder: Path) -> int:
