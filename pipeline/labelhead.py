@@ -61,11 +61,11 @@ def fit(features: np.ndarray, label: np.ndarray, names: Sequence[str], strength:
     """
     from sklearn.linear_model import LogisticRegression
 
+    if len(np.unique(label)) < 2:
+        raise UserError("a head needs labelled images of two classes at least; label more of them")
     u = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     mean, deviation = u.mean(0), u.std(0)
     scale = 1.0 / np.maximum(deviation, STEEP * deviation.mean())
-    if len(np.unique(label)) < 2:
-        raise UserError("a head needs labelled images of two classes at least; label more of them")
     found = LogisticRegression(C=strength, max_iter=2000).fit((u - mean) * scale, label)
     coefficients, intercept = found.coef_, found.intercept_
     if len(found.classes_) == 2:  # scikit-learn keeps one row for two classes

@@ -152,7 +152,8 @@ class FeatureStore(Shelf):
         status (rows,) uint8; content (rows,) uint64; bad: {row number: reason}.
         Raises UserError if images changed since earlier views of these rows were stored.
         """
-        held = self.done().get(shard.block, [])
+        whole = set(self.all_views) <= set(shard.views)  # it replaces all there is, and a list of done/ takes time
+        held = [] if whole else self.done().get(shard.block, [])
         stale: set[int] = set()
         if held:
             status, bad, stale = self._as_before(shard, held, status, content, bad)

@@ -18,6 +18,11 @@ def short(text: str, most: int) -> str:
     return line if len(line) <= most else line[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row block`, `2 row blocks`"""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def number(value: float | None) -> str:
     return DASH if value is None else f"{value:.1f}"
 

@@ -115,7 +115,7 @@ def distillation(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
         "last logged step": last.get("step", 0),
         "epoch": last.get("epoch", 0),
         "loss": last.get("loss"),
-        "best val nearest neighbour": max(scores, default=None),
+        **({"best val nearest neighbour": max(scores)} if scores else {}),
         "checkpoints": ", ".join(map(str, steps)) or "none",
         "finished": storage.exists("student.safetensors"),
     }

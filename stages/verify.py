@@ -10,6 +10,7 @@ from pipeline.lease import require_free
 from pipeline.philox import LOCAL, view_name
 from pipeline.progress import meter, say
 from pipeline.storage import open_storage
+from pipeline.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,7 @@ def run(config: Config) -> dict[str, Any]:
     damaged, mended = digests(config)
     if damaged and not config.repair:
         raise UserError(
-            f"{config.store} is damaged in {len(damaged)} places ({'; '.join(damaged[:3])}); "
+            f"{config.store} is damaged in {counted(len(damaged), 'place')} ({'; '.join(damaged[:3])}); "
             "compress verify --repair mends small files and marks damaged shards"
         )
     from pipeline.store import FeatureStore
@@ -58,12 +59,12 @@ def run(config: Config) -> dict[str, Any]:
     store = FeatureStore(open_storage(config.store))
     pending = len(store.pending())
     if mended:
-        text = f"{config.store}: {len(mended)} places mended"
+        text = f"{config.store}: {counted(len(mended), 'place')} mended"
         if pending:
-            text += f"; {pending} row blocks are to be computed again: repeat the command that made it"
+            text += f"; {counted(pending, 'row block')} to be computed again: repeat the command that made it"
         return {"summary": text, "damaged": damaged, "mended": mended, "pending": pending}
     found = {"damaged": [], "mended": [], "pending": pending}
-    text = f"{config.store}: every digest is right" + (f", {pending} row blocks are pending" if pending else "")
+    text = f"{config.store}: every digest is right" + (f", {counted(pending, 'row block')} pending" if pending else "")
     if config.sample:
         live = compare(config, store)
         text += f"; {live['said']}"

@@ -317,4 +317,4 @@ def test_the_sample_is_as_large_as_asked_and_skips_what_is_pending(damaged: expo
     assert "; 20 features embedded again" in count(sample=20 / 24)
     assert "embedded again" not in count(sample=0)
     (damaged.out / "done/0000000.0004-0005.json").unlink()
-    assert "1 row blocks are pending; 15 features embedded again" in count(sample=1.0)
+    assert "1 row block pending; 15 features embedded again" in count(sample=1.0)
