@@ -99,6 +99,20 @@ def check(config: Config) -> None:
         raise UserError("--limit goes with --train; the images of a run or store are as many as they were")
     if config.store and config.image_size:
         raise UserError("--image-size does not go with --store: its features are stored already")
+    from pipeline.datasets import DATASETS
+    from pipeline.evaluators import PROTOCOLS
+    from pipeline.models import MODELS
+
+    for images in filter(None, (config.val, config.train)):
+        DATASETS.parse(images)
+    for protocol in config.protocol:
+        PROTOCOLS.parse(protocol)
+    if config.model:
+        MODELS.parse(config.model)
+    if config.run:
+        artifact.read(Folder(config.run), "run")
+    if config.store:
+        artifact.read(open_storage(config.store), "store")
 
 
 def open_subject(config: Config, augment: bool) -> "Subject":
