@@ -61,7 +61,7 @@ class Apprentice:
         home, name = Folder(self.folder), "student.safetensors"
         _put(home, name, spell(self.learned.backbone.state_dict(), {"format": "pt", **said}))
         if head:
-            _put(home, "head.safetensors", labelhead.spell(head))
+            _put(home, "head.safetensors", labelhead.spell(head, {"weights": self.learned.digest()}))
         return self.folder / name
 
 

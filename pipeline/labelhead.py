@@ -1,7 +1,8 @@
 """A linear classifier on embeddings: fitted to a few labels for a teacher, or what a student learned from one.
 
 logits = f W^T + b, with f brought to unit length first where the head says so. The file is the head: weight (C, d),
-bias (C,), and as JSON in its metadata `classes`, their names or null, and `unit`.
+bias (C,), and as JSON in its metadata `classes`, their names or null, and `unit`,
+and `weights`, the digest of the model whose embeddings it is for.
 """
 
 import json
@@ -40,6 +41,7 @@ class LabelHead(nn.Module):
         self.register_buffer("bias", bias)
         self.names = None if names is None else tuple(names)
         self.unit = unit
+        self.of = ""  # digest of its model's weights, where the file says so
 
     @property
     def classes(self) -> int:
@@ -111,6 +113,7 @@ def load(file: Path) -> LabelHead:
             names = json.loads(said["classes"])
             unit = json.loads(said.get("unit", "true"))  # a label head of before says nothing of it
             head = LabelHead(*tensors, names, unit=bool(unit))
+            head.of = said.get("weights", "")
         if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
             raise ValueError("its numbers are not finite")
     except (OSError, safetensors.SafetensorError, ValueError, TypeError) as wrong:

@@ -64,7 +64,7 @@ def run(config: Config) -> dict[str, Any]:
     train_data, val_data = open_sets(config, subject)
     if earlier:
         require_its_images(config, subject, earlier, train_data, val_data)
-    suits(evaluators, train_data, val_data)
+    suits(evaluators, subject, train_data, val_data)
 
     from pipeline.device import choose
 
@@ -175,12 +175,17 @@ def require_its_images(
             )
 
 
-def suits(evaluators: dict[str, Any], train: Any, val: Any) -> None:
-    """Refuse a protocol that needs labels where there are none, before hours of features."""
+def suits(evaluators: dict[str, Any], subject: "Subject", train: Any, val: Any) -> None:
+    """Refuse a protocol for another model, or for labels where there are none, before hours of features."""
     from pipeline.evaluators.base import require_labels
 
     sets = {"training": train, "validation": val}
     for spec, evaluator in evaluators.items():
+        if getattr(evaluator, "of", "") not in ("", subject.weights):
+            raise UserError(
+                f"--protocol {spec} was made for another model than {subject.model['name']}; give the head of this "
+                "one: its run's head.safetensors, or one made from its store with compress label-head"
+            )
         require_labels(spec, **{which: sets[which] for which in evaluator.needs_labels})
 
 

@@ -58,13 +58,14 @@ def run(config: Config) -> dict[str, Any]:
     features = store.read("embedding", 0)
     names = store.about["classes"]
     head = labelhead.fit(features[rows], label[rows], names, config.strength)
-    labelhead.save(head, config.out, {"store": store.fingerprint, "labels": config.labels, "labelled": str(len(rows))})
+    said = {"store": store.fingerprint, "labels": config.labels, "labelled": str(len(rows))}
+    labelhead.save(head, config.out, {"weights": store.identity["teacher"]["weights"], **said})
     rest = np.setdiff1d(np.flatnonzero(label >= 0), rows)
     with torch.no_grad():
         top1 = float((head(torch.from_numpy(features[rest])).argmax(1).numpy() == label[rest]).mean()) * 100
-    said = f"; top-1 {top1:.2f} % on the {len(rest)} labels it has not seen" if len(rest) else ""
+    seen = f"; top-1 {top1:.2f} % on the {len(rest)} labels it has not seen" if len(rest) else ""
     return {
-        "summary": f"{config.out}: {len(names)} classes from {len(rows)} labels, view 0 of each{said}",
+        "summary": f"{config.out}: {len(names)} classes from {len(rows)} labels, view 0 of each{seen}",
         "head": str(config.out),
         "labelled": len(rows),
         "classes": len(names),

@@ -274,6 +274,12 @@ def test_a_missing_head_is_refused_before_anything_is_made(made: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_head_of_another_model_is_refused_before_anything_is_made(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"was made for another model than convnet; give the head of this one"):
+        scored(tmp_path / "out", spec(made / "head.safetensors"), run=made / "run")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_result_cut_short_by_a_crash_is_never_that_of_the_head_before(
     saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

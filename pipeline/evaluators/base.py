@@ -35,7 +35,10 @@ class Split:
 
 
 class Evaluator(Protocol):
-    """A protocol with its options. The same splits and options give the same Result."""
+    """A protocol with its options. The same splits and options give the same Result.
+
+    One that is made for a single model says so by `of`, the digest of its weights.
+    """
 
     name: ClassVar[str]  # the key in metrics.json
     needs_labels: ClassVar[tuple[str, ...]]  # of which images: "training", "validation"

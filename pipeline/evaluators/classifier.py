@@ -36,6 +36,11 @@ class Classifier:
         object.__setattr__(self, "linear", linear)
         object.__setattr__(self, "digest", artifact.digest(labelhead.spell(linear)))
 
+    @property
+    def of(self) -> str:
+        """Digest of the weights that it classifies for; "" if the file does not say."""
+        return self.linear.of
+
     def __call__(
         self, train: Split, val: Split, folder: Path, augmented: Callable[[int], np.ndarray] | None = None
     ) -> Result:
