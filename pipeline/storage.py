@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.process import began
+
 PART = ".part"  # what a killed writer leaves behind ends in this; readers never see it
 _WRITER = re.compile(r"\.[0-9a-f]{8}\.(\d+)\.(.*)\.part$")  # process, machine
 _DAY = 86_400.0  # seconds
@@ -127,7 +129,7 @@ class Folder:
         for part in self.path.rglob(f"*{PART}"):
             writer = _WRITER.search(part.name)
             try:
-                dead = writer and writer[2] == platform.node() and not _alive(int(writer[1]))
+                dead = writer and writer[2] == platform.node() and began(int(writer[1])) is None
                 if dead or part.stat().st_mtime < time.time() - _DAY:
                     part.unlink()
                     count += 1
@@ -149,17 +151,6 @@ class Folder:
                 problem.filename = str(target)  # a full disk does not say which
             raise
         return part
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # somebody else's
-    return True
 
 
 def sync(path: Path) -> None:

@@ -23,8 +23,8 @@ from pipeline.menu import Menu
 GROUND = {
     f"pipeline.{name}"
     for name in (
-        "errors", "storage", "bucket", "artifact", "lease", "config", "menu", "checkpoint", "schedule", "order",
-        "journal", "interrupt", "progress", "device", "launch",
+        "errors", "process", "storage", "bucket", "artifact", "lease", "config", "menu", "checkpoint", "schedule",
+        "scheduler", "journal", "interrupt", "progress", "device", "launch", "imports",
     )
 }  # fmt: skip
 """What a run is made of. Every other file of pipeline/ is on the first floor."""

@@ -153,6 +153,13 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> 
     assert folder.sweep() == 0
 
 
+def test_a_writer_that_ended_and_that_nobody_waited_for_is_a_killed_one(tmp_path: Path) -> None:
+    left = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[1])
+    os.waitid(os.P_PID, left.pid, os.WEXITED | os.WNOWAIT)  # a zombie: containers without an init keep them for good
+    assert Folder(tmp_path).sweep() == 1
+    assert left.wait() == 9
+
+
 def test_what_a_living_writer_writes_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, replace = Folder(tmp_path), os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (folder.sweep(), replace(a, b)))
