@@ -359,9 +359,9 @@ def suicidal(tmp_path: Path) -> str:
     return f"python:{tmp_path / 'suicidal.py'}:net"
 
 
-@pytest.fixture
-def warm(tmp_path: Path) -> Iterator[Warm]:
-    made = Warm(tmp_path)
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    made = Warm(tmp_path_factory.mktemp("warm"))
     yield made
     made.process.kill()
     made.process.communicate()
