@@ -7,6 +7,7 @@ NCCL on CUDA; numbers go over gloo, also between GPUs, because gloo notices at o
 import os
 import signal
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -157,7 +158,8 @@ def together() -> Iterator[None]:
     voice = distributed.TCPStore(address, port, is_master=False)  # the same store; torchrun may put its own names on it
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=distributed.PrefixStore("ranks", common), rank=number, world_size=count, timeout=PATIENCE,
+        store=distributed.PrefixStore(attempt(common, number, count), common), rank=number, world_size=count,
+        timeout=PATIENCE,
     )  # fmt: skip
     try:
         yield
@@ -174,6 +176,25 @@ def together() -> Iterator[None]:
             ) from None
         raise
     distributed.destroy_process_group()
+
+
+def attempt(common: distributed.Store, number: int, count: int) -> str:
+    """A name that all ranks agree on and no earlier attempt had.
+
+    torchrun's store outlives the ranks that it starts again, with the addresses of the dead in it. Its count of
+    restarts will not do: on a machine that lost no rank it stays.
+    """
+    mine = uuid.uuid4().hex
+    common.set(f"here-{number}", mine)
+    if number == 0:
+        while common.add(mine, 0) < count - 1:  # an entry may be a dead one's: until each has found itself
+            common.set("roll", " ".join(common.get(f"here-{n}").decode() for n in range(count)))
+            time.sleep(0.02)
+        return mine
+    while mine not in (roll := common.get("roll").decode().split()):
+        time.sleep(0.02)
+    common.add(roll[0], 1)
+    return roll[0]
 
 
 def _first(voice: distributed.Store) -> bool:

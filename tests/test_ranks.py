@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from pipeline import device, interrupt, launch, ranks, trainer
 from pipeline.artifact import UserError
@@ -26,7 +27,7 @@ from pipeline.journal import read as read_journal
 from pipeline.lesson import Diverged
 from pipeline.methods import dogo
 from pipeline.pairs import Plan
-from stages import distill, export_teacher
+from stages import distill, export_teacher, label_head
 from stages.distill import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,9 @@ CASES: dict[str, dict[str, Any]] = {
     "crd": {"method": "crd:negatives=30"},
     "regression": {"method": "regression:norm=batch"},
     "dogo": {"method": "dogo", "peers": 2, "lr": 0.01},
+    "dogo-frozen": {"method": "dogo-frozen", "lr": 0.01},
+    "esvit": {"method": "esvit:bank=50,crops=2", "lr": 0.01},
+    "simclr-v2": {"method": "simclr-v2:head=HOME/head.safetensors", "lr": 0.01, "optimizer": "lars"},
 }  # fmt: skip
 
 
@@ -75,6 +79,7 @@ def config(home: Path, name: str, **said: Any) -> Config:
         "workers": 0, "device": "cpu", "batch_size": BATCH // ranks.size(), "peers": 1,
     }  # fmt: skip
     asked = {**default, **said}
+    asked["method"] = asked["method"].replace("HOME", str(home))
     student = (f"python:{home}/smooth.py:net",) * asked.pop("peers")
     return Config(store=str(home / "store"), student=student, out=home / name, **asked)
 
@@ -204,8 +209,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             batch_size=40,
             workers=0,
             device="cpu",
+            keep="embedding,regions",
+            local_views=2,
         )
     )
+    label_head.run(label_head.Config(store=home / "store", out=home / "head.safetensors", labels="20%"))
     for name, case in CASES.items():
         train(home, f"one-{name}", **case)
     train(home, "one")
@@ -263,6 +271,20 @@ def test_four_ranks_train_as_one_and_go_on_where_two_stopped(home: Path) -> None
     for name in ("compress-1q", "dogo"):
         assert_alike(home, f"one-{name}", f"four-{name}")
     assert_alike(home, "one", "two-then-four")
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_ranks_that_are_started_again_do_not_meet_those_of_the_attempt_before(late: int) -> None:
+    store = distributed.HashStore()  # torchrun's outlives the ranks
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as threads:
+            meeting = []
+            for number in sorted(range(3), key=late.__eq__):
+                meeting.append(threads.submit(ranks.attempt, store, number, 3))
+                time.sleep(0.05)
+            names.append({each.result(60) for each in meeting})
+    assert [len(found) for found in names] == [1, 1, 1] and len(set.union(*names)) == 3
 
 
 # ---------------------------------------------------------------- shares
@@ -425,6 +447,29 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_where_one_proces
     last = [read_journal(folder / "metrics.jsonl")[-1] for folder in (out, alone.out)]
     assert last[0]["step"] == last[1]["step"] == steps
     assert last[0]["loss"] == pytest.approx(last[1]["loss"], rel=1e-3)
+
+
+DYING = """
+import os, signal
+from pipeline.methods.regression import Regression
+class Dying(Regression):
+    def forward(self, batch, outputs):
+        if batch.step == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(batch, outputs)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_again_and_they_go_on_from_the_last_checkpoint(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    method = f"python:{tmp_path / 'dying.py'}:Dying"
+    words = [*command(*flags(home, tmp_path / "run")), "--method", method, "--steps", "9"]  # the last --method counts
+    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--no-python"]
+    done = subprocess.run([*started, *words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{tmp_path / 'run'}: 9 steps, student.safetensors"
+    assert [f"steps {start} to 9" in done.stderr for start in (0, 5)] == [True, True]
 
 
 @pytest.mark.slow
