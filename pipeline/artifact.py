@@ -7,7 +7,7 @@ command continues this folder or is refused; `about` may change (paths, extents 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ LEASE = "lease.json"  # of who is writing: see pipeline.lease
 
 
 class Mismatch(UserError):
-    """A folder made with other settings."""
+    """A folder made with other settings; `differing` are their dotted names, where they were compared."""
+
+    differing: Sequence[str] = ()
 
 
 class OtherFormat(UserError):
@@ -52,12 +54,19 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any], under: str =
     """["optimizer.lr is 0.01 there, 0.02 asked", ...]; nested records by dotted names."""
     out: list[str] = []
     for key in sorted({*there, *asked}):
-        old, new = there.get(key), asked.get(key)
+        old, new = _numbered(there.get(key)), _numbered(asked.get(key))
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             out += differences(old, new, f"{under}{key}.")
         elif canonical(old) != canonical(new):
             out.append(f"{under}{key} is {_short(old)} there, {_short(new)} asked")
     return out
+
+
+def _numbered(value: Any) -> Any:
+    """A list of records as a record, so that the one that differs is named."""
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+        return {str(number): each for number, each in enumerate(value)}
+    return value
 
 
 def _short(value: Any) -> str:
@@ -139,10 +148,12 @@ def claim(
     if manifest := claimed(storage, kind):
         asked = json.loads(canonical(identity))
         if changed := differences(manifest["identity"], asked):
-            raise Mismatch(
+            end = Mismatch(
                 f"{storage} was made with other settings: {'; '.join(changed)}. "
                 "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)"
             )
+            end.differing = [each.partition(" is ")[0] for each in changed]
+            raise end
         return manifest, False
     return write(storage, kind, identity, about or {}), True
 

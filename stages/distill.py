@@ -75,6 +75,12 @@ class Apart(UserError):
     """These commands cannot share a pass over the images; each alone says why, or runs."""
 
 
+class Partly(UserError):
+    """Some of several students diverged; the runs of the others are `finished`."""
+
+    finished: tuple[Path, ...] = ()
+
+
 def run(config: Config) -> dict[str, Any]:
     """Train to the end, or continue. Returns {"summary", "runs": [...], "steps"}; {} on ranks other than the first."""
     if config.devices and not launch.started():
@@ -343,7 +349,7 @@ def train(config: Config, session: "Session", val: "Dataset | None") -> None:
 
 
 def close(session: "Session", what: str) -> dict[str, Any]:
-    """Write the bare students and say what was made. Raises UserError if one of several diverged."""
+    """Write the bare students and say what was made. Raises Partly if one of several diverged."""
     from pipeline import ranks
 
     lines, runs = [], []
@@ -357,5 +363,7 @@ def close(session: "Session", what: str) -> dict[str, Any]:
     if over := [lesson.over for lesson in session.lessons if lesson.over]:
         for line in lines:
             say(line)
-        raise UserError(f"{' '.join(over)}. The other {len(taught)} students are finished")
+        end = Partly(f"{' '.join(over)}. The other {len(taught)} students are finished")
+        end.finished = tuple(apprentice.folder for _, apprentice in taught)
+        raise end
     return {} if ranks.rank() else {"summary": "\n".join(lines), "runs": runs, "steps": session.plan.steps}

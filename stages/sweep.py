@@ -9,7 +9,7 @@ import re
 import typing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +78,16 @@ def run(config: Config) -> dict[str, Any]:
             ),
             "passes": names,
         }
-    failed: list[str] = []
+    unfinished: dict[Path, str] = {}
     for number, one in enumerate(passes):
         say(f"pass {number + 1} of {len(passes)}: {names[number]}")
-        failed += train(one)
+        unfinished |= train(one)
     places = [folder for cell in cells for folder in distill.run_folders(cell.config)]
-    runs = list(filter(delivered, places))
+    runs = [folder for folder in places if folder not in unfinished]
     rows = score(cells, runs, scoring)
     page = Path(plan["out"]) / "compare.html"
     made = compare.run(compare.Config(tuple(map(str, rows)), page)) if rows else {"summary": "nothing to compare"}
-    if failed:
+    if failed := list(dict.fromkeys(unfinished.values())):
         rest = f"; the others are in {page}" if rows else ""
         raise UserError(f"{len(failed)} of {len(cells)} combinations failed, the first is {failed[0]}{rest}")
     return {"summary": made["summary"], "passes": names, "runs": list(map(str, runs)), "page": str(page)}
@@ -106,43 +106,54 @@ def passes_of(cells: Sequence[Cell], at_once: int | None) -> list[list[Cell]]:
     return [one for alike in groups.values() for one in alike if one]
 
 
-def train(cells: Sequence[Cell]) -> list[str]:
-    """One pass -> what failed. If it cannot be shared, each cell alone."""
+def train(cells: Sequence[Cell]) -> dict[Path, str]:
+    """One pass -> why a run is not finished, by its folder. If it cannot be shared, each cell alone."""
+    finished: tuple[Path, ...] = ()
     try:
         if len(cells) > 1:
             distill.share([cell.config for cell in cells])
         else:
             distill.run(cells[0].config)
+        return {}
     except distill.Apart as problem:
         say(f"not in one pass: {problem}")
-        return [failure for cell in cells for failure in train([cell])]
+        return {folder: why for cell in cells for folder, why in train([cell]).items()}
+    except distill.Partly as problem:
+        why, finished = str(problem), problem.finished
     except UserError as problem:
         why = str(problem)
     except SystemExit as end:  # of ranks; they have said why
         if end.code != 2:
             raise
         why = "a rank failed, see above"
-    else:
-        return []
-    failed = [f"{cell.name}: {why}" for cell in cells if not all(map(delivered, distill.run_folders(cell.config)))]
-    for failure in failed:
+    said = {
+        folder: f"{cell.name}: {why}"
+        for cell in cells
+        for folder in distill.run_folders(cell.config)
+        if folder not in finished
+    }
+    for failure in dict.fromkeys(said.values()):
         say(f"failed: {failure}")
-    return failed
-
-
-def delivered(folder: Path) -> bool:
-    """Whether a run is finished."""
-    return (folder / "student.safetensors").exists()
+    return said
 
 
 def score(cells: Sequence[Cell], runs: list[Path], scoring: dict[str, Any]) -> list[Path]:
     """Evaluations of the teachers and of the runs, for `compare`; none if the file says nothing of evaluating."""
     if not scoring:
         return []
-    out = []
-    for store in dict.fromkeys(cell.config.store for cell in cells):
-        out.append(Path(evaluate.run(evaluate.Config(**scoring, store=store))["evaluation"]))
-    return out + [Path(evaluate.run(evaluate.Config(**scoring, run=folder))["evaluation"]) for folder in runs]
+    stores = dict.fromkeys(cell.config.store for cell in cells)
+    asked = [evaluate.Config(**scoring, store=store) for store in stores]
+    return [*map(evaluation, asked), *(evaluation(evaluate.Config(**scoring, run=folder)) for folder in runs)]
+
+
+def evaluation(asked: evaluate.Config) -> Path:
+    """Its folder. One of a run that has been trained on since is set aside."""
+    try:
+        return Path(evaluate.run(asked)["evaluation"])
+    except artifact.Mismatch as other:
+        if other.differing != ["model.weights"]:
+            raise
+    return Path(evaluate.run(replace(asked, overwrite=True))["evaluation"])
 
 
 def read(file: Path) -> dict[str, Any]:

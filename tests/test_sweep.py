@@ -1,12 +1,16 @@
 """A sweep is the commands it is made of."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from pipeline.artifact import UserError
 from pipeline.datasets.digits import Digits
+from pipeline.interrupt import Interrupted
+from pipeline.session import Session
 from stages import distill, export_teacher, sweep
 
 STUDENTS = ("convnet:channels=4+6", "convnet:channels=5+6")
@@ -106,6 +110,53 @@ def test_a_student_that_diverges_in_a_shared_pass_fails_alone_and_is_not_tried_a
         sweep.run(sweep.Config(file))
     assert capsys.readouterr().err.count("steps 0 to 4") == 1
     assert (tmp_path / "sweep/regression,lr=0.1/student.safetensors").exists()
+
+
+LATE = """
+from pipeline.methods.regression import Regression
+class Late(Regression):
+    def forward(self, batch, outputs):
+        (loss,) = super().forward(batch, outputs)
+        return [loss * float("nan") if batch.step == 3 else loss]
+"""
+
+
+def test_a_run_that_fails_as_it_grows_is_no_success_because_it_was_finished_once(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    for steps in (2, 5):
+        how = {"steps": steps, "batch-size": 16, "image-size": 8, "workers": 0}
+        file = write(tmp_path, store, method=["regression", f"python:{tmp_path}/late.py:Late"], distill=how)
+        if steps == 2:
+            assert len(sweep.run(sweep.Config(file))["runs"]) == 4
+    with pytest.raises(UserError, match="1 of 2 combinations failed, .*Late: .*not finite|1 of 2 .*the loss is nan"):
+        sweep.run(sweep.Config(file))
+    page = (tmp_path / "sweep/compare.html").read_text()
+    assert "regression" in page and "late.py" not in page, "what it was after two steps is not what was asked for"
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was_to_the_same_bits(store: Path, tmp_path: Path) -> None:
+    how = {"steps": [4, 6], "batch-size": 16, "image-size": 8, "workers": 0}
+    for name in ("stopped", "whole"):
+        (tmp_path / name).mkdir()
+    file = write(tmp_path / "stopped", store, distill=how, evaluate=None)
+    step, taken = Session.step, []
+
+    def stopping(self: Session, number: int, *said: object) -> object:
+        taken.append(number)
+        if len(taken) == 6:  # the second of the second pass
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, *said)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "step", stopping)
+        with pytest.raises(Interrupted, match="saved at step 2 of 6"):
+            sweep.run(sweep.Config(file))
+        made = sweep.run(sweep.Config(file))
+    assert taken == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5], "no step twice"
+    whole = sweep.run(sweep.Config(write(tmp_path / "whole", store, distill=how, evaluate=None)))
+    assert len(made["runs"]) == 8
+    for one, other in zip(made["runs"], whole["runs"], strict=True):
+        assert (Path(one) / "student.safetensors").read_bytes() == (Path(other) / "student.safetensors").read_bytes()
 
 
 def test_a_store_that_is_not_there_is_refused_by_a_dry_run_too(tmp_path: Path) -> None:
