@@ -116,9 +116,12 @@ class Session:
             lesson.method.fill(self.read)
 
     def read(self, rows: Tensor, views: Tensor, name: str = "embedding") -> Tensor:
-        """(n, ...) float32 teacher features of (rows[j], views[j])."""
+        """(n, ...) float32 teacher features of (rows[j], views[j]). Raises UserError for those that are not finite."""
         features = self.features.get(name) or Features(self.store, name)
-        return torch.from_numpy(features.rows(rows.cpu().numpy(), views.cpu().numpy()))
+        i, v = rows.cpu().numpy(), views.cpu().numpy()
+        picked = features.rows(i, v)
+        self._require_finite(name, picked, i, v)
+        return torch.from_numpy(picked)
 
     def sights(self, workers: int) -> Generator[Sight, None, None]:
         """The pixels of steps start, start + 1, ..."""
@@ -186,7 +189,7 @@ class Session:
         return Batch(step, i, v, u, teacher, [], local_views=local)
 
     def _require_finite(self, name: str, picked: np.ndarray, rows: np.ndarray, views: np.ndarray) -> None:
-        sums = picked.reshape(len(picked), -1).sum(1)  # NaN and infinity survive a sum
+        sums = picked.sum(tuple(range(1, picked.ndim)))  # NaN and infinity survive a sum
         if not np.isfinite(sums).all():
             j = int(np.flatnonzero(~np.isfinite(sums))[0])
             raise UserError(
