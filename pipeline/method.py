@@ -145,7 +145,8 @@ def require_arrays(name: str, wanted: Sequence[str], arrays: Container[str]) -> 
         flags += [f"--keep embedding,{output}"] if output != "embedding" else []
         flags += ["(and the head's name in the teacher's file, as head=fc)"] if output == "projection" else []
         raise UserError(
-            f"{name} needs {array!r} of the teacher, which the store lacks; export with {' '.join(flags) or 'it'}"
+            f"{name} needs {array!r} of the teacher, which the store lacks; export with {' '.join(flags) or 'it'} "
+            "into a new --out"
         )
 
 

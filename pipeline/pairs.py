@@ -19,6 +19,7 @@ from pipeline.loader import Piece
 from pipeline.method import Needs
 from pipeline.philox import FRESH, LOCAL
 from pipeline.store import FeatureStore
+from pipeline.wording import counted
 
 PAIRINGS = ("same", "fresh", "cross")
 
@@ -50,9 +51,11 @@ class Plan:
             raise UserError(f"--pairing is {self.pairing}, but must be one of {', '.join(PAIRINGS)}")
         need = self.per_step + (1 if self.pairing == "cross" and self.per_step == 1 else 0)
         if len(self.views) < need and (self.reads or self.pairing != "fresh"):
+            fresh = "" if self.reads else ", or take --pairing fresh"
             raise UserError(
-                f"the store has {len(self.views)} views to train on, but --pairing {self.pairing} with "
-                f"--views-per-step {self.per_step} needs {need}; repeat the command that made it with more --views"
+                f"{counted(len(self.views), 'view')} to train on, but --pairing {self.pairing} with "
+                f"--views-per-step {self.per_step} needs {need}; give a larger --views if the store has more, "
+                f"repeat the command that made it with --views {need + 1} or more{fresh}"
             )
 
     def __len__(self) -> int:

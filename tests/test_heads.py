@@ -209,6 +209,45 @@ def test_what_a_teacher_has_not_is_refused_with_what_would_name_it(
         build(file(**modules) + options, image_size=8).equip((asked,))
 
 
+def patches(body: Any, x: Tensor) -> Tensor:
+    """A timm ViT's patch tokens of the last layer, by its own interface."""
+    return body.get_intermediate_layers(x, n=1, norm=True)[0]
+
+
+def cells(body: Any, x: Tensor) -> Tensor:
+    """A timm Swin's last map (B, h, w, c), cell by cell."""
+    grid = body.forward_features(x)
+    return torch.stack([grid[:, row, column] for row in range(grid.shape[1]) for column in range(grid.shape[2])], 1)
+
+
+def pixels(body: Any, x: Tensor) -> Tensor:
+    """A ResNet's last map (B, c, h, w), pixel by pixel."""
+    for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+        x = getattr(body, name)(x)
+    return torch.stack([x[:, :, row, column] for row in range(x.shape[2]) for column in range(x.shape[3])], 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "shape", "truth"),
+    [
+        ("timm:vit_tiny_patch16_224,depth=1", 32, (4, 192), patches),
+        ("timm:vit_small_patch14_reg4_dinov2,depth=1", 28, (4, 384), patches),  # four registers, no regions
+        ("timm:swin_tiny_patch4_window7_224", 64, (4, 768), cells),
+        ("torchvision:resnet18", 64, (4, 512), pixels),
+    ],
+)
+def test_regions_are_the_tokens_of_patches_or_the_cells_of_the_last_map(
+    spec: str, size: int, shape: tuple[int, int], truth: Callable[..., Tensor]
+) -> None:
+    embedder = build(spec, image_size=size, pretrained_default=False).equip(("regions",)).eval()
+    x = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        made = embedder.outputs(x, ("embedding", "regions"))
+        torch.testing.assert_close(made["regions"], truth(embedder.backbone, x))
+        torch.testing.assert_close(made["embedding"], embedder(x))
+    assert embedder.shapes["regions"] == shape
+
+
 # ---------------------------------------------------------------- through the corridor
 
 

@@ -200,6 +200,11 @@ def test_a_store_without_regions_is_refused_with_the_flag() -> None:
         learner("esvit")
 
 
+def test_fewer_crops_than_none_are_refused() -> None:
+    with pytest.raises(UserError, match="crops=-1 was asked, but must be 0 or more"):
+        learner("esvit:crops=-1", ARRAYS)
+
+
 def test_it_asks_for_two_views_and_for_crops_that_the_student_alone_sees() -> None:
     needs = learner("esvit:bank=9", ARRAYS).needs
     assert (needs.views, needs.crops, needs.arrays) == (2, 8, ARRAYS)

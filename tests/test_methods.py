@@ -389,6 +389,13 @@ def test_a_key_that_the_users_method_does_not_know_is_refused(own: str) -> None:
         method(f"{own}:Mine,strenght=2", student())
 
 
+def test_values_of_the_users_keys_are_what_their_annotations_say(own: str) -> None:
+    strength = method(f"{own}:Mine,strength=2", student()).strength  # type: ignore[comparison-overlap]
+    assert strength == 2 and isinstance(strength, float)
+    with pytest.raises(UserError, match="own.py:Mine strength=much: must be a number"):
+        method(f"{own}:Mine,strength=much", student())
+
+
 def test_what_is_no_method_is_refused(own: str) -> None:
     with pytest.raises(UserError, match="is no subclass of"):
         method(f"{own}:stranger", student())

@@ -19,10 +19,11 @@ WEIGHT = 100 / 256  # the release divides by B * B and weighs by 100; at its bat
 class Dogo(Method):
     """Two or more students teach each other: each has a contrastive loss and follows the others' similarities.
 
-    Every peer sees two views of its own. Its loss is NT-Xent at `tau_ssl` plus `weight` times
-    KL(Q || P), batch mean: rows of P and Q are softmax(z z'^T / `tau`) between the first and the
-    second views of the batch, P of the peer and Q of another, which takes no gradient from it; over
-    several others the mean. Nothing is read from the teacher; `--pairing fresh` gives views without end.
+    Every peer sees two views of its own (of more the first two count). Its loss is NT-Xent at
+    `tau_ssl` plus `weight` times KL(Q || P), batch mean: rows of P and Q are softmax(z z'^T / `tau`)
+    between the first and the second views of the batch, P of the peer and Q of another, which takes
+    no gradient from it; over several others the mean. Nothing is read from the teacher;
+    `--pairing fresh` gives views without end.
     """
 
     needs = Needs(arrays=(), views=2, peers=True, independent=True)

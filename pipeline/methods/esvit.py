@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import heads, ranks
+from pipeline.artifact import UserError
 from pipeline.bank import MemoryBank, single, unit
 from pipeline.method import (
     Batch,
@@ -59,6 +60,8 @@ class EsVit(Method):
     ):
         super().__init__()
         require(tau_t=tau_t, tau_s=tau_s)
+        if crops < 0:
+            raise UserError(f"crops={crops} was asked, but must be 0 or more")
         require_shares(momentum=momentum)
         require_arrays("esvit", self.needs.arrays, setting.widths)
         if crops:

@@ -1,11 +1,13 @@
 """A user's own method: `python:module:Class,key=value` or `python:FILE.py:Class`."""
 
 import inspect
+import typing
+from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import UserError
 from pipeline.imports import load
-from pipeline.menu import nearest
+from pipeline.menu import convert, nearest
 from pipeline.method import Method, Setting
 
 
@@ -15,10 +17,12 @@ class Own:
     def __new__(cls, place: str, /, *, setting: Setting, **options: Any) -> Method:  # type: ignore[misc]
         build = named(place)
         parameters = inspect.signature(build).parameters.values()
-        known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "setting"]
+        known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "setting"}
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        for key in () if anything else options:
-            if key not in known:
+        for key, value in options.items():
+            if key in known:
+                options[key] = typed(value, known[key], f"python:{place} {key}=")
+            elif not anything:
                 keys = ", ".join(known) or "none"
                 raise UserError(f"python:{place} has no key {key!r}{nearest(key, known) or '.'} Known: {keys}")
         return build(setting=setting, **options)
@@ -27,6 +31,12 @@ class Own:
     def named(place: str) -> type[Method]:
         """The class itself, whose recipe and needs count."""
         return named(place)
+
+
+def typed(value: Any, parameter: inspect.Parameter, where: str) -> Any:
+    """The value as what the parameter is annotated with, if that is a number, a truth or a path. Raises UserError."""
+    wanted = {parameter.annotation, *typing.get_args(parameter.annotation)}
+    return convert(str(value), parameter, where) if wanted & {bool, int, float, Path} else value
 
 
 def named(place: str) -> type[Method]:
