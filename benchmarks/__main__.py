@@ -11,6 +11,7 @@ from pathlib import Path
 
 NAMES = (
     "startup", "listing", "codecs", "hydrate", "memory", "loader", "export", "similarity", "step", "students", "live",
+    "formats",
 )  # fmt: skip
 
 

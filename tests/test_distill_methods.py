@@ -172,6 +172,15 @@ def test_a_rate_far_too_high_never_leaves_a_broken_checkpoint(
             assert all(bool(t.isfinite().all()) for t in saved["student"].values())
 
 
+@pytest.mark.parametrize(("student", "projectors"), [("convnet:channels=4+8", 2), ("convnet:channels=4+16", 0)])
+def test_esvit_projects_a_student_of_another_width_than_the_teacher(
+    student: str, projectors: int, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    run(method="esvit:bank=50,crops=0", student=(student,), steps=2, lr=0.01)
+    saved = checkpoint.load(max((tmp_path / "run/checkpoints").glob("step-*.pt")))
+    assert len([name for name in saved["method"] if name.endswith("projector.weight")]) == projectors
+
+
 # ---------------------------------------------------------------- several students
 
 

@@ -55,7 +55,8 @@ class DogoFrozen(Method):
     """DoGo with a peer that has finished learning: the teacher of the store, whose features are its views.
 
     The student has its contrastive loss and follows the similarities between two stored views of
-    the batch. As peers see views of their own anyway, `--pairing cross` and `same` are alike faithful.
+    the batch, the first two of a step. As peers see views of their own anyway, `--pairing cross` and
+    `same` are alike faithful.
     `target=projection` is what a peer would show: the teacher's own projection (`head=` and
     `--keep embedding,projection`); the embedding takes its place where the store keeps none.
     """

@@ -31,7 +31,7 @@ class EsVit(Method):
 
     Every other view of an image is compared with each stored one: the step's views and `crops` small
     ones that the student alone sees. Linear projectors, dropped at the end, take the student to the
-    teacher's widths. A student region learns from the region of the other view whose feature has the
+    teacher's widths where these differ. A student region learns from the region of the other view whose feature has the
     largest cosine to its own, projected, wherever that lies. Half the loss are views, half regions.
 
     What is compared: prototypes, if the teacher brought its DINO heads (`head=head+head_dense+dino_loss`
@@ -126,7 +126,7 @@ class Prototypes(nn.Module):
         self, width: int, target: int, head: nn.Module, prototypes: Tensor, centre: Tensor | None, momentum: float
     ):
         super().__init__()
-        self.projector, self.head, self.momentum = nn.Linear(width, target), head, momentum
+        self.projector, self.head, self.momentum = projector(width, target), head, momentum
         self.fixed = centre is not None
         self.register_buffer("prototypes", prototypes, persistent=False)
         self.register_buffer("centre", torch.zeros(len(prototypes)) if centre is None else centre.flatten())
@@ -154,7 +154,7 @@ class Similarities(nn.Module):
 
     def __init__(self, width: int, target: int, size: int, name: str, setting: Setting):
         super().__init__()
-        self.projector = nn.Linear(width, target)
+        self.projector = projector(width, target)
         again = {"teacher": "embedding"} if name == "embedding" else {}  # which region it was is not kept
         self.bank = MemoryBank(size, {"teacher": target}, reread=again, seed=setting.seed)
         self.bank.start("store" if again else "empty", store_rows(setting, size), setting.view)
@@ -166,6 +166,11 @@ class Similarities(nn.Module):
     def after(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
         """teacher: (B * W, D) of the batch, which enter the bank."""
         self.bank.push(rows, views, {"teacher": unit(teacher)})
+
+
+def projector(width: int, target: int) -> nn.Module:
+    """From the student's width to the teacher's; nothing where they are the same."""
+    return nn.Linear(width, target) if width != target else nn.Identity()
 
 
 def matched(theirs: Tensor, mine: Tensor) -> Tensor:
