@@ -28,10 +28,7 @@ def measure() -> dict[str, Any]:
     device = choose("auto")
     forward = Forward(build(f"{TEACHER},pretrained=false", image_size=SIZE), device, batch_size=BATCH)
     views = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
-    formats: dict[str, dict[str, Any]] = {
-        "fp32": {}, "fp32 contiguous": {"channels_last": False}, "bf16": {"precision": "bf16"},
-        "compiled": {"compile": True},
-    }  # fmt: skip
+    ways: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"precision": "bf16"}, "compiled": {"compile": True}}
     with tempfile.TemporaryDirectory() as folder:
         images = str(photographs(Path(folder) / "images"))
         store = Path(folder) / "store"
@@ -40,7 +37,7 @@ def measure() -> dict[str, Any]:
                 data=images, teacher="convnet:channels=8+16,pretrained=false", out=store, views=2, image_size=32
             )
         )
-        steps = {name: _step(store, Path(folder) / name.replace(" ", "-"), how) for name, how in formats.items()}
+        steps = {name: _step(store, Path(folder) / name, how) for name, how in ways.items()}
         times: dict[str, list[float]] = {name: [] for name in [*steps, "teacher"]}
         for _ in range(ROUNDS + 1):
             for name, act in {**steps, "teacher": lambda: forward(views)}.items():
@@ -55,7 +52,6 @@ def measure() -> dict[str, Any]:
         "live / cached": round((found["fp32"] + found["teacher"]) / found["fp32"], 2),
         "bf16 / fp32": round(found["bf16"] / found["fp32"], 2),
         "compiled / not": round(found["compiled"] / found["fp32"], 2),
-        "contiguous / channels last": round(found["fp32 contiguous"] / found["fp32"], 2),
     }
 
 

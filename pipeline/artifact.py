@@ -22,7 +22,9 @@ LEASE = "lease.json"  # of who is writing: see pipeline.lease
 class Mismatch(UserError):
     """A folder made with other settings; `differing` are their dotted names, where they were compared."""
 
-    differing: Sequence[str] = ()
+    def __init__(self, message: str, differing: Sequence[str] = ()):
+        super().__init__(message)
+        self.differing = differing
 
 
 class OtherFormat(UserError):
@@ -50,15 +52,20 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "seal": fingerprint(rest)}
 
 
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any], under: str = "") -> list[str]:
+def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """["optimizer.lr is 0.01 there, 0.02 asked", ...]; nested records by dotted names."""
-    out: list[str] = []
+    return list(_unequal(there, asked).values())
+
+
+def _unequal(there: Mapping[str, Any], asked: Mapping[str, Any], under: str = "") -> dict[str, str]:
+    """{dotted name: what differs, in words}"""
+    out: dict[str, str] = {}
     for key in sorted({*there, *asked}):
-        old, new = _numbered(there.get(key)), _numbered(asked.get(key))
+        old, new, name = _numbered(there.get(key)), _numbered(asked.get(key)), f"{under}{key}"
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            out += differences(old, new, f"{under}{key}.")
+            out |= _unequal(old, new, f"{name}.")
         elif canonical(old) != canonical(new):
-            out.append(f"{under}{key} is {_short(old)} there, {_short(new)} asked")
+            out[name] = f"{name} is {_short(old)} there, {_short(new)} asked"
     return out
 
 
@@ -147,13 +154,12 @@ def claim(
     """
     if manifest := claimed(storage, kind):
         asked = json.loads(canonical(identity))
-        if changed := differences(manifest["identity"], asked):
-            end = Mismatch(
-                f"{storage} was made with other settings: {'; '.join(changed)}. "
-                "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)"
+        if changed := _unequal(manifest["identity"], asked):
+            raise Mismatch(
+                f"{storage} was made with other settings: {'; '.join(changed.values())}. "
+                "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)",
+                differing=list(changed),
             )
-            end.differing = [each.partition(" is ")[0] for each in changed]
-            raise end
         return manifest, False
     return write(storage, kind, identity, about or {}), True
 

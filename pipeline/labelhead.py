@@ -1,8 +1,8 @@
 """A linear classifier on embeddings: fitted to a few labels for a teacher, or what a student learned from one.
 
 logits = f W^T + b, with f brought to unit length first where the head says so. The file is the head: weight (C, d),
-bias (C,), and as JSON in its metadata `classes`, their names or null, and `unit`,
-and `weights`, the digest of the model whose embeddings it is for.
+bias (C,), and in its metadata, as JSON, `classes`, their names or null, and `unit`; besides `weights`, the digest of
+the model whose embeddings it is for.
 """
 
 import json

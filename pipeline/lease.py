@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.artifact import LEASE, canonical
 from pipeline.errors import UserError
-from pipeline.process import began, machine
+from pipeline.process import RUNS, began, machine
 from pipeline.progress import say
 from pipeline.storage import Storage
 
@@ -109,7 +109,7 @@ def _require_gone(storage: Storage, there: dict[str, Any]) -> None:
         time.sleep(WATCH)
         if read(storage) in (there, None):
             return
-    elif here and began(there["pid"]) != there["began"]:
+    elif here and began(there["pid"]) not in (there["began"], RUNS):
         return
     how = "stop it first" if here else f"stop it there first; if it is gone, repeat this command in {STALE:g} s"
     raise UserError(

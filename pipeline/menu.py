@@ -61,8 +61,9 @@ class Menu:
     """One family of things that can be named.
 
     Each entry is a function or class: its positional-only parameter takes the argument, its
-    keyword-only parameters are the keys a user may give (`**options`: any key), and what the
-    caller of `order` passes in `given` is not for users. Values become what the annotation says.
+    keyword-only parameters are the keys a user may give (`**options`: any key, `**options: str`
+    as it was written), and what the caller of `order` passes in `given` is not for users. Values
+    become what the annotation says.
     """
 
     def __init__(self, family: str, entries: Mapping[str, str], path_means: str | None = None):
@@ -146,13 +147,13 @@ class Menu:
     def _options(self, spec: Spec, build: Callable[..., typing.Any], given: Mapping[str, typing.Any]) -> dict:
         keys = self.keys(spec.kind, given)
         parameters = inspect.signature(build).parameters.values()
-        anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        rest = next((p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
         options: dict[str, typing.Any] = {}
         for key, value in spec.options.items():
             if key in keys:
                 options[key] = convert(value, keys[key], f"{spec.kind} {key}=")
-            elif anything:
-                options[key] = literal(value)
+            elif rest:
+                options[key] = value if rest.annotation is str else literal(value)
             else:
                 known = ", ".join(keys) or "none"
                 hint = nearest(key, keys)

@@ -4,6 +4,9 @@ import os
 import platform
 from pathlib import Path
 
+RUNS = "runs"
+"""That a process runs, where nobody may know since when."""
+
 
 def machine() -> str:
     """This boot of this machine, and what process numbers mean in it: containers have their own."""
@@ -15,23 +18,20 @@ def machine() -> str:
 
 
 def began(pid: int) -> str | None:
-    """When a process of this machine began, as the kernel counts; None if it has ended. Numbers are used again."""
+    """When a process of this machine began, in ticks, or RUNS; None if it has ended. Numbers are used again."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         fields = stat.rpartition(")")[2].split()  # from the third on: the second is a name, with any characters
         return None if fields[0] in "ZX" else fields[19]
-    except FileNotFoundError:
-        return None if Path("/proc/self/stat").exists() else _runs(pid)
-    except ProcessLookupError:
-        return None
+    except OSError:  # there is no /proc, or it hides other users' processes
+        return _runs(pid)
 
 
 def _runs(pid: int) -> str | None:
-    """`began` where there is no /proc: only whether it runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
     except PermissionError:
         pass
-    return "runs"
+    return RUNS

@@ -199,9 +199,9 @@ def attempt(common: distributed.Store, number: int, count: int) -> str:
 
 def _first(voice: distributed.Store) -> bool:
     """Whether no other rank has said why it ends."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        return voice.add(launch.SAID + attempt, 1) == 1
+        return voice.add(launch.SAID + restarts, 1) == 1
     except RuntimeError:  # its host was killed, or is rank 0, which was heard
         return launch.leads()
 

@@ -21,6 +21,7 @@ from pipeline.philox import view_name
 from pipeline.storage import Folder, absolute
 from pipeline.store import FeatureStore
 from pipeline.views import ViewSpec, local_size
+from pipeline.wording import counted
 
 Rows = list[dict[str, Any] | None]  # of metrics, per apprentice; None for one who does not learn in this step
 
@@ -62,12 +63,12 @@ class Session:
 
     def introduction(self) -> str:
         """What is about to be trained, in a line."""
-        plan, count = self.plan, len(self.apprentices)
+        plan = self.plan
         methods = ", ".join(dict.fromkeys(lesson.name for lesson in self.lessons))
         rates = ", ".join(dict.fromkeys(f"{x.training.optimizer} at {x.training.lr:g}" for x in self.lessons))
         shared = f" ({plan.batch // plan.size} on each of {plan.size} ranks)" if plan.size > 1 else ""
         return (
-            f"{count} student{'s' * (count > 1)}, {methods}: steps {self.start} to {plan.steps} "
+            f"{counted(len(self.apprentices), 'student')}, {methods}: steps {self.start} to {plan.steps} "
             f"({plan.steps / self.per_epoch:g} epochs), global batch {plan.batch} images x {plan.per_step} views"
             f"{shared}, {rates}, on {self.device}"
         )

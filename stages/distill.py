@@ -78,7 +78,9 @@ class Apart(UserError):
 class Partly(UserError):
     """Some of several students diverged; the runs of the others are `finished`."""
 
-    finished: tuple[Path, ...] = ()
+    def __init__(self, message: str, finished: Sequence[Path]):
+        super().__init__(message)
+        self.finished = finished
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -363,7 +365,6 @@ def close(session: "Session", what: str) -> dict[str, Any]:
     if over := [lesson.over for lesson in session.lessons if lesson.over]:
         for line in lines:
             say(line)
-        end = Partly(f"{' '.join(over)}. The other {len(taught)} students are finished")
-        end.finished = tuple(apprentice.folder for _, apprentice in taught)
-        raise end
+        others = [apprentice.folder for _, apprentice in taught]
+        raise Partly(f"{' '.join(over)}. The other {len(others)} students are finished", others)
     return {} if ranks.rank() else {"summary": "\n".join(lines), "runs": runs, "steps": session.plan.steps}

@@ -108,7 +108,7 @@ def passes_of(cells: Sequence[Cell], at_once: int | None) -> list[list[Cell]]:
 
 def train(cells: Sequence[Cell]) -> dict[Path, str]:
     """One pass -> why a run is not finished, by its folder. If it cannot be shared, each cell alone."""
-    finished: tuple[Path, ...] = ()
+    finished: Sequence[Path] = ()
     try:
         if len(cells) > 1:
             distill.share([cell.config for cell in cells])

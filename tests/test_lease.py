@@ -84,6 +84,20 @@ def test_a_number_that_another_process_has_now_is_not_the_holder(storage: Storag
         assert held._mine()
 
 
+def test_a_holder_whose_process_is_hidden_from_us_is_not_gone(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hidden(self: Path, **_: str) -> str:
+        raise FileNotFoundError(self)
+
+    here = lease.machine()
+    another(storage, machine=here, pid=os.getpid(), began=lease.began(os.getpid()))
+    monkeypatch.setattr("pipeline.process.Path.read_text", hidden)  # as /proc is mounted with hidepid
+    monkeypatch.setattr(lease, "machine", lambda: here)
+    with pytest.raises(UserError, match=f"is being written by process {os.getpid()}"):
+        lease.require_free(storage)
+
+
 def test_a_holder_on_another_machine_is_believed_while_it_gives_signs_of_life(storage: Storage) -> None:
     for silent in (0, lease.STALE / 2, -1e6):  # also one whose clock is ahead
         another(storage, silent)

@@ -354,13 +354,14 @@ def test_seed_without_a_stored_projection_says_that_it_uses_the_embedding() -> N
 
 
 OWN = """
+from pathlib import Path
 from pipeline.method import Method, Needs, Recipe
 class Mine(Method):
     recipe = Recipe(lr=0.7)
     needs = Needs(arrays=("embedding", "logits"), views=2, pairings=("cross",))
-    def __init__(self, *, setting, strength: float = 1.0):
+    def __init__(self, *, setting, strength: float = 1.0, folder: Path | None = None):
         super().__init__()
-        self.strength = strength
+        self.strength, self.folder = strength, folder
     def forward(self, batch, outputs):
         return [out["embedding"].mean() for out in outputs]
 class Idle(Method):
@@ -392,6 +393,7 @@ def test_a_key_that_the_users_method_does_not_know_is_refused(own: str) -> None:
 def test_values_of_the_users_keys_are_what_their_annotations_say(own: str) -> None:
     strength = method(f"{own}:Mine,strength=2", student()).strength  # type: ignore[comparison-overlap]
     assert strength == 2 and isinstance(strength, float)
+    assert method(f"{own}:Mine,folder=007", student()).folder == Path("007")  # type: ignore[comparison-overlap]
     with pytest.raises(UserError, match="own.py:Mine strength=much: must be a number"):
         method(f"{own}:Mine,strength=much", student())
 

@@ -7,25 +7,23 @@ from typing import Any
 
 from pipeline.artifact import UserError
 from pipeline.imports import load
-from pipeline.menu import convert, nearest
+from pipeline.menu import convert, literal, nearest
 from pipeline.method import Method, Setting
 
 
 class Own:
     """Your own: a subclass of pipeline.method.Method, from a module or a file."""
 
-    def __new__(cls, place: str, /, *, setting: Setting, **options: Any) -> Method:  # type: ignore[misc]
+    def __new__(cls, place: str, /, *, setting: Setting, **options: str) -> Method:  # type: ignore[misc]
         build = named(place)
         parameters = inspect.signature(build).parameters.values()
         known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "setting"}
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        for key, value in options.items():
-            if key in known:
-                options[key] = typed(value, known[key], f"python:{place} {key}=")
-            elif not anything:
+        for key in () if anything else options:
+            if key not in known:
                 keys = ", ".join(known) or "none"
                 raise UserError(f"python:{place} has no key {key!r}{nearest(key, known) or '.'} Known: {keys}")
-        return build(setting=setting, **options)
+        return build(setting=setting, **{key: typed(text, known.get(key), place) for key, text in options.items()})
 
     @staticmethod
     def named(place: str) -> type[Method]:
@@ -33,10 +31,11 @@ class Own:
         return named(place)
 
 
-def typed(value: Any, parameter: inspect.Parameter, where: str) -> Any:
-    """The value as what the parameter is annotated with, if that is a number, a truth or a path. Raises UserError."""
-    wanted = {parameter.annotation, *typing.get_args(parameter.annotation)}
-    return convert(str(value), parameter, where) if wanted & {bool, int, float, Path} else value
+def typed(text: str, parameter: inspect.Parameter | None, place: str) -> Any:
+    """What was written, as its annotation wants it if that is a number, a truth or a path. Raises UserError."""
+    if parameter and {parameter.annotation, *typing.get_args(parameter.annotation)} & {bool, int, float, Path}:
+        return convert(text, parameter, f"python:{place} {parameter.name}=")
+    return literal(text)
 
 
 def named(place: str) -> type[Method]:
