@@ -42,6 +42,7 @@ HOMES = {
     "distributed": {"pipeline/scheduler.py"},
     "faiss": {"pipeline/neighbors.py", "pipeline/codecs.py"},
     "obstore": {"pipeline/bucket.py"},
+    "jinja2": {"pipeline/page.py"},
     "timm": {"pipeline/models/", "pipeline/optimizers.py", "pipeline/ranks.py"},
     "torchvision": {"pipeline/models/", "pipeline/views.py", "pipeline/datasets/"},
 }
@@ -50,7 +51,7 @@ HOMES = {
 LIGHT = {"cli", "stages.*", "pipeline.artifact", "pipeline.config", "pipeline.menu", "pipeline.storage"} | {
     f"pipeline.{family}" for family in FAMILIES
 }
-HEAVY = {"torch", "torchvision", "timm", "faiss", "zarr", "dask", "distributed"}
+HEAVY = {"torch", "torchvision", "timm", "faiss", "zarr", "dask", "distributed", "jinja2"}
 """Loading a LIGHT file must not load a HEAVY package: `--help` and refused flags do not wait for torch."""
 
 NAMES_OF_NOTHING = {"utils", "util", "misc", "common", "helpers", "helper", "core", "manager"}
