@@ -1,13 +1,12 @@
 """Many evaluations in one table, as text and as a page."""
 
-import html
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline import figures
-from pipeline.page import Page, note
+from pipeline.page import EmbeddedChart, embed_chart, render_template
 from pipeline.scores import NOTES, Metrics, is_teacher, model, readings
 from pipeline.wording import DASH, amount, finite, flat, number, short, spelt
 
@@ -24,15 +23,32 @@ def compare(rows: Sequence[Metrics]) -> tuple[str, str]:
     protocol that a row lacks is a dash. Says so when the rows were not evaluated on the same data.
     """
     rows = sorted(rows, key=lambda row: not is_teacher(row))
-    made, warning = tabulate(rows), unlike(rows)
-    return plain(made, warning), _page(rows, made, warning)
+    table, warning = tabulate(rows), unlike(rows)
+    used = [key for key in NOTES if any(key in title.split() for title in table.head)]
+    page = render_template(
+        "comparison.html",
+        title="Comparison",
+        role="",
+        table=table,
+        words=WORDS,
+        warning=warning,
+        sizes=_sizes(rows),
+        terms={key: NOTES[key] for key in used},
+    )
+    return plain(table, warning), page
+
+
+@dataclass(frozen=True)
+class Row:
+    cells: list[str]
+    best: set[int]  # the columns in which none is better
+    teacher: bool
 
 
 @dataclass(frozen=True)
 class Table:
     head: list[str]
-    body: list[list[str]]
-    best: list[set[int]]  # of each row: the columns in which none is better
+    rows: list[Row]
     legend: str  # what is marked; "" where there are no scores
 
 
@@ -42,17 +58,16 @@ def tabulate(rows: Sequence[Metrics]) -> Table:
     titles = list(dict.fromkeys(title for score in fullest for title in score))
     rivals = [n for n, row in enumerate(rows) if not is_teacher(row)] or list(range(len(rows)))
     top = {t: max((round(scores[n][t], 1) for n in rivals if t in scores[n]), default=None) for t in titles}
-    body, best = [], []
-    named = names(rows)
+    made, named = [], names(rows)
     for n, row in enumerate(rows):
         own, who = scores[n], model(row)
         facts = [named[n], ", ".join(str(who[key]) for key in ("role", "method") if who.get(key)) or DASH]
         facts += [amount(who.get("parameters")), spelt(who.get("width"))]
-        body.append(facts + [number(own.get(title)) for title in titles])
+        cells = facts + [number(own.get(title)) for title in titles]
         wins = {len(FACTS) + t for t, title in enumerate(titles) if title in own and round(own[title], 1) == top[title]}
-        best.append(wins if n in rivals else set())
+        made.append(Row(cells, wins if n in rivals else set(), is_teacher(row)))
     legend = f"best of the {'students' if len(rivals) < len(rows) else 'rows'}" if titles else ""
-    return Table([*FACTS, *titles], body, best, legend)
+    return Table([*FACTS, *titles], made, legend)
 
 
 def names(rows: Sequence[Metrics]) -> list[str]:
@@ -80,8 +95,8 @@ def unlike(rows: Sequence[Metrics]) -> str:
 def plain(table: Table, warning: str) -> str:
     """Names to the left, numbers to the right, * for the best."""
     cells = [table.head]
-    for row, best in zip(table.body, table.best, strict=True):
-        cells.append([short(cell, 60) + ("*" if n in best else "") for n, cell in enumerate(row)])
+    for made in table.rows:
+        cells.append([short(cell, 60) + ("*" if n in made.best else "") for n, cell in enumerate(made.cells)])
     cells = [[c if c.endswith("*") or n < len(FACTS) else c + " " for n, c in enumerate(row)] for row in cells]
     width = [max(len(row[n]) for row in cells) for n in range(len(table.head))]
     lines = [
@@ -93,29 +108,8 @@ def plain(table: Table, warning: str) -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def _page(rows: Sequence[Metrics], table: Table, warning: str) -> str:
-    page = Page()
-    lines = [_row("th", map(html.escape, table.head))]
-    for row, cells, best in zip(rows, table.body, table.best, strict=True):
-        marked = (f"<b>{html.escape(c)}</b>" if n in best else html.escape(c) for n, c in enumerate(cells))
-        lines.append(_row("td", marked, "teacher" if is_teacher(row) else ""))
-    legend = note(f"Bold: {table.legend}.") if table.legend else ""
-    grid = f'<div class="wide"><table class="compare">{"".join(lines)}</table></div>'
-    page.add("", note(warning, "warning") + grid + legend)
-    page.add("Accuracy against size", _sizes(page, rows))
-    used = [key for key in NOTES if any(key in title.split() for title in table.head)]
-    terms = "".join(f"<dt>{key}</dt><dd>{html.escape(NOTES[key])}</dd>" for key in used)
-    page.add("What the columns are", f"<dl>{terms}</dl>" if terms else "")
-    return page.spell("Comparison").decode()
-
-
-def _row(tag: str, cells: Iterable[str], tone: str = "") -> str:
-    spelled = (f"<{tag}>{c}</{tag}>" if n < WORDS else f'<{tag} class="n">{c}</{tag}>' for n, c in enumerate(cells))
-    return f'<tr class="{tone}">{"".join(spelled)}</tr>' if tone else f"<tr>{''.join(spelled)}</tr>"
-
-
-def _sizes(page: Page, rows: Sequence[Metrics]) -> str:
-    """Parameters against some of the scores."""
+def _sizes(rows: Sequence[Metrics]) -> EmbeddedChart | None:
+    """Parameters against some of the scores; nothing where no row has both."""
     panels: dict[str, list[figures.Dot]] = {}
     for row, name in zip(rows, names(rows), strict=True):
         who, own = model(row), readings(row)
@@ -126,6 +120,6 @@ def _sizes(page: Page, rows: Sequence[Metrics]) -> str:
                 panels.setdefault(title, []).append(dot)
     panels = {title: panels[title] for title in [title for title in PLOTTED if title in panels][:MOST]}
     if not panels:
-        return ""
-    chart = page.chart("compare", figures.scatter(panels), "accuracy against number of parameters")
-    return chart + note("Star: a teacher. The axis of parameters is logarithmic.")
+        return None
+    note = "Star: a teacher. The axis of parameters is logarithmic."
+    return embed_chart("compare", figures.scatter(panels), "accuracy against number of parameters", note)

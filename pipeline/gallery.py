@@ -3,7 +3,6 @@
 In the page they are small images with words beside them, in figures/ the same rows as one picture.
 """
 
-import html
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.figures import INK, Chart
-from pipeline.page import Page, note, uri
+from pipeline.page import data_uri
 from pipeline.wording import short
 
 Pictures = Callable[[str, int], np.ndarray]  # ("train" | "val", row i) -> (H, W, 3) uint8
@@ -43,6 +42,22 @@ class Tile:
     title: str
     tone: str = ""  # "yes", "no", "query" or nothing
 
+    @property
+    def look(self) -> str:
+        """The classes of its image in the page."""
+        enlarged = min(self.picture.shape[:2]) <= PIXEL_ART
+        return f"{self.tone} px".strip() if enlarged else self.tone
+
+    @property
+    def source(self) -> str:
+        """Its central square as a data URI."""
+        side, data = square(self.picture), io.BytesIO()
+        small = len(side) <= PIXEL_ART
+        kind = "png" if small else "jpeg"
+        shown = side if small else _resize(side, min(len(side), SHOWN))
+        Image.fromarray(shown).save(data, kind, quality=88)
+        return data_uri(data.getvalue(), kind)
+
 
 @dataclass(frozen=True)
 class Strip:
@@ -51,12 +66,18 @@ class Strip:
     tiles: list[Tile]
 
 
+@dataclass(frozen=True)
+class Gallery:
+    note: str  # what is shown, and how it was drawn
+    strips: list[Strip]
+
+
 # ---------------------------------------------------------------- which pictures
 
 
 def clusters(
-    page: Page, found: Mapping[str, np.ndarray], train: Labelled, pictures: Pictures, random: np.random.Generator
-) -> str:
+    found: Mapping[str, np.ndarray], train: Labelled, pictures: Pictures, random: np.random.Generator
+) -> Gallery:
     """The picture of the CompRess paper: a row is a cluster; both clusters and images drawn at random."""
     assignment = found["train_assignment"]
     filled = np.unique(assignment)
@@ -67,13 +88,11 @@ def clusters(
         some = random.choice(members, min(PER_CLUSTER, len(members)), replace=False).tolist()
         tiles = [Tile(pictures("train", int(train.rows[n])), _category(train, n), "") for n in some]
         strips.append(Strip(f"cluster {cluster}", _about_cluster(cluster, members, found, train), tiles))
-    return _strips(
-        page,
-        "clusters",
-        strips,
+    note = (
         f"A row is a cluster of the training images. Neither clusters nor images are picked: {len(chosen)} of "
-        f"{len(filled)} clusters, up to {PER_CLUSTER} images of each, drawn with the page's seed.",
+        f"{len(filled)} clusters, up to {PER_CLUSTER} images of each, drawn with the page's seed."
     )
+    return Gallery(note, strips)
 
 
 def _about_cluster(cluster: int, members: np.ndarray, found: Mapping[str, np.ndarray], train: Labelled) -> list[str]:
@@ -90,13 +109,12 @@ def _about_cluster(cluster: int, members: np.ndarray, found: Mapping[str, np.nda
 
 
 def neighbours(
-    page: Page,
     found: Mapping[str, np.ndarray],
     train: Labelled,
     val: Labelled,
     pictures: Pictures,
     random: np.random.Generator,
-) -> str:
+) -> Gallery:
     """Random validation images, each with its nearest training images."""
     near = found["neighbors"]
     strips = []
@@ -108,13 +126,11 @@ def neighbours(
             same += int(agrees)
             tiles.append(Tile(pictures("train", int(train.rows[n])), _category(train, n), "yes" if agrees else "no"))
         strips.append(Strip(_category(val, query), [f"{same} of {near.shape[1]} agree"], tiles))
-    return _strips(
-        page,
-        "neighbours",
-        strips,
+    note = (
         "First in each row a validation image drawn at random, then its nearest training images, nearest first. Green: "
-        "of the same category; red and dashed: of another. Only the first neighbour counts for the NN score.",
+        "of the same category; red and dashed: of another. Only the first neighbour counts for the NN score."
     )
+    return Gallery(note, strips)
 
 
 def _category(split: Labelled, n: int) -> str:
@@ -122,28 +138,6 @@ def _category(split: Labelled, n: int) -> str:
 
 
 # ---------------------------------------------------------------- how they are shown
-
-
-def _strips(page: Page, name: str, strips: list[Strip], text: str) -> str:
-    page.figure(name, mosaic(strips))
-    rows = []
-    for strip in strips:
-        small = "".join(f"<small>{html.escape(line)}</small>" for line in strip.lines)
-        images = "".join(_image(tile) for tile in strip.tiles)
-        rows.append(f'<div class="strip"><div class="who">{html.escape(strip.title)}{small}</div>{images}</div>')
-    return f'{note(text)}<div class="strips">{"".join(rows)}</div>'
-
-
-def _image(tile: Tile) -> str:
-    side = square(tile.picture)
-    small = len(side) <= PIXEL_ART
-    if not small:
-        side = _resize(side, min(len(side), SHOWN))
-    data, kind = io.BytesIO(), "PNG" if small else "JPEG"
-    Image.fromarray(side).save(data, kind, quality=88)
-    look = " ".join(filter(None, (tile.tone, "px" if small else "")))
-    text = html.escape(tile.title)
-    return f'<img class="{look}" src="{uri(data.getvalue(), kind.lower())}" alt="{text}" title="{text}">'
 
 
 def square(picture: np.ndarray) -> np.ndarray:

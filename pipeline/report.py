@@ -1,8 +1,8 @@
 """The page of one evaluation: report.html, and its figures in figures/."""
 
-import html
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from pipeline import figures, gallery
 from pipeline.gallery import Labelled, Pictures
-from pipeline.page import Page, note
+from pipeline.page import EmbeddedChart, embed_chart, render_template, save_figure
 from pipeline.scores import Metrics, is_augmented, meaning, model, readings
 from pipeline.storage import Folder
-from pipeline.wording import amount, fact, finite, flat, number, signed
+from pipeline.wording import finite, flat
 
 __all__ = ["readings", "write"]
 
@@ -55,88 +55,86 @@ def write(
     given is left out of the page. Pictures are drawn by `seed`, not picked. Each file is written whole
     or not at all, the page last.
     """
-    page, random = Page(Folder(folder)), np.random.default_rng(seed)
+    place, random = Folder(folder), np.random.default_rng(seed)
     first = {spec.partition(":")[0]: found.arrays for spec, found in reversed(list(results.items()))}
     nn, cluster = first.get("nn"), first.get("cluster")
-    page.add("", _headline(metrics, teacher or {}))
-    page.add("Training", _training(page, curves or ()))
-    if pictures and cluster:
-        page.add("Random images of random clusters", gallery.clusters(page, cluster, train, pictures, random))
-    if pictures and nn:
-        page.add("Nearest neighbours", gallery.neighbours(page, nn, train, val, pictures, random))
-    if cluster and "confusion" in cluster:
-        page.add("Clusters against categories", _confusion(page, cluster["confusion"], val.classes))
-    page.add("Linear layer", _probes(page, results))
-    raw = html.escape(json.dumps(metrics, indent=1, default=str))
-    page.add("", f"<details><summary>metrics.json</summary><pre>{raw}</pre></details>")
-    name, role = str(model(metrics).get("name", "Evaluation")), str(model(metrics).get("role", ""))
-    Folder(folder).put("report.html", page.spell(name, role))
+    clusters = gallery.clusters(cluster, train, pictures, random) if pictures and cluster else None
+    neighbours = gallery.neighbours(nn, train, val, pictures, random) if pictures and nn else None
+    for name, shown in (("clusters", clusters), ("neighbours", neighbours)):
+        if shown:
+            save_figure(place, name, figures.render(gallery.mosaic(shown.strips)))
+    scores = _scores(metrics, teacher or {})
+    page = render_template(
+        "report.html",
+        title=model(metrics).get("name", "Evaluation"),
+        role=model(metrics).get("role", ""),
+        sizes=_sizes(metrics, teacher or {}),
+        scores=scores,
+        kept=next((score for score in scores if (score.teacher or 0) > 0), None),
+        with_teacher=bool(readings(teacher or {})),
+        facts=_facts(metrics),
+        training=_training(place, curves or ()),
+        clusters=clusters,
+        neighbours=neighbours,
+        confusion=_confusion(place, cluster["confusion"], val.classes) if cluster and "confusion" in cluster else None,
+        probes=_probes(place, results),
+        raw=json.dumps(metrics, indent=1, default=str),
+    )
+    place.put("report.html", page.encode())
     return Path(folder) / "report.html"
 
 
 # ---------------------------------------------------------------- scores and facts
 
 
-def _headline(metrics: Metrics, teacher: Metrics) -> str:
-    """Each score as number, bar and distance from the teacher's; then the facts about model and data."""
+@dataclass(frozen=True)
+class Score:
+    title: str
+    meaning: str
+    value: float  # percent, like the teacher's
+    teacher: float | None
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.teacher is None else self.value - self.teacher
+
+    @property
+    def tone(self) -> str:
+        """The class of its difference: "up", "down" or nothing."""
+        gain = self.difference
+        return "" if gain is None or not round(gain, 1) else "up" if gain > 0 else "down"
+
+
+def _scores(metrics: Metrics, teacher: Metrics) -> list[Score]:
     own, other = readings(metrics), readings(teacher)
-    rows = "".join(_score_row(title, value, other.get(title), metrics, bool(other)) for title, value in own.items())
-    if not rows:
-        rows = '<tr><td colspan="3">no scores: without labels there is nothing to agree with</td></tr>'
-    extra = '<th class="n">teacher</th><th class="n">difference</th>' if other else ""
-    table = f'<table class="scores"><tr><th>score</th><th class="n">%</th><th></th>{extra}</tr>{rows}</table>'
-    legend = note("The mark on each bar is the teacher.") if other else ""
-    return _summary(metrics, teacher) + table + legend + _facts(metrics)
+    return [Score(title, meaning(title, metrics), value, other.get(title)) for title, value in own.items()]
 
 
-def _summary(metrics: Metrics, teacher: Metrics) -> str:
-    """How much of the teacher is kept, at what size, in one sentence."""
-    own, other = readings(metrics), readings(teacher)
-    title = next((title for title in own if other.get(title, 0) > 0), None)
-    if title is None:
-        return ""
-    text = f"<b>{100 * own[title] / other[title]:.0f} %</b> of the teacher's {title} accuracy"
-    text += f" ({own[title]:.1f} of {other[title]:.1f})"
-    small, large = model(metrics).get("parameters"), model(teacher).get("parameters")
-    if small and large:
-        text += f" with <b>{100 * small / large:.0f} %</b> of its parameters ({amount(small)} of {amount(large)})"
-    return f'<p class="lead">{text}.</p>'
+def _sizes(metrics: Metrics, teacher: Metrics) -> list[float]:
+    """Parameters of this model and of the teacher; empty unless both are known."""
+    both = [model(record).get("parameters") for record in (metrics, teacher)]
+    known = [size for size in both if finite(size) and size > 0]
+    return known if len(known) == len(both) else []
 
 
-def _facts(metrics: Metrics) -> str:
-    lists = []
-    for family in ("model", "data"):
-        pairs = [(k, v) for k, v in flat(metrics.get(family) or {}) if (family, k) not in HEADED]
-        items = (
-            f"<div><dt>{html.escape(k.replace('_', ' '))}</dt><dd>{html.escape(fact(v))}</dd></div>" for k, v in pairs
-        )
-        lists.append(f'<dl class="facts"><div class="family">{family}</div>{"".join(items)}</dl>' if pairs else "")
-    return "".join(lists)
-
-
-def _score_row(title: str, own: float, other: float | None, metrics: Metrics, beside: bool) -> str:
-    mark = f'<b style="left:{min(max(other, 0), 100):.2f}%"></b>' if other is not None else ""
-    bar = f'<div class="bar"><i style="width:{min(max(own, 0), 100):.2f}%"></i>{mark}</div>'
-    cells = f'<td class="n big">{own:.1f}</td><td class="w">{bar}</td>'
-    if beside:
-        gain = None if other is None else own - other
-        tone = "" if gain is None or not round(gain, 1) else " up" if gain > 0 else " down"
-        cells += f'<td class="n">{number(other)}</td><td class="n{tone}">{signed(gain)}</td>'
-    return f"<tr><td>{html.escape(title)}<small>{html.escape(meaning(title, metrics))}</small></td>{cells}</tr>"
+def _facts(metrics: Metrics) -> dict[str, list[tuple[str, Any]]]:
+    """What is recorded of model and data, by family."""
+    records = {family: flat(metrics.get(family) or {}) for family in ("model", "data")}
+    return {family: [(k, v) for k, v in pairs if (family, k) not in HEADED] for family, pairs in records.items()}
 
 
 # ---------------------------------------------------------------- curves
 
 
-def _training(page: Page, rows: Sequence[Mapping[str, Any]]) -> str:
+def _training(place: Folder, rows: Sequence[Mapping[str, Any]]) -> EmbeddedChart | None:
     """Loss, accuracy and health against the step, one panel each; rows that lack a value are skipped."""
     lines = {key: line for key in PANELS if len(line := series(rows, key)) > 1}
     if not lines:
-        return ""
+        return None
     chart = figures.curves({PANELS[key]: line for key, line in lines.items()})
-    many = any(len(line) >= figures.MANY for line in lines.values())
-    legend = note("The faint line is every logged step, the strong one their running mean.") if many else ""
-    return page.chart("training", chart, "training curves: " + ", ".join(lines)) + legend
+    smoothed = any(len(line) >= figures.MANY for line in lines.values())
+    note = "The faint line is every logged step, the strong one their running mean." if smoothed else ""
+    return embed_chart("training", chart, "training curves: " + ", ".join(lines), note, folder=place)
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
@@ -145,47 +143,43 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array(sorted(pairs), dtype=np.float64).reshape(-1, 2)
 
 
-def _probes(page: Page, results: Mapping[str, Found]) -> str:
+def _probes(place: Folder, results: Mapping[str, Found]) -> list[EmbeddedChart]:
     """The linear layer by epoch: the first on centre crops and the first on augmented images, if there are any."""
     firsts: dict[str, Found] = {}
     for spec, found in results.items():
         if spec.partition(":")[0] == "linear" and "curve" in found.arrays:
             firsts.setdefault("linear_augmented" if is_augmented(found.metrics) else "linear", found)
-    return "".join(_probe(page, name, found) for name, found in firsts.items())
+    return [_probe(place, name, found) for name, found in firsts.items()]
 
 
-def _probe(page: Page, name: str, found: Found) -> str:
-    chart = figures.probe(found.arrays["curve"])
+def _probe(place: Folder, name: str, found: Found) -> EmbeddedChart:
     protocol = found.metrics.get("protocol")
-    legend = note(f"Protocol: {protocol}.") if protocol else ""
-    return page.chart(name, chart, "loss and accuracy of the linear layer by epoch") + legend
+    note = f"Protocol: {protocol}." if protocol else ""
+    chart = figures.probe(found.arrays["curve"])
+    return embed_chart(name, chart, "loss and accuracy of the linear layer by epoch", note, folder=place)
 
 
 # ---------------------------------------------------------------- confusion
 
 
-def _confusion(page: Page, counts: np.ndarray, classes: tuple[str, ...]) -> str:
+@dataclass(frozen=True)
+class Confusion:
+    chart: EmbeddedChart
+    lost: int  # images in clusters that have no category
+    pairs: list[tuple[str, str, int]]  # category, category of the cluster, images
+
+
+def _confusion(place: Folder, counts: np.ndarray, classes: tuple[str, ...]) -> Confusion:
     """(C, C + 1) validation images of each category by the category of their cluster, the last: none."""
     lost = int(counts[:, -1].sum())
     shown = figures.confusion(counts if lost else counts[:, :-1], classes)
-    chart = page.chart("confusion", shown, "confusion matrix of categories and mapped clusters")
-    text = (
-        "Validation images by their category (rows) and the category their cluster is mapped to on training (columns)."
-    )
-    if lost:
-        text += f" {lost} lie in clusters that have no category."
-    return f'{note(text)}<div class="pair">{chart}{_mixed_up(counts[:, :-1], classes)}</div>'
+    chart = embed_chart("confusion", shown, "confusion matrix of categories and mapped clusters", folder=place)
+    return Confusion(chart, lost, _mixed_up(counts[:, :-1], classes))
 
 
-def _mixed_up(counts: np.ndarray, classes: tuple[str, ...]) -> str:
-    """The largest confusions as a table: of a thousand categories the picture shows only the diagonal."""
+def _mixed_up(counts: np.ndarray, classes: tuple[str, ...]) -> list[tuple[str, str, int]]:
+    """The largest confusions: of a thousand categories the picture shows only the diagonal."""
     off = counts.copy()
     np.fill_diagonal(off, 0)
     order = [(n // len(off), n % len(off)) for n in np.argsort(-off, axis=None, kind="stable")[:8].tolist()]
-    rows = "".join(
-        f'<tr><td>{html.escape(classes[a])} &rarr; {html.escape(classes[b])}</td><td class="n">{off[a, b]}</td></tr>'
-        for a, b in order
-        if off[a, b]
-    )
-    head = '<tr><th>most often mixed up</th><th class="n">images</th></tr>'
-    return f"<table>{head}{rows}</table>" if rows else ""
+    return [(classes[a], classes[b], int(off[a, b])) for a, b in order if off[a, b]]

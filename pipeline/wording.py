@@ -33,6 +33,16 @@ def signed(value: float | None) -> str:
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}") if round(value, 1) else "0.0"
 
 
+def share(part: float, whole: float) -> str:
+    """18 of 20 -> 90 %"""
+    return f"{100 * part / whole:.0f} %"
+
+
+def bar_length(percent: float) -> str:
+    """A length in CSS that never leaves its bar: 103.2 -> 100.00%"""
+    return f"{min(max(percent, 0), 100):.2f}%"
+
+
 def amount(value: Any) -> str:
     """11689512 -> 11.7M"""
     if not finite(value):

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,32 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+class Parsed(HTMLParser):
+    """What a browser makes of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, tuple[str, ...]]] = []  # tag, names of its attributes
+        self.values: dict[str, set[str]] = {}  # of each attribute
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, tuple(name for name, _ in attrs)))
+        for name, value in attrs:
+            self.values.setdefault(name, set()).add(value or "")
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
 def assert_self_contained(text: str) -> None:
     links = re.findall(r"""(?:\bsrc|\bhref|\bsrcset|\baction|\bdata)\s*=\s*["']?([^"'\s>]*)""", text)
     assert all(link.startswith("data:image/") for link in links), [link[:40] for link in links]
@@ -112,28 +139,14 @@ def test_the_report_is_one_file_that_asks_the_network_for_nothing(page: Path) ->
 
 
 def test_names_are_text_in_the_page_and_never_markup(page: Path) -> None:
-    text = page.read_text()
-    assert "<script" not in text and "<b>me" not in text
+    text = Parsed(page.read_text()).text
     for name in ("<script>alert(1)</script>", "a\"b'&amp;$\\frac$", "<b>me</b> & $x$"):
-        assert html.escape(name) in text
-    assert "猫" in text  # and its byte that is no UTF-8 does not stop the page
+        assert name in text
+    assert "猫\\udcff" in text  # its byte that is no UTF-8 does not stop the page
 
 
 def test_every_tag_that_opens_closes(page: Path) -> None:
-    from html.parser import HTMLParser
-
-    open_tags: list[str] = []
-
-    class Check(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: object) -> None:
-            if tag not in ("meta", "img", "source"):
-                open_tags.append(tag)
-
-        def handle_endtag(self, tag: str) -> None:
-            assert open_tags.pop() == tag
-
-    Check().feed(page.read_text())
-    assert open_tags == []
+    assert Parsed(page.read_text()).open == []
 
 
 def test_figures_lie_beside_the_page_as_opaque_png(page: Path) -> None:
@@ -147,7 +160,8 @@ def test_the_page_shows_each_score_beside_the_teachers(page: Path) -> None:
     text = re.sub(r"<small>.*?</small>|<div class=\"bar\">.*?</div>|</?t[rd][^>]*>", " ", page.read_text())
     assert re.search(r"NN\s+54\.1\s+60\.1\s+−6\.0\s", text)
     assert re.search(r"NMI\s+40\.0\s+40\.0\s+0\.0\s", text)
-    assert "<b>90 %</b> of the teacher's NN accuracy (54.1 of 60.1) with <b>25 %</b> of its parameters" in text
+    lead = "<b>90 %</b> of the teacher's NN accuracy (54.1 of 60.1) with <b>25 %</b> of its parameters (1M of 4M)."
+    assert lead in " ".join(text.split())
 
 
 def test_the_centre_crop_probe_and_the_selection_on_validation_are_labelled(page: Path) -> None:
@@ -157,7 +171,7 @@ def test_the_centre_crop_probe_and_the_selection_on_validation_are_labelled(page
 
 def test_green_and_red_tiles_are_those_whose_labels_agree_and_do_not(page: Path) -> None:
     train, val = splits()
-    tiles = re.findall(r'<div class="strip">(.*?)</div>(?=<div class="strip"|</div>)', page.read_text(), re.DOTALL)
+    tiles = re.findall(r'<div class="strip">(.*?)</div>\s*(?=<div class="strip"|</div>)', page.read_text(), re.DOTALL)
     strips = [strip for strip in tiles if 'class="query' in strip]
     near = results()["nn"].arrays["neighbors"]
     agreements = {int(n): int((train.label[row] == val.label[n]).sum()) for n, row in enumerate(near)}
