@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline import comparison, figures, gallery, report, scores
 from pipeline.evaluators.base import Result, Split
+from pipeline.page import printable
 
 ROOT = Path(__file__).parents[1]
 EVIL = ("<script>alert(1)</script>", "a\"b'&amp;$\\frac$", "猫\udcff", "plain")
@@ -147,6 +148,61 @@ def test_names_are_text_in_the_page_and_never_markup(page: Path) -> None:
 
 def test_every_tag_that_opens_closes(page: Path) -> None:
     assert Parsed(page.read_text()).open == []
+
+
+HOSTILE = (
+    "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;{{ 7*7 }}{% %}</title></pre>\0\x1b[2J\u202e\udcff"
+)
+SHOWN = HOSTILE.partition("\0")[0] + r"\x00\x1b[2J\u202e\udcff"
+
+
+def replaced(value: Any, text: str) -> Any:
+    """Nested records with this text in place of every string."""
+    if isinstance(value, dict):
+        return {key: replaced(inner, text) for key, inner in value.items()}
+    return text if isinstance(value, str) else value
+
+
+def named(text: str, **model: Any) -> dict[str, Any]:
+    """METRICS with this text wherever a metrics.json may hold one, keys that differ from data set to data set too."""
+    metrics = replaced(changed(classifier={"top1": 70.0, "head": ""}, model__method="", model__spec=""), text)
+    metrics["model"] |= {text: [text, text], "nested": {text: text}, **model}
+    metrics["data"] |= {text: text}
+    metrics["knn"] |= {text: {"top1": 50.0}}
+    return metrics
+
+
+def write_named(folder: Path, text: str) -> Parsed:
+    """A report in which the classes and the protocols have this text as well."""
+    train, val = splits(tuple(f"{text}{n}" for n in range(4)))
+    found = results() | {"linear": Result({"protocol": text}, results()["linear"].arrays)}
+    page = report.write(
+        folder, named(text), train=train, val=val, results=found, teacher=TEACHER, curves=CURVES, pictures=pictures
+    )
+    return Parsed(page.read_text())
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_name_in_a_report_makes_an_element_or_an_attribute(tmp_path: Path) -> None:
+    plain, hostile = (write_named(tmp_path / str(n), text) for n, text in enumerate(("plain", HOSTILE)))
+    assert hostile.elements == plain.elements and hostile.open == []
+    assert all(source.startswith("data:image/") for source in hostile.values["src"])
+    assert hostile.values["title"] == {f"{SHOWN}{n}" for n in range(4)} <= hostile.values["alt"]
+    of_the_json = json.dumps(named("plain")).count("plain")  # which escapes its strings in its own way
+    assert hostile.text.count(SHOWN) == plain.text.count("plain") - of_the_json > 20
+    assert printable(hostile.text) == hostile.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_name_in_a_comparison_makes_an_element_or_an_attribute() -> None:
+    pages = []
+    for text in ("plain", HOSTILE):
+        rows = [named(text, run=f"/runs/{n}/{text}") for n in range(2)]  # namesakes: their runs are shown
+        pages.append(Parsed(comparison.compare([*rows, named(text, role="teacher"), {}])[1]))
+    plain, hostile = pages
+    assert hostile.elements == plain.elements and hostile.open == []
+    assert hostile.text.count(SHOWN) == plain.text.count("plain") > 10
+    assert printable(hostile.text) == hostile.text
 
 
 def test_figures_lie_beside_the_page_as_opaque_png(page: Path) -> None:
