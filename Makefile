@@ -1,5 +1,6 @@
 # make demo   make the environment and run the three stages on embedded data, into ./demo
-# make test   make the environment if need be and run the tests
+# make test   make the environment if need be and run the tests, about ten minutes on two cores
+# make test-all  the same and the slow ones: a wheel, a linted clone
 # make lint   ruff and mypy
 # make bench  speed and memory, as JSON
 # make soak   the tests that run for long on purpose
@@ -13,7 +14,7 @@ DEMO = ./demo
 ARGS =
 BIN = $(VENV)/bin
 
-.PHONY: help install demo test lint bench soak
+.PHONY: help install demo test test-all lint types bench soak
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -24,9 +25,19 @@ demo: install
 test: install
 	@"$(BIN)/python" -m pytest -n auto --dist loadfile $(ARGS)
 
+test-all: test
+	@"$(BIN)/python" -m pytest -m extended $(ARGS)
+
+# mypy cannot see an editable install with package-dir, so it is shown this folder under the package's name.
 lint: install
 	@"$(BIN)/python" -m ruff check .
-	@"$(BIN)/python" -m mypy
+	@$(MAKE) --no-print-directory types
+
+types:
+	@root="$$(mktemp -d)"; trap 'rm -rf "$$root"' EXIT; ln -s "$(CURDIR)" "$$root/compress_ssl"; cd "$$root" && \
+	    MYPYPATH="$$root" "$(abspath $(BIN))/python" -m mypy --config-file "$(CURDIR)/pyproject.toml" \
+	    --cache-dir "$(CURDIR)/.mypy_cache" \
+	    -p compress_ssl.pipeline -p compress_ssl.stages -m compress_ssl -m compress_ssl.cli -m compress_ssl.__main__
 
 bench: install
 	@"$(BIN)/python" -m benchmarks

@@ -15,29 +15,32 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from pipeline.artifact import UserError
-from pipeline.interrupt import Interrupted
-from pipeline.launch import leads, started
-from pipeline.menu import nearest
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.interrupt import Interrupted
+from compress_ssl.pipeline.launch import leads, started
+from compress_ssl.pipeline.menu import nearest
 
 UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 COMMANDS = {
-    "export-teacher": ("stages.export_teacher", "Run the frozen teacher once over every view and keep its embeddings."),
-    "distill": ("stages.distill", "Train students from a store of teacher embeddings."),
-    "label-head": ("stages.label_head", "A linear head on stored embeddings, fitted to a few labels."),
-    "evaluate": ("stages.evaluate", "Nearest neighbours, clusters and linear probes, with a report."),
-    "inspect": ("stages.inspect", "What a store, run or evaluation is and how far it got."),
-    "verify": ("stages.verify", "Every digest of a store, then the live teacher against a sample; --repair."),
-    "store copy": ("stages.store_copy", "Push, pull, cut down or recode a store, digests checked."),
-    "compare": ("stages.compare", "One table and page over many evaluations, the teacher first."),
-    "sweep": ("stages.sweep", "A grid of students, methods and stores from a YAML file, compared at the end."),
-    "models": ("stages.menus:Models", "What can be named as teacher, student or --model."),
-    "methods": ("stages.menus:Methods", "What can be named as --method, with the published recipes."),
-    "protocols": ("stages.menus:Protocols", "What can be named as --protocol."),
-    "demo": ("stages.demo", "The three stages on embedded data, minutes on two cores."),
+    "export-teacher": ("export_teacher", "Run the frozen teacher once over every view and keep its embeddings."),
+    "distill": ("distill", "Train students from a store of teacher embeddings."),
+    "label-head": ("label_head", "A linear head on stored embeddings, fitted to a few labels."),
+    "evaluate": ("evaluate", "Nearest neighbours, clusters and linear probes, with a report."),
+    "inspect": ("inspect", "What a store, run or evaluation is and how far it got."),
+    "verify": ("verify", "Every digest of a store, then the live teacher against a sample; --repair."),
+    "store copy": ("store_copy", "Push, pull, cut down or recode a store, digests checked."),
+    "compare": ("compare", "One table and page over many evaluations, the teacher first."),
+    "sweep": ("sweep", "A grid of students, methods and stores from a YAML file, compared at the end."),
+    "models": ("menus:Models", "What can be named as teacher, student or --model."),
+    "methods": ("menus:Methods", "What can be named as --method, with the published recipes."),
+    "protocols": ("menus:Protocols", "What can be named as --protocol."),
+    "demo": ("demo", "The three stages on embedded data, minutes on two cores."),
 }
-"""name, or family and name: (module, or module:Config, summary). A module is imported when its command is asked for."""
+"""Name, or family and name: (module of `compress_ssl.stages`, or module:Config; summary).
+
+A module is imported when its command is asked for.
+"""
 
 
 class Commands(TyperGroup):
@@ -74,7 +77,7 @@ def _root() -> None:
 def _command(name: str, where: str, summary: str) -> Any:
     """A Typer command from a stage's Config: one option per field."""
     module_name, _, config_name = where.partition(":")
-    module = importlib.import_module(module_name)
+    module = importlib.import_module(f"compress_ssl.stages.{module_name}")
     config = getattr(module, config_name or "Config")
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(name, help=inspect.getdoc(config) or summary)(_function(config, module.run))

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numcodecs import Zstd
 
-from pipeline.codecs import Codec, codec
-from pipeline.grid import CHUNK_ROWS, ZSTD_LEVEL
-from pipeline.images import GOOD
-from pipeline.neighbors import normalize
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
+from compress_ssl.pipeline.codecs import Codec, codec
+from compress_ssl.pipeline.grid import CHUNK_ROWS, ZSTD_LEVEL
+from compress_ssl.pipeline.images import GOOD
+from compress_ssl.pipeline.neighbors import normalize
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
 
 CODECS = ("float32", "float32+zstd", "float16", "float16+zstd", "int8", "int8+zstd")
 BYTES = (16, 32, 64, 128, 256)  # of product quantisation
@@ -110,7 +110,7 @@ def _timed(act: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _digits(out: Path) -> Path:
-    from stages import export_teacher
+    from compress_ssl.stages import export_teacher
 
     how = {"data": "digits", "teacher": "digits-teacher", "views": 4, "codec": "float32", "device": "cpu"}
     export_teacher.run(export_teacher.Config(out=out, **how))  # type: ignore[arg-type]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import machine
-from pipeline import journal
-from stages import distill, evaluate, export_teacher
+from compress_ssl.pipeline import journal
+from compress_ssl.stages import distill, evaluate, export_teacher
 
 SEEDS = (0, 1)
 STARTS = 20  # of k-means: one start with ten clusters is a lottery

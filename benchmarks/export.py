@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from benchmarks.photographs import photographs
-from pipeline.datasets import DATASETS
-from pipeline.device import choose, loader_workers
-from pipeline.embed import Forward, embed
-from pipeline.models import build
-from pipeline.shelf import shard_rows
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec
+from compress_ssl.pipeline.datasets import DATASETS
+from compress_ssl.pipeline.device import choose, loader_workers
+from compress_ssl.pipeline.embed import Forward, embed
+from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.shelf import shard_rows
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import ViewSpec
 
 TEACHER, SIZE, VIEWS, BATCH, IMAGES, ROUNDS = "timm:resnet18,pretrained=false", 224, 8, 50, 250, 5
 BARE = 800  # views of a bare run

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.shelf import Shard
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
+from compress_ssl.pipeline.shelf import Shard
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
 
 IMAGES, VIEWS, WIDTH, ROWS, RUNS = 65_536, 4, 1024, 2048, 5
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.shelf import done_key
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
+from compress_ssl.pipeline.shelf import done_key
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
 
 IMAGES, VIEWS, ROWS, WIDTH, RUNS = 10_000_000, 32, 2048, 512, 3
 

@@ -41,7 +41,7 @@ def peak(images: Path, out: Path, limit: int) -> tuple[float, float]:
 
 def export(images: str, out: str, limit: str) -> None:
     """One export; prints the two peaks."""
-    from stages import export_teacher
+    from compress_ssl.stages import export_teacher
 
     teacher = f"convnet:channels=8+{WIDTH},pretrained=false"
     config = export_teacher.Config(

@@ -17,7 +17,9 @@ CALLS = {
 def measure() -> dict[str, float]:
     """Median seconds of whole processes."""
     bare = _median([sys.executable, "-c", "pass"])
-    return {"bare python": bare} | {name: _median([sys.executable, "cli.py", *call]) for name, call in CALLS.items()}
+    return {"bare python": bare} | {
+        name: _median([sys.executable, "-m", "compress_ssl.cli", *call]) for name, call in CALLS.items()
+    }
 
 
 def _median(command: list[str]) -> float:

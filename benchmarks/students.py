@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.photographs import photographs
-from pipeline.device import choose, loader_workers
-from stages import distill, export_teacher
+from compress_ssl.pipeline.device import choose, loader_workers
+from compress_ssl.stages import distill, export_teacher
 
 SIZE, BATCH, STEPS, ROUNDS = 96, 32, 24, 3
 STUDENTS = ("timm:lcnet_035", "timm:mobilenetv3_small_050", "convnet:channels=16+32+64", "convnet:channels=8+16+32")
@@ -43,8 +43,8 @@ def measure() -> dict[str, Any]:
 
 
 def _session(store: Path, students: Sequence[str], out: Path) -> tuple[distill.Config, Any]:
-    from pipeline.storage import Folder
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline.storage import Folder
+    from compress_ssl.pipeline.store import FeatureStore
 
     config = distill.Config(
         store=store, student=tuple(students), method="compress-1q", out=out, steps=STEPS, batch_size=BATCH,

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.datasets import DATASETS
-from pipeline.models import build
-from pipeline.views import View, render
+from compress_ssl.pipeline.datasets import DATASETS
+from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.views import View, render
 
 EPOCHS, BATCH = 150, 479  # three steps an epoch
 RATE, DECAY, WARMUP = 3e-3, 1e-2, 50  # AdamW; WARMUP in steps, then a cosine to 0

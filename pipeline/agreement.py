@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.artifact import MANIFEST, UserError, differences
-from pipeline.images import GOOD
-from pipeline.store import FeatureStore
+from compress_ssl.pipeline.artifact import MANIFEST, UserError, differences
+from compress_ssl.pipeline.images import GOOD
+from compress_ssl.pipeline.store import FeatureStore
 
 CLOCKS = 2.0  # seconds by which the clocks of the images' disk and the store's may differ
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline import labelhead
-from pipeline.labelhead import LabelHead
-from pipeline.model import Embedder
-from pipeline.storage import Folder
-from pipeline.validation import leave_one_out
-from pipeline.views import ViewSpec
-from pipeline.weights import spell
+from compress_ssl.pipeline import labelhead
+from compress_ssl.pipeline.labelhead import LabelHead
+from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.validation import leave_one_out
+from compress_ssl.pipeline.views import ViewSpec
+from compress_ssl.pipeline.weights import spell
 
 
 class Apprentice:

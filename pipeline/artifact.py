@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.storage import Folder, Storage, is_url, open_storage
+from compress_ssl.pipeline.errors import UserError
+from compress_ssl.pipeline.storage import Folder, Storage, is_url, open_storage
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-LEASE = "lease.json"  # of who is writing: see pipeline.lease
+LEASE = "lease.json"  # of who is writing: see compress_ssl.pipeline.lease
 
 
 class Mismatch(UserError):

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import artifact
-from pipeline.artifact import UserError
-from pipeline.philox import view_name
-from pipeline.shelf import done_key, view_digest
-from pipeline.storage import Storage
-from pipeline.store import COPY, FeatureStore
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.philox import view_name
+from compress_ssl.pipeline.shelf import done_key, view_digest
+from compress_ssl.pipeline.storage import Storage
+from compress_ssl.pipeline.store import COPY, FeatureStore
 
 MANIFESTS = (artifact.MANIFEST, f"{COPY}/{artifact.MANIFEST}")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import ranks
+from compress_ssl.pipeline import ranks
 
 Read = Callable[[Tensor, Tensor, str], Tensor]  # (n,) rows, (n,) views, array of the store -> (n, D) float32
 

@@ -18,7 +18,7 @@ import obstore
 from obstore import exceptions
 from obstore.store import MemoryStore, from_url
 
-from pipeline.errors import UserError
+from compress_ssl.pipeline.errors import UserError
 
 T = TypeVar("T")
 BACKOFF = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2.0}

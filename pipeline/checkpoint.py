@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from pipeline.artifact import UserError
-from pipeline.storage import PART, Folder
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.storage import PART, Folder
 
 KEEP = 2  # step-*.pt kept, so that several students killed between two saves share a step
 _STEP = re.compile(r"step-(\d+)\.pt$")

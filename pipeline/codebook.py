@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.embed import Forward, embed
-from pipeline.grid import VIEW_BLOCK
-from pipeline.images import GOOD
-from pipeline.shelf import is_local, shard_rows
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec
+from compress_ssl.pipeline.embed import Forward, embed
+from compress_ssl.pipeline.grid import VIEW_BLOCK
+from compress_ssl.pipeline.images import GOOD
+from compress_ssl.pipeline.shelf import is_local, shard_rows
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import ViewSpec
 
 IMAGES = 4096  # of the sample; with four views each, 64 vectors per centroid
 BYTES = 1_000_000_000  # of the sample's features at most

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from pipeline.artifact import UserError
+from compress_ssl.pipeline.artifact import UserError
 
 CENTROIDS = 256  # of a product quantiser's part: a byte tells which
 PART_WIDTH = 4  # dimensions that a part keeps: wider parts cost time and gain nothing, docs/codecs.md

@@ -5,10 +5,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline import figures
-from pipeline.page import EmbeddedChart, embed_chart, render_template
-from pipeline.scores import NOTES, Metrics, is_teacher, model, readings
-from pipeline.wording import DASH, amount, finite, flat, number, short, spelt
+from compress_ssl.pipeline import figures
+from compress_ssl.pipeline.page import EmbeddedChart, embed_chart, render_template
+from compress_ssl.pipeline.scores import NOTES, Metrics, is_teacher, model, readings
+from compress_ssl.pipeline.wording import DASH, amount, finite, flat, number, short, spelt
 
 FACTS = ["model", "role", "parameters", "width"]  # the columns before the scores
 WORDS = 2  # the first of them are words and stand to the left

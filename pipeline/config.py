@@ -27,7 +27,7 @@ def words(config: Any) -> list[str]:
 
 def require(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
     """Check fields against {name: (predicate, "must be ...")}; None passes. Raises UserError."""
-    from pipeline.artifact import UserError
+    from compress_ssl.pipeline.artifact import UserError
 
     for name, (good, words) in rules.items():
         value = getattr(config, name)

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import artifact
-from pipeline.artifact import Mismatch, UserError
-from pipeline.device import cores
-from pipeline.images import GOOD, REASONS, UNREADABLE, BadImage
-from pipeline.storage import Folder
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.artifact import Mismatch, UserError
+from compress_ssl.pipeline.device import cores
+from compress_ssl.pipeline.images import GOOD, REASONS, UNREADABLE, BadImage
+from compress_ssl.pipeline.storage import Folder
 
 KIND = "decoded images"
 BLOCK = 32  # images to a file, which is in memory while it is made

@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from pipeline.artifact import UserError
+from compress_ssl.pipeline.artifact import UserError
 
 
 def choose(name: str, local: int | None = None) -> torch.device:

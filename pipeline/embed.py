@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import audit
-from pipeline.errors import UserError
-from pipeline.images import GOOD, NOT_FINITE, REASONS, UNREADABLE
-from pipeline.loader import Eyes, Piece, feed, pieces_of
-from pipeline.model import Embedder
-from pipeline.philox import LOCAL, view_name
-from pipeline.shelf import Shard, batches, done_key, is_local
-from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec
+from compress_ssl.pipeline import audit
+from compress_ssl.pipeline.errors import UserError
+from compress_ssl.pipeline.images import GOOD, NOT_FINITE, REASONS, UNREADABLE
+from compress_ssl.pipeline.loader import Eyes, Piece, feed, pieces_of
+from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.philox import LOCAL, view_name
+from compress_ssl.pipeline.shelf import Shard, batches, done_key, is_local
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import ViewSpec
 
 GONE = 8  # images of one shard, all of them unreadable
 WRITES = 6  # times a shard is written that does not read back as it should

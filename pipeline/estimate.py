@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.codecs import codec
-from pipeline.grid import VIEW_BLOCK
-from pipeline.philox import LOCAL
-from pipeline.progress import size
-from pipeline.shelf import Shard, is_local
-from pipeline.storage import is_url
+from compress_ssl.pipeline.codecs import codec
+from compress_ssl.pipeline.grid import VIEW_BLOCK
+from compress_ssl.pipeline.philox import LOCAL
+from compress_ssl.pipeline.progress import size
+from compress_ssl.pipeline.shelf import Shard, is_local
+from compress_ssl.pipeline.storage import is_url
 
 
 def estimate(identity: Mapping[str, Any], views: int, out: str, pending: Sequence[Shard] | None) -> dict[str, Any]:

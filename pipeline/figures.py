@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from pipeline.wording import short
+from compress_ssl.pipeline.wording import short
 
 INK, MUTED, GRID, ACCENT, SECOND = "#1b1f24", "#667085", "#e4e7ec", "#2563eb", "#c2410c"  # as in style.css
 MANY = 60  # points from which a running mean over a thirtieth of them is drawn

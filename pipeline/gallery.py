@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline.figures import INK, Chart
-from pipeline.page import data_uri
-from pipeline.wording import short
+from compress_ssl.pipeline.figures import INK, Chart
+from compress_ssl.pipeline.page import data_uri
+from compress_ssl.pipeline.wording import short
 
 Pictures = Callable[[str, int], np.ndarray]  # ("train" | "val", row i) -> (H, W, 3) uint8
 

@@ -17,8 +17,8 @@ import zarr
 from numcodecs import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from pipeline.codecs import Codec
-from pipeline.storage import Folder, Storage
+from compress_ssl.pipeline.codecs import Codec
+from compress_ssl.pipeline.storage import Folder, Storage
 
 GROUP = "features.zarr"
 OUTPUTS = ("embedding", "projection", "logits", "regions")  # of a model, and the arrays they are kept in

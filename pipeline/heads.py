@@ -13,10 +13,10 @@ import safetensors.torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.artifact import UserError
+from compress_ssl.pipeline.artifact import UserError
 
 if TYPE_CHECKING:
-    from pipeline.shelf import Shelf
+    from compress_ssl.pipeline.shelf import Shelf
 
 HEADS = "heads.safetensors"  # beside the arrays of a store
 Tensors = Mapping[str, Tensor]

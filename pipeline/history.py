@@ -6,8 +6,8 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from pipeline.embed import Cost
-from pipeline.store import FeatureStore
+from compress_ssl.pipeline.embed import Cost
+from compress_ssl.pipeline.store import FeatureStore
 
 PACKAGES = ("torch", "torchvision", "pillow", "zarr", "numpy")  # whose versions may change a feature's last bits
 

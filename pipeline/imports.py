@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.artifact import UserError
-from pipeline.menu import nearest
+from compress_ssl.pipeline import old_names
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.menu import nearest
 
 
 def load(place: str) -> Any:
@@ -23,7 +24,11 @@ def load(place: str) -> Any:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # appended, so that nothing installed is shadowed
     try:
-        module = _from_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
+        with old_names.importable():
+            file = where.endswith(".py")
+            module = (
+                _from_file(Path(where).expanduser()) if file else importlib.import_module(old_names.translate(where))
+            )
     except UserError:
         raise
     except (Exception, SystemExit) as wrong:  # a script without `if __name__ == "__main__"` may leave

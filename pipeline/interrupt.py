@@ -5,7 +5,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from pipeline.launch import started
+from compress_ssl.pipeline.launch import started
 
 ECHO = 2.0  # seconds: a cluster signals every process of a job, and torchrun then passes the signal on to its ranks
 

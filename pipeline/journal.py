@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage import Folder
+from compress_ssl.pipeline.storage import Folder
 
 
 class Journal:

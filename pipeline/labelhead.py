@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline import philox, weights
-from pipeline.artifact import UserError
-from pipeline.bank import single, unit
-from pipeline.storage import Folder
+from compress_ssl.pipeline import philox, weights
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.bank import single, unit
+from compress_ssl.pipeline.storage import Folder
 
 STEEP = 1e-2  # features that vary less than this share of the mean variation are not blown up
 

@@ -9,12 +9,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from compress_ssl.pipeline.errors import UserError
 
-PROGRAM = Path(__file__).resolve().parent.parent / "cli.py"
+PROGRAM = ("-m", "compress_ssl.cli")
 TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE = 15.0  # seconds that ranks have to notice that one of them failed
 SAID = "said"  # with the attempt's number a key of the common store: who first counts it up says why all end
@@ -48,7 +47,7 @@ def start(count: int, words: Sequence[str]) -> dict[str, Any]:
     """
     from torch.distributed import TCPStore
 
-    from pipeline.device import cores
+    from compress_ssl.pipeline.device import cores
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -56,7 +55,7 @@ def start(count: int, words: Sequence[str]) -> dict[str, Any]:
         "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // count))),
     }  # fmt: skip
-    command = [sys.executable, str(PROGRAM), *words, "--json"]
+    command = [sys.executable, *PROGRAM, *words, "--json"]
     with tempfile.TemporaryFile() as made:
         ranks = [
             subprocess.Popen(

@@ -2,7 +2,7 @@
 
 A lease keeps two exports by mistake apart. It is not what keeps the store whole: a writer that was
 suspended for long goes on beside its successor until it notices. Therefore every shard is read back
-after it was written (`pipeline.embed`).
+after it was written (`compress_ssl.pipeline.embed`).
 """
 
 import json
@@ -13,11 +13,11 @@ import threading
 import time
 from typing import Any
 
-from pipeline.artifact import LEASE, canonical
-from pipeline.errors import UserError
-from pipeline.process import RUNS, began, machine
-from pipeline.progress import say
-from pipeline.storage import Storage
+from compress_ssl.pipeline.artifact import LEASE, canonical
+from compress_ssl.pipeline.errors import UserError
+from compress_ssl.pipeline.process import RUNS, began, machine
+from compress_ssl.pipeline.progress import say
+from compress_ssl.pipeline.storage import Storage
 
 BEAT = 15.0  # seconds between signs of life
 STALE = 120.0  # seconds without one after which a holder on another machine counts as gone

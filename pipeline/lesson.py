@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import checkpoint, philox, ranks
-from pipeline.apprentice import Apprentice
-from pipeline.artifact import UserError
-from pipeline.embed import autocast
-from pipeline.method import Batch, Method, Outputs, Recipe
-from pipeline.optimizers import optimizer
-from pipeline.pairs import Plan
-from pipeline.schedule import Schedule
-from pipeline.storage import Folder
+from compress_ssl.pipeline import checkpoint, philox, ranks
+from compress_ssl.pipeline.apprentice import Apprentice
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.embed import autocast
+from compress_ssl.pipeline.method import Batch, Method, Outputs, Recipe
+from compress_ssl.pipeline.optimizers import optimizer
+from compress_ssl.pipeline.pairs import Plan
+from compress_ssl.pipeline.schedule import Schedule
+from compress_ssl.pipeline.storage import Folder
 
 ALIKE = 2**32 - 1  # beside the ranks' numbers: seeds what all of them draw alike
 

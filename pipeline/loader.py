@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline.images import BadImage
-from pipeline.views import ViewSpec, draw, see
+from compress_ssl.pipeline.images import BadImage
+from compress_ssl.pipeline.views import ViewSpec, draw, see
 
 PIECE_BYTES = 32_000_000
 AHEAD = 2  # pieces in flight, per worker

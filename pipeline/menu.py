@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.artifact import UserError
+from compress_ssl.pipeline.artifact import UserError
 
 _NEXT_KEY = re.compile(r",(?=[A-Za-z_][\w-]*=)")
 
@@ -91,7 +91,7 @@ class Menu:
         try:
             return getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as missing:
-            if missing.name and missing.name.split(".")[0] in ("pipeline", "stages", "cli"):
+            if missing.name and missing.name.split(".")[0] == "compress_ssl":
                 raise
             raise UserError(
                 f"{self.family} {kind!r} needs the package {missing.name!r}, which is not installed; "

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline import philox
-from pipeline.artifact import UserError
-from pipeline.bank import MemoryBank, Read
-from pipeline.labelhead import LabelHead
-from pipeline.model import Embedder
+from compress_ssl.pipeline import philox
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.bank import MemoryBank, Read
+from compress_ssl.pipeline.labelhead import LabelHead
+from compress_ssl.pipeline.model import Embedder
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline import artifact
-from pipeline.artifact import UserError
-from pipeline.progress import meter, say, size
-from pipeline.shelf import done_key
-from pipeline.storage import Folder
-from pipeline.store import COPY, FeatureStore
-from pipeline.transfer import bring
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.progress import meter, say, size
+from compress_ssl.pipeline.shelf import done_key
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import COPY, FeatureStore
+from compress_ssl.pipeline.transfer import bring
 
 Spans = Sequence[tuple[int, int]]  # of views: (first, one past the last)
 CONNECTIONS = 16

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline import heads, weights
-from pipeline.artifact import UserError
-from pipeline.grid import OUTPUTS
-from pipeline.menu import nearest
+from compress_ssl.pipeline import heads, weights
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.grid import OUTPUTS
+from compress_ssl.pipeline.menu import nearest
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 Pool = Literal["auto", "avg", "cls", "max", "none"]

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.artifact import UserError
-from pipeline.storage import Folder
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.storage import Folder
 
 Metric = Literal["l2", "dot", "cosine"]
 

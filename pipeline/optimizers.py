@@ -6,7 +6,7 @@ import torch
 from timm.optim import Lars
 from torch import nn
 
-from pipeline.artifact import UserError
+from compress_ssl.pipeline.artifact import UserError
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lars")
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.artifact import UserError
-from pipeline.model import Preprocessing
-from pipeline.pixels import require_same
-from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.model import Preprocessing
+from compress_ssl.pipeline.pixels import require_same
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import ViewSpec
 
 Order = Callable[[str], Any]  # data spec -> data set
 

@@ -13,9 +13,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from pipeline import figures, wording
-from pipeline.figures import Chart
-from pipeline.storage import Folder
+from compress_ssl.pipeline import figures, wording
+from compress_ssl.pipeline.figures import Chart
+from compress_ssl.pipeline.storage import Folder
 
 TEMPLATES = Path(__file__).parent / "report" / "templates"
 FILTERS = ("amount", "bar_length", "fact", "number", "share", "signed")  # functions of wording

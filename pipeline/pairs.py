@@ -12,14 +12,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline import philox, ranks
-from pipeline.artifact import UserError
-from pipeline.images import GOOD
-from pipeline.loader import Piece
-from pipeline.method import Needs
-from pipeline.philox import FRESH, LOCAL
-from pipeline.store import FeatureStore
-from pipeline.wording import counted
+from compress_ssl.pipeline import philox, ranks
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.images import GOOD
+from compress_ssl.pipeline.loader import Piece
+from compress_ssl.pipeline.method import Needs
+from compress_ssl.pipeline.philox import FRESH, LOCAL
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.wording import counted
 
 PAIRINGS = ("same", "fresh", "cross")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import artifact
-from pipeline.artifact import UserError
-from pipeline.images import BadImage
-from pipeline.model import Preprocessing
-from pipeline.views import ViewSpec, draw, see
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.images import BadImage
+from compress_ssl.pipeline.model import Preprocessing
+from compress_ssl.pipeline.views import ViewSpec, draw, see
 
 VIEWS = (0, 1, 2)
 NEAR = 32  # rows that are looked at for a good image

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from pipeline.launch import leads
+from compress_ssl.pipeline.launch import leads
 
 EVERY = 15.0  # seconds between lines where there is no terminal
 

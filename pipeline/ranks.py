@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline import launch
-from pipeline.artifact import UserError
-from pipeline.device import choose
-from pipeline.interrupt import Interrupt, Interrupted
+from compress_ssl.pipeline import launch
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.device import choose
+from compress_ssl.pipeline.interrupt import Interrupt, Interrupted
 
 PATIENCE = timedelta(hours=2)  # others wait while rank 0 saves or looks at --val; who is gone is noticed otherwise
 LAST_WORDS = 3.0  # seconds for the rank that failed to say why, before another says that it is gone

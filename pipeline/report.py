@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import figures, gallery
-from pipeline.gallery import Labelled, Pictures
-from pipeline.page import EmbeddedChart, embed_chart, render_template, save_figure
-from pipeline.scores import Metrics, is_augmented, meaning, model, readings
-from pipeline.storage import Folder
-from pipeline.wording import finite, flat
+from compress_ssl.pipeline import figures, gallery
+from compress_ssl.pipeline.gallery import Labelled, Pictures
+from compress_ssl.pipeline.page import EmbeddedChart, embed_chart, render_template, save_figure
+from compress_ssl.pipeline.scores import Metrics, is_augmented, meaning, model, readings
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.wording import finite, flat
 
 __all__ = ["readings", "write"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import artifact
-from pipeline.storage import Folder
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.storage import Folder
 
 
 @dataclass(frozen=True, eq=False)

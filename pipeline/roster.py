@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline import artifact
-from pipeline.artifact import UserError
-from pipeline.storage import Folder
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.storage import Folder
 
 
 def folders(out: Path, students: Sequence[str], peers: Callable[[], bool]) -> list[Path]:

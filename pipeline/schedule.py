@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from pipeline.artifact import UserError
+from compress_ssl.pipeline.artifact import UserError
 
 SCHEDULES = ("cosine", "step", "constant")
 

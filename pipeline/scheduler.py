@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.artifact import UserError
+from compress_ssl.pipeline.artifact import UserError
 
 T = TypeVar("T")
 RETRIES = 2  # times a failing task is tried again, on whichever worker is free

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.wording import finite
+from compress_ssl.pipeline.wording import finite
 
 Metrics = Mapping[str, Any]  # a metrics.json
 

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import artifact, ranks
-from pipeline.apprentice import Apprentice
-from pipeline.artifact import UserError
-from pipeline.images import GOOD
-from pipeline.lesson import Diverged, Lesson
-from pipeline.loader import Eyes, Sight, feed
-from pipeline.method import Batch
-from pipeline.pairs import Features, Plan
-from pipeline.philox import view_name
-from pipeline.storage import Folder, absolute
-from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec, local_size
-from pipeline.wording import counted
+from compress_ssl.pipeline import artifact, ranks
+from compress_ssl.pipeline.apprentice import Apprentice
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.images import GOOD
+from compress_ssl.pipeline.lesson import Diverged, Lesson
+from compress_ssl.pipeline.loader import Eyes, Sight, feed
+from compress_ssl.pipeline.method import Batch
+from compress_ssl.pipeline.pairs import Features, Plan
+from compress_ssl.pipeline.philox import view_name
+from compress_ssl.pipeline.storage import Folder, absolute
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import ViewSpec, local_size
+from compress_ssl.pipeline.wording import counted
 
 Rows = list[dict[str, Any] | None]  # of metrics, per apprentice; None for one who does not learn in this step
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import artifact
-from pipeline.artifact import UserError
-from pipeline.codecs import Codec, codec
-from pipeline.grid import GROUP, VIEW_BLOCK, Grid, grids
-from pipeline.philox import LOCAL
-from pipeline.storage import Storage
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.codecs import Codec, codec
+from compress_ssl.pipeline.grid import GROUP, VIEW_BLOCK, Grid, grids
+from compress_ssl.pipeline.philox import LOCAL
+from compress_ssl.pipeline.storage import Storage
 
 SHARD_ROWS = 2048
 SHARD_BYTES = 256_000_000

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.bank import unit
+from compress_ssl.pipeline.bank import unit
 
 BLOCK = 4096
 """Anchors at a time."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.process import began
+from compress_ssl.pipeline.process import began
 
 PART = ".part"  # what a killed writer leaves behind ends in this; readers never see it
 _WRITER = re.compile(r"\.[0-9a-f]{8}\.(\d+)\.(.*)\.part$")  # process, machine
@@ -56,7 +56,7 @@ def open_storage(where: str | os.PathLike[str]) -> Storage:
     text = os.fspath(where)
     if not is_url(text):
         return Folder(text.removeprefix("file://"))
-    from pipeline.bucket import Bucket
+    from compress_ssl.pipeline.bucket import Bucket
 
     bucket = Bucket(text)
     bucket.greet()

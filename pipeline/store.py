@@ -1,7 +1,7 @@
 """FeatureStore: features[i, v] on disk, by shards.
 
 Zarr encodes a shard in memory, `Storage` puts it in place whole, and the done record follows. What is
-there and what is pending: `pipeline.shelf`.
+there and what is pending: `compress_ssl.pipeline.shelf`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import artifact, journal
-from pipeline.artifact import UserError
-from pipeline.codecs import Trained
-from pipeline.grid import GROUP, UNWRITTEN, VIEW_BLOCK, grids, layout, open_group, read_view, table_files
-from pipeline.images import GOOD, REASONS
-from pipeline.philox import LOCAL
-from pipeline.shelf import Shard, Shelf, array_codecs, book, column, done_key, is_local, view_digest
-from pipeline.storage import Folder, Storage
+from compress_ssl.pipeline import artifact, journal
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.codecs import Trained
+from compress_ssl.pipeline.grid import GROUP, UNWRITTEN, VIEW_BLOCK, grids, layout, open_group, read_view, table_files
+from compress_ssl.pipeline.images import GOOD, REASONS
+from compress_ssl.pipeline.philox import LOCAL
+from compress_ssl.pipeline.shelf import Shard, Shelf, array_codecs, book, column, done_key, is_local, view_digest
+from compress_ssl.pipeline.storage import Folder, Storage
 
 COPY = "copy"  # second copies of the manifest, of the Zarr metadata, of the tables and of codebooks
 

@@ -10,12 +10,12 @@ import safetensors
 import safetensors.torch
 import torch
 
-from pipeline import artifact, originals
-from pipeline.artifact import UserError
-from pipeline.model import Embedder
-from pipeline.storage import Folder, open_storage
-from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec
+from compress_ssl.pipeline import artifact, originals
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.storage import Folder, open_storage
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import ViewSpec
 
 Build = Callable[..., Embedder]  # (spec, image_size=, pretrained_default=) -> Embedder
 

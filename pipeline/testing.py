@@ -1,6 +1,6 @@
 """What every method must keep, tried on made-up data: for methods of your own too.
 
-from pipeline.testing import check_method
+from compress_ssl.pipeline.testing import check_method
 
 def test_mine_keeps_the_contract():
     check_method(Mine, strength=2.0)
@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline import checkpoint
-from pipeline.apprentice import Apprentice
-from pipeline.artifact import UserError
-from pipeline.labelhead import LabelHead
-from pipeline.lesson import Lesson, Training
-from pipeline.method import Batch, Method, Setting
-from pipeline.model import IMAGENET, Embedder, Network
-from pipeline.philox import LOCAL
-from pipeline.schedule import Schedule
+from compress_ssl.pipeline import checkpoint
+from compress_ssl.pipeline.apprentice import Apprentice
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.labelhead import LabelHead
+from compress_ssl.pipeline.lesson import Lesson, Training
+from compress_ssl.pipeline.method import Batch, Method, Setting
+from compress_ssl.pipeline.model import IMAGENET, Embedder, Network
+from compress_ssl.pipeline.philox import LOCAL
+from compress_ssl.pipeline.schedule import Schedule
 
 IMAGES, VIEWS, CROPS, B, STEPS = 40, 9, 2, 8, 6
 SIZE, SMALL = 16, 8

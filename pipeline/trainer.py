@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import ranks
-from pipeline.interrupt import Interrupt, Interrupted
-from pipeline.journal import Journal
-from pipeline.lease import Lease
-from pipeline.lesson import Lesson
-from pipeline.progress import meter, say
-from pipeline.session import Rows, Session
-from pipeline.storage import Folder
+from compress_ssl.pipeline import ranks
+from compress_ssl.pipeline.interrupt import Interrupt, Interrupted
+from compress_ssl.pipeline.journal import Journal
+from compress_ssl.pipeline.lease import Lease
+from compress_ssl.pipeline.lesson import Lesson
+from compress_ssl.pipeline.progress import meter, say
+from compress_ssl.pipeline.session import Rows, Session
+from compress_ssl.pipeline.storage import Folder
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 

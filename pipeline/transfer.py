@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import artifact, audit
-from pipeline.artifact import UserError
-from pipeline.codecs import codec
-from pipeline.grid import GROUP, VIEW_BLOCK
-from pipeline.images import GOOD
-from pipeline.shelf import Shard, done_key
-from pipeline.storage import Storage, absolute
-from pipeline.store import FeatureStore
+from compress_ssl.pipeline import artifact, audit
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.codecs import codec
+from compress_ssl.pipeline.grid import GROUP, VIEW_BLOCK
+from compress_ssl.pipeline.images import GOOD
+from compress_ssl.pipeline.shelf import Shard, done_key
+from compress_ssl.pipeline.storage import Storage, absolute
+from compress_ssl.pipeline.store import FeatureStore
 
 SAMPLE = 4096  # rows to train a codec on
 Progress = Callable[[int], None]

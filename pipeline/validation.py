@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.artifact import UserError
-from pipeline.embed import autocast
-from pipeline.images import GOOD
-from pipeline.loader import Eyes, Piece, feed
-from pipeline.model import Embedder
-from pipeline.views import ViewSpec
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.embed import autocast
+from compress_ssl.pipeline.images import GOOD
+from compress_ssl.pipeline.loader import Eyes, Piece, feed
+from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.views import ViewSpec
 
 
 @torch.no_grad()

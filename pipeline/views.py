@@ -16,9 +16,9 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from pipeline import philox
-from pipeline.artifact import UserError
-from pipeline.philox import LOCAL
+from compress_ssl.pipeline import philox
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.philox import LOCAL
 
 BLUR_REFERENCE = 224  # blur sigmas are in pixels of a 224-pixel crop and scale with the size rendered
 _LOG_RATIO = 0.2876820724517809  # ln(4/3): crops are 3:4 to 4:3

@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifact import UserError
-from pipeline.menu import nearest
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.menu import nearest
 
 State = dict[str, Tensor]
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline import scheduler
-from pipeline.codebook import learn
-from pipeline.device import loader_workers
-from pipeline.embed import Cost, Forward, embed
-from pipeline.scheduler import Outcome
-from pipeline.shelf import Shard
-from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec
+from compress_ssl.pipeline import scheduler
+from compress_ssl.pipeline.codebook import learn
+from compress_ssl.pipeline.device import loader_workers
+from compress_ssl.pipeline.embed import Cost, Forward, embed
+from compress_ssl.pipeline.scheduler import Outcome
+from compress_ssl.pipeline.shelf import Shard
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import ViewSpec
 
 
 @dataclass

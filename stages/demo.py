@@ -12,19 +12,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pipeline import artifact
-from pipeline.config import POSITIVE, flag, require
-from pipeline.progress import duration, say
-from pipeline.storage import Folder
-from stages import compare, distill, evaluate, export_teacher
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.config import POSITIVE, flag, require
+from compress_ssl.pipeline.progress import duration, say
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.stages import compare, distill, evaluate, export_teacher
 
 if TYPE_CHECKING:
-    from pipeline.evaluators.base import Split
+    from compress_ssl.pipeline.evaluators.base import Split
 
 DATA, VAL = "digits", "digits:split=test"
 TEACHER = "digits-teacher"  # 209760 parameters, 64 dimensions
 STUDENTS = ("convnet:channels=20+40+32", "convnet:channels=12+24+32")  # at most a tenth of that, 32 dimensions
-PIXELS = "python:pipeline.teachers.digits:Pixels"
+PIXELS = "python:compress_ssl.pipeline.teachers.digits:Pixels"
 METHOD = "compress-2q:tau=0.1"
 VIEWS, SIZE, BATCH, RATE = 8, 16, 64, 0.05
 STARTS = 20  # k-means runs behind each figure of cluster alignment
@@ -135,9 +135,9 @@ def features(folder: Path) -> "Split":
     """View 0 of a store of the digits, as a protocol wants it."""
     import numpy as np
 
-    from pipeline.datasets import DATASETS
-    from pipeline.evaluators.base import Split
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.evaluators.base import Split
+    from compress_ssl.pipeline.store import FeatureStore
 
     store = FeatureStore(Folder(folder))
     classes = DATASETS.order(DATA).classes
@@ -148,8 +148,8 @@ def alignment(train: "Split", val: "Split", folder: Path) -> list[tuple[float, f
     """[(squared distance of the training features to their centroids, top-1), ...] of STARTS k-means runs."""
     import numpy as np
 
-    from pipeline.evaluators import PROTOCOLS as menu
-    from pipeline.neighbors import normalize
+    from compress_ssl.pipeline.evaluators import PROTOCOLS as menu
+    from compress_ssl.pipeline.neighbors import normalize
 
     unit, runs = normalize(train.features), []
     for seed in range(STARTS):

@@ -5,21 +5,21 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import artifact, launch, roster
-from pipeline.artifact import UserError
-from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, words
-from pipeline.lease import require_free
-from pipeline.progress import meter, say
-from pipeline.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline import artifact, launch, roster
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, words
+from compress_ssl.pipeline.lease import require_free
+from compress_ssl.pipeline.progress import meter, say
+from compress_ssl.pipeline.storage import Folder, is_url, open_storage
 
 if TYPE_CHECKING:
-    from pipeline.datasets.base import Dataset
-    from pipeline.lesson import Lesson
-    from pipeline.method import Method, Recipe
-    from pipeline.model import Embedder
-    from pipeline.pairs import Plan
-    from pipeline.session import Session
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline.datasets.base import Dataset
+    from compress_ssl.pipeline.lesson import Lesson
+    from compress_ssl.pipeline.method import Method, Recipe
+    from compress_ssl.pipeline.model import Embedder
+    from compress_ssl.pipeline.pairs import Plan
+    from compress_ssl.pipeline.session import Session
+    from compress_ssl.pipeline.store import FeatureStore
 
 LEARNING = {"student", "method", "out", "image_size", "views_per_step", "ema", "precision", "compile", "channels_last"}
 """What may differ between commands that share a pass, besides what a recipe says."""
@@ -98,7 +98,7 @@ def share(configs: Sequence[Config]) -> dict[str, Any]:
     """
     if not launch.started():
         return distill(configs)
-    from pipeline import ranks
+    from compress_ssl.pipeline import ranks
 
     with ranks.together():
         return distill(configs)
@@ -112,9 +112,9 @@ def distill(configs: Sequence[Config]) -> dict[str, Any]:
     storage = open_storage(config.store)
     artifact.read(storage, "store")
 
-    from pipeline import ranks
-    from pipeline.mirror import hydrate
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline import ranks
+    from compress_ssl.pipeline.mirror import hydrate
+    from compress_ssl.pipeline.store import FeatureStore
 
     store = FeatureStore(storage)
     dataset = open_images(config, store)
@@ -167,8 +167,8 @@ def check(config: Config) -> None:
         raise UserError("--devices starts ranks, and torchrun did so already; leave --devices out")
     if config.epochs and config.steps:
         raise UserError("--epochs and --steps were both given; keep one")
-    from pipeline.methods import METHODS
-    from pipeline.models import MODELS
+    from compress_ssl.pipeline.methods import METHODS
+    from compress_ssl.pipeline.models import MODELS
 
     for student in config.student:
         MODELS.parse(student)
@@ -185,7 +185,7 @@ def run_folders(config: Config) -> list[Path]:
 
 def method_of(config: Config) -> "type[Method]":
     """The method's class: what it needs and its published recipe."""
-    from pipeline.methods import METHODS
+    from compress_ssl.pipeline.methods import METHODS
 
     spec = METHODS.check(config.method, given=("setting",))
     return METHODS.resolve(spec.kind).named(spec.argument)  # type: ignore[attr-defined]
@@ -200,8 +200,8 @@ def recipe_of(config: Config) -> "Recipe":
 
 def open_images(config: Config, store: "FeatureStore") -> "Dataset":
     """The images of the store, from where they are now."""
-    from pipeline import originals
-    from pipeline.datasets import DATASETS
+    from compress_ssl.pipeline import originals
+    from compress_ssl.pipeline.datasets import DATASETS
 
     dataset, unlike = originals.of_store(
         store, DATASETS.order, config.data, allow_other_pixels=config.allow_other_pixels
@@ -215,7 +215,7 @@ def in_memory(config: Config, dataset: "Dataset") -> Any:
     """The images, decoded once into a folder, if that was asked for."""
     if config.cache_images is None:
         return dataset
-    from pipeline import decoded, ranks
+    from compress_ssl.pipeline import decoded, ranks
 
     lacking = decoded.pending(dataset, config.cache_images)
     with ranks.in_turn(), meter("decode", len(dataset), "images", len(dataset) - lacking) as bar:
@@ -223,7 +223,7 @@ def in_memory(config: Config, dataset: "Dataset") -> Any:
 
 
 def open_val(config: Config) -> "Dataset | None":
-    from pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.datasets import DATASETS
 
     if config.val is None:
         return None
@@ -235,7 +235,7 @@ def open_val(config: Config) -> "Dataset | None":
 
 def plan_of(config: Config, store: "FeatureStore") -> "Plan":
     """What every step looks at, and how many steps there are. A published batch size is that of all ranks together."""
-    from pipeline import pairs, ranks
+    from compress_ssl.pipeline import pairs, ranks
 
     recipe = recipe_of(config)
     batch = recipe.batch_size * (ranks.size() if config.batch_size else 1)
@@ -280,8 +280,8 @@ def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
 
 def prepare(configs: Sequence[Config], store: "FeatureStore", dataset: "Dataset", plan: "Plan") -> "Session":
     """Build the lessons, claim their folders, and go back to where they stopped."""
-    from pipeline import ranks
-    from pipeline.session import Session
+    from compress_ssl.pipeline import ranks
+    from compress_ssl.pipeline.session import Session
 
     device = ranks.device(configs[0].device)
     lessons = [lesson for config in configs for lesson in lessons_of(config, store, plan, device)]
@@ -300,11 +300,11 @@ def prepare(configs: Sequence[Config], store: "FeatureStore", dataset: "Dataset"
 
 def lessons_of(config: Config, store: "FeatureStore", plan: "Plan", device: Any) -> list["Lesson"]:
     """Each student with a method of its own, or all of them as peers in one; everything from the seed."""
-    from pipeline import heads, ranks
-    from pipeline.apprentice import Apprentice
-    from pipeline.lesson import Lesson, Training
-    from pipeline.method import Setting
-    from pipeline.methods import METHODS
+    from compress_ssl.pipeline import heads, ranks
+    from compress_ssl.pipeline.apprentice import Apprentice
+    from compress_ssl.pipeline.lesson import Lesson, Training
+    from compress_ssl.pipeline.method import Setting
+    from compress_ssl.pipeline.methods import METHODS
 
     folders, lessons, recipe = run_folders(config), [], recipe_of(config)
     training = Training.of(recipe, plan, lr=config.lr, ema=config.ema, precision=config.precision, seed=config.seed)
@@ -330,8 +330,8 @@ def build_student(config: Config, number: int, device: Any) -> "Embedder":
     """A student from the seed; peers of one architecture begin with weights of their own."""
     import torch
 
-    from pipeline import ranks
-    from pipeline.models import build
+    from compress_ssl.pipeline import ranks
+    from compress_ssl.pipeline.models import build
 
     spec = config.student[number]
     torch.manual_seed(config.seed + config.student[:number].count(spec))
@@ -343,8 +343,8 @@ def build_student(config: Config, number: int, device: Any) -> "Embedder":
 
 def train(config: Config, session: "Session", val: "Dataset | None") -> None:
     """From where the session stands to its end."""
-    from pipeline.device import loader_workers
-    from pipeline.trainer import Trainer
+    from compress_ssl.pipeline.device import loader_workers
+    from compress_ssl.pipeline.trainer import Trainer
 
     workers = loader_workers(config.workers, session.device, launch.beside())
     Trainer(session, val, config.val_every, config.save_every, workers).train()
@@ -352,7 +352,7 @@ def train(config: Config, session: "Session", val: "Dataset | None") -> None:
 
 def close(session: "Session", what: str) -> dict[str, Any]:
     """Write the bare students and say what was made. Raises Partly if one of several diverged."""
-    from pipeline import ranks
+    from compress_ssl.pipeline import ranks
 
     lines, runs = [], []
     taught = [(w, a) for w in session.lessons if not w.over for a in w.apprentices]

@@ -7,21 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import artifact
-from pipeline.artifact import UserError
-from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
-from pipeline.interrupt import Interrupt
-from pipeline.progress import meter, say
-from pipeline.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
+from compress_ssl.pipeline.interrupt import Interrupt
+from compress_ssl.pipeline.progress import meter, say
+from compress_ssl.pipeline.storage import Folder, is_url, open_storage
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.datasets.base import Dataset
-    from pipeline.evaluators.base import Split
-    from pipeline.results import Result
-    from pipeline.store import FeatureStore
-    from pipeline.subject import Subject
+    from compress_ssl.pipeline.datasets.base import Dataset
+    from compress_ssl.pipeline.evaluators.base import Split
+    from compress_ssl.pipeline.results import Result
+    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.subject import Subject
 
 THUMBNAIL = 96  # pixels, of the report's pictures
 
@@ -54,7 +54,7 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Score what is missing. Returns {"summary", "evaluation", "metrics"}."""
     check(config)
-    from pipeline.evaluators import PROTOCOLS
+    from compress_ssl.pipeline.evaluators import PROTOCOLS
 
     evaluators = {spec: PROTOCOLS.order(spec) for spec in config.protocol}
     subject = open_subject(config, any(getattr(e, "augment", False) for e in evaluators.values()))
@@ -66,7 +66,7 @@ def run(config: Config) -> dict[str, Any]:
         require_its_images(config, subject, earlier, train_data, val_data)
     suits(evaluators, subject, train_data, val_data)
 
-    from pipeline.device import choose
+    from compress_ssl.pipeline.device import choose
 
     choose(config.device)
     identity = {
@@ -99,9 +99,9 @@ def check(config: Config) -> None:
         raise UserError("--limit goes with --train; the images of a run or store are as many as they were")
     if config.store and config.image_size:
         raise UserError("--image-size does not go with --store: its features are stored already")
-    from pipeline.datasets import DATASETS
-    from pipeline.evaluators import PROTOCOLS
-    from pipeline.models import MODELS
+    from compress_ssl.pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.evaluators import PROTOCOLS
+    from compress_ssl.pipeline.models import MODELS
 
     for images in filter(None, (config.val, config.train)):
         DATASETS.parse(images)
@@ -116,8 +116,8 @@ def check(config: Config) -> None:
 
 
 def open_subject(config: Config, augment: bool) -> "Subject":
-    from pipeline import subject
-    from pipeline.models import build
+    from compress_ssl.pipeline import subject
+    from compress_ssl.pipeline.models import build
 
     if config.run:
         return subject.of_run(config.run, config.image_size, build)
@@ -129,8 +129,8 @@ def open_subject(config: Config, augment: bool) -> "Subject":
 
 def open_store(config: Config, where: str, augment: bool) -> "FeatureStore":
     """The store, by way of a local copy if it is remote: of view 0, of all views to augment."""
-    from pipeline.mirror import hydrate
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline.mirror import hydrate
+    from compress_ssl.pipeline.store import FeatureStore
 
     store = FeatureStore(open_storage(where))
     used = store.held if augment else [v for v in store.held if v == 0]
@@ -143,8 +143,8 @@ def train_spec(config: Config, subject: "Subject") -> str:
 
 def open_sets(config: Config, subject: "Subject") -> tuple["Dataset", "Dataset"]:
     """Training and validation images. Raises UserError for a class in val that train lacks."""
-    from pipeline import originals
-    from pipeline.datasets import DATASETS
+    from compress_ssl.pipeline import originals
+    from compress_ssl.pipeline.datasets import DATASETS
 
     if config.train:
         train = DATASETS.order(config.train)
@@ -177,7 +177,7 @@ def require_its_images(
 
 def suits(evaluators: dict[str, Any], subject: "Subject", train: Any, val: Any) -> None:
     """Refuse a protocol for another model, or for labels where there are none, before hours of features."""
-    from pipeline.evaluators.base import require_labels
+    from compress_ssl.pipeline.evaluators.base import require_labels
 
     sets = {"training": train, "validation": val}
     for spec, evaluator in evaluators.items():
@@ -202,10 +202,10 @@ def splits(config: Config, subject: "Subject", train: "Dataset", val: "Dataset",
 
 def embed_set(config: Config, subject: "Subject", dataset: "Dataset", folder: Path) -> "FeatureStore":
     """View 0 of a data set through the subject, as a store of one exact view."""
-    from pipeline.device import choose, loader_workers
-    from pipeline.embed import Forward, embed
-    from pipeline.shelf import shard_rows
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline.device import choose, loader_workers
+    from compress_ssl.pipeline.embed import Forward, embed
+    from compress_ssl.pipeline.shelf import shard_rows
+    from compress_ssl.pipeline.store import FeatureStore
 
     arrays = {"embedding": [subject.model["width"]]}
     identity = {
@@ -238,8 +238,8 @@ def split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -
     """The usable rows of view 0, labels as numbers into `classes`. Raises UserError if there are none."""
     import numpy as np
 
-    from pipeline.evaluators.base import Split
-    from pipeline.images import GOOD
+    from compress_ssl.pipeline.evaluators.base import Split
+    from compress_ssl.pipeline.images import GOOD
 
     rows = np.flatnonzero(store.table("status") == GOOD)
     if not len(rows):
@@ -260,7 +260,7 @@ def score(
     train_data: "Dataset", out: Path,
 ) -> tuple[dict[str, Any], dict[str, "Result"]]:  # fmt: skip
     """metrics.json as a dictionary, and the results, with every protocol ever scored here."""
-    from pipeline.results import Results
+    from compress_ssl.pipeline.results import Results
 
     metrics: dict[str, Any] = {
         "model": subject.model,
@@ -296,10 +296,10 @@ def fresh_features(
     """(n, d) features of crops and flips never seen before, one for each of these rows."""
     import torch
 
-    from pipeline.device import choose, loader_workers
-    from pipeline.philox import FRESH
-    from pipeline.validation import view_features
-    from pipeline.views import ViewSpec
+    from compress_ssl.pipeline.device import choose, loader_workers
+    from compress_ssl.pipeline.philox import FRESH
+    from compress_ssl.pipeline.validation import view_features
+    from compress_ssl.pipeline.views import ViewSpec
 
     device = choose(config.device)
     embedder = subject.build().to(device).to(memory_format=torch.channels_last)  # as `embed` leaves it
@@ -315,7 +315,7 @@ def write_report(
     config: Config, subject: "Subject", metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
     val: "Split", train_data: "Dataset", val_data: "Dataset", out: Path,
 ) -> Path:  # fmt: skip
-    from pipeline import journal, report
+    from compress_ssl.pipeline import journal, report
 
     sets = {"train": train_data, "val": val_data}
     return report.write(
@@ -356,7 +356,7 @@ def thumbnail(dataset: "Dataset", i: int) -> "np.ndarray":
 
 def headline(metrics: dict[str, Any]) -> str:
     """The scores in one line."""
-    from pipeline.scores import readings
+    from compress_ssl.pipeline.scores import readings
 
     scores = "  ".join(f"{title} {value:.2f}" for title, value in readings(metrics).items())
     return f"{metrics['model']['name']} ({metrics['model']['role']}): {scores or 'no labels, so no scores'}"

@@ -6,24 +6,24 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from pipeline import artifact
-from pipeline.artifact import UserError
-from pipeline.codecs import KNOWN, codec
-from pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
-from pipeline.interrupt import Interrupt
-from pipeline.menu import nearest
-from pipeline.progress import duration, meter, say
-from pipeline.scheduler import parse as parse_scheduler
-from pipeline.storage import Folder, absolute, open_storage
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.codecs import KNOWN, codec
+from compress_ssl.pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
+from compress_ssl.pipeline.interrupt import Interrupt
+from compress_ssl.pipeline.menu import nearest
+from compress_ssl.pipeline.progress import duration, meter, say
+from compress_ssl.pipeline.scheduler import parse as parse_scheduler
+from compress_ssl.pipeline.storage import Folder, absolute, open_storage
 
 if TYPE_CHECKING:
-    from pipeline.datasets.base import Dataset
-    from pipeline.lease import Lease
-    from pipeline.model import Embedder
-    from pipeline.scheduler import Outcome
-    from pipeline.store import FeatureStore
-    from pipeline.views import ViewSpec
-    from pipeline.workshop import Cluster, Workshop
+    from compress_ssl.pipeline.datasets.base import Dataset
+    from compress_ssl.pipeline.lease import Lease
+    from compress_ssl.pipeline.model import Embedder
+    from compress_ssl.pipeline.scheduler import Outcome
+    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.views import ViewSpec
+    from compress_ssl.pipeline.workshop import Cluster, Workshop
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Export what is pending. Returns {"summary", "store", "fingerprint", ...}."""
     check(config)
-    from pipeline.models import MODELS
+    from compress_ssl.pipeline.models import MODELS
 
     MODELS.parse(config.teacher)
     config, other = alike(config)
@@ -73,15 +73,15 @@ def run(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from pipeline import heads, lease
-    from pipeline.agreement import require_alike, require_unchanged
-    from pipeline.device import called, choose
-    from pipeline.embed import Forward
-    from pipeline.models import build
-    from pipeline.pixels import require_same
-    from pipeline.store import FeatureStore
-    from pipeline.views import ViewSpec
-    from pipeline.workshop import Workshop
+    from compress_ssl.pipeline import heads, lease
+    from compress_ssl.pipeline.agreement import require_alike, require_unchanged
+    from compress_ssl.pipeline.device import called, choose
+    from compress_ssl.pipeline.embed import Forward
+    from compress_ssl.pipeline.models import build
+    from compress_ssl.pipeline.pixels import require_same
+    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.views import ViewSpec
+    from compress_ssl.pipeline.workshop import Workshop
 
     local = config.scheduler == "local"
     device = choose(config.device if local else "cpu")  # of a cluster's workers each one chooses
@@ -96,7 +96,7 @@ def run(config: Config) -> dict[str, Any]:
     if earlier:
         artifact.claim(storage, "store", identity)
     if config.dry_run:
-        from pipeline.estimate import estimate
+        from compress_ssl.pipeline.estimate import estimate
 
         pending = FeatureStore(storage).pending(config.views) if earlier else None
         return estimate(identity, config.views, config.out, pending)
@@ -130,8 +130,8 @@ def fill(
     other: "FeatureStore | None",
 ) -> dict[str, Any]:
     """Compute what the store lacks, and say what was made. place: where, given the list that failed shards go to."""
-    from pipeline.agreement import require_unchanged
-    from pipeline.history import event
+    from compress_ssl.pipeline.agreement import require_unchanged
+    from compress_ssl.pipeline.history import event
 
     failed: list[Outcome] = []
     work, width, pending = place(failed), store.identity["teacher"]["width"], store.pending()
@@ -167,7 +167,7 @@ def fill(
 
 def cluster(config: Config, about: Mapping[str, Any], failed: list["Outcome"]) -> "Cluster":
     """The workers of --scheduler, each with a workshop of its own, made anew for every command."""
-    from pipeline.workshop import Cluster
+    from compress_ssl.pipeline.workshop import Cluster
 
     there = replace(config, data=about["data"]["spec"], teacher=about["teacher"], out=absolute(config.out))
     build = partial(workshop, there, threads(config), secrets.token_hex(8))
@@ -203,14 +203,14 @@ def workshop(config: Config, threads: int | None, command: str) -> "Workshop":
     """The images, the store and the teacher, in this process and on its device; kept for one command's tasks."""
     import torch
 
-    from pipeline import scheduler
-    from pipeline.device import choose
-    from pipeline.embed import Forward
-    from pipeline.models import build
-    from pipeline.store import FeatureStore
-    from pipeline.subject import live_teacher
-    from pipeline.views import ViewSpec
-    from pipeline.workshop import Workshop
+    from compress_ssl.pipeline import scheduler
+    from compress_ssl.pipeline.device import choose
+    from compress_ssl.pipeline.embed import Forward
+    from compress_ssl.pipeline.models import build
+    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.subject import live_teacher
+    from compress_ssl.pipeline.views import ViewSpec
+    from compress_ssl.pipeline.workshop import Workshop
 
     if threads:
         torch.set_num_threads(threads)
@@ -230,8 +230,8 @@ def alike(config: Config) -> tuple[Config, "FeatureStore | None"]:
     """With --like: the Config with the other store's views, and that store."""
     if not config.like:
         return config, None
-    from pipeline.agreement import terms
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline.agreement import terms
+    from compress_ssl.pipeline.store import FeatureStore
 
     other = FeatureStore(open_storage(config.like))
     usual = {f.name: f.default for f in fields(Config)}
@@ -269,7 +269,7 @@ def check(config: Config) -> None:
 
 def kept(config: Config) -> tuple[str, ...]:
     """The teacher's outputs to keep, the embedding first. Raises UserError for an unknown one."""
-    from pipeline.grid import OUTPUTS
+    from compress_ssl.pipeline.grid import OUTPUTS
 
     names = [name.strip() for name in config.keep.split(",") if name.strip()]
     for name in names:
@@ -289,7 +289,7 @@ def arrays_of(config: Config, embedder: "Embedder") -> dict[str, list[int]]:
 
 def open_images(config: Config) -> "Dataset":
     """The images as they are listed now."""
-    from pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.datasets import DATASETS
 
     dataset = DATASETS.order(config.data)
     return dataset.subset(config.limit) if config.limit else dataset
@@ -298,7 +298,7 @@ def open_images(config: Config) -> "Dataset":
 def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dataset") -> None:
     """Raises UserError, with what differs, if the store that is there was made from other images."""
     if dataset.fingerprint != earlier["identity"]["data"]["fingerprint"]:
-        from pipeline.store import FeatureStore
+        from compress_ssl.pipeline.store import FeatureStore
 
         unlike = dataset.unlike(FeatureStore(open_storage(config.out)).table("sample_id"))
         raise artifact.Mismatch(
@@ -311,12 +311,12 @@ def describe(
     config: Config, dataset: "Dataset", embedder: "Embedder", spec: "ViewSpec"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(identity, about) of the store's manifest: what it is, and what may change."""
-    from pipeline.datasets import DATASETS
-    from pipeline.model import digest
-    from pipeline.models import MODELS
-    from pipeline.pixels import probe
-    from pipeline.shelf import shard_rows
-    from pipeline.views import local_size
+    from compress_ssl.pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.model import digest
+    from compress_ssl.pipeline.models import MODELS
+    from compress_ssl.pipeline.pixels import probe
+    from compress_ssl.pipeline.shelf import shard_rows
+    from compress_ssl.pipeline.views import local_size
 
     arrays, heads = arrays_of(config, embedder), embedder.head_tensors()
     kind = codec(config.codec)
@@ -355,11 +355,11 @@ def describe(
 
 def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> dict[str, Any]:
     """Check that all is there and agrees with `other`, list what could not be used, and say what was made."""
-    from pipeline.history import list_bad
+    from compress_ssl.pipeline.history import list_bad
 
     store.require_complete()
     if other:
-        from pipeline.agreement import require_same_contents
+        from compress_ssl.pipeline.agreement import require_same_contents
 
         require_same_contents(store, other)
         text += f"; the same pixels as {other.storage}"

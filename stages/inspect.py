@@ -5,13 +5,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline import artifact
-from pipeline.config import POSITIVE, flag, require
-from pipeline.progress import duration, size
-from pipeline.storage import Storage, open_storage
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.config import POSITIVE, flag, require
+from compress_ssl.pipeline.progress import duration, size
+from compress_ssl.pipeline.storage import Storage, open_storage
 
 if TYPE_CHECKING:
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline.store import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def run(config: Config) -> dict[str, Any]:
     require(config, {"students": POSITIVE, "epochs": POSITIVE})
     figures: dict[str, Any] = {}
     if manifest["kind"] == "store":
-        from pipeline.store import FeatureStore
+        from compress_ssl.pipeline.store import FeatureStore
 
         here = FeatureStore(storage)
         figures = savings(here, config)
@@ -100,7 +100,7 @@ def saved(figures: dict[str, Any]) -> str:
 
 
 def distillation(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
-    from pipeline import journal
+    from compress_ssl.pipeline import journal
 
     rows = journal.parse(storage.get("metrics.jsonl").decode()) if storage.exists("metrics.jsonl") else []
     last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})

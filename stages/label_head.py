@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import artifact
-from pipeline.artifact import UserError
-from pipeline.config import POSITIVE, flag, require
-from pipeline.storage import open_storage
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.config import POSITIVE, flag, require
+from compress_ssl.pipeline.storage import open_storage
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline.store import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ def run(config: Config) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from pipeline import labelhead, originals
-    from pipeline.images import GOOD
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline import labelhead, originals
+    from compress_ssl.pipeline.images import GOOD
+    from compress_ssl.pipeline.store import FeatureStore
 
     store = FeatureStore(storage)
     originals.require_exported(store)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import flag
+from compress_ssl.pipeline.config import flag
 
 GIVEN = ("setting",)  # what the training loop hands to a method, not the user
 
@@ -28,11 +28,11 @@ class Protocols:
 def run(config: Models | Methods | Protocols) -> dict[str, Any]:
     """The menu as text and as {kind: {"summary", "keys"}}."""
     if isinstance(config, Methods):
-        from pipeline.methods import METHODS as menu
+        from compress_ssl.pipeline.methods import METHODS as menu
     elif isinstance(config, Protocols):
-        from pipeline.evaluators import PROTOCOLS as menu
+        from compress_ssl.pipeline.evaluators import PROTOCOLS as menu
     else:
-        from pipeline.models import MODELS as menu
+        from compress_ssl.pipeline.models import MODELS as menu
 
         if config.search:
             return found(config.search)
@@ -49,7 +49,7 @@ def run(config: Models | Methods | Protocols) -> dict[str, Any]:
 
 def found(text: str) -> dict[str, Any]:
     """Names of timm's and torchvision's models that hold this text, as specs."""
-    from pipeline.models import names
+    from compress_ssl.pipeline.models import names
 
     fitting = [name for name in names() if text.lower() in name.lower()]
     said = "\n".join(fitting) or f"no model of timm or torchvision has {text!r} in its name"

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import UserError
-from pipeline.config import flag
-from pipeline.progress import meter, size
-from pipeline.storage import absolute, open_storage
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.config import flag
+from compress_ssl.pipeline.progress import meter, size
+from compress_ssl.pipeline.storage import absolute, open_storage
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Copy what is missing. Returns {"summary", "store", "fingerprint", "images", "views"}."""
-    from pipeline import artifact, transfer
-    from pipeline.lease import Lease
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline import artifact, transfer
+    from compress_ssl.pipeline.lease import Lease
+    from compress_ssl.pipeline.store import FeatureStore
 
     if absolute(config.src) == absolute(config.dst):
         raise UserError(f"{config.src} cannot be copied onto itself; name another place")

@@ -13,14 +13,14 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifact
-from pipeline.artifact import UserError
-from pipeline.config import flag
-from pipeline.evaluators import PROTOCOLS
-from pipeline.menu import nearest
-from pipeline.progress import say
-from pipeline.storage import open_storage
-from stages import compare, distill, evaluate
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.config import flag
+from compress_ssl.pipeline.evaluators import PROTOCOLS
+from compress_ssl.pipeline.menu import nearest
+from compress_ssl.pipeline.progress import say
+from compress_ssl.pipeline.storage import open_storage
+from compress_ssl.stages import compare, distill, evaluate
 
 NUMBER = re.compile(r"[-+]?[0-9.]+e[-+]?[0-9]+")
 """1e-3 and the like, which YAML takes for text unless they have a dot and a sign."""

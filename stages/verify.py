@@ -4,19 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifact import UserError
-from pipeline.config import POSITIVE, flag, one_of, require
-from pipeline.lease import require_free
-from pipeline.philox import LOCAL, view_name
-from pipeline.progress import meter, say
-from pipeline.storage import open_storage
-from pipeline.wording import counted
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.config import POSITIVE, flag, one_of, require
+from compress_ssl.pipeline.lease import require_free
+from compress_ssl.pipeline.philox import LOCAL, view_name
+from compress_ssl.pipeline.progress import meter, say
+from compress_ssl.pipeline.storage import open_storage
+from compress_ssl.pipeline.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.datasets.base import Dataset
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline.datasets.base import Dataset
+    from compress_ssl.pipeline.store import FeatureStore
 
 LOSS = 0.001  # of cosine to the live feature, beyond the codec's: another device or precision passes, another view not
 CLEARLY = 5.0  # times as much below what the codec keeps as the right one, on average: a control's cosine
@@ -54,7 +54,7 @@ def run(config: Config) -> dict[str, Any]:
             f"{config.store} is damaged in {counted(len(damaged), 'place')} ({'; '.join(damaged[:3])}); "
             "compress verify --repair mends small files and marks damaged shards"
         )
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline.store import FeatureStore
 
     store = FeatureStore(open_storage(config.store))
     pending = len(store.pending())
@@ -74,8 +74,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def digests(config: Config) -> tuple[list[str], list[str]]:
     """(what is damaged, what was mended), small files first: shards are read by way of them."""
-    from pipeline import audit
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline import audit
+    from compress_ssl.pipeline.store import FeatureStore
 
     storage = open_storage(config.store)
     if config.repair:
@@ -110,9 +110,9 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
     """
     import numpy as np
 
-    from pipeline import originals, philox
-    from pipeline.datasets import DATASETS
-    from pipeline.images import GOOD
+    from compress_ssl.pipeline import originals, philox
+    from compress_ssl.pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.images import GOOD
 
     dataset, _ = originals.of_store(store, DATASETS.order, config.data)  # the same pixels, before any arithmetic
     rows = np.flatnonzero(store.table("status") == GOOD)
@@ -190,7 +190,7 @@ def judge(found: Likeness) -> dict[str, Any]:
     """In words, and as numbers. Raises UserError if a row does not fit, or if the controls fit as well."""
     import numpy as np
 
-    from pipeline.device import choose
+    from compress_ssl.pipeline.device import choose
 
     config, right, ideal = found.config, np.concatenate(found.right), np.concatenate(found.ideal)
     parts = {"wrong_view": found.wrong_view, "wrong_image": found.wrong_image}
@@ -230,12 +230,12 @@ def embed_again(
     """(rows (n,), view) -> (n, D) features by the live teacher, in batches of the exported size."""
     import numpy as np
 
-    from pipeline.device import choose
-    from pipeline.embed import Forward
-    from pipeline.loader import Eyes, Piece
-    from pipeline.models import build
-    from pipeline.subject import live_teacher
-    from pipeline.views import ViewSpec
+    from compress_ssl.pipeline.device import choose
+    from compress_ssl.pipeline.embed import Forward
+    from compress_ssl.pipeline.loader import Eyes, Piece
+    from compress_ssl.pipeline.models import build
+    from compress_ssl.pipeline.subject import live_teacher
+    from compress_ssl.pipeline.views import ViewSpec
 
     identity, embedder = store.identity, live_teacher(store, build, config.teacher)
     batch = config.batch_size or identity["batch_size"]

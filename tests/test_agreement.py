@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.artifact import UserError
-from pipeline.loader import Eyes, Piece
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec
-from stages import export_teacher, inspect
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.loader import Eyes, Piece
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import ViewSpec
+from compress_ssl.stages import export_teacher, inspect
 
 FIRST, SECOND = "convnet:channels=4+8,pretrained=false", "convnet:channels=4+12,pretrained=false"
 
@@ -43,7 +43,7 @@ def first(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows_and_views_of_two_stores_made_alike_are_the_same_pixels(images: Path, first: Path, tmp_path: Path) -> None:
-    from pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.datasets import DATASETS
 
     made = export(images, tmp_path / "second", SECOND, like=str(first))
     one, two = FeatureStore(Folder(first)), FeatureStore(Folder(tmp_path / "second"))

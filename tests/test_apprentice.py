@@ -10,13 +10,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.apprentice import Apprentice
-from pipeline.datasets.digits import Digits
-from pipeline.model import Embedder
-from pipeline.models import build
-from pipeline.validation import leave_one_out, view_features
-from pipeline.views import ViewSpec, draw, see
-from pipeline.weights import spell
+from compress_ssl.pipeline.apprentice import Apprentice
+from compress_ssl.pipeline.datasets.digits import Digits
+from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.validation import leave_one_out, view_features
+from compress_ssl.pipeline.views import ViewSpec, draw, see
+from compress_ssl.pipeline.weights import spell
 
 SIZE = 8
 PLAIN = ViewSpec("crop-flip", 0, 1.0)

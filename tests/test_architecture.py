@@ -1,8 +1,8 @@
 """Who may import whom, read off the syntax trees; see docs/architecture.md.
 
-    cli -> stages -> plug-in menus, first floor, ground floor
-                     plug-in member -> its own base, first floor, ground floor
-                     first floor    -> ground floor, and each other without a circle
+cli -> stages -> plug-in menus, first floor, ground floor
+                 plug-in member -> its own base, first floor, ground floor
+                 first floor    -> ground floor, and each other without a circle
 """
 
 import ast
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
-from pipeline.artifact import UserError
-from pipeline.menu import Menu
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.menu import Menu
 
 # ---------------------------------------------------------------- the rules
 
@@ -24,7 +24,7 @@ GROUND = {
     f"pipeline.{name}"
     for name in (
         "errors", "process", "storage", "bucket", "artifact", "lease", "config", "menu", "checkpoint", "schedule",
-        "scheduler", "journal", "interrupt", "progress", "device", "launch", "imports",
+        "scheduler", "journal", "interrupt", "progress", "device", "launch", "imports", "old_names",
     )
 }  # fmt: skip
 """What a run is made of. Every other file of pipeline/ is on the first floor."""
@@ -88,7 +88,15 @@ OURS = sources("pipeline", "stages")
 
 def module_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "compress_ssl"
+
+
+PACKAGE = "compress_ssl"  # the one import name; below, our modules go by what follows it
+
+
+def bare(module: str) -> str:
+    """`compress_ssl.pipeline.store` -> `pipeline.store`"""
+    return module.removeprefix(f"{PACKAGE}.")
 
 
 FILES = {module_of(path): path for path in OURS}
@@ -104,7 +112,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def guarded(node: ast.AST) -> str:
-    """"typing" for `if TYPE_CHECKING:`, "main" for `if __name__ == "__main__":`, else ""."""
+    """ "typing" for `if TYPE_CHECKING:`, "main" for `if __name__ == "__main__":`, else ""."""
     if not isinstance(node, ast.If):
         return ""
     if dotted(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
@@ -122,9 +130,9 @@ def imports(name: str) -> list[Import]:
 def _imports(node: ast.AST, name: str, lazy: bool, typing: bool) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
-            yield from (Import(child.lineno, alias.name, lazy, typing) for alias in child.names)
+            yield from (Import(child.lineno, bare(alias.name), lazy, typing) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
-            base = child.module or ""
+            base = bare(child.module or "")
             if child.level:
                 package = name.split(".") if FILES[name].name == "__init__.py" else name.split(".")[:-1]
                 above = package[: len(package) - child.level + 1]
@@ -155,8 +163,10 @@ def is_menu(module: str) -> bool:
 
 def floor(module: str) -> str:
     """cli, stages, menu, base, member, ground or first."""
-    if module.split(".")[0] in ("cli", "stages"):
-        return module.split(".")[0]
+    if module in ("cli", "__main__", PACKAGE):
+        return "cli"
+    if module.split(".")[0] == "stages":
+        return "stages"
     if family_of(module):
         return "menu" if is_menu(module) else "base" if module.split(".")[2] == "base" else "member"
     return "ground" if module in GROUND else "first"
@@ -164,7 +174,7 @@ def floor(module: str) -> str:
 
 LIBRARY = {"ground", "first"}
 MAY_IMPORT = {
-    "cli": {"stages", "menu"} | LIBRARY,
+    "cli": {"cli", "stages", "menu"} | LIBRARY,
     "stages": {"menu", "base"} | LIBRARY,
     "menu": LIBRARY,
     "base": LIBRARY,
@@ -206,6 +216,24 @@ def test_imports_go_down_never_up_and_plugins_do_not_know_each_other() -> None:
         if our(found.module) and (why := forbidden(name, found.module))
     ]
     assert not broken, "\n".join(broken)
+
+
+def test_our_modules_are_imported_by_the_one_name_of_the_package() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"
+        for path in sources("pipeline", "stages", "tests", "benchmarks")
+        if path != ROOT / "tests" / "version1" / "make.py"  # it drove the code of then
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in names_imported(node)
+        if name.partition(".")[0] in ("cli", "pipeline", "stages")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def names_imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 def test_every_folder_of_the_library_is_a_known_plugin_family() -> None:
@@ -270,7 +298,7 @@ def test_help_is_printed_without_any_heavy_package() -> None:
     if "cli" not in FILES:
         pytest.skip("cli.py is not there yet")
     program = (
-        "import sys; sys.argv = ['compress', '--help']; import cli\n"
+        "import sys; sys.argv = ['compress', '--help']; from compress_ssl import cli\n"
         "try: cli.main()\n"
         "except SystemExit as stop: assert not stop.code, stop.code\n"
         f"loaded = sorted(set(sys.modules) & {HEAVY!r}); assert not loaded, loaded\n"
@@ -331,7 +359,7 @@ def test_importing_does_nothing(name: str) -> None:
 MENUS = {
     f"pipeline.{path.parent.name}": [
         value
-        for value in vars(importlib.import_module(f"pipeline.{path.parent.name}")).values()
+        for value in vars(importlib.import_module(f"{PACKAGE}.pipeline.{path.parent.name}")).values()
         if isinstance(value, Menu)
     ]
     for path in sorted((ROOT / "pipeline").glob("*/__init__.py"))

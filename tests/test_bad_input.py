@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from nasty import bad_files, encoded, noise
 
-import cli
+from compress_ssl import cli
 
 ROOT = Path(cli.__file__).parent
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -95,7 +95,7 @@ def evaluate(*more: object) -> Said:
 def program(*words: object, **how: object) -> Said:
     """A process of its own, as a user starts it."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *map(str, words)], capture_output=True, text=True, timeout=120, **how
+        [sys.executable, "-m", "compress_ssl.cli", *map(str, words)], capture_output=True, text=True, timeout=120, **how
     )
     return Said(done.returncode, done.stdout, done.stderr)
 
@@ -432,7 +432,7 @@ def test_a_reader_who_has_seen_enough_is_not_an_error(world: World, here: Path) 
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), "inspect", str(world.run)], stdout=write, stderr=subprocess.PIPE
+        [sys.executable, "-m", "compress_ssl.cli", "inspect", str(world.run)], stdout=write, stderr=subprocess.PIPE
     )
     os.close(write)
     assert done.stderr == b"" and done.returncode == 0
@@ -444,7 +444,7 @@ def test_a_reader_who_has_seen_enough_is_not_an_error(world: World, here: Path) 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_prefix_that_would(world: World, here: Path) -> None:
     import torch
 
-    from pipeline.models import build
+    from compress_ssl.pipeline.models import build
 
     state = build("convnet:channels=4+8", pretrained_default=False).backbone.state_dict()
     torch.save({"state_dict": {f"module.encoder_q.{name}": value for name, value in state.items()}}, "moco.pt")
@@ -860,7 +860,7 @@ def test_a_file_size_limit_is_told_by_the_program_itself(world: World, here: Pat
 
 def test_a_loader_process_that_is_killed_is_told(world: World, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.loader._quiet", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        patched.setattr("compress_ssl.pipeline.loader._quiet", lambda _: os.kill(os.getpid(), signal.SIGKILL))
         said = export(world.data, "store", "--workers", 1)
     said.refuses("a loader process died", "fewer --workers", "repeat the command")
     export(world.data, "store").works()

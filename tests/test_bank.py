@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.artifact import UserError
-from pipeline.bank import MemoryBank, unit
-from pipeline.method import Setting, bank_size, store_rows
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.bank import MemoryBank, unit
+from compress_ssl.pipeline.method import Setting, bank_size, store_rows
 
 
 def feature(rows: Tensor, views: Tensor, array: str = "embedding") -> Tensor:

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from nasty import encoded, noise
 
-from pipeline import embed as embedding
-from pipeline.artifact import UserError
-from pipeline.datasets.base import content_hash
-from pipeline.datasets.folder import Folder as ImageFolder
-from pipeline.images import BROKEN, UNREADABLE
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from stages.export_teacher import Config, run
+from compress_ssl.pipeline import embed as embedding
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.datasets.base import content_hash
+from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
+from compress_ssl.pipeline.images import BROKEN, UNREADABLE
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.stages.export_teacher import Config, run
 
 TEACHER = "convnet:channels=4+8,pretrained=false"
 COUNT, EARLY, LATE = 48, "b/05.png", "z/44.png"  # three shards; the early image is in the first, the late in the last

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import checkpoint
-from pipeline.artifact import UserError
-from pipeline.storage import Folder
+from compress_ssl.pipeline import checkpoint
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.storage import Folder
 
 
 def parts(value: float = 0.0, **more: Any) -> dict[str, Any]:

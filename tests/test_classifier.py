@@ -10,16 +10,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline import labelhead
-from pipeline.artifact import UserError
-from pipeline.evaluators import PROTOCOLS
-from pipeline.evaluators.base import Split
-from pipeline.labelhead import LabelHead
-from pipeline.results import Results
-from pipeline.scores import readings
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from stages import distill, evaluate, export_teacher, label_head, menus
+from compress_ssl.pipeline import labelhead
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.evaluators import PROTOCOLS
+from compress_ssl.pipeline.evaluators.base import Split
+from compress_ssl.pipeline.labelhead import LabelHead
+from compress_ssl.pipeline.results import Results
+from compress_ssl.pipeline.scores import readings
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.stages import distill, evaluate, export_teacher, label_head, menus
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -236,7 +236,7 @@ def test_a_students_classifier_and_a_teachers_head_score_as_the_bare_numbers_do(
 def test_training_images_without_labels_will_do(made: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    from pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.datasets import DATASETS
 
     digits = DATASETS.order(VAL)
     for i in range(4):

@@ -14,11 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.artifact import UserError
-from pipeline.datasets import DATASETS
-from pipeline.datasets.base import Dataset, content_hash
-from pipeline.datasets.folder import SUFFIXES, Folder, escape
-from pipeline.images import BROKEN, NOT_AN_IMAGE, UNREADABLE, BadImage
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.datasets import DATASETS
+from compress_ssl.pipeline.datasets.base import Dataset, content_hash
+from compress_ssl.pipeline.datasets.folder import SUFFIXES, Folder, escape
+from compress_ssl.pipeline.images import BROKEN, NOT_AN_IMAGE, UNREADABLE, BadImage
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,11 +121,11 @@ def test_the_order_is_that_of_bytes_whatever_the_locale(tmp_path: Path) -> None:
     wanted = sorted(names, key=os.fsencode)
     assert Folder(tmp_path).ids == wanted
     code = (
-        "from pathlib import Path; from pipeline.datasets.folder import Folder; "
+        "from pathlib import Path; from compress_ssl.pipeline.datasets.folder import Folder; "
         f"print(ascii(Folder(Path({str(tmp_path)!r})).ids))"
     )
     for name in ("C", "tr_TR.UTF-8"):
-        env = {**os.environ, "LC_ALL": name, "LANG": name, "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "LC_ALL": name, "LANG": name, "PYTHONUTF8": "0"}
         out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         assert out.stdout.strip() == ascii(wanted)
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import decoded
-from pipeline.artifact import Mismatch, UserError
-from pipeline.datasets.folder import Folder as ImageFolder
-from pipeline.images import BadImage
-from stages import distill, export_teacher
+from compress_ssl.pipeline import decoded
+from compress_ssl.pipeline.artifact import Mismatch, UserError
+from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
+from compress_ssl.pipeline.images import BadImage
+from compress_ssl.stages import distill, export_teacher
 
 
 @pytest.fixture

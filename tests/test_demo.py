@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import pytest
 import safetensors.torch
 
-import cli
-from pipeline.artifact import Mismatch, UserError
-from pipeline.models import build
-from pipeline.teachers.digits import WEIGHTS
-from stages import demo
+from compress_ssl import cli
+from compress_ssl.pipeline.artifact import Mismatch, UserError
+from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.teachers.digits import WEIGHTS
+from compress_ssl.stages import demo
 
 FILE = "154b42cf8b96c1231fd461cf2f526ea5cf889b32a2e8a2d5520e79605695e037"  # SHA-256 of digits.safetensors
 TENSORS = "82b82763719e3f9c5e90ff4ed7040ded9c481b2a8ac2f34cfe0210277711c06f"  # what manifests call its weights

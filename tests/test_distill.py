@@ -25,17 +25,17 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline import checkpoint
-from pipeline.artifact import Mismatch, UserError
-from pipeline.interrupt import Interrupted
-from pipeline.journal import read as read_journal
-from pipeline.lease import Lease
-from pipeline.model import Embedder
-from pipeline.session import Session
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from stages import distill, export_teacher
-from stages.distill import Config
+from compress_ssl.pipeline import checkpoint
+from compress_ssl.pipeline.artifact import Mismatch, UserError
+from compress_ssl.pipeline.interrupt import Interrupted
+from compress_ssl.pipeline.journal import read as read_journal
+from compress_ssl.pipeline.lease import Lease
+from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.session import Session
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.stages import distill, export_teacher
+from compress_ssl.stages.distill import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = "convnet:channels=8+16,pretrained=false"
@@ -291,12 +291,12 @@ def command(store: Path, out: Path, student: str, steps: int = 90, method: str =
 def program(line: list[str]) -> "subprocess.Popen[str]":
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(ROOT / "cli.py"), *line], env=env, **pipes)
+    return subprocess.Popen([sys.executable, "-m", "compress_ssl.cli", *line], env=env, **pipes)
 
 
 WARM = """
 import importlib, json, os, sys
-import cli
+from compress_ssl import cli
 for module in sys.argv[1:]:
     importlib.import_module(module)
 print("ready", flush=True)
@@ -308,15 +308,21 @@ for line in sys.stdin:
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
         os.environ["DIE"] = order["die"]
         sys.argv = ["compress", *order["line"]]
-        cli.main()
+        compress_ssl.cli.main()
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
-IMPORTED = "stages.distill pipeline.session pipeline.methods.compress pipeline.models.python sklearn.datasets".split()
+IMPORTED = [
+    "compress_ssl.stages.distill",
+    "compress_ssl.pipeline.session",
+    "compress_ssl.pipeline.methods.compress",
+    "compress_ssl.pipeline.models.python",
+    "sklearn.datasets",
+]
 
 
 class Warm:
-    """The program with its imports behind it: every `start` is a process of its own that runs cli.main."""
+    """The program with its imports behind it: every `start` is a process of its own that runs compress_ssl.cli.main."""
 
     def __init__(self, folder: Path):
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -422,7 +428,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_a_crash_after_the_last_step_still_delivers_the_student(run: Callable[..., Any], tmp_path: Path) -> None:
-    from pipeline.apprentice import Apprentice
+    from compress_ssl.pipeline.apprentice import Apprentice
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Apprentice, "deliver", crash)
@@ -637,7 +643,7 @@ def test_a_changed_probe_is_noticed_before_the_first_step(pictures: Path) -> Non
 def test_other_pixels_are_refused_unless_allowed(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipeline.pixels.look", lambda *_: "rendered otherwise")
+    monkeypatch.setattr("compress_ssl.pipeline.pixels.look", lambda *_: "rendered otherwise")
     with pytest.raises(UserError, match="3 of 3 probe images do not look as they did .* --allow-other-pixels"):
         on_pictures(pictures)
     on_pictures(pictures, allow_other_pixels=True)
@@ -668,7 +674,7 @@ def test_bad_images_are_passed_over(pictures: Path) -> None:
 # ---------------------------------------------------------------- when it goes wrong
 
 DIVERGING = """
-from pipeline.methods.compress import OneQueue
+from compress_ssl.pipeline.methods.compress import OneQueue
 class Diverging(OneQueue):
     def forward(self, batch, outputs):
         losses = super().forward(batch, outputs)
@@ -824,12 +830,12 @@ def test_a_run_is_the_plain_loop_over_pairs_of_pixels_and_stored_features(
     run: Callable[..., Any], store: Path, tmp_path: Path
 ) -> None:
     """SGD on KL(teacher || student) written down without the classes under test."""
-    from pipeline.datasets.digits import Digits
-    from pipeline.models import build
-    from pipeline.pairs import Plan
-    from pipeline.storage import Folder
-    from pipeline.store import FeatureStore
-    from pipeline.views import ViewSpec, draw, see
+    from compress_ssl.pipeline.datasets.digits import Digits
+    from compress_ssl.pipeline.models import build
+    from compress_ssl.pipeline.pairs import Plan
+    from compress_ssl.pipeline.storage import Folder
+    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.views import ViewSpec, draw, see
 
     run(student=(CONVNET,), method="compress-2q:bank=30", steps=6, ema=0.5, schedule="cosine")
 
@@ -974,7 +980,7 @@ def test_a_student_that_writes_into_its_input_spoils_it_for_no_other(run: Callab
 
 def test_a_gpus_pixels_come_in_pinned_memory(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, asked = session_of(config(store, tmp_path / "run")), []
-    monkeypatch.setattr("pipeline.session.feed", lambda eyes, workers, pin: asked.append(pin))
+    monkeypatch.setattr("compress_ssl.pipeline.session.feed", lambda eyes, workers, pin: asked.append(pin))
     session.sights(2)
     session.device = torch.device("cuda")
     session.sights(2)

@@ -30,14 +30,14 @@ from test_distill import (
     stopped_by_signal,
 )
 
-from pipeline import checkpoint, labelhead
-from pipeline.artifact import UserError
-from pipeline.config import words
-from pipeline.datasets.digits import Digits
-from pipeline.methods import METHODS
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore, Shard, done_key
-from stages import distill, label_head
+from compress_ssl.pipeline import checkpoint, labelhead
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.config import words
+from compress_ssl.pipeline.datasets.digits import Digits
+from compress_ssl.pipeline.methods import METHODS
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore, Shard, done_key
+from compress_ssl.stages import distill, label_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -202,7 +202,7 @@ def test_a_peer_that_joins_makes_another_run_and_is_named(run: Callable[..., Any
 
 
 def test_peers_see_views_of_their_own(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.methods.dogo import Dogo
+    from compress_ssl.pipeline.methods.dogo import Dogo
 
     seen: list[list[torch.Tensor]] = []
     forward = Dogo.forward
@@ -239,8 +239,8 @@ def test_peers_without_views_enough_and_one_alone_are_refused(run: Callable[...,
 
 
 DIVERGING = """
-from pipeline.methods.regression import Regression
-from pipeline.methods.dogo import Dogo
+from compress_ssl.pipeline.methods.regression import Regression
+from compress_ssl.pipeline.methods.dogo import Dogo
 class Fragile(Regression):
     def __init__(self, *, setting):
         super().__init__(setting=setting)
@@ -360,7 +360,7 @@ def test_a_store_that_lacks_what_a_method_needs_is_refused_with_the_flags(
 
 
 OWN = """
-from pipeline.method import Method, Needs
+from compress_ssl.pipeline.method import Method, Needs
 class Cross(Method):
     needs = Needs(pairings=("cross",))
     def __init__(self, *, setting):

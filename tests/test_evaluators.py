@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from pipeline import neighbors
-from pipeline.artifact import UserError
-from pipeline.evaluators import PROTOCOLS
-from pipeline.evaluators.base import Evaluator, Result, Split, per_class
-from pipeline.evaluators.cluster import contingency, match, score
-from pipeline.evaluators.linear import LinearProbe, whitening
-from pipeline.scores import readings
-from stages import evaluate
+from compress_ssl.pipeline import neighbors
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.evaluators import PROTOCOLS
+from compress_ssl.pipeline.evaluators.base import Evaluator, Result, Split, per_class
+from compress_ssl.pipeline.evaluators.cluster import contingency, match, score
+from compress_ssl.pipeline.evaluators.linear import LinearProbe, whitening
+from compress_ssl.pipeline.scores import readings
+from compress_ssl.stages import evaluate
 
 ALL = ("nn", "knn:k=5", "cluster", "linear:epochs=2")
 

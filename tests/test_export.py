@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from pipeline import embed as embedding
-from pipeline.artifact import Mismatch, UserError
-from pipeline.codecs import CODECS
-from pipeline.datasets.base import content_hash
-from pipeline.datasets.folder import Folder as ImageFolder
-from pipeline.images import BROKEN, NOT_AN_IMAGE, NOT_FINITE, decode
-from pipeline.models import build
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec, draw, render, resolve
-from stages import export_teacher
-from stages.export_teacher import Config
+from compress_ssl.pipeline import embed as embedding
+from compress_ssl.pipeline.artifact import Mismatch, UserError
+from compress_ssl.pipeline.codecs import CODECS
+from compress_ssl.pipeline.datasets.base import content_hash
+from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
+from compress_ssl.pipeline.images import BROKEN, NOT_AN_IMAGE, NOT_FINITE, decode
+from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import ViewSpec, draw, render, resolve
+from compress_ssl.stages import export_teacher
+from compress_ssl.stages.export_teacher import Config
 
 ROOT = Path(__file__).parents[1]
 TEACHER = "convnet:channels=4+8,pretrained=false"

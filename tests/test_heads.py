@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import heads
-from pipeline.artifact import UserError
-from pipeline.method import Setting
-from pipeline.model import IMAGENET, Embedder, Network
-from pipeline.models import build
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from stages import distill, export_teacher, store_copy, verify
+from compress_ssl.pipeline import heads
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.method import Setting
+from compress_ssl.pipeline.model import IMAGENET, Embedder, Network
+from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.stages import distill, export_teacher, store_copy, verify
 
 D = 8
 
@@ -302,7 +302,9 @@ def test_a_recoded_part_keeps_local_crops_and_heads_and_its_runs_find_them(
         want, got = source.read(name, view)[rows], part.read(name, view)
         assert (F.cosine_similarity(torch.from_numpy(want), torch.from_numpy(got), dim=-1) > 0.99).all()
     found: list[Any] = []
-    monkeypatch.setattr("pipeline.method.Setting", lambda *a, **said: (found.append(Setting(*a, **said)), found[-1])[1])
+    monkeypatch.setattr(
+        "compress_ssl.pipeline.method.Setting", lambda *a, **said: (found.append(Setting(*a, **said)), found[-1])[1]
+    )
     run = {"steps": 2, "batch_size": 4, "image_size": 16, "workers": 0, "device": "cpu"}
     distill.run(distill.Config(str(tmp_path / "part"), (BARE,), "esvit:crops=0", tmp_path / "run", **run))  # type: ignore[arg-type]
     kept = heads.beside(source)

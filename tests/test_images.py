@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline import images
-from pipeline.images import BROKEN, NOT_AN_IMAGE, REASONS, TOO_LARGE, BadImage, decode
+from compress_ssl.pipeline import images
+from compress_ssl.pipeline.images import BROKEN, NOT_AN_IMAGE, REASONS, TOO_LARGE, BadImage, decode
 
 BEST: dict[str, dict[str, Any]] = {"JPEG": {"quality": 98}, "WEBP": {"lossless": True}, "ICO": {"sizes": [(16, 16)]}}
 """By format, what keeps the pixels as they are."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from pipeline import artifact, decoded, subject
-from pipeline.artifact import UserError
-from pipeline.datasets.digits import Digits
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from stages import distill, evaluate, export_teacher, inspect, label_head, verify
+from compress_ssl.pipeline import artifact, decoded, subject
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.datasets.digits import Digits
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.stages import distill, evaluate, export_teacher, inspect, label_head, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 built: list[str] = []

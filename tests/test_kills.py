@@ -20,9 +20,9 @@ import psutil
 import pytest
 from nasty import encoded, noise
 
-import cli
-from pipeline.storage import PART, Folder
-from pipeline.store import FeatureStore
+from compress_ssl import cli
+from compress_ssl.pipeline.storage import PART, Folder
+from compress_ssl.pipeline.store import FeatureStore
 
 ROOT = Path(cli.__file__).parent
 SHARDS, IMAGES, VIEWS = 6, 96, 5  # 16 rows a shard; 5 views are two blocks of views, so two done records
@@ -74,15 +74,16 @@ def command(words: list[str], said: str) -> None:
 def forge() -> Iterator[Any]:
     """Starts processes from one that has torch loaded already: a fraction of a second instead of several."""
     settings = {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "fork",
     }
     context = multiprocessing.get_context("forkserver")
-    loaded = ["torch", "torchvision.transforms.v2", "zarr", "distributed", "stages.export_teacher"]
+    loaded = ["torch", "torchvision.transforms.v2", "zarr", "distributed", "compress_ssl.stages.export_teacher"]
     loaded += [
-        f"pipeline.{name}" for name in ("embed", "models", "models.python", "pixels", "scheduler", "datasets.folder")
+        f"compress_ssl.pipeline.{name}"
+        for name in ("embed", "models", "models.python", "pixels", "scheduler", "datasets.folder")
     ]
     context.set_forkserver_preload([*loaded, "test_kills"])
     with pytest.MonkeyPatch.context() as patch:
@@ -276,7 +277,7 @@ def test_a_worker_that_is_killed_costs_at_most_its_task(
 
 LATE = """
 import os, signal, sys
-import cli
+from compress_ssl import cli
 
 def leave(code):
     os.kill(os.getpid(), signal.SIGNAL)
@@ -284,7 +285,7 @@ def leave(code):
 
 sys.exit = leave
 sys.argv = ["compress", "methods"]
-cli.main()
+compress_ssl.cli.main()
 """
 
 

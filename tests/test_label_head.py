@@ -11,11 +11,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from pipeline import labelhead
-from pipeline.artifact import UserError
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from stages import export_teacher, label_head
+from compress_ssl.pipeline import labelhead
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.stages import export_teacher, label_head
 
 IMAGES = 30
 NAMES = ["ant", "bee", "cat"]

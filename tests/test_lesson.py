@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.apprentice import Apprentice, blend
-from pipeline.lesson import Diverged, Lesson, Training, agreement, spread
-from pipeline.method import Batch, Method, Needs
-from pipeline.model import Embedder
-from pipeline.models import build
-from pipeline.schedule import Schedule
+from compress_ssl.pipeline.apprentice import Apprentice, blend
+from compress_ssl.pipeline.lesson import Diverged, Lesson, Training, agreement, spread
+from compress_ssl.pipeline.method import Batch, Method, Needs
+from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.schedule import Schedule
 
 B, SIZE = 6, 8
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import audit
-from pipeline.artifact import UserError
-from pipeline.journal import read as read_journal
-from pipeline.loader import Eyes, Piece
-from pipeline.pairs import Plan
-from pipeline.philox import FRESH, LOCAL, view_name
-from pipeline.shelf import Shard, done_key
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from pipeline.views import LOCALS, View, ViewSpec, draw, local_size, resolve, see
-from stages import distill, export_teacher, inspect, verify
+from compress_ssl.pipeline import audit
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.journal import read as read_journal
+from compress_ssl.pipeline.loader import Eyes, Piece
+from compress_ssl.pipeline.pairs import Plan
+from compress_ssl.pipeline.philox import FRESH, LOCAL, view_name
+from compress_ssl.pipeline.shelf import Shard, done_key
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import LOCALS, View, ViewSpec, draw, local_size, resolve, see
+from compress_ssl.stages import distill, export_teacher, inspect, verify
 
 TEACHER = "convnet:channels=4+8,pretrained=false"
 IMAGES, SIZE = 20, 24
@@ -123,7 +123,7 @@ def test_a_crop_shows_the_same_box_at_every_size() -> None:
 
 
 def test_a_loader_sees_them_beside_the_views_or_alone(images: Path) -> None:
-    from pipeline.datasets.folder import Folder as ImageFolder
+    from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 
     data, spec, rows = ImageFolder(images), ViewSpec("crop-flip", 0, 0.875), np.array([3, 11])
     views, local = np.array([[1, 2]] * 2), LOCAL + np.array([[0, 1, 5]] * 2)
@@ -302,7 +302,7 @@ def test_inspect_shows_them(whole: Path) -> None:
 # ---------------------------------------------------------------- seen by students
 
 WITNESS = """
-from pipeline.method import Method, Needs
+from compress_ssl.pipeline.method import Method, Needs
 class Witness(Method):
     needs = Needs(("embedding", "local_embedding"), ("embedding", "local_embedding"))
     def __init__(self, *, setting, shift: int = 0):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifact import UserError
-from pipeline.menu import Menu, Spec, literal, nearest, parse
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.menu import Menu, Spec, literal, nearest, parse
 
 
 class Thing:
@@ -164,8 +164,8 @@ def test_a_path_alone_is_the_kind_that_paths_mean(menu: Menu, tmp_path: Path, mo
 
 
 def test_a_broken_module_of_ours_is_not_called_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModuleNotFoundError, match="pipeline.nowhere"):
-        Menu("thing", {"x": "pipeline.nowhere:X"}).order("x")
+    with pytest.raises(ModuleNotFoundError, match="compress_ssl.pipeline.nowhere"):
+        Menu("thing", {"x": "compress_ssl.pipeline.nowhere:X"}).order("x")
 
 
 def test_a_summary_is_the_first_line_of_the_docstring(menu: Menu) -> None:
@@ -185,8 +185,8 @@ def test_a_menu_imports_nothing_until_ordered() -> None:
 def test_a_settled_spec_means_the_same_from_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.datasets import DATASETS
-    from pipeline.models import MODELS
+    from compress_ssl.pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.models import MODELS
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet18").mkdir()  # a folder named like a model is none

@@ -26,8 +26,8 @@ from papers import (
 )
 from torch import Tensor
 
-from pipeline.artifact import UserError
-from pipeline.methods import METHODS
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.methods import METHODS
 
 ARRAYS = ("embedding", "regions")
 TAU_T, TAU_S = 0.3, 0.5
@@ -165,7 +165,7 @@ def test_a_view_is_never_compared_with_itself_whatever_the_pairing() -> None:
 
 
 def test_regions_are_matched_by_their_best_cosine_and_several_may_share_one() -> None:
-    from pipeline.methods.esvit import matched
+    from compress_ssl.pipeline.methods.esvit import matched
 
     theirs, mine = noise(1, B, REGIONS, D), noise(2, B, SEEN, D)
     mine[:, 2] = 5 * mine[:, 1]

@@ -22,9 +22,9 @@ from papers import (
     through,
 )
 
-from pipeline.artifact import UserError
-from pipeline.labelhead import LabelHead, save
-from pipeline.methods import METHODS
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.labelhead import LabelHead, save
+from compress_ssl.pipeline.methods import METHODS
 
 W = 2
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from object_store import FAULTS, Server
 
-from pipeline import mirror
-from pipeline.artifact import UserError
-from pipeline.bucket import Bucket
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from stages import compare, distill, evaluate, export_teacher, inspect, verify
+from compress_ssl.pipeline import mirror
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.bucket import Bucket
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.stages import compare, distill, evaluate, export_teacher, inspect, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -143,7 +143,17 @@ def test_a_store_in_memory_serves_all_commands_of_a_process(tmp_path: Path) -> N
 
 
 def test_wrong_places_end_a_command_with_one_sentence(server: Server, tmp_path: Path) -> None:
-    words = [sys.executable, "cli.py", "distill", "--store", "s3://nowhere/x", "--student", "convnet", "--method"]
+    words = [
+        sys.executable,
+        "-m",
+        "compress_ssl.cli",
+        "distill",
+        "--store",
+        "s3://nowhere/x",
+        "--student",
+        "convnet",
+        "--method",
+    ]
     done = subprocess.run([*words, "seed", "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: s3://nowhere/x: there is no such bucket; create it or correct the name\n"

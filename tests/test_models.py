@@ -16,9 +16,9 @@ import torch
 import torchvision
 from torch import nn
 
-from pipeline.artifact import UserError
-from pipeline.model import IMAGENET, Preprocessing, pooled
-from pipeline.models import MODELS, build
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.model import IMAGENET, Preprocessing, pooled
+from compress_ssl.pipeline.models import MODELS, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +36,8 @@ def python_file(folder: Path, text: str) -> Path:
 
 
 def test_the_menu_imports_neither_torch_nor_its_members() -> None:
-    code = "import sys, pipeline.models, pipeline.teachers, pipeline.students; print('torch' in sys.modules)"
+    modules = ", ".join(f"compress_ssl.pipeline.{name}" for name in ("models", "teachers", "students"))
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False"
 

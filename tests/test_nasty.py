@@ -13,16 +13,16 @@ import pytest
 import torch
 from nasty import bad_files, encoded, furnish, noise, odd_files
 
-from pipeline.datasets.base import Subset
-from pipeline.datasets.folder import Folder as ImageFolder
-from pipeline.datasets.folder import escape
-from pipeline.embed import Forward, embed
-from pipeline.images import GOOD, BadImage, decode
-from pipeline.models import build
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec
-from stages import export_teacher
+from compress_ssl.pipeline.datasets.base import Subset
+from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
+from compress_ssl.pipeline.datasets.folder import escape
+from compress_ssl.pipeline.embed import Forward, embed
+from compress_ssl.pipeline.images import GOOD, BadImage, decode
+from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import ViewSpec
+from compress_ssl.stages import export_teacher
 
 TEACHER = "convnet:channels=4+8,pretrained=false"
 VIEWS = 3

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import neighbors
-from pipeline.artifact import UserError
+from compress_ssl.pipeline import neighbors
+from compress_ssl.pipeline.artifact import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -200,7 +200,7 @@ BOTH = """
 import {0}
 import {1}
 import numpy as np
-from pipeline import neighbors
+from compress_ssl.pipeline import neighbors
 x = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)
 for _ in range(3):  # by turns, so that each library's threads wake after the other's
     centroids, assignment = neighbors.kmeans(x, 10, 5)
@@ -225,7 +225,8 @@ def test_torch_and_faiss_work_in_one_process_in_either_import_order() -> None:
 
 def test_looking_a_protocol_up_imports_none_of_the_large_libraries() -> None:
     code = (
-        "import sys; from pipeline import neighbors; from pipeline.evaluators import PROTOCOLS\n"
+        "import sys; from compress_ssl.pipeline import neighbors\n"
+        "from compress_ssl.pipeline.evaluators import PROTOCOLS\n"
         "[PROTOCOLS.check(p) for p in ('nn', 'knn:k=5', 'cluster', 'linear:augment=true')]\n"
         "print([m for m in ('faiss', 'torch', 'scipy', 'sklearn', 'matplotlib') if m in sys.modules])"
     )

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -161,8 +163,14 @@ def test_the_installed_command_is_the_one_of_pyproject() -> None:
     assert there.version == PROJECT["version"]
 
 
-def test_cli_pipeline_and_stages_load_from_this_checkout_wherever_one_stands(tmp_path: Path) -> None:
-    program = "import cli, pipeline, stages; print(cli.__file__, pipeline.__file__, stages.__file__, sep='\\n')"
+def test_the_package_loads_from_this_checkout_beside_a_users_own_cli_pipeline_and_stages(tmp_path: Path) -> None:
+    for name in ("cli.py", "pipeline/__init__.py", "stages/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise ImportError('this is the user's own')\n")
+    program = (
+        "from compress_ssl import cli, pipeline, stages, distill\n"
+        "print(compress_ssl.cli.__file__, compress_ssl.pipeline.__file__, compress_ssl.stages.__file__, sep='\\n')"
+    )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
@@ -170,6 +178,103 @@ def test_cli_pipeline_and_stages_load_from_this_checkout_wherever_one_stands(tmp
     assert done.returncode == 0, f"{done.stderr}\n`make install` installs this checkout"
     wanted = [ROOT / "cli.py", ROOT / "pipeline" / "__init__.py", ROOT / "stages" / "__init__.py"]
     assert [Path(line).resolve() for line in done.stdout.split("\n") if line] == wanted
+
+
+# ---------------------------------------------------------------- the wheel, and lint in another folder
+
+
+def packages() -> dict[str, Path]:
+    """{name below the one import name: folder} of all packages in the tree."""
+    folders = [ROOT, *(ROOT / top for top in ("pipeline", "stages"))]
+    folders += [path.parent for top in ("pipeline", "stages") for path in (ROOT / top).rglob("*/__init__.py")]
+    return {".".join(["compress_ssl", *folder.relative_to(ROOT).parts]): folder for folder in dict.fromkeys(folders)}
+
+
+def tracked() -> list[str]:
+    """Files of this checkout that belong to it: those that git knows or would add."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in names if (ROOT / name).is_file()]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A copy of this checkout, in a folder whose name is no Python name."""
+    for name in tracked():
+        target = tmp_path / "a-clone" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    return tmp_path / "a-clone"
+
+
+def test_the_packages_of_pyproject_are_those_of_the_tree() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(packages())
+
+
+def test_every_public_name_can_be_imported() -> None:
+    import compress_ssl
+
+    for name in compress_ssl.__all__:
+        assert getattr(compress_ssl, name) is not None
+        assert name in dir(compress_ssl)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = compress_ssl.nothing
+
+
+@pytest.mark.extended
+def test_the_wheel_holds_the_packages_alone_and_runs_beside_a_users_own_names(clone: Path, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*build, str(clone)], check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    data = (".safetensors", ".html", ".css")
+    wanted = {
+        f"{name.replace('.', '/')}/{file.name}"
+        for name, folder in packages().items()
+        for file in folder.iterdir()
+        if file.suffix == ".py"
+    }
+    wanted |= {f"compress_ssl/{name}" for name in tracked() if name.startswith("pipeline/") and name.endswith(data)}
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == wanted
+
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False, symlinks=True)
+    python, here = home / "bin" / "python", Path(zipfile.__file__).parent
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True, timeout=300)
+    (site,) = (home / "lib").glob("python*/site-packages")
+    ours = Path(importlib.metadata.distribution("torch").locate_file("")).resolve()
+    assert ours != here
+    (site / "dependencies.pth").write_text(f"{ours}\n")  # an editable install there does not follow: it is a hook
+
+    user = tmp_path / "user"
+    for name in ("cli.py", "pipeline/__init__.py", "stages/__init__.py"):
+        (user / name).parent.mkdir(parents=True, exist_ok=True)
+        (user / name).write_text("raise ImportError('this is the user's own')\n")
+    words = "export-teacher --data digits --teacher digits-teacher --limit 40 --views 2 --out store --device cpu"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    for command in ([str(home / "bin" / "compress")], [str(python), "-m", "compress_ssl"]):
+        done = subprocess.run(
+            [*command, *words.split()], cwd=user, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert "complete already" in done.stdout
+    code = "import compress_ssl; print(compress_ssl.__file__)"
+    found = subprocess.run([str(python), "-c", code], cwd=user, env=environment, capture_output=True, text=True)
+    assert Path(found.stdout.strip()).is_relative_to(home)
+
+
+@pytest.mark.extended
+def test_lint_sees_a_type_error_across_modules_in_a_clone_of_another_name(clone: Path) -> None:
+    check = ["make", "types", f"VENV={sys.prefix}"]
+    clean = subprocess.run(check, cwd=clone, capture_output=True, text=True, timeout=600)
+    assert clean.returncode == 0, clean.stdout
+    with open(clone / "stages" / "compare.py", "a") as file:
+        file.write("\nfrom compress_ssl.pipeline.errors import UserError\n\nNUMBER: int = UserError('no number')\n")
+    broken = subprocess.run(check, cwd=clone, capture_output=True, text=True, timeout=600)
+    assert broken.returncode != 0 and "NUMBER" not in broken.stderr
+    assert 'expression has type "UserError", variable has type "int"' in broken.stdout, broken.stdout
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import philox
-from pipeline.philox import ORDER, VIEW, permutation, uniform, words
+from compress_ssl.pipeline import philox
+from compress_ssl.pipeline.philox import ORDER, VIEW, permutation, uniform, words
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)

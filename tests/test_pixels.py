@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import pixels
-from pipeline.images import BROKEN, BadImage
-from pipeline.model import Preprocessing
-from pipeline.views import ViewSpec
+from compress_ssl.pipeline import pixels
+from compress_ssl.pipeline.images import BROKEN, BadImage
+from compress_ssl.pipeline.model import Preprocessing
+from compress_ssl.pipeline.views import ViewSpec
 
 LOOKS = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
 

@@ -19,16 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor, distributed, nn
 
-from pipeline import device, interrupt, launch, ranks, trainer
-from pipeline.artifact import UserError
-from pipeline.config import words
-from pipeline.interrupt import Interrupt
-from pipeline.journal import read as read_journal
-from pipeline.lesson import Diverged
-from pipeline.methods import dogo
-from pipeline.pairs import Plan
-from stages import distill, export_teacher, label_head
-from stages.distill import Config
+from compress_ssl.pipeline import device, interrupt, launch, ranks, trainer
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.config import words
+from compress_ssl.pipeline.interrupt import Interrupt
+from compress_ssl.pipeline.journal import read as read_journal
+from compress_ssl.pipeline.lesson import Diverged
+from compress_ssl.pipeline.methods import dogo
+from compress_ssl.pipeline.pairs import Plan
+from compress_ssl.stages import distill, export_teacher, label_head
+from compress_ssl.stages.distill import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = "convnet:channels=8+16,pretrained=false"
@@ -42,8 +42,8 @@ def net():
 """A student without batch norm: what it makes of an image does not depend on who else is in the batch."""
 
 BROKEN = """
-from pipeline import ranks
-from pipeline.method import Method
+from compress_ssl.pipeline import ranks
+from compress_ssl.pipeline.method import Method
 class Broken(Method):
     def __init__(self, *, setting):
         super().__init__()
@@ -314,8 +314,8 @@ def test_the_shares_of_all_ranks_are_the_step(local: dict[str, Any]) -> None:
 def test_a_batch_that_cannot_be_shared_is_refused_with_the_nearest_that_can(
     each: int | None, size: int, said: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.storage import Folder
-    from pipeline.store import FeatureStore
+    from compress_ssl.pipeline.storage import Folder
+    from compress_ssl.pipeline.store import FeatureStore
 
     asked = config(home, "never", method="crd", batch_size=each)  # published with 64 images
     store = FeatureStore(Folder(home / "store"))
@@ -358,7 +358,7 @@ def test_synchronised_batch_norm_keeps_names_and_activations_and_is_refused_on_t
 
 
 def test_the_flags_of_a_config_make_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cli
+    from compress_ssl import cli
 
     students = ("convnet:channels=4", "-x")
     asked = Config("store", students, "seed", tmp_path, norm_decay=False, overwrite=True, epochs=0.5)
@@ -397,7 +397,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def command(*said: Any) -> list[str]:
-    return [sys.executable, str(ROOT / "cli.py"), "distill", *map(str, said)]
+    return [sys.executable, "-m", "compress_ssl.cli", "distill", *map(str, said)]
 
 
 def flags(home: Path, out: Path, each: int = BATCH // 2) -> list[Any]:
@@ -451,7 +451,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_where_one_proces
 
 DYING = """
 import os, signal
-from pipeline.methods.regression import Regression
+from compress_ssl.pipeline.methods.regression import Regression
 class Dying(Regression):
     def forward(self, batch, outputs):
         if batch.step == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import comparison, figures, gallery, report, scores
-from pipeline.evaluators.base import Result, Split
-from pipeline.page import printable
+from compress_ssl.pipeline import comparison, figures, gallery, report, scores
+from compress_ssl.pipeline.evaluators.base import Result, Split
+from compress_ssl.pipeline.page import printable
 
 ROOT = Path(__file__).parents[1]
 EVIL = ("<script>alert(1)</script>", "a\"b'&amp;$\\frac$", "猫\udcff", "plain")
@@ -307,7 +307,7 @@ def test_a_picture_of_another_kind_is_a_bug_and_said_so() -> None:
 
 def test_drawing_touches_no_pyplot_and_no_settings() -> None:
     code = (
-        "import sys, matplotlib; before = dict(matplotlib.rcParams); from pipeline import comparison\n"
+        "import sys, matplotlib; before = dict(matplotlib.rcParams); from compress_ssl.pipeline import comparison\n"
         "comparison.compare([{'model': {'name': 'a', 'parameters': 5}, 'nn': {'top1': 1.0}}])\n"
         "print('matplotlib.pyplot' in sys.modules, before == dict(matplotlib.rcParams))"
     )

@@ -15,11 +15,11 @@ import torch
 from distributed import LocalCluster
 from PIL import Image
 
-from pipeline.artifact import UserError
-from pipeline.scheduler import parse
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from stages.export_teacher import Config, run
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.scheduler import parse
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.stages.export_teacher import Config, run
 
 ROOT = Path(__file__).parent.parent
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -109,7 +109,7 @@ def test_workers_end_with_the_command_that_was_killed(images: Path, tmp_path: Pa
     flags = {"data": images, "teacher": TEACHER, "out": tmp_path / "store", "views": 8, "image-size": 16,
              "batch-size": 4, "shard-size": 8, "scheduler": "processes:2"}  # fmt: skip
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    running = subprocess.Popen([sys.executable, str(ROOT / "cli.py"), "export-teacher", *words])
+    running = subprocess.Popen([sys.executable, "-m", "compress_ssl.cli", "export-teacher", *words])
     deadline, began = time.monotonic() + 120, psutil.Process(running.pid)
     while len(children := began.children(recursive=True)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -149,7 +149,7 @@ def test_a_scheduler_that_does_not_answer_is_refused_in_words(images: Path, tmp_
 
 def test_a_worker_killed_in_the_middle_changes_nothing(images: Path, tmp_path: Path) -> None:
     """A scheduler and two workers as programs of their own; one dies by SIGKILL once shards appear."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     address, programs = "tcp://127.0.0.1:18786", []
     dask = [sys.executable, "-m", "dask"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": env, "cwd": tmp_path}

@@ -17,13 +17,13 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import artifact, audit
-from pipeline.artifact import Mismatch, UserError
-from pipeline.codecs import CODECS
-from pipeline.images import BROKEN, GOOD, NOT_FINITE, REASONS
-from pipeline.shelf import Shard, batches, done_key, shard_rows, view_digest
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
+from compress_ssl.pipeline import artifact, audit
+from compress_ssl.pipeline.artifact import Mismatch, UserError
+from compress_ssl.pipeline.codecs import CODECS
+from compress_ssl.pipeline.images import BROKEN, GOOD, NOT_FINITE, REASONS
+from compress_ssl.pipeline.shelf import Shard, batches, done_key, shard_rows, view_digest
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
 
 ROOT = Path(__file__).parents[1]
 N, D, ROWS = 10, 3, 4

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import UserError
-from pipeline.datasets.digits import Digits
-from pipeline.interrupt import Interrupted
-from pipeline.session import Session
-from stages import distill, export_teacher, sweep
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.datasets.digits import Digits
+from compress_ssl.pipeline.interrupt import Interrupted
+from compress_ssl.pipeline.session import Session
+from compress_ssl.stages import distill, export_teacher, sweep
 
 STUDENTS = ("convnet:channels=4+6", "convnet:channels=5+6")
 
@@ -113,7 +113,7 @@ def test_a_student_that_diverges_in_a_shared_pass_fails_alone_and_is_not_tried_a
 
 
 LATE = """
-from pipeline.methods.regression import Regression
+from compress_ssl.pipeline.methods.regression import Regression
 class Late(Regression):
     def forward(self, batch, outputs):
         (loss,) = super().forward(batch, outputs)

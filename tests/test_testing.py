@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.labelhead import LabelHead, save
-from pipeline.method import Batch, Method, Needs, Setting
-from pipeline.methods import METHODS
-from pipeline.testing import check_method
+from compress_ssl.pipeline.labelhead import LabelHead, save
+from compress_ssl.pipeline.method import Batch, Method, Needs, Setting
+from compress_ssl.pipeline.methods import METHODS
+from compress_ssl.pipeline.testing import check_method
 
 KEYS: dict[str, dict[str, Any]] = {
     "compress-2q": {"bank": 10},

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.artifact import Mismatch, UserError
-from pipeline.loader import Eyes, Piece
-from pipeline.session import Session
-from pipeline.storage import Folder, open_storage
-from pipeline.store import FeatureStore
-from pipeline.views import ViewSpec
-from stages import distill, evaluate, export_teacher, store_copy, verify
+from compress_ssl.pipeline.artifact import Mismatch, UserError
+from compress_ssl.pipeline.loader import Eyes, Piece
+from compress_ssl.pipeline.session import Session
+from compress_ssl.pipeline.storage import Folder, open_storage
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.views import ViewSpec
+from compress_ssl.stages import distill, evaluate, export_teacher, store_copy, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -127,7 +127,7 @@ def train(store: Path, out: Path, **said: Any) -> dict[str, Any]:
 def test_a_student_of_a_cut_down_store_sees_the_pixels_the_teacher_saw(
     source: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.datasets import DATASETS
 
     src = FeatureStore(Folder(source))
     everything = DATASETS.order("digits").subset(IMAGES)
@@ -303,7 +303,18 @@ def test_a_copy_is_not_mistaken_for_another(source: Path, cut: Path, tmp_path: P
 
 
 def test_the_command_is_spelled_store_copy(source: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "cli.py", "store", "copy", str(source), str(tmp_path / "copy"), "--views", "4:8", "--json"]
+    words = [
+        sys.executable,
+        "-m",
+        "compress_ssl.cli",
+        "store",
+        "copy",
+        str(source),
+        str(tmp_path / "copy"),
+        "--views",
+        "4:8",
+        "--json",
+    ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["views"] == [4, 5, 6, 7]

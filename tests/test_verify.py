@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import artifact
-from pipeline.artifact import UserError
-from pipeline.shelf import Shard, done_key
-from pipeline.storage import Folder
-from pipeline.store import FeatureStore
-from stages import export_teacher, inspect, verify
+from compress_ssl.pipeline import artifact
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.shelf import Shard, done_key
+from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.stages import export_teacher, inspect, verify
 
 TEACHER = "convnet:channels=4+8,pretrained=false"
 

@@ -22,7 +22,7 @@ import zarr
 from arithmetic import arithmetic
 from sklearn.datasets import load_digits
 
-from stages import compare, distill, evaluate, export_teacher, inspect, verify
+from compress_ssl.stages import compare, distill, evaluate, export_teacher, inspect, verify
 
 HERE = Path(__file__).parent / "version1"
 EXPECTED = HERE / "expected"

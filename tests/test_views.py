@@ -13,9 +13,9 @@ from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from pipeline.artifact import UserError
-from pipeline.philox import FRESH
-from pipeline.views import BLUR_REFERENCE, POLICIES, View, ViewSpec, crop_box, draw, render, resolve, see
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.philox import FRESH
+from compress_ssl.pipeline.views import BLUR_REFERENCE, POLICIES, View, ViewSpec, crop_box, draw, render, resolve, see
 
 COUNT = 36
 SHAPES = [(1, 1), (1, 900), (900, 1), (2, 3), (333, 500), (500, 333), (64, 64), (37, 1000)]

@@ -16,12 +16,12 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from pipeline import weights
-from pipeline.artifact import UserError
-from pipeline.model import Embedder
-from pipeline.models import build
-from pipeline.models.torchvision import resized
-from pipeline.weights import Choice, Dialect, load, read
+from compress_ssl.pipeline import weights
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.models.torchvision import resized
+from compress_ssl.pipeline.weights import Choice, Dialect, load, read
 
 CNN = "torchvision:shufflenet_v2_x0_5"
 VIT = "timm:vit_tiny_patch16_224,depth=2"

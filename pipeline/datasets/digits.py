@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.datasets.base import Dataset, content_hash
+from compress_ssl.pipeline.datasets.base import Dataset, content_hash
 
 
 class Digits(Dataset):

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.artifact import UserError
-from pipeline.datasets.base import Dataset, content_hash
-from pipeline.images import BROKEN, BadImage, to_rgb
-from pipeline.menu import nearest
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.datasets.base import Dataset, content_hash
+from compress_ssl.pipeline.images import BROKEN, BadImage, to_rgb
+from compress_ssl.pipeline.menu import nearest
 
 
 class Torchvision(Dataset):

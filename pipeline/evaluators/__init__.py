@@ -1,14 +1,14 @@
 """The ways to score features: each a protocol of the field, by name."""
 
-from pipeline.menu import Menu
+from compress_ssl.pipeline.menu import Menu
 
 PROTOCOLS = Menu(
     "protocol",
     {
-        "nn": "pipeline.evaluators.nn:NearestNeighbor",
-        "knn": "pipeline.evaluators.knn:WeightedNeighbors",
-        "cluster": "pipeline.evaluators.cluster:ClusterAlignment",
-        "linear": "pipeline.evaluators.linear:LinearProbe",
-        "classifier": "pipeline.evaluators.classifier:Classifier",
+        "nn": "compress_ssl.pipeline.evaluators.nn:NearestNeighbor",
+        "knn": "compress_ssl.pipeline.evaluators.knn:WeightedNeighbors",
+        "cluster": "compress_ssl.pipeline.evaluators.cluster:ClusterAlignment",
+        "linear": "compress_ssl.pipeline.evaluators.linear:LinearProbe",
+        "classifier": "compress_ssl.pipeline.evaluators.classifier:Classifier",
     },
 )

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline import artifact, labelhead
-from pipeline.artifact import UserError
-from pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
-from pipeline.labelhead import LabelHead
-from pipeline.progress import say
+from compress_ssl.pipeline import artifact, labelhead
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
+from compress_ssl.pipeline.labelhead import LabelHead
+from compress_ssl.pipeline.progress import say
 
 BLOCK = 4096  # images at a time
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline import neighbors
-from pipeline.artifact import UserError
-from pipeline.evaluators.base import Result, Split, percent
+from compress_ssl.pipeline import neighbors
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.evaluators.base import Result, Split, percent
 
 
 @dataclass(frozen=True, kw_only=True)

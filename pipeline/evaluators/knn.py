@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from pipeline import neighbors
-from pipeline.artifact import UserError
-from pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
+from compress_ssl.pipeline import neighbors
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
 
 
 @dataclass(frozen=True, kw_only=True)

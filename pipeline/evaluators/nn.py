@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from pipeline import neighbors
-from pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
+from compress_ssl.pipeline import neighbors
+from compress_ssl.pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
 
 DRAWN = 8  # neighbours kept for the report; the first alone is scored
 

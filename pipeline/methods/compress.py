@@ -7,9 +7,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.bank import MemoryBank, unit
-from pipeline.method import Batch, Method, Outputs, Recipe, Setting, bank_size, require, require_shares, store_rows
-from pipeline.similarity import relation_kl
+from compress_ssl.pipeline.bank import MemoryBank, unit
+from compress_ssl.pipeline.method import (
+    Batch,
+    Method,
+    Outputs,
+    Recipe,
+    Setting,
+    bank_size,
+    require,
+    require_shares,
+    store_rows,
+)
+from compress_ssl.pipeline.similarity import relation_kl
 
 PUBLISHED = 128_000
 RECIPE = Recipe(lr=0.01, weight_decay=1e-4, batch_size=256, epochs=130, schedule="step")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline import ranks
-from pipeline.bank import single, unit
-from pipeline.method import Batch, Method, Outputs, Recipe, Setting, require, require_shares
+from compress_ssl.pipeline import ranks
+from compress_ssl.pipeline.bank import single, unit
+from compress_ssl.pipeline.method import Batch, Method, Outputs, Recipe, Setting, require, require_shares
 
 EPS = 1e-7
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import ranks
-from pipeline.artifact import UserError
-from pipeline.bank import single, unit
-from pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, Target, require, target_of
+from compress_ssl.pipeline import ranks
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.bank import single, unit
+from compress_ssl.pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, Target, require, target_of
 
 RECIPE = Recipe(optimizer="adam", lr=3e-4, weight_decay=1e-6, batch_size=256, epochs=1000, schedule="constant")
 WEIGHT = 100 / 256  # the release divides by B * B and weighs by 100; at its batch of 256 this is that of a batch mean

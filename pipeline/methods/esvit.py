@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import heads, ranks
-from pipeline.artifact import UserError
-from pipeline.bank import MemoryBank, single, unit
-from pipeline.method import (
+from compress_ssl.pipeline import heads, ranks
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.bank import MemoryBank, single, unit
+from compress_ssl.pipeline.method import (
     Batch,
     Method,
     Needs,
@@ -23,7 +23,7 @@ from pipeline.method import (
     require_shares,
     store_rows,
 )
-from pipeline.similarity import relation_cross_entropy
+from compress_ssl.pipeline.similarity import relation_cross_entropy
 
 
 class EsVit(Method):

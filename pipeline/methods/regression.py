@@ -6,9 +6,9 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import ranks
-from pipeline.bank import single, unit
-from pipeline.method import Batch, Method, Outputs, Recipe, Setting
+from compress_ssl.pipeline import ranks
+from compress_ssl.pipeline.bank import single, unit
+from compress_ssl.pipeline.method import Batch, Method, Outputs, Recipe, Setting
 
 
 class Regression(Method):

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.bank import MemoryBank, unit
-from pipeline.method import (
+from compress_ssl.pipeline.bank import MemoryBank, unit
+from compress_ssl.pipeline.method import (
     Batch,
     Method,
     Needs,
@@ -21,8 +21,8 @@ from pipeline.method import (
     store_rows,
     target_of,
 )  # fmt: skip
-from pipeline.philox import LOCAL
-from pipeline.similarity import relation_cross_entropy
+from compress_ssl.pipeline.philox import LOCAL
+from compress_ssl.pipeline.similarity import relation_cross_entropy
 
 PUBLISHED = 65_536
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import labelhead
-from pipeline.artifact import UserError
-from pipeline.bank import single
-from pipeline.labelhead import LabelHead
-from pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, require
+from compress_ssl.pipeline import labelhead
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.bank import single
+from compress_ssl.pipeline.labelhead import LabelHead
+from compress_ssl.pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, require
 
 
 class SimClrV2(Method):

@@ -2,23 +2,23 @@
 
 from typing import TYPE_CHECKING
 
-from pipeline.artifact import UserError
-from pipeline.menu import Menu
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.menu import Menu
 
 if TYPE_CHECKING:
-    from pipeline.model import Embedder
+    from compress_ssl.pipeline.model import Embedder
 
 MODELS = Menu(
     "model",
     {
-        "timm": "pipeline.models.timm:model",
-        "torchvision": "pipeline.models.torchvision:model",
-        "python": "pipeline.models.python:model",
-        "torchscript": "pipeline.models.torchscript:model",
-        "efficientnet-lite": "pipeline.teachers.efficientnet_lite:model",
-        "digits-teacher": "pipeline.teachers.digits:model",
-        "cifar-resnet": "pipeline.students.cifar_resnet:model",
-        "convnet": "pipeline.students.convnet:model",
+        "timm": "compress_ssl.pipeline.models.timm:model",
+        "torchvision": "compress_ssl.pipeline.models.torchvision:model",
+        "python": "compress_ssl.pipeline.models.python:model",
+        "torchscript": "compress_ssl.pipeline.models.torchscript:model",
+        "efficientnet-lite": "compress_ssl.pipeline.teachers.efficientnet_lite:model",
+        "digits-teacher": "compress_ssl.pipeline.teachers.digits:model",
+        "cifar-resnet": "compress_ssl.pipeline.students.cifar_resnet:model",
+        "convnet": "compress_ssl.pipeline.students.convnet:model",
     },
 )
 

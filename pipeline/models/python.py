@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.artifact import UserError
-from pipeline.imports import load, located
-from pipeline.menu import nearest
-from pipeline.model import IMAGENET, Network, Options, Preprocessing, entry, safe_name
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.imports import load, located
+from compress_ssl.pipeline.menu import nearest
+from compress_ssl.pipeline.model import IMAGENET, Network, Options, Preprocessing, entry, safe_name
 
 
 @entry(without=("pretrained",))

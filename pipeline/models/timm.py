@@ -12,10 +12,10 @@ from timm.layers import PatchEmbed
 from timm.models import get_model_input_config, resolve_model_input_args
 from torch import Tensor, nn
 
-from pipeline.artifact import UserError
-from pipeline.menu import nearest
-from pipeline.model import Network, Options, Pool, Preprocessing, entry, one_line, safe_name, unbuilt
-from pipeline.weights import Dialect, State
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.menu import nearest
+from compress_ssl.pipeline.model import Network, Options, Pool, Preprocessing, entry, one_line, safe_name, unbuilt
+from compress_ssl.pipeline.weights import Dialect, State
 
 # timm's own name for each pool=, where it is another
 _POOL = {"cls": "token", "none": ""}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.artifact import UserError
-from pipeline.model import IMAGENET, Network, Options, entry, one_line, safe_name
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.model import IMAGENET, Network, Options, entry, one_line, safe_name
 
 
 @entry(without=("weights", "key", "prefix", "drop", "head", "pretrained"))

@@ -1,1 +1,1 @@
-"""Small networks of our own, for small images. Named in pipeline.models."""
+"""Small networks of our own, for small images. Named in compress_ssl.pipeline.models."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.artifact import UserError
-from pipeline.model import IMAGENET, Network, Options, entry, safe_name
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.model import IMAGENET, Network, Options, entry, safe_name
 
 
 @entry()

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from pipeline.artifact import UserError
-from pipeline.model import IMAGENET, Network, Options, entry
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.model import IMAGENET, Network, Options, entry
 
 
 @entry()

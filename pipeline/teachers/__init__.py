@@ -1,1 +1,1 @@
-"""Ready teachers: networks whose trained weights come as a package. Named in pipeline.models."""
+"""Ready teachers: networks whose trained weights come as a package. Named in compress_ssl.pipeline.models."""

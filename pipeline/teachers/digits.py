@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pipeline import weights
-from pipeline.model import Network, Options, Preprocessing, entry
+from compress_ssl.pipeline import weights
+from compress_ssl.pipeline.model import Network, Options, Preprocessing, entry
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 
@@ -41,7 +41,10 @@ class DigitsNet(nn.Module):
 
 
 class Pixels(nn.Module):
-    """No network: the 8 x 8 grey values are the embedding. For --model python:pipeline.teachers.digits:Pixels."""
+    """No network: the 8 x 8 grey values are the embedding.
+
+    For `--model python:compress_ssl.pipeline.teachers.digits:Pixels`.
+    """
 
     preprocessing = Preprocessing(8, (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 
-from pipeline import weights
-from pipeline.artifact import UserError
-from pipeline.model import Network, Options, Preprocessing, entry, safe_name
+from compress_ssl.pipeline import weights
+from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.model import Network, Options, Preprocessing, entry, safe_name
 
 _SIZES = (224, 240, 260, 280, 300)  # pixels, by variant: the authors' efficientnet_lite_builder.py
 

@@ -1,0 +1,42 @@
+"""compress: distill a large self-supervised vision model into small ones, without labels.
+
+The three stages as functions, and what a user's own method or model is built from. Each name is imported when it is
+first used, so that `import compress_ssl` costs nothing:
+
+    from compress_ssl import distill
+
+    distill.run(distill.Config(store="teacher", student=("timm:resnet18",), method="compress-1q", out=Path("run")))
+"""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "export_teacher": "compress_ssl.stages.export_teacher",
+    "distill": "compress_ssl.stages.distill",
+    "evaluate": "compress_ssl.stages.evaluate",
+    "compare": "compress_ssl.stages.compare",
+    "FeatureStore": "compress_ssl.pipeline.store:FeatureStore",
+    "Method": "compress_ssl.pipeline.method:Method",
+    "Needs": "compress_ssl.pipeline.method:Needs",
+    "Recipe": "compress_ssl.pipeline.method:Recipe",
+    "Batch": "compress_ssl.pipeline.method:Batch",
+    "MemoryBank": "compress_ssl.pipeline.bank:MemoryBank",
+    "UserError": "compress_ssl.pipeline.errors:UserError",
+    "check_method": "compress_ssl.pipeline.testing:check_method",
+}
+"""Public name: the module, or module:object."""
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'compress_ssl' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
