@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.interrupt import Interrupted
-from compress_ssl.pipeline.launch import leads, started
-from compress_ssl.pipeline.menu import nearest
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.launch_env import leads, started
+from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.runtime.signals import Interrupted
 
 UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

@@ -18,12 +18,12 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.experiment import CLUSTERS, PROTOCOLS, SEEDS, Experiment, asked
-from compress_ssl.pipeline.loader import Eyes, feed
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.schedule import Schedule
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
-from compress_ssl.pipeline.views import ViewSpec
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.training.schedule import Schedule
+from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.loader import Eyes, feed
 from compress_ssl.stages import distill, label_head
 
 TEACHER, SIZE, VIEWS, IMAGES = "efficientnet-lite:2,crop=1", 96, 5, 5000

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numcodecs import Zstd
 
-from compress_ssl.pipeline.codecs import Codec, codec
-from compress_ssl.pipeline.grid import CHUNK_ROWS, ZSTD_LEVEL
-from compress_ssl.pipeline.images import GOOD
-from compress_ssl.pipeline.neighbors import normalize
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.datasets.decode import GOOD
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.search.exact import normalize
+from compress_ssl.pipeline.store.codecs import Codec, codec
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.layout import CHUNK_ROWS, ZSTD_LEVEL
 
 CODECS = ("float32", "float32+zstd", "float16", "float16+zstd", "int8", "int8+zstd")
 BYTES = (16, 32, 64, 128, 256)  # of product quantisation

@@ -17,13 +17,13 @@ import torch
 
 from benchmarks.photographs import photographs
 from compress_ssl.pipeline.datasets import DATASETS
-from compress_ssl.pipeline.device import choose, loader_workers
-from compress_ssl.pipeline.embed import Forward, embed
+from compress_ssl.pipeline.extraction.embed import Forward, embed
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.shelf import shard_rows
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
-from compress_ssl.pipeline.views import ViewSpec
+from compress_ssl.pipeline.runtime.device import choose, loader_workers
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.shards import shard_rows
+from compress_ssl.pipeline.views.augment import ViewSpec
 
 TEACHER, SIZE, VIEWS, BATCH, IMAGES, ROUNDS = "timm:resnet18,pretrained=false", 224, 8, 50, 250, 5
 BARE = 800  # views of a bare run

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from compress_ssl.pipeline.device import choose
 from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.runtime.device import choose
 
 STUDENTS = (("timm:resnet18", 64, 32), ("timm:resnet18", 96, 64), ("timm:mobilenetv3_large_100", 96, 64))
 FORMATS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from compress_ssl.pipeline.shelf import Shard
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.shards import Shard
 
 IMAGES, VIEWS, WIDTH, ROWS, RUNS = 65_536, 4, 1024, 2048, 5
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compress_ssl.pipeline.shelf import done_key
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.shards import done_key
 
 IMAGES, VIEWS, ROWS, WIDTH, RUNS = 10_000_000, 32, 2048, 512, 3
 

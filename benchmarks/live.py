@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.photographs import photographs
-from compress_ssl.pipeline.device import choose
-from compress_ssl.pipeline.embed import Forward
+from compress_ssl.pipeline.extraction.embed import Forward
 from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.runtime.device import choose
 from compress_ssl.stages import distill, export_teacher
 
 TEACHER, SIZE, STUDENT, STUDENT_SIZE, BATCH, ROUNDS = "timm:resnet50", 224, "timm:resnet18", 64, 32, 3
@@ -57,8 +57,8 @@ def measure() -> dict[str, Any]:
 
 def _step(store: Path, out: Path, how: dict[str, Any]) -> Callable[[], object]:
     """One training step on the same pixels, over and over."""
-    from compress_ssl.pipeline.storage import Folder
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.runtime.storage import Folder
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     config = distill.Config(
         store=store, student=(STUDENT,), method="compress-1q", out=out, steps=10, batch_size=BATCH,

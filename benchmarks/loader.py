@@ -15,9 +15,10 @@ import torch
 from benchmarks.export import BATCH, SIZE, TEACHER, VIEWS
 from benchmarks.photographs import photographs
 from compress_ssl.pipeline.datasets import DATASETS
-from compress_ssl.pipeline.embed import Forward
+from compress_ssl.pipeline.extraction.embed import Forward
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.views import ViewSpec, draw, see
+from compress_ssl.pipeline.views.augment import ViewSpec, draw
+from compress_ssl.pipeline.views.render import see
 
 IMAGES, POLICIES = 24, ("crop-flip", "moco-v2", "dino")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress_ssl.pipeline.bank import unit
-from compress_ssl.pipeline.similarity import relation_kl
+from compress_ssl.pipeline.methods.similarity import relation_kl
+from compress_ssl.pipeline.models.precision import unit
 
 B, K, D, d, TAU, THREADS, ROUNDS = 256, 128_000, 2048, 512, 0.04, 2, 9
 

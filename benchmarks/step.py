@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import hydrate
-from compress_ssl.pipeline.method import Batch, Method, Setting
 from compress_ssl.pipeline.methods import METHODS
-from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.methods.base import Batch, Method, Setting
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.pairs import Features
+from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.training.teacher_features import Features
 
 STUDENT, SIDE, B, D, METHOD = "timm:resnet18", 64, 256, 2048, "compress-2q:bank=4096,start=random"
 IMAGES, ROUNDS = 16_384, 11

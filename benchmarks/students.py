@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.photographs import photographs
-from compress_ssl.pipeline.device import choose, loader_workers
+from compress_ssl.pipeline.runtime.device import choose, loader_workers
 from compress_ssl.stages import distill, export_teacher
 
 SIZE, BATCH, STEPS, ROUNDS = 96, 32, 24, 3
@@ -43,8 +43,8 @@ def measure() -> dict[str, Any]:
 
 
 def _session(store: Path, students: Sequence[str], out: Path) -> tuple[distill.Config, Any]:
-    from compress_ssl.pipeline.storage import Folder
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.runtime.storage import Folder
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     config = distill.Config(
         store=store, student=tuple(students), method="compress-1q", out=out, steps=STEPS, batch_size=BATCH,

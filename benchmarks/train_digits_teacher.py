@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.views import View, render
+from compress_ssl.pipeline.views.augment import View
+from compress_ssl.pipeline.views.render import render
 
 EPOCHS, BATCH = 150, 479  # three steps an epoch
 RATE, DECAY, WARMUP = 3e-3, 1e-2, 50  # AdamW; WARMUP in steps, then a cosine to 0

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress_ssl.pipeline import checkpoint
-from compress_ssl.pipeline.apprentice import Apprentice
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.labelhead import LabelHead
-from compress_ssl.pipeline.lesson import Lesson, Training
-from compress_ssl.pipeline.method import Batch, Method, Setting
-from compress_ssl.pipeline.model import IMAGENET, Embedder, Network
-from compress_ssl.pipeline.philox import LOCAL
-from compress_ssl.pipeline.schedule import Schedule
+from compress_ssl.pipeline.methods.base import Batch, Method, Setting
+from compress_ssl.pipeline.models.embedder import Embedder, Network
+from compress_ssl.pipeline.models.linear_head import LabelHead
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.training import checkpoint
+from compress_ssl.pipeline.training.learner import Lesson, Training
+from compress_ssl.pipeline.training.schedule import Schedule
+from compress_ssl.pipeline.training.student import Apprentice
+from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
 IMAGES, VIEWS, CROPS, B, STEPS = 40, 9, 2, 8, 6
 SIZE, SMALL = 16, 8

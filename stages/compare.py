@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress_ssl.pipeline import artifact
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.config import flag
-from compress_ssl.pipeline.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ def run(config: Config) -> dict[str, Any]:
     """Write the page. Returns {"summary": table and path, "rows": the metrics}."""
     rows = [metrics(folder) for folder in config.folder]
 
-    from compress_ssl.pipeline.comparison import compare
+    from compress_ssl.pipeline.report.comparison import compare
 
     table, page = compare(rows)
     Folder(config.out.parent).put(config.out.name, page.encode())

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from compress_ssl.pipeline import artifact
-from compress_ssl.pipeline.config import POSITIVE, flag, require
-from compress_ssl.pipeline.progress import duration, say
-from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
+from compress_ssl.pipeline.runtime.formatting import duration
+from compress_ssl.pipeline.runtime.progress import say
+from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.stages import compare, distill, evaluate, export_teacher
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 DATA, VAL = "digits", "digits:split=test"
 TEACHER = "digits-teacher"  # 209760 parameters, 64 dimensions
 STUDENTS = ("convnet:channels=20+40+32", "convnet:channels=12+24+32")  # at most a tenth of that, 32 dimensions
-PIXELS = "python:compress_ssl.pipeline.teachers.digits:Pixels"
+PIXELS = "python:compress_ssl.pipeline.models.networks.digits:Pixels"
 METHOD = "compress-2q:tau=0.1"
 VIEWS, SIZE, BATCH, RATE = 8, 16, 64, 0.05
 STARTS = 20  # k-means runs behind each figure of cluster alignment
@@ -137,7 +138,7 @@ def features(folder: Path) -> "Split":
 
     from compress_ssl.pipeline.datasets import DATASETS
     from compress_ssl.pipeline.evaluators.base import Split
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     store = FeatureStore(Folder(folder))
     classes = DATASETS.order(DATA).classes
@@ -149,7 +150,7 @@ def alignment(train: "Split", val: "Split", folder: Path) -> list[tuple[float, f
     import numpy as np
 
     from compress_ssl.pipeline.evaluators import PROTOCOLS as menu
-    from compress_ssl.pipeline.neighbors import normalize
+    from compress_ssl.pipeline.search.exact import normalize
 
     unit, runs = normalize(train.features), []
     for seed in range(STARTS):

@@ -5,21 +5,23 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress_ssl.pipeline import artifact, launch, roster
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, words
-from compress_ssl.pipeline.lease import require_free
-from compress_ssl.pipeline.progress import meter, say
-from compress_ssl.pipeline.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline.distributed import launch
+from compress_ssl.pipeline.runtime import artifact, launch_env
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, words
+from compress_ssl.pipeline.runtime.lease import require_free
+from compress_ssl.pipeline.runtime.progress import meter, say
+from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline.training import run_folders as roster
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
-    from compress_ssl.pipeline.lesson import Lesson
-    from compress_ssl.pipeline.method import Method, Recipe
-    from compress_ssl.pipeline.model import Embedder
-    from compress_ssl.pipeline.pairs import Plan
-    from compress_ssl.pipeline.session import Session
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.methods.base import Method, Recipe
+    from compress_ssl.pipeline.models.embedder import Embedder
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.training.learner import Lesson
+    from compress_ssl.pipeline.training.run import Session
+    from compress_ssl.pipeline.training.sampler import Plan
 
 LEARNING = {"student", "method", "out", "image_size", "views_per_step", "ema", "precision", "compile", "channels_last"}
 """What may differ between commands that share a pass, besides what a recipe says."""
@@ -85,7 +87,7 @@ class Partly(UserError):
 
 def run(config: Config) -> dict[str, Any]:
     """Train to the end, or continue. Returns {"summary", "runs": [...], "steps"}; {} on ranks other than the first."""
-    if config.devices and not launch.started():
+    if config.devices and not launch_env.started():
         check(config)
         return launch.start(config.devices, ["distill", *words(replace(config, devices=None))])
     return share([config])
@@ -96,11 +98,11 @@ def share(configs: Sequence[Config]) -> dict[str, Any]:
 
     Raises Apart if they cannot share it after all; nothing is trained then.
     """
-    if not launch.started():
+    if not launch_env.started():
         return distill(configs)
-    from compress_ssl.pipeline import ranks
+    from compress_ssl.pipeline.distributed import collectives
 
-    with ranks.together():
+    with collectives.together():
         return distill(configs)
 
 
@@ -112,15 +114,15 @@ def distill(configs: Sequence[Config]) -> dict[str, Any]:
     storage = open_storage(config.store)
     artifact.read(storage, "store")
 
-    from compress_ssl.pipeline import ranks
-    from compress_ssl.pipeline.mirror import hydrate
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.distributed import collectives
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.store.local_cache import hydrate
 
     store = FeatureStore(storage)
     dataset = open_images(config, store)
     val = open_val(config)
     if is_url(config.store):
-        with ranks.in_turn():
+        with collectives.in_turn():
             store = hydrate(store, [*views_used(config, store), *store.local], config.cache)
     plan = plan_of(config, store)
     for each in configs:
@@ -163,7 +165,7 @@ def check(config: Config) -> None:
             "ema": (lambda x: 0 < x < 1, "must be between 0 and 1"),
         },
     )
-    if config.devices and launch.started():
+    if config.devices and launch_env.started():
         raise UserError("--devices starts ranks, and torchrun did so already; leave --devices out")
     if config.epochs and config.steps:
         raise UserError("--epochs and --steps were both given; keep one")
@@ -200,10 +202,10 @@ def recipe_of(config: Config) -> "Recipe":
 
 def open_images(config: Config, store: "FeatureStore") -> "Dataset":
     """The images of the store, from where they are now."""
-    from compress_ssl.pipeline import originals
     from compress_ssl.pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.store import source_images
 
-    dataset, unlike = originals.of_store(
+    dataset, unlike = source_images.of_store(
         store, DATASETS.order, config.data, allow_other_pixels=config.allow_other_pixels
     )
     if unlike:
@@ -215,11 +217,12 @@ def in_memory(config: Config, dataset: "Dataset") -> Any:
     """The images, decoded once into a folder, if that was asked for."""
     if config.cache_images is None:
         return dataset
-    from compress_ssl.pipeline import decoded, ranks
+    from compress_ssl.pipeline.datasets import image_cache
+    from compress_ssl.pipeline.distributed import collectives
 
-    lacking = decoded.pending(dataset, config.cache_images)
-    with ranks.in_turn(), meter("decode", len(dataset), "images", len(dataset) - lacking) as bar:
-        return decoded.build(dataset, config.cache_images, bar.advance)
+    lacking = image_cache.pending(dataset, config.cache_images)
+    with collectives.in_turn(), meter("decode", len(dataset), "images", len(dataset) - lacking) as bar:
+        return image_cache.build(dataset, config.cache_images, bar.advance)
 
 
 def open_val(config: Config) -> "Dataset | None":
@@ -235,11 +238,12 @@ def open_val(config: Config) -> "Dataset | None":
 
 def plan_of(config: Config, store: "FeatureStore") -> "Plan":
     """What every step looks at, and how many steps there are. A published batch size is that of all ranks together."""
-    from compress_ssl.pipeline import pairs, ranks
+    from compress_ssl.pipeline.distributed import collectives
+    from compress_ssl.pipeline.training import sampler
 
     recipe = recipe_of(config)
-    batch = recipe.batch_size * (ranks.size() if config.batch_size else 1)
-    plan = pairs.lay_out(
+    batch = recipe.batch_size * (collectives.size() if config.batch_size else 1)
+    plan = sampler.lay_out(
         store, views_used(config, store), seed=config.seed, batch=batch, per_step=views_per_step(config),
         pairing=config.pairing, epochs=recipe.epochs, steps=config.steps, reads=reads(config),
     )  # fmt: skip
@@ -280,15 +284,15 @@ def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
 
 def prepare(configs: Sequence[Config], store: "FeatureStore", dataset: "Dataset", plan: "Plan") -> "Session":
     """Build the lessons, claim their folders, and go back to where they stopped."""
-    from compress_ssl.pipeline import ranks
-    from compress_ssl.pipeline.session import Session
+    from compress_ssl.pipeline.distributed import collectives
+    from compress_ssl.pipeline.training.run import Session
 
-    device = ranks.device(configs[0].device)
+    device = collectives.device(configs[0].device)
     lessons = [lesson for config in configs for lesson in lessons_of(config, store, plan, device)]
     plan = plan.with_crops(store, [lesson.method.needs for lesson in lessons])
     session = Session(store, dataset, plan, lessons, device)
     session.require_sizes()
-    if ranks.rank() == 0:  # only now, when nothing else can be refused
+    if collectives.rank() == 0:  # only now, when nothing else can be refused
         for folder in [folder for config in configs if config.overwrite for folder in run_folders(config)]:
             require_free(Folder(folder))
             if aside := artifact.set_aside(folder, "run"):
@@ -300,11 +304,12 @@ def prepare(configs: Sequence[Config], store: "FeatureStore", dataset: "Dataset"
 
 def lessons_of(config: Config, store: "FeatureStore", plan: "Plan", device: Any) -> list["Lesson"]:
     """Each student with a method of its own, or all of them as peers in one; everything from the seed."""
-    from compress_ssl.pipeline import heads, ranks
-    from compress_ssl.pipeline.apprentice import Apprentice
-    from compress_ssl.pipeline.lesson import Lesson, Training
-    from compress_ssl.pipeline.method import Setting
+    from compress_ssl.pipeline.distributed import collectives
     from compress_ssl.pipeline.methods import METHODS
+    from compress_ssl.pipeline.methods.base import Setting
+    from compress_ssl.pipeline.store import teacher_heads
+    from compress_ssl.pipeline.training.learner import Lesson, Training
+    from compress_ssl.pipeline.training.student import Apprentice
 
     folders, lessons, recipe = run_folders(config), [], recipe_of(config)
     training = Training.of(recipe, plan, lr=config.lr, ema=config.ema, precision=config.precision, seed=config.seed)
@@ -313,10 +318,10 @@ def lessons_of(config: Config, store: "FeatureStore", plan: "Plan", device: Any)
         group = [Apprentice(folders[n], build_student(config, n, device), config.ema) for n in numbers]
         setting = Setting(
             [apprentice.student for apprentice in group], store.arrays, plan.rows, int(plan.epoch_views(0)[1][0]),
-            config.seed, heads=heads.beside(store), images=store.images,
+            config.seed, heads=teacher_heads.beside(store), images=store.images,
         )  # fmt: skip
         method = METHODS.order(config.method, setting=setting).to(device)
-        method = ranks.synchronised(method, device) if config.sync_bn else method
+        method = collectives.synchronised(method, device) if config.sync_bn else method
         method.suit(config.method, store.arrays, config.pairing)
         for apprentice in group:
             apprentice.equip(method.needs.outputs, compiled=config.compile)
@@ -330,7 +335,7 @@ def build_student(config: Config, number: int, device: Any) -> "Embedder":
     """A student from the seed; peers of one architecture begin with weights of their own."""
     import torch
 
-    from compress_ssl.pipeline import ranks
+    from compress_ssl.pipeline.distributed import collectives
     from compress_ssl.pipeline.models import build
 
     spec = config.student[number]
@@ -338,33 +343,33 @@ def build_student(config: Config, number: int, device: Any) -> "Embedder":
     embedder = build(spec, image_size=config.image_size, pretrained_default=False)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     embedder = embedder.to(device).to(memory_format=layout)
-    return ranks.synchronised(embedder, device) if config.sync_bn else embedder
+    return collectives.synchronised(embedder, device) if config.sync_bn else embedder
 
 
 def train(config: Config, session: "Session", val: "Dataset | None") -> None:
     """From where the session stands to its end."""
-    from compress_ssl.pipeline.device import loader_workers
-    from compress_ssl.pipeline.trainer import Trainer
+    from compress_ssl.pipeline.runtime.device import loader_workers
+    from compress_ssl.pipeline.training.trainer import Trainer
 
-    workers = loader_workers(config.workers, session.device, launch.beside())
+    workers = loader_workers(config.workers, session.device, launch_env.beside())
     Trainer(session, val, config.val_every, config.save_every, workers).train()
 
 
 def close(session: "Session", what: str) -> dict[str, Any]:
     """Write the bare students and say what was made. Raises Partly if one of several diverged."""
-    from compress_ssl.pipeline import ranks
+    from compress_ssl.pipeline.distributed import collectives
 
     lines, runs = [], []
     taught = [(w, a) for w in session.lessons if not w.over for a in w.apprentices]
-    for lesson, apprentice in taught if ranks.rank() == 0 else []:
+    for lesson, apprentice in taught if collectives.rank() == 0 else []:
         file = apprentice.deliver(lesson.method.delivers())
         best = f", best val nearest neighbour {apprentice.best:.2f} %" if apprentice.best >= 0 else ""
         lines.append(f"{apprentice.folder}: {what}, {file.name}{best}")
         runs.append(str(apprentice.folder))
-    ranks.largest()  # rank 0 has written
+    collectives.largest()  # rank 0 has written
     if over := [lesson.over for lesson in session.lessons if lesson.over]:
         for line in lines:
             say(line)
         others = [apprentice.folder for _, apprentice in taught]
         raise Partly(f"{' '.join(over)}. The other {len(others)} students are finished", others)
-    return {} if ranks.rank() else {"summary": "\n".join(lines), "runs": runs, "steps": session.plan.steps}
+    return {} if collectives.rank() else {"summary": "\n".join(lines), "runs": runs, "steps": session.plan.steps}

@@ -7,21 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress_ssl.pipeline import artifact
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
-from compress_ssl.pipeline.interrupt import Interrupt
-from compress_ssl.pipeline.progress import meter, say
-from compress_ssl.pipeline.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline.runtime import artifact, jsonl
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
+from compress_ssl.pipeline.runtime.progress import meter, say
+from compress_ssl.pipeline.runtime.signals import Interrupt
+from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 
 if TYPE_CHECKING:
     import numpy as np
 
     from compress_ssl.pipeline.datasets.base import Dataset
     from compress_ssl.pipeline.evaluators.base import Split
-    from compress_ssl.pipeline.results import Result
-    from compress_ssl.pipeline.store import FeatureStore
-    from compress_ssl.pipeline.subject import Subject
+    from compress_ssl.pipeline.evaluators.results import Result
+    from compress_ssl.pipeline.evaluators.scored_model import Subject
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 THUMBNAIL = 96  # pixels, of the report's pictures
 
@@ -66,7 +66,7 @@ def run(config: Config) -> dict[str, Any]:
         require_its_images(config, subject, earlier, train_data, val_data)
     suits(evaluators, subject, train_data, val_data)
 
-    from compress_ssl.pipeline.device import choose
+    from compress_ssl.pipeline.runtime.device import choose
 
     choose(config.device)
     identity = {
@@ -116,21 +116,21 @@ def check(config: Config) -> None:
 
 
 def open_subject(config: Config, augment: bool) -> "Subject":
-    from compress_ssl.pipeline import subject
+    from compress_ssl.pipeline.evaluators import scored_model
     from compress_ssl.pipeline.models import build
 
     if config.run:
-        return subject.of_run(config.run, config.image_size, build)
+        return scored_model.of_run(config.run, config.image_size, build)
     if config.store:
-        return subject.of_store(open_store(config, config.store, augment), build)
+        return scored_model.of_store(open_store(config, config.store, augment), build)
     assert config.model and config.out
-    return subject.of_model(config.model, config.image_size, config.out, build)
+    return scored_model.of_model(config.model, config.image_size, config.out, build)
 
 
 def open_store(config: Config, where: str, augment: bool) -> "FeatureStore":
     """The store, by way of a local copy if it is remote: of view 0, of all views to augment."""
-    from compress_ssl.pipeline.mirror import hydrate
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.store.local_cache import hydrate
 
     store = FeatureStore(open_storage(where))
     used = store.held if augment else [v for v in store.held if v == 0]
@@ -143,8 +143,8 @@ def train_spec(config: Config, subject: "Subject") -> str:
 
 def open_sets(config: Config, subject: "Subject") -> tuple["Dataset", "Dataset"]:
     """Training and validation images. Raises UserError for a class in val that train lacks."""
-    from compress_ssl.pipeline import originals
     from compress_ssl.pipeline.datasets import DATASETS
+    from compress_ssl.pipeline.store import source_images
 
     if config.train:
         train = DATASETS.order(config.train)
@@ -152,7 +152,8 @@ def open_sets(config: Config, subject: "Subject") -> tuple["Dataset", "Dataset"]
     else:
         assert subject.data
         of = str(config.run or config.store)
-        train = originals.find(subject.data, subject.ids or tuple, DATASETS.order, given=None, flag="--train", of=of)
+        ids = subject.ids or tuple
+        train = source_images.find(subject.data, ids, DATASETS.order, given=None, flag="--train", of=of)
     val = DATASETS.order(config.val)
     unknown = [name for name in val.classes if name not in train.classes]
     if unknown and (train.label >= 0).any():
@@ -202,10 +203,10 @@ def splits(config: Config, subject: "Subject", train: "Dataset", val: "Dataset",
 
 def embed_set(config: Config, subject: "Subject", dataset: "Dataset", folder: Path) -> "FeatureStore":
     """View 0 of a data set through the subject, as a store of one exact view."""
-    from compress_ssl.pipeline.device import choose, loader_workers
-    from compress_ssl.pipeline.embed import Forward, embed
-    from compress_ssl.pipeline.shelf import shard_rows
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.extraction.embed import Forward, embed
+    from compress_ssl.pipeline.runtime.device import choose, loader_workers
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.store.shards import shard_rows
 
     arrays = {"embedding": [subject.model["width"]]}
     identity = {
@@ -238,8 +239,8 @@ def split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -
     """The usable rows of view 0, labels as numbers into `classes`. Raises UserError if there are none."""
     import numpy as np
 
+    from compress_ssl.pipeline.datasets.decode import GOOD
     from compress_ssl.pipeline.evaluators.base import Split
-    from compress_ssl.pipeline.images import GOOD
 
     rows = np.flatnonzero(store.table("status") == GOOD)
     if not len(rows):
@@ -260,7 +261,7 @@ def score(
     train_data: "Dataset", out: Path,
 ) -> tuple[dict[str, Any], dict[str, "Result"]]:  # fmt: skip
     """metrics.json as a dictionary, and the results, with every protocol ever scored here."""
-    from compress_ssl.pipeline.results import Results
+    from compress_ssl.pipeline.evaluators.results import Results
 
     metrics: dict[str, Any] = {
         "model": subject.model,
@@ -296,10 +297,10 @@ def fresh_features(
     """(n, d) features of crops and flips never seen before, one for each of these rows."""
     import torch
 
-    from compress_ssl.pipeline.device import choose, loader_workers
-    from compress_ssl.pipeline.philox import FRESH
-    from compress_ssl.pipeline.validation import view_features
-    from compress_ssl.pipeline.views import ViewSpec
+    from compress_ssl.pipeline.extraction.features import view_features
+    from compress_ssl.pipeline.runtime.device import choose, loader_workers
+    from compress_ssl.pipeline.views.augment import ViewSpec
+    from compress_ssl.pipeline.views.numbering import FRESH
 
     device = choose(config.device)
     embedder = subject.build().to(device).to(memory_format=torch.channels_last)  # as `embed` leaves it
@@ -315,17 +316,17 @@ def write_report(
     config: Config, subject: "Subject", metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
     val: "Split", train_data: "Dataset", val_data: "Dataset", out: Path,
 ) -> Path:  # fmt: skip
-    from compress_ssl.pipeline import journal, report
+    from compress_ssl.pipeline.report import evaluation
 
     sets = {"train": train_data, "val": val_data}
-    return report.write(
+    return evaluation.write(
         out,
         metrics,
         train=train,
         val=val,
         results=results,
         teacher=teacher_metrics(config, subject, metrics),
-        curves=journal.read(subject.run / "metrics.jsonl") if subject.run else None,
+        curves=jsonl.read(subject.run / "metrics.jsonl") if subject.run else None,
         pictures=lambda which, i: thumbnail(sets[which], i),
     )
 
@@ -356,7 +357,7 @@ def thumbnail(dataset: "Dataset", i: int) -> "np.ndarray":
 
 def headline(metrics: dict[str, Any]) -> str:
     """The scores in one line."""
-    from compress_ssl.pipeline.scores import readings
+    from compress_ssl.pipeline.report.metrics import readings
 
     scores = "  ".join(f"{title} {value:.2f}" for title, value in readings(metrics).items())
     return f"{metrics['model']['name']} ({metrics['model']['role']}): {scores or 'no labels, so no scores'}"

@@ -6,24 +6,25 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from compress_ssl.pipeline import artifact
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.codecs import KNOWN, codec
-from compress_ssl.pipeline.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
-from compress_ssl.pipeline.interrupt import Interrupt
-from compress_ssl.pipeline.menu import nearest
-from compress_ssl.pipeline.progress import duration, meter, say
-from compress_ssl.pipeline.scheduler import parse as parse_scheduler
-from compress_ssl.pipeline.storage import Folder, absolute, open_storage
+from compress_ssl.pipeline.extraction.cluster import parse as parse_scheduler
+from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
+from compress_ssl.pipeline.runtime.formatting import duration
+from compress_ssl.pipeline.runtime.progress import meter, say
+from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.runtime.signals import Interrupt
+from compress_ssl.pipeline.runtime.storage import Folder, absolute, open_storage
+from compress_ssl.pipeline.store.codecs import KNOWN, codec
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
-    from compress_ssl.pipeline.lease import Lease
-    from compress_ssl.pipeline.model import Embedder
-    from compress_ssl.pipeline.scheduler import Outcome
-    from compress_ssl.pipeline.store import FeatureStore
-    from compress_ssl.pipeline.views import ViewSpec
-    from compress_ssl.pipeline.workshop import Cluster, Workshop
+    from compress_ssl.pipeline.extraction.cluster import Outcome
+    from compress_ssl.pipeline.extraction.worker import Cluster, Workshop
+    from compress_ssl.pipeline.models.embedder import Embedder
+    from compress_ssl.pipeline.runtime.lease import Lease
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.views.augment import ViewSpec
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,16 @@ def run(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from compress_ssl.pipeline import heads, lease
-    from compress_ssl.pipeline.agreement import require_alike, require_unchanged
-    from compress_ssl.pipeline.device import called, choose
-    from compress_ssl.pipeline.embed import Forward
+    from compress_ssl.pipeline.extraction.embed import Forward
+    from compress_ssl.pipeline.extraction.worker import Workshop
     from compress_ssl.pipeline.models import build
-    from compress_ssl.pipeline.pixels import require_same
-    from compress_ssl.pipeline.store import FeatureStore
-    from compress_ssl.pipeline.views import ViewSpec
-    from compress_ssl.pipeline.workshop import Workshop
+    from compress_ssl.pipeline.runtime import lease
+    from compress_ssl.pipeline.runtime.device import called, choose
+    from compress_ssl.pipeline.store import teacher_heads
+    from compress_ssl.pipeline.store.compatibility import require_alike, require_unchanged
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.store.render_probe import require_same
+    from compress_ssl.pipeline.views.augment import ViewSpec
 
     local = config.scheduler == "local"
     device = choose(config.device if local else "cpu")  # of a cluster's workers each one chooses
@@ -96,7 +98,7 @@ def run(config: Config) -> dict[str, Any]:
     if earlier:
         artifact.claim(storage, "store", identity)
     if config.dry_run:
-        from compress_ssl.pipeline.estimate import estimate
+        from compress_ssl.pipeline.store.estimate import estimate
 
         pending = FeatureStore(storage).pending(config.views) if earlier else None
         return estimate(identity, config.views, config.out, pending)
@@ -111,7 +113,7 @@ def run(config: Config) -> dict[str, Any]:
     with lease.Lease(storage) as held:
         if earlier:
             require_unchanged(FeatureStore(storage), dataset)
-        store = FeatureStore.make(storage, identity, about, tables, heads.files(embedder.head_tensors()))
+        store = FeatureStore.make(storage, identity, about, tables, teacher_heads.files(embedder.head_tensors()))
         if not store.pending():
             return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views", other)
         if not local:
@@ -130,8 +132,8 @@ def fill(
     other: "FeatureStore | None",
 ) -> dict[str, Any]:
     """Compute what the store lacks, and say what was made. place: where, given the list that failed shards go to."""
-    from compress_ssl.pipeline.agreement import require_unchanged
-    from compress_ssl.pipeline.history import event
+    from compress_ssl.pipeline.extraction.provenance import event
+    from compress_ssl.pipeline.store.compatibility import require_unchanged
 
     failed: list[Outcome] = []
     work, width, pending = place(failed), store.identity["teacher"]["width"], store.pending()
@@ -167,7 +169,7 @@ def fill(
 
 def cluster(config: Config, about: Mapping[str, Any], failed: list["Outcome"]) -> "Cluster":
     """The workers of --scheduler, each with a workshop of its own, made anew for every command."""
-    from compress_ssl.pipeline.workshop import Cluster
+    from compress_ssl.pipeline.extraction.worker import Cluster
 
     there = replace(config, data=about["data"]["spec"], teacher=about["teacher"], out=absolute(config.out))
     build = partial(workshop, there, threads(config), secrets.token_hex(8))
@@ -203,14 +205,14 @@ def workshop(config: Config, threads: int | None, command: str) -> "Workshop":
     """The images, the store and the teacher, in this process and on its device; kept for one command's tasks."""
     import torch
 
-    from compress_ssl.pipeline import scheduler
-    from compress_ssl.pipeline.device import choose
-    from compress_ssl.pipeline.embed import Forward
+    from compress_ssl.pipeline.extraction import cluster as scheduler
+    from compress_ssl.pipeline.extraction.embed import Forward
+    from compress_ssl.pipeline.extraction.teacher import live_teacher
+    from compress_ssl.pipeline.extraction.worker import Workshop
     from compress_ssl.pipeline.models import build
-    from compress_ssl.pipeline.store import FeatureStore
-    from compress_ssl.pipeline.subject import live_teacher
-    from compress_ssl.pipeline.views import ViewSpec
-    from compress_ssl.pipeline.workshop import Workshop
+    from compress_ssl.pipeline.runtime.device import choose
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.views.augment import ViewSpec
 
     if threads:
         torch.set_num_threads(threads)
@@ -230,8 +232,8 @@ def alike(config: Config) -> tuple[Config, "FeatureStore | None"]:
     """With --like: the Config with the other store's views, and that store."""
     if not config.like:
         return config, None
-    from compress_ssl.pipeline.agreement import terms
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.store.compatibility import terms
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     other = FeatureStore(open_storage(config.like))
     usual = {f.name: f.default for f in fields(Config)}
@@ -269,7 +271,7 @@ def check(config: Config) -> None:
 
 def kept(config: Config) -> tuple[str, ...]:
     """The teacher's outputs to keep, the embedding first. Raises UserError for an unknown one."""
-    from compress_ssl.pipeline.grid import OUTPUTS
+    from compress_ssl.pipeline.models.embedder import OUTPUTS
 
     names = [name.strip() for name in config.keep.split(",") if name.strip()]
     for name in names:
@@ -298,7 +300,7 @@ def open_images(config: Config) -> "Dataset":
 def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dataset") -> None:
     """Raises UserError, with what differs, if the store that is there was made from other images."""
     if dataset.fingerprint != earlier["identity"]["data"]["fingerprint"]:
-        from compress_ssl.pipeline.store import FeatureStore
+        from compress_ssl.pipeline.store.feature_store import FeatureStore
 
         unlike = dataset.unlike(FeatureStore(open_storage(config.out)).table("sample_id"))
         raise artifact.Mismatch(
@@ -312,11 +314,11 @@ def describe(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(identity, about) of the store's manifest: what it is, and what may change."""
     from compress_ssl.pipeline.datasets import DATASETS
-    from compress_ssl.pipeline.model import digest
     from compress_ssl.pipeline.models import MODELS
-    from compress_ssl.pipeline.pixels import probe
-    from compress_ssl.pipeline.shelf import shard_rows
-    from compress_ssl.pipeline.views import local_size
+    from compress_ssl.pipeline.models.embedder import digest
+    from compress_ssl.pipeline.store.render_probe import probe
+    from compress_ssl.pipeline.store.shards import shard_rows
+    from compress_ssl.pipeline.views.render import local_size
 
     arrays, heads = arrays_of(config, embedder), embedder.head_tensors()
     kind = codec(config.codec)
@@ -355,11 +357,11 @@ def describe(
 
 def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> dict[str, Any]:
     """Check that all is there and agrees with `other`, list what could not be used, and say what was made."""
-    from compress_ssl.pipeline.history import list_bad
+    from compress_ssl.pipeline.extraction.provenance import list_bad
 
     store.require_complete()
     if other:
-        from compress_ssl.pipeline.agreement import require_same_contents
+        from compress_ssl.pipeline.store.compatibility import require_same_contents
 
         require_same_contents(store, other)
         text += f"; the same pixels as {other.storage}"

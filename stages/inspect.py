@@ -5,13 +5,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress_ssl.pipeline import artifact
-from compress_ssl.pipeline.config import POSITIVE, flag, require
-from compress_ssl.pipeline.progress import duration, size
-from compress_ssl.pipeline.storage import Storage, open_storage
+from compress_ssl.pipeline.runtime import artifact, jsonl
+from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
+from compress_ssl.pipeline.runtime.formatting import duration, size
+from compress_ssl.pipeline.runtime.storage import Storage, open_storage
 
 if TYPE_CHECKING:
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def run(config: Config) -> dict[str, Any]:
     require(config, {"students": POSITIVE, "epochs": POSITIVE})
     figures: dict[str, Any] = {}
     if manifest["kind"] == "store":
-        from compress_ssl.pipeline.store import FeatureStore
+        from compress_ssl.pipeline.store.feature_store import FeatureStore
 
         here = FeatureStore(storage)
         figures = savings(here, config)
@@ -100,9 +100,8 @@ def saved(figures: dict[str, Any]) -> str:
 
 
 def distillation(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
-    from compress_ssl.pipeline import journal
 
-    rows = journal.parse(storage.get("metrics.jsonl").decode()) if storage.exists("metrics.jsonl") else []
+    rows = jsonl.parse(storage.get("metrics.jsonl").decode()) if storage.exists("metrics.jsonl") else []
     last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
     scores = [row["val_nn"] for row in rows if "val_nn" in row]
     steps = sorted(int(m[1]) for key in storage.list("checkpoints") if (m := re.search(r"step-(\d+)\.pt$", key)))

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress_ssl.pipeline import artifact
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.config import POSITIVE, flag, require
-from compress_ssl.pipeline.storage import open_storage
+from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
+from compress_ssl.pipeline.runtime.storage import open_storage
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,24 @@ def run(config: Config) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from compress_ssl.pipeline import labelhead, originals
-    from compress_ssl.pipeline.images import GOOD
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.datasets.decode import GOOD
+    from compress_ssl.pipeline.models import linear_head
+    from compress_ssl.pipeline.store import source_images
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     store = FeatureStore(storage)
-    originals.require_exported(store)
+    source_images.require_exported(store)
     store.require_complete([0])
     label = np.where(store.table("status") == GOOD, store.table("label"), -1)
-    rows = named(store, config.labels) if share is None else labelhead.choose(label, share, config.seed)
+    rows = named(store, config.labels) if share is None else linear_head.choose(label, share, config.seed)
     rows = rows[label[rows] >= 0]
     if not len(rows):
         raise UserError(f"{config.store} has no labelled image among those asked for; export with class subfolders")
     features = store.read("embedding", 0)
     names = store.about["classes"]
-    head = labelhead.fit(features[rows], label[rows], names, config.strength)
+    head = linear_head.fit(features[rows], label[rows], names, config.strength)
     said = {"store": store.fingerprint, "labels": config.labels, "labelled": str(len(rows))}
-    labelhead.save(head, config.out, {"weights": store.identity["teacher"]["weights"], **said})
+    linear_head.save(head, config.out, {"weights": store.identity["teacher"]["weights"], **said})
     rest = np.setdiff1d(np.flatnonzero(label >= 0), rows)
     with torch.no_grad():
         top1 = float((head(torch.from_numpy(features[rest])).argmax(1).numpy() == label[rest]).mean()) * 100

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from compress_ssl.pipeline.config import flag
+from compress_ssl.pipeline.runtime.config import flag
 
 GIVEN = ("setting",)  # what the training loop hands to a method, not the user
 

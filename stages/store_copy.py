@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.config import flag
-from compress_ssl.pipeline.progress import meter, size
-from compress_ssl.pipeline.storage import absolute, open_storage
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.formatting import size
+from compress_ssl.pipeline.runtime.progress import meter
+from compress_ssl.pipeline.runtime.storage import absolute, open_storage
 
 
 @dataclass(frozen=True)
@@ -27,26 +28,27 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Copy what is missing. Returns {"summary", "store", "fingerprint", "images", "views"}."""
-    from compress_ssl.pipeline import artifact, transfer
-    from compress_ssl.pipeline.lease import Lease
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.runtime import artifact
+    from compress_ssl.pipeline.runtime.lease import Lease
+    from compress_ssl.pipeline.store import copy
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     if absolute(config.src) == absolute(config.dst):
         raise UserError(f"{config.src} cannot be copied onto itself; name another place")
     source = FeatureStore(open_storage(config.src))
-    views = transfer.parse_views(config.views, source)
+    views = copy.parse_views(config.views, source)
     source.require_complete([*views, *source.local])
     ids = [str(name) for name in source.table("sample_id")]
-    rows = transfer.parse_images(config.images, read_text, ids)
-    identity, about, tables = transfer.describe(source, views, rows, transfer.codec_of(source, config.codec))
+    rows = copy.parse_images(config.images, read_text, ids)
+    identity, about, tables = copy.describe(source, views, rows, copy.codec_of(source, config.codec))
     storage = open_storage(config.dst)
     artifact.claimed(storage, "store")  # before anything is written there
     with Lease(storage) as held:
-        target = FeatureStore.make(storage, identity, about, tables, transfer.files(source, identity["codec"]))
-        transfer.learn(source, target, rows)
+        target = FeatureStore.make(storage, identity, about, tables, copy.files(source, identity["codec"]))
+        copy.learn(source, target, rows)
         done = target.images - sum(shard.stop - shard.start for shard in target.pending())
         with meter("copy", target.images, "images", done) as bar:
-            transfer.copy(source, target, rows, bar.advance, lambda: held.lost)
+            copy.copy(source, target, rows, bar.advance, lambda: held.lost)
         held.check()
     target.require_complete()
     return {

@@ -13,13 +13,13 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from compress_ssl.pipeline import artifact
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.config import flag
 from compress_ssl.pipeline.evaluators import PROTOCOLS
-from compress_ssl.pipeline.menu import nearest
-from compress_ssl.pipeline.progress import say
-from compress_ssl.pipeline.storage import open_storage
+from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.progress import say
+from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.runtime.storage import open_storage
 from compress_ssl.stages import compare, distill, evaluate
 
 NUMBER = re.compile(r"[-+]?[0-9.]+e[-+]?[0-9]+")

@@ -4,19 +4,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.config import POSITIVE, flag, one_of, require
-from compress_ssl.pipeline.lease import require_free
-from compress_ssl.pipeline.philox import LOCAL, view_name
-from compress_ssl.pipeline.progress import meter, say
-from compress_ssl.pipeline.storage import open_storage
-from compress_ssl.pipeline.wording import counted
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.config import POSITIVE, flag, one_of, require
+from compress_ssl.pipeline.runtime.formatting import counted
+from compress_ssl.pipeline.runtime.lease import require_free
+from compress_ssl.pipeline.runtime.progress import meter, say
+from compress_ssl.pipeline.runtime.storage import open_storage
+from compress_ssl.pipeline.views import numbering
+from compress_ssl.pipeline.views.numbering import LOCAL, view_name
 
 if TYPE_CHECKING:
     import numpy as np
 
     from compress_ssl.pipeline.datasets.base import Dataset
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 LOSS = 0.001  # of cosine to the live feature, beyond the codec's: another device or precision passes, another view not
 CLEARLY = 5.0  # times as much below what the codec keeps as the right one, on average: a control's cosine
@@ -54,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
             f"{config.store} is damaged in {counted(len(damaged), 'place')} ({'; '.join(damaged[:3])}); "
             "compress verify --repair mends small files and marks damaged shards"
         )
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     store = FeatureStore(open_storage(config.store))
     pending = len(store.pending())
@@ -74,17 +75,17 @@ def run(config: Config) -> dict[str, Any]:
 
 def digests(config: Config) -> tuple[list[str], list[str]]:
     """(what is damaged, what was mended), small files first: shards are read by way of them."""
-    from compress_ssl.pipeline import audit
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.store import integrity
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     storage = open_storage(config.store)
     if config.repair:
-        audit.manifest(storage)  # first: only a store has a lease
+        integrity.manifest(storage)  # first: only a store has a lease
         require_free(storage)
     damaged: list[str] = []
     mended: list[str] = []
 
-    def note(damage: audit.Damage) -> None:
+    def note(damage: integrity.Damage) -> None:
         damaged.append(f"{damage.key}: {damage.what}")
         if len(damaged) <= SHOWN:
             say(f"damaged: {damaged[-1]}")
@@ -92,13 +93,13 @@ def digests(config: Config) -> tuple[list[str], list[str]]:
             damage.mend()
             mended.append(damage.key)
 
-    for damage in audit.small_files(storage):
+    for damage in integrity.small_files(storage):
         note(damage)
     if damaged and not config.repair:
         return damaged, mended
     store = FeatureStore(storage)
     with meter("digests", len(store.done()), "row blocks") as bar:
-        for damage in audit.shards(store, bar.advance):
+        for damage in integrity.shards(store, bar.advance):
             note(damage)
     return damaged, mended
 
@@ -110,11 +111,12 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
     """
     import numpy as np
 
-    from compress_ssl.pipeline import originals, philox
     from compress_ssl.pipeline.datasets import DATASETS
-    from compress_ssl.pipeline.images import GOOD
+    from compress_ssl.pipeline.datasets.decode import GOOD
+    from compress_ssl.pipeline.runtime import philox
+    from compress_ssl.pipeline.store import source_images
 
-    dataset, _ = originals.of_store(store, DATASETS.order, config.data)  # the same pixels, before any arithmetic
+    dataset, _ = source_images.of_store(store, DATASETS.order, config.data)  # the same pixels, before any arithmetic
     rows = np.flatnonzero(store.table("status") == GOOD)
     rows = rows[~np.isin(rows // store.rows, [shard.block for shard in store.pending()])]
     count = min(len(rows), max(LEAST, round(config.sample * store.images)))
@@ -123,7 +125,7 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
     order = philox.permutation(config.seed, philox.PICK, 0, len(rows))
     rows = np.sort(rows[order[:count]])
     views = np.array(store.all_views)[philox.words(config.seed, philox.PICK, rows, 1, 1)[:, 0] % len(store.all_views)]
-    if store.local and not np.any(views & philox.LOCAL):
+    if store.local and not np.any(views & numbering.LOCAL):
         views[0] = store.local[0]
     live, found = embed_again(config, store, dataset), Likeness(config, store)
     with meter("live teacher", count, "images") as bar:
@@ -190,7 +192,7 @@ def judge(found: Likeness) -> dict[str, Any]:
     """In words, and as numbers. Raises UserError if a row does not fit, or if the controls fit as well."""
     import numpy as np
 
-    from compress_ssl.pipeline.device import choose
+    from compress_ssl.pipeline.runtime.device import choose
 
     config, right, ideal = found.config, np.concatenate(found.right), np.concatenate(found.ideal)
     parts = {"wrong_view": found.wrong_view, "wrong_image": found.wrong_image}
@@ -230,12 +232,12 @@ def embed_again(
     """(rows (n,), view) -> (n, D) features by the live teacher, in batches of the exported size."""
     import numpy as np
 
-    from compress_ssl.pipeline.device import choose
-    from compress_ssl.pipeline.embed import Forward
-    from compress_ssl.pipeline.loader import Eyes, Piece
+    from compress_ssl.pipeline.extraction.embed import Forward
+    from compress_ssl.pipeline.extraction.teacher import live_teacher
     from compress_ssl.pipeline.models import build
-    from compress_ssl.pipeline.subject import live_teacher
-    from compress_ssl.pipeline.views import ViewSpec
+    from compress_ssl.pipeline.runtime.device import choose
+    from compress_ssl.pipeline.views.augment import ViewSpec
+    from compress_ssl.pipeline.views.loader import Eyes, Piece
 
     identity, embedder = store.identity, live_teacher(store, build, config.teacher)
     batch = config.batch_size or identity["batch_size"]

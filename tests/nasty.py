@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from compress_ssl.pipeline.images import GOOD, NOT_AN_IMAGE, TOO_LARGE, UNREADABLE
+from compress_ssl.pipeline.datasets.decode import GOOD, NOT_AN_IMAGE, TOO_LARGE, UNREADABLE
 
 
 def noise(seed: int = 0, side: int = 16, tint: int = 0) -> np.ndarray:

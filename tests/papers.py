@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress_ssl.pipeline.method import Batch, Method, Outputs, Setting
 from compress_ssl.pipeline.methods import METHODS
-from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.methods.base import Batch, Method, Outputs, Setting
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.philox import LOCAL
+from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.views.numbering import LOCAL
 
 IMAGES, VIEWS, CROPS, B, SIZE = 20, 5, 3, 4, 8
 D, P, C, REGIONS, d, SEEN = 6, 5, 4, 7, 5, 3  # widths of the teacher, its regions; width and regions of the student

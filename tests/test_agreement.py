@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.loader import Eyes, Piece
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
-from compress_ssl.pipeline.views import ViewSpec
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.loader import Eyes, Piece
 from compress_ssl.stages import export_teacher, inspect
 
 FIRST, SECOND = "convnet:channels=4+8,pretrained=false", "convnet:channels=4+12,pretrained=false"

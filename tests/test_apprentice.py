@@ -10,13 +10,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from compress_ssl.pipeline.apprentice import Apprentice
 from compress_ssl.pipeline.datasets.digits import Digits
-from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.extraction.features import view_features
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.validation import leave_one_out, view_features
-from compress_ssl.pipeline.views import ViewSpec, draw, see
-from compress_ssl.pipeline.weights import spell
+from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.models.weights import spell
+from compress_ssl.pipeline.training.student import Apprentice
+from compress_ssl.pipeline.training.validation import leave_one_out
+from compress_ssl.pipeline.views.augment import ViewSpec, draw
+from compress_ssl.pipeline.views.render import see
 
 SIZE = 8
 PLAIN = ViewSpec("crop-flip", 0, 1.0)

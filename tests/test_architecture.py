@@ -1,9 +1,4 @@
-"""Who may import whom, read off the syntax trees; see docs/architecture.md.
-
-cli -> stages -> plug-in menus, first floor, ground floor
-                 plug-in member -> its own base, first floor, ground floor
-                 first floor    -> ground floor, and each other without a circle
-"""
+"""Who may import whom, read off the source; see docs/architecture.md."""
 
 import ast
 import importlib
@@ -15,44 +10,44 @@ from typing import NamedTuple
 
 import pytest
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.menu import Menu
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.registry import Menu
 
 # ---------------------------------------------------------------- the rules
 
-GROUND = {
-    f"pipeline.{name}"
-    for name in (
-        "errors", "process", "storage", "bucket", "artifact", "lease", "config", "menu", "checkpoint", "schedule",
-        "scheduler", "journal", "interrupt", "progress", "device", "launch", "imports", "old_names",
-    )
-}  # fmt: skip
-"""What a run is made of. Every other file of pipeline/ is on the first floor."""
+ORDER = (
+    "runtime < distributed < datasets < views < store < models < methods, extraction < search "
+    "< training, evaluators < report < testing < stages < cli"
+)
+"""A package imports the ones before it; between two commas stand peers, which do not import each other."""
 
-FAMILIES = {"datasets", "models", "teachers", "students", "methods", "evaluators"}
-"""Plug-in families: folders of pipeline/. `__init__` is the menu, `base` what its members share."""
+LAYERS = {name.strip(): number for number, peers in enumerate(ORDER.split("<")) for name in peers.split(",")}
+
+COMMANDS_OF_COMMANDS = {"stages.demo", "stages.sweep"}
+"""The stages that may import other stages."""
 
 HOMES = {
     "typer": {"cli.py"},
     "click": {"cli.py"},
-    "zarr": {"pipeline/grid.py"},
-    "numcodecs": {"pipeline/codecs.py", "pipeline/grid.py"},
-    "google_crc32c": {"pipeline/grid.py"},
-    "dask": {"pipeline/scheduler.py"},
-    "distributed": {"pipeline/scheduler.py"},
-    "faiss": {"pipeline/neighbors.py", "pipeline/codecs.py"},
-    "obstore": {"pipeline/bucket.py"},
-    "jinja2": {"pipeline/page.py"},
-    "timm": {"pipeline/models/", "pipeline/optimizers.py", "pipeline/ranks.py"},
-    "torchvision": {"pipeline/models/", "pipeline/views.py", "pipeline/datasets/"},
+    "zarr": {"pipeline/store/layout.py"},
+    "numcodecs": {"pipeline/store/layout.py", "pipeline/store/shard_reader.py"},
+    "google_crc32c": {"pipeline/store/shard_reader.py"},
+    "dask": {"pipeline/extraction/cluster.py"},
+    "distributed": {"pipeline/extraction/cluster.py"},
+    "faiss": {"pipeline/search/", "pipeline/store/codecs.py"},
+    "obstore": {"pipeline/runtime/object_store.py"},
+    "jinja2": {"pipeline/report/html.py"},
+    "timm": {"pipeline/models/", "pipeline/training/optimizers.py", "pipeline/distributed/collectives.py"},
+    "torchvision": {"pipeline/models/", "pipeline/views/", "pipeline/datasets/"},
 }
 """Third-party package: the files, or the folders, that may import it."""
 
-LIGHT = {"cli", "stages.*", "pipeline.artifact", "pipeline.config", "pipeline.menu", "pipeline.storage"} | {
-    f"pipeline.{family}" for family in FAMILIES
+LIGHT = {"cli", "__init__", "stages.*"} | {
+    f"pipeline.runtime.{name}" for name in ("artifact", "config", "errors", "lease", "registry", "storage")
 }
 HEAVY = {"torch", "torchvision", "timm", "faiss", "zarr", "dask", "distributed", "jinja2"}
-"""Loading a LIGHT file must not load a HEAVY package: `--help` and refused flags do not wait for torch."""
+"""Loading a LIGHT file or a package's own __init__ must not load a HEAVY package: `--help` and refused flags do not
+wait for torch."""
 
 NAMES_OF_NOTHING = {"utils", "util", "misc", "common", "helpers", "helper", "core", "manager"}
 
@@ -95,7 +90,7 @@ PACKAGE = "compress_ssl"  # the one import name; below, our modules go by what f
 
 
 def bare(module: str) -> str:
-    """`compress_ssl.pipeline.store` -> `pipeline.store`"""
+    """`compress_ssl.pipeline.store.feature_store.feature_store` -> `pipeline.store`"""
     return module.removeprefix(f"{PACKAGE}.")
 
 
@@ -151,54 +146,37 @@ def _imports(node: ast.AST, name: str, lazy: bool, typing: bool) -> Iterator[Imp
                 yield from _imports(child, name, lazy or function, typing)
 
 
-def family_of(module: str) -> str | None:
-    """The plug-in family a module of pipeline/ belongs to."""
+def room(module: str) -> str:
+    """The layer of a module: a package of pipeline/, `testing`, `stages` or `cli`."""
     parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[0] == "pipeline" and parts[1] in FAMILIES else None
+    if parts[0] != "pipeline":
+        return "stages" if parts[0] == "stages" else "cli"
+    return parts[1] if len(parts) > 1 else "runtime"  # pipeline/__init__.py is below all of them
 
 
-def is_menu(module: str) -> bool:
-    return family_of(module) is not None and module.count(".") == 1
-
-
-def floor(module: str) -> str:
-    """cli, stages, menu, base, member, ground or first."""
-    if module in ("cli", "__main__", PACKAGE):
-        return "cli"
-    if module.split(".")[0] == "stages":
-        return "stages"
-    if family_of(module):
-        return "menu" if is_menu(module) else "base" if module.split(".")[2] == "base" else "member"
-    return "ground" if module in GROUND else "first"
-
-
-LIBRARY = {"ground", "first"}
-MAY_IMPORT = {
-    "cli": {"cli", "stages", "menu"} | LIBRARY,
-    "stages": {"menu", "base"} | LIBRARY,
-    "menu": LIBRARY,
-    "base": LIBRARY,
-    "member": {"base"} | LIBRARY,
-    "first": LIBRARY,
-    "ground": {"ground"},
-}
-"""Floor: the floors it may import from. A base or menu only of the importer's own family; stages: any."""
+def members() -> set[str]:
+    """Modules that a registry names: the members of the plug-in families."""
+    return {
+        bare(place.partition(":")[0]) for menus in MENUS.values() for menu in menus for place in menu.entries.values()
+    }
 
 
 def forbidden(importer: str, imported: str) -> str:
     """Why one of our files may not import another, "" if it may."""
-    here, there = floor(importer), floor(imported)
-    if imported in ("pipeline", "stages") or (importer in ("stages.demo", "stages.sweep") and there == "stages"):
-        return ""  # a command made of commands
-    if there not in MAY_IMPORT[here]:
-        return f"{here} imports {there}"
-    if family_of(importer) and family_of(imported) and family_of(importer) != family_of(imported):
-        return f"{family_of(importer)} imports {family_of(imported)}"
+    here, there = room(importer), room(imported)
+    if imported in ("pipeline", "stages", PACKAGE):
+        return ""
+    if imported in members() and importer != imported:
+        return "a member of a family is imported by nobody; its registry builds it"
+    if here == there == "stages" and importer != imported:
+        return "" if importer in COMMANDS_OF_COMMANDS else "a stage imports a stage"
+    if here != there and LAYERS[there] >= LAYERS[here]:
+        return f"{here} imports {there}, which does not come before it"
     return ""
 
 
 def our(module: str) -> bool:
-    return module.split(".")[0] in ("cli", "stages", "pipeline")
+    return module.split(".")[0] in ("cli", "stages", "pipeline", PACKAGE)
 
 
 def at(name: str, line: int) -> str:
@@ -208,7 +186,7 @@ def at(name: str, line: int) -> str:
 # ---------------------------------------------------------------- the tests
 
 
-def test_imports_go_down_never_up_and_plugins_do_not_know_each_other() -> None:
+def test_a_package_imports_the_ones_before_it_and_nobody_imports_a_member_of_a_family() -> None:
     broken = [
         f"{at(name, found.line)} imports {found.module}: {why}"
         for name in FILES
@@ -236,16 +214,21 @@ def names_imported(node: ast.AST) -> list[str]:
     return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
-def test_every_folder_of_the_library_is_a_known_plugin_family() -> None:
-    folders = {path.parent.name for path in (ROOT / "pipeline").glob("*/*.py")}
-    assert folders <= FAMILIES, f"not in FAMILIES above: {sorted(folders - FAMILIES)}"
+def test_every_package_of_the_library_has_its_place_in_the_order_and_says_what_it_is_for() -> None:
+    for path in (ROOT / "pipeline").glob("*/__init__.py"):
+        assert path.parent.name in LAYERS, f"{path.parent.name} is not in ORDER above"
+        assert ast.get_docstring(TREES[module_of(path)]), f"{path} does not say what the package is for"
+
+
+def test_no_loose_file_lies_in_the_library() -> None:
+    assert {path.name for path in (ROOT / "pipeline").glob("*.py")} == {"__init__.py", "testing.py"}
 
 
 def test_the_files_of_the_library_import_each_other_without_a_circle() -> None:
     below = {
         name: {found.module for found in imports(name) if found.module in FILES and not found.typing}
         for name in FILES
-        if floor(name) in LIBRARY and name != "pipeline"
+        if room(name) not in ("stages", "cli") and FILES[name].name != "__init__.py"
     }
     below = {name: {m for m in modules if m in below} for name, modules in below.items()}
     while free := [name for name in below if not below[name] or not any(name in m for m in below.values())]:
@@ -274,7 +257,8 @@ def test_no_room_is_named_after_nothing() -> None:
 
 
 def light() -> list[str]:
-    return [name for name in FILES if name in LIGHT or (name.startswith("stages") and "stages.*" in LIGHT)]
+    packages = {name for name, path in FILES.items() if path.name == "__init__.py"}
+    return [name for name in FILES if name in LIGHT | packages or (name.startswith("stages") and "stages.*" in LIGHT)]
 
 
 @pytest.mark.parametrize("start", light())
@@ -394,25 +378,25 @@ def test_every_entry_of_every_menu_resolves(menu: Menu, kind: str) -> None:
     [
         ("cli", "stages.distill", True),
         ("stages.distill", "pipeline.methods", True),
-        ("stages.distill", "pipeline.method", True),
+        ("stages.distill", "pipeline.methods.base", True),
         ("stages.distill", "pipeline.methods.seed", False),
         ("stages.distill", "stages.evaluate", False),
         ("stages.demo", "stages.evaluate", True),
         ("stages.sweep", "stages.distill", True),
         ("stages.distill", "cli", False),
-        ("pipeline.methods.seed", "pipeline.method", True),
-        ("pipeline.methods.seed", "pipeline.bank", True),
-        ("pipeline.methods.seed", "pipeline.methods.compress", False),
-        ("pipeline.methods.seed", "pipeline.methods", False),
+        ("pipeline.methods.seed", "pipeline.methods.base", True),
+        ("pipeline.methods.seed", "pipeline.methods.memory_bank", True),
+        ("pipeline.methods.seed", "pipeline.models.embedder", True),
         ("pipeline.methods.seed", "pipeline.models.timm", False),
+        ("pipeline.methods.seed", "pipeline.extraction.embed", False),
         ("pipeline.methods.seed", "pipeline.evaluators.base", False),
-        ("pipeline.method", "pipeline.models", False),
-        ("pipeline.store", "pipeline.storage", True),
-        ("pipeline.store", "pipeline.shelf", True),
-        ("pipeline.shelf", "pipeline.grid", True),
-        ("pipeline.storage", "pipeline.store", False),
-        ("pipeline.pairs", "pipeline.methods", False),
-        ("pipeline.pairs", "stages.distill", False),
+        ("pipeline.store.feature_store", "pipeline.runtime.storage", True),
+        ("pipeline.store.feature_store", "pipeline.store.shards", True),
+        ("pipeline.store.feature_store", "pipeline.models.embedder", False),
+        ("pipeline.runtime.storage", "pipeline.store.feature_store", False),
+        ("pipeline.training.sampler", "pipeline.methods.base", True),
+        ("pipeline.training.sampler", "pipeline.evaluators.base", False),
+        ("pipeline.training.sampler", "stages.distill", False),
     ],
 )
 def test_the_rule_of_imports_tells_good_from_bad(importer: str, imported: str, allowed: bool) -> None:

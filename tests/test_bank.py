@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.bank import MemoryBank, unit
-from compress_ssl.pipeline.method import Setting, bank_size, store_rows
+from compress_ssl.pipeline.methods.base import Setting, bank_size, store_rows
+from compress_ssl.pipeline.methods.memory_bank import MemoryBank
+from compress_ssl.pipeline.models.precision import unit
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 
 def feature(rows: Tensor, views: Tensor, array: str = "embedding") -> Tensor:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from object_store import FAULTS, Server
 
-from compress_ssl.pipeline import artifact
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.bucket import Bucket
-from compress_ssl.pipeline.shelf import Shard
-from compress_ssl.pipeline.storage import Folder, Storage, absolute, is_url, open_storage
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.object_store import Bucket
+from compress_ssl.pipeline.runtime.storage import Folder, Storage, absolute, is_url, open_storage
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.shards import Shard
 
 PROMPT = 10.0  # seconds in which what is wrong must have been said
 

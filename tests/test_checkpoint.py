@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from compress_ssl.pipeline import checkpoint
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.training import checkpoint
 
 
 def parts(value: float = 0.0, **more: Any) -> dict[str, Any]:

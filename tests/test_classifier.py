@@ -10,15 +10,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from compress_ssl.pipeline import labelhead
-from compress_ssl.pipeline.artifact import UserError
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.evaluators.base import Split
-from compress_ssl.pipeline.labelhead import LabelHead
-from compress_ssl.pipeline.results import Results
-from compress_ssl.pipeline.scores import readings
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.evaluators.results import Results
+from compress_ssl.pipeline.models import linear_head
+from compress_ssl.pipeline.models.linear_head import LabelHead
+from compress_ssl.pipeline.report.metrics import readings
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.stages import distill, evaluate, export_teacher, label_head, menus
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +50,7 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
         head = LabelHead(
             torch.randn(count, width, generator=draw), torch.randn(count, generator=draw), names, unit=unit
         )
-        labelhead.save(head, tmp_path / "head.safetensors")
+        linear_head.save(head, tmp_path / "head.safetensors")
         return tmp_path / "head.safetensors"
 
     return write
@@ -68,7 +68,7 @@ def ranking(features: np.ndarray, weight: np.ndarray, bias: np.ndarray, unit: bo
 
 def check(file: Path, val: Split, metrics: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Metrics and arrays against the slow way, from the bare tensors of the file."""
-    head = labelhead.load(file)
+    head = linear_head.load(file)
     bare, names = safetensors.torch.load_file(file), head.names or val.classes
     order = ranking(val.features, bare["weight"].double().numpy(), bare["bias"].double().numpy(), head.unit)
     said = [[names[c] for c in row] for row in order]
@@ -117,7 +117,7 @@ def test_a_head_without_names_has_the_order_of_the_images_classes(saved: Callabl
 
 
 def test_of_equal_logits_the_first_wins(tmp_path: Path) -> None:
-    labelhead.save(LabelHead(torch.zeros(8, WIDTH), torch.zeros(8), NAMES), tmp_path / "head")
+    linear_head.save(LabelHead(torch.zeros(8, WIDTH), torch.zeros(8), NAMES), tmp_path / "head")
     found = PROTOCOLS.order(spec(tmp_path / "head"))(BARE, LABELLED, tmp_path)
     assert set(found.arrays["prediction"]) == {0}
     assert found.metrics["top5"] == pytest.approx(100 * np.mean(LABELLED.label < 5))
@@ -260,8 +260,8 @@ def test_a_result_is_kept_and_not_taken_for_that_of_another_file(
     file.write_bytes((made / "run/head.safetensors").read_bytes())
     first = scored(tmp_path / "out", spec(file), **who)["classifier"]
     assert scored(tmp_path / "out", spec(file), **who)["classifier"] == first and len(calls) == 1
-    head = labelhead.load(file)
-    labelhead.save(LabelHead(-head.weight, -head.bias, head.names, unit=False), file)
+    head = linear_head.load(file)
+    linear_head.save(LabelHead(-head.weight, -head.bias, head.names, unit=False), file)
     second = scored(tmp_path / "out", spec(file), **who)["classifier"]
     assert len(calls) == 2 and second["top1"] < first["top1"]
     later = scored(tmp_path / "out", "nn", **who)  # nor does the old one come back

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.codecs import CODECS, Codec, codec
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.store.codecs import CODECS, Codec, codec
 
 NORMAL = float(np.finfo(np.float32).tiny)
 

@@ -14,11 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from compress_ssl.pipeline.artifact import UserError
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.datasets.base import Dataset, content_hash
+from compress_ssl.pipeline.datasets.decode import BROKEN, NOT_AN_IMAGE, UNREADABLE, BadImage
 from compress_ssl.pipeline.datasets.folder import SUFFIXES, Folder, escape
-from compress_ssl.pipeline.images import BROKEN, NOT_AN_IMAGE, UNREADABLE, BadImage
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -25,15 +25,15 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
-from compress_ssl.pipeline import checkpoint
-from compress_ssl.pipeline.artifact import Mismatch, UserError
-from compress_ssl.pipeline.interrupt import Interrupted
-from compress_ssl.pipeline.journal import read as read_journal
-from compress_ssl.pipeline.lease import Lease
-from compress_ssl.pipeline.model import Embedder
-from compress_ssl.pipeline.session import Session
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime.jsonl import read as read_journal
+from compress_ssl.pipeline.runtime.lease import Lease
+from compress_ssl.pipeline.runtime.signals import Interrupted
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.training import checkpoint
+from compress_ssl.pipeline.training.run import Session
 from compress_ssl.stages import distill, export_teacher
 from compress_ssl.stages.distill import Config
 
@@ -314,7 +314,7 @@ for line in sys.stdin:
 """
 IMPORTED = [
     "compress_ssl.stages.distill",
-    "compress_ssl.pipeline.session",
+    "compress_ssl.pipeline.training.run",
     "compress_ssl.pipeline.methods.compress",
     "compress_ssl.pipeline.models.python",
     "sklearn.datasets",
@@ -428,7 +428,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_a_crash_after_the_last_step_still_delivers_the_student(run: Callable[..., Any], tmp_path: Path) -> None:
-    from compress_ssl.pipeline.apprentice import Apprentice
+    from compress_ssl.pipeline.training.student import Apprentice
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Apprentice, "deliver", crash)
@@ -643,7 +643,7 @@ def test_a_changed_probe_is_noticed_before_the_first_step(pictures: Path) -> Non
 def test_other_pixels_are_refused_unless_allowed(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("compress_ssl.pipeline.pixels.look", lambda *_: "rendered otherwise")
+    monkeypatch.setattr("compress_ssl.pipeline.store.render_probe.look", lambda *_: "rendered otherwise")
     with pytest.raises(UserError, match="3 of 3 probe images do not look as they did .* --allow-other-pixels"):
         on_pictures(pictures)
     on_pictures(pictures, allow_other_pixels=True)
@@ -832,10 +832,11 @@ def test_a_run_is_the_plain_loop_over_pairs_of_pixels_and_stored_features(
     """SGD on KL(teacher || student) written down without the classes under test."""
     from compress_ssl.pipeline.datasets.digits import Digits
     from compress_ssl.pipeline.models import build
-    from compress_ssl.pipeline.pairs import Plan
-    from compress_ssl.pipeline.storage import Folder
-    from compress_ssl.pipeline.store import FeatureStore
-    from compress_ssl.pipeline.views import ViewSpec, draw, see
+    from compress_ssl.pipeline.runtime.storage import Folder
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.training.sampler import Plan
+    from compress_ssl.pipeline.views.augment import ViewSpec, draw
+    from compress_ssl.pipeline.views.render import see
 
     run(student=(CONVNET,), method="compress-2q:bank=30", steps=6, ema=0.5, schedule="cosine")
 
@@ -980,7 +981,7 @@ def test_a_student_that_writes_into_its_input_spoils_it_for_no_other(run: Callab
 
 def test_a_gpus_pixels_come_in_pinned_memory(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, asked = session_of(config(store, tmp_path / "run")), []
-    monkeypatch.setattr("compress_ssl.pipeline.session.feed", lambda eyes, workers, pin: asked.append(pin))
+    monkeypatch.setattr("compress_ssl.pipeline.training.run.feed", lambda eyes, workers, pin: asked.append(pin))
     session.sights(2)
     session.device = torch.device("cuda")
     session.sights(2)

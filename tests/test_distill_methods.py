@@ -30,13 +30,14 @@ from test_distill import (
     stopped_by_signal,
 )
 
-from compress_ssl.pipeline import checkpoint, labelhead
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.config import words
 from compress_ssl.pipeline.datasets.digits import Digits
 from compress_ssl.pipeline.methods import METHODS
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore, Shard, done_key
+from compress_ssl.pipeline.models import linear_head
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.config import words
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore, Shard, done_key
+from compress_ssl.pipeline.training import checkpoint
 from compress_ssl.stages import distill, label_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -332,7 +333,7 @@ def test_an_image_is_decoded_once_a_step_however_many_students_sizes_and_crops_l
 
 def test_simclr_v2_delivers_the_students_classifier_beside_it(run: Callable[..., Any], tmp_path: Path) -> None:
     run(method="simclr-v2:head=HEAD", steps=2)
-    head = labelhead.load(tmp_path / "run/head.safetensors")
+    head = linear_head.load(tmp_path / "run/head.safetensors")
     assert (head.classes, head.width, head.names, head.unit) == (10, 8, tuple("0123456789"), False)
     last = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["method"]
     assert torch.equal(last["classifier.weight"], head.weight) and torch.equal(last["classifier.bias"], head.bias)
@@ -360,7 +361,7 @@ def test_a_store_that_lacks_what_a_method_needs_is_refused_with_the_flags(
 
 
 OWN = """
-from compress_ssl.pipeline.method import Method, Needs
+from compress_ssl.pipeline.methods.base import Method, Needs
 class Cross(Method):
     needs = Needs(pairings=("cross",))
     def __init__(self, *, setting):

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from compress_ssl.pipeline import neighbors
-from compress_ssl.pipeline.artifact import UserError
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.evaluators.base import Evaluator, Result, Split, per_class
 from compress_ssl.pipeline.evaluators.cluster import contingency, match, score
 from compress_ssl.pipeline.evaluators.linear import LinearProbe, whitening
-from compress_ssl.pipeline.scores import readings
+from compress_ssl.pipeline.report.metrics import readings
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.search import exact, kmeans
 from compress_ssl.stages import evaluate
 
 ALL = ("nn", "knn:k=5", "cluster", "linear:epochs=2")
@@ -129,7 +129,7 @@ def test_nn_leaves_an_index_of_the_normalised_training_features(tmp_path: Path) 
     run("nn", TRAIN, VAL, tmp_path)
     run("nn", TRAIN, VAL, tmp_path)
     index = faiss.read_index(str(tmp_path / "index.faiss"))
-    np.testing.assert_array_equal(index.reconstruct_n(0, 120), neighbors.normalize(TRAIN.features))
+    np.testing.assert_array_equal(index.reconstruct_n(0, 120), exact.normalize(TRAIN.features))
     assert [p.name for p in tmp_path.iterdir()] == ["index.faiss"]
 
 
@@ -239,9 +239,9 @@ def test_nmi_is_mutual_information_over_the_mean_entropy() -> None:
 
 def test_cluster_runs_the_protocol_from_features_to_score(tmp_path: Path) -> None:
     found = run("cluster", TRAIN, VAL, tmp_path)
-    ours = neighbors.normalize(TRAIN.features)
-    centroids, assignment = neighbors.kmeans(ours, 4, 20, 1234)
-    theirs = [int(((centroids - v) ** 2).sum(axis=1).argmin()) for v in neighbors.normalize(VAL.features)]
+    ours = exact.normalize(TRAIN.features)
+    centroids, assignment = kmeans.kmeans(ours, 4, 20, 1234)
+    theirs = [int(((centroids - v) ** 2).sum(axis=1).argmin()) for v in exact.normalize(VAL.features)]
     np.testing.assert_array_equal(found.arrays["centroids"], centroids)
     np.testing.assert_array_equal(found.arrays["val_assignment"], theirs)
     wanted = the_papers_way(assignment.tolist(), TRAIN.label.tolist(), theirs, VAL.label.tolist(), 4)
@@ -385,7 +385,7 @@ def test_the_seed_decides_start_and_order(tmp_path: Path) -> None:
 
 
 def test_whitening_is_torchs_unbiased_variance_with_the_papers_epsilon() -> None:
-    x = neighbors.normalize(TRAIN.features)
+    x = exact.normalize(TRAIN.features)
     x[:, 3] = 0  # a dead dimension
     var, mean = torch.var_mean(torch.from_numpy(x), dim=0)
     found = whitening(x)
@@ -446,6 +446,6 @@ def test_a_device_that_is_not_there_is_refused_in_words(tmp_path: Path) -> None:
 def test_saved_weights_score_as_reported(tmp_path: Path) -> None:
     found = run("linear:epochs=5", TRAIN, VAL, tmp_path)
     a = found.arrays
-    logits = (neighbors.normalize(VAL.features) - a["mean"]) * a["scale"] @ a["weight"].T + a["bias"]
+    logits = (exact.normalize(VAL.features) - a["mean"]) * a["scale"] @ a["weight"].T + a["bias"]
     assert 100 * np.mean(logits.argmax(axis=1) == VAL.label) == pytest.approx(found.metrics["last"]["top1"])
     np.testing.assert_array_equal(a["prediction"], logits.argmax(axis=1))

@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from compress_ssl.pipeline import embed as embedding
-from compress_ssl.pipeline.artifact import Mismatch, UserError
-from compress_ssl.pipeline.codecs import CODECS
 from compress_ssl.pipeline.datasets.base import content_hash
+from compress_ssl.pipeline.datasets.decode import BROKEN, NOT_AN_IMAGE, NOT_FINITE, decode
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
-from compress_ssl.pipeline.images import BROKEN, NOT_AN_IMAGE, NOT_FINITE, decode
+from compress_ssl.pipeline.extraction import embed as embedding
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
-from compress_ssl.pipeline.views import ViewSpec, draw, render, resolve
+from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.codecs import CODECS
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.views.augment import ViewSpec, draw, resolve
+from compress_ssl.pipeline.views.render import render
 from compress_ssl.stages import export_teacher
 from compress_ssl.stages.export_teacher import Config
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress_ssl.pipeline import heads
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.method import Setting
-from compress_ssl.pipeline.model import IMAGENET, Embedder, Network
-from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.methods.base import Setting
+from compress_ssl.pipeline.models import build, heads
+from compress_ssl.pipeline.models.embedder import Embedder, Network
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store import teacher_heads
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.views.preprocessing import IMAGENET
 from compress_ssl.stages import distill, export_teacher, store_copy, verify
 
 D = 8
@@ -264,7 +265,7 @@ def test_the_stored_projection_is_the_head_on_the_stored_embedding_and_the_head_
     teacher = f"{file(projection_head=module)},head=projection_head"
     store = export(teacher, tmp_path / "store", keep="embedding,projection", codec="float32", local_views=2)
     assert store.arrays == {"embedding": (8,), "projection": (5,), "local_embedding": (8,), "local_projection": (5,)}
-    kept = heads.beside(store)
+    kept = teacher_heads.beside(store)
     assert {name: t.tolist() for name, t in kept.items()} == {
         f"projection_head.{name}": t.tolist() for name, t in module.state_dict().items()
     }
@@ -279,14 +280,14 @@ def test_the_stored_projection_is_the_head_on_the_stored_embedding_and_the_head_
 
 def test_damaged_heads_are_noticed_and_mended(file: Callable[..., str], tmp_path: Path) -> None:
     store = export(f"{file(fc=MOCO())},head=fc", tmp_path / "store", keep="embedding,projection")
-    kept, path = heads.beside(store), tmp_path / "store/heads.safetensors"
+    kept, path = teacher_heads.beside(store), tmp_path / "store/heads.safetensors"
     whole = path.read_bytes()
     for damage in (whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:], whole[:5], b"", None):
         path.write_bytes(damage) if damage is not None else path.unlink()
         with pytest.raises(UserError, match="heads.safetensors is damaged; compress verify --repair"):
-            heads.beside(store)
+            teacher_heads.beside(store)
         verify.run(verify.Config(str(tmp_path / "store"), sample=0, repair=True))
-        assert path.read_bytes() == whole and heads.beside(store).keys() == kept.keys()
+        assert path.read_bytes() == whole and teacher_heads.beside(store).keys() == kept.keys()
 
 
 def test_a_recoded_part_keeps_local_crops_and_heads_and_its_runs_find_them(
@@ -302,12 +303,15 @@ def test_a_recoded_part_keeps_local_crops_and_heads_and_its_runs_find_them(
         want, got = source.read(name, view)[rows], part.read(name, view)
         assert (F.cosine_similarity(torch.from_numpy(want), torch.from_numpy(got), dim=-1) > 0.99).all()
     found: list[Any] = []
-    monkeypatch.setattr(
-        "compress_ssl.pipeline.method.Setting", lambda *a, **said: (found.append(Setting(*a, **said)), found[-1])[1]
-    )
+
+    def noted(*parts: Any, **more: Any) -> Setting:
+        found.append(Setting(*parts, **more))
+        return found[-1]
+
+    monkeypatch.setattr("compress_ssl.pipeline.methods.base.Setting", noted)
     run = {"steps": 2, "batch_size": 4, "image_size": 16, "workers": 0, "device": "cpu"}
     distill.run(distill.Config(str(tmp_path / "part"), (BARE,), "esvit:crops=0", tmp_path / "run", **run))  # type: ignore[arg-type]
-    kept = heads.beside(source)
+    kept = teacher_heads.beside(source)
     assert kept and {name: t.tolist() for name, t in found[0].heads.items()} == {
         name: t.tolist() for name, t in kept.items()
     }

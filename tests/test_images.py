@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from compress_ssl.pipeline import images
-from compress_ssl.pipeline.images import BROKEN, NOT_AN_IMAGE, REASONS, TOO_LARGE, BadImage, decode
+from compress_ssl.pipeline.datasets.decode import BROKEN, MAX_PIXELS, NOT_AN_IMAGE, REASONS, TOO_LARGE, BadImage, decode
 
 BEST: dict[str, dict[str, Any]] = {"JPEG": {"quality": 98}, "WEBP": {"lossless": True}, "ICO": {"sizes": [(16, 16)]}}
 """By format, what keeps the pixels as they are."""
@@ -276,7 +275,7 @@ def bomb(side: int) -> bytes:
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(side: int) -> None:
     problem = refused(bomb(side))
     assert problem.status == TOO_LARGE
-    assert f"{images.MAX_PIXELS}" in str(problem) or "bomb" in str(problem)
+    assert f"{MAX_PIXELS}" in str(problem) or "bomb" in str(problem)
 
 
 def test_what_pillow_only_warns_of_is_not_too_large() -> None:
@@ -287,7 +286,7 @@ def test_what_pillow_only_warns_of_is_not_too_large() -> None:
 
 
 def test_the_largest_photographs_pass() -> None:
-    assert images.MAX_PIXELS >= 12_000 * 9_000
+    assert MAX_PIXELS >= 12_000 * 9_000
 
 
 @given(st.binary(max_size=200))

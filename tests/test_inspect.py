@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from compress_ssl.pipeline import artifact, decoded, subject
-from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.datasets import image_cache
 from compress_ssl.pipeline.datasets.digits import Digits
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.evaluators import scored_model
+from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.stages import distill, evaluate, export_teacher, inspect, label_head, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,9 +26,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     how: dict[str, Any] = {"batch_size": 20, "workers": 0, "device": "cpu"}
     teacher = "convnet:channels=4+8,pretrained=false"
     export_teacher.run(export_teacher.Config("digits", teacher, home / "store", limit=40, views=2, image_size=8, **how))
-    live = subject.live_teacher
+    live = teacher.live_teacher
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subject, "live_teacher", lambda *how: (built.append("teacher"), live(*how))[1])
+        patch.setattr(scored_model, "live_teacher", lambda *how: (built.append("teacher"), live(*how))[1])
         evaluate.run(
             evaluate.Config(
                 val="digits:split=test", train="digits:split=test", limit=60, store=str(home / "store"),
@@ -78,7 +80,7 @@ def test_their_digests_can_be_checked(made: Path) -> None:
 
 
 def test_what_is_neither_store_run_nor_evaluation_is_shown_by_what_it_was_made_with(tmp_path: Path) -> None:
-    decoded.build(Digits().subset(9), tmp_path / "decoded")
+    image_cache.build(Digits().subset(9), tmp_path / "decoded")
     told = inspect.run(inspect.Config(str(tmp_path / "decoded")))
     assert told["kind"] == "decoded images" and '"images": 9' in told["data"] and told["on disk"]
     artifact.claim(Folder(tmp_path / "demo"), "demo", {"teacher": "digits-teacher", "epochs": 2.0})

@@ -21,8 +21,8 @@ import pytest
 from nasty import encoded, noise
 
 from compress_ssl import cli
-from compress_ssl.pipeline.storage import PART, Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.runtime.storage import PART, Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 ROOT = Path(cli.__file__).parent
 SHARDS, IMAGES, VIEWS = 6, 96, 5  # 16 rows a shard; 5 views are two blocks of views, so two done records

@@ -11,10 +11,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from compress_ssl.pipeline import labelhead
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.models import linear_head
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.stages import export_teacher, label_head
 
 IMAGES = 30
@@ -30,7 +30,7 @@ def blobs(classes: int, n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndar
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_head_is_logistic_regression_on_standardised_unit_features_with_the_scaling_folded_in(classes: int) -> None:
     features, label = blobs(classes)
-    head = labelhead.fit(features, label, NAMES[:classes], 0.5)
+    head = linear_head.fit(features, label, NAMES[:classes], 0.5)
     plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.5, max_iter=2000)).fit(normalize(features), label)
     fresh, _ = blobs(classes, seed=3)
     p = head(torch.from_numpy(fresh * 7)).softmax(1).numpy()  # of any length
@@ -39,17 +39,17 @@ def test_a_head_is_logistic_regression_on_standardised_unit_features_with_the_sc
 
 def test_a_class_without_examples_is_never_predicted() -> None:
     features, label = blobs(2)
-    head = labelhead.fit(features, label * 2, NAMES)
+    head = linear_head.fit(features, label * 2, NAMES)
     assert set(head(torch.randn(500, 6)).argmax(1).tolist()) == {0, 2}
 
 
 def test_a_share_is_of_every_class_at_least_one_and_a_function_of_the_seed() -> None:
     label = np.array([0] * 50 + [1] * 30 + [2] * 3 + [-1] * 9)
-    rows = labelhead.choose(label, 0.1, 0)
+    rows = linear_head.choose(label, 0.1, 0)
     assert np.bincount(label[rows]).tolist() == [5, 3, 1] and (np.diff(rows) > 0).all()
-    assert np.array_equal(rows, labelhead.choose(label, 0.1, 0))
-    assert not np.array_equal(rows, labelhead.choose(label, 0.1, 1))
-    assert len(labelhead.choose(np.full(4, -1), 0.5, 0)) == 0
+    assert np.array_equal(rows, linear_head.choose(label, 0.1, 0))
+    assert not np.array_equal(rows, linear_head.choose(label, 0.1, 1))
+    assert len(linear_head.choose(np.full(4, -1), 0.5, 0)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def test_the_command_fits_on_the_labels_it_may_use_and_scores_on_the_others(stor
     assert (found["labelled"], found["classes"]) == (6, 3)
     here = FeatureStore(Folder(store))
     features, label = here.read("embedding", 0), here.table("label")
-    rows = labelhead.choose(label, 0.2, 0)
-    head = labelhead.load(tmp_path / "head.safetensors")
-    want = labelhead.fit(features[rows], label[rows], NAMES)
+    rows = linear_head.choose(label, 0.2, 0)
+    head = linear_head.load(tmp_path / "head.safetensors")
+    want = linear_head.fit(features[rows], label[rows], NAMES)
     torch.testing.assert_close(head.weight, want.weight)
     rest = np.setdiff1d(np.arange(IMAGES), rows)
     hits = (head(torch.from_numpy(features[rest])).argmax(1).numpy() == label[rest]).mean()
@@ -126,4 +126,4 @@ def test_a_file_that_is_there_is_replaced_only_when_asked(store: Path, tmp_path:
 
 def test_one_class_is_too_few() -> None:
     with pytest.raises(UserError, match="two classes at least"):
-        labelhead.fit(np.ones((4, 6), np.float32), np.zeros(4, int), NAMES)
+        linear_head.fit(np.ones((4, 6), np.float32), np.zeros(4, int), NAMES)

@@ -13,10 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
-from compress_ssl.pipeline import artifact, audit, lease
-from compress_ssl.pipeline.artifact import LEASE, UserError
-from compress_ssl.pipeline.lease import Lease
-from compress_ssl.pipeline.storage import Folder, Storage, open_storage
+from compress_ssl.pipeline.runtime import artifact, lease
+from compress_ssl.pipeline.runtime.artifact import LEASE, UserError
+from compress_ssl.pipeline.runtime.lease import Lease
+from compress_ssl.pipeline.runtime.storage import Folder, Storage, open_storage
+from compress_ssl.pipeline.store import integrity
 from compress_ssl.stages import export_teacher, store_copy, verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,8 +64,8 @@ def test_a_lease_ends_with_the_block_also_by_an_error(storage: Storage) -> None:
 
 
 def test_the_lease_of_a_process_that_ended_is_taken_at_once(storage: Storage) -> None:
-    program = "import sys; from compress_ssl.pipeline.lease import Lease\n"
-    program += "from compress_ssl.pipeline.storage import open_storage\n"
+    program = "import sys; from compress_ssl.pipeline.runtime.lease import Lease\n"
+    program += "from compress_ssl.pipeline.runtime.storage import open_storage\n"
     program += "Lease(open_storage(sys.argv[1])).__enter__(); print('held', flush=True); sys.stdin.read()"
     words = [sys.executable, "-c", program, str(storage)]
     with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
@@ -93,7 +94,8 @@ def test_a_holder_whose_process_is_hidden_from_us_is_not_gone(
 
     here = lease.machine()
     another(storage, machine=here, pid=os.getpid(), began=lease.began(os.getpid()))
-    monkeypatch.setattr("compress_ssl.pipeline.process.Path.read_text", hidden)  # as /proc is mounted with hidepid
+    reading = "compress_ssl.pipeline.runtime.process.Path.read_text"
+    monkeypatch.setattr(reading, hidden)  # as /proc is mounted with hidepid
     monkeypatch.setattr(lease, "machine", lambda: here)
     with pytest.raises(UserError, match=f"is being written by process {os.getpid()}"):
         lease.require_free(storage)
@@ -161,7 +163,7 @@ import contextlib, os, sys, time
 import torch
 torch.set_num_threads(1)
 from compress_ssl.pipeline import lease
-from compress_ssl.pipeline.embed import Forward
+from compress_ssl.pipeline.extraction.embed import Forward
 from compress_ssl.stages import export_teacher
 out, data, mode, start = sys.argv[1:5]
 honest = Forward.__call__
@@ -175,7 +177,7 @@ if mode != "leased":  # a lease that keeps nobody apart, and a device of its own
 while time.time() < float(start):
     time.sleep(0.001)
 how = dict(views=2, image_size=8, limit=32, batch_size=4, shard_size=4, workers=0, device="cpu", codec="float32")
-from compress_ssl.pipeline.errors import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 try:
     export_teacher.run(export_teacher.Config(data, "convnet:channels=4+8,pretrained=false", out, **how))
 except UserError as problem:
@@ -250,7 +252,7 @@ def export(out: Path) -> Path:
 
 
 def test_a_copy_that_was_superseded_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, fault, enter = export(tmp_path / "source"), audit.fault, Lease.__enter__
+    source, fault, enter = export(tmp_path / "source"), integrity.fault, Lease.__enter__
     held: list[Lease] = []
     looked: list[int] = []
 
@@ -264,7 +266,7 @@ def test_a_copy_that_was_superseded_stops(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(lease, "BEAT", 0.02)
     monkeypatch.setattr(Lease, "__enter__", lambda self: (held.append(self), enter(self))[1])
-    monkeypatch.setattr(audit, "fault", superseded)
+    monkeypatch.setattr(integrity, "fault", superseded)
     with pytest.raises(UserError, match="was taken over by process 7 on far"):
         store_copy.run(store_copy.Config(str(source), str(tmp_path / "copy")))
     assert looked == [0]

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.apprentice import Apprentice, blend
-from compress_ssl.pipeline.lesson import Diverged, Lesson, Training, agreement, spread
-from compress_ssl.pipeline.method import Batch, Method, Needs
-from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.methods.base import Batch, Method, Needs
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.schedule import Schedule
+from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.training.diagnostics import agreement, spread
+from compress_ssl.pipeline.training.learner import Diverged, Lesson, Training
+from compress_ssl.pipeline.training.schedule import Schedule
+from compress_ssl.pipeline.training.student import Apprentice, blend
 
 B, SIZE = 6, 8
 

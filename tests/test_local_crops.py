@@ -9,16 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from compress_ssl.pipeline import audit
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.journal import read as read_journal
-from compress_ssl.pipeline.loader import Eyes, Piece
-from compress_ssl.pipeline.pairs import Plan
-from compress_ssl.pipeline.philox import FRESH, LOCAL, view_name
-from compress_ssl.pipeline.shelf import Shard, done_key
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
-from compress_ssl.pipeline.views import LOCALS, View, ViewSpec, draw, local_size, resolve, see
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.jsonl import read as read_journal
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store import integrity
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.shards import Shard, done_key
+from compress_ssl.pipeline.training.sampler import Plan
+from compress_ssl.pipeline.views.augment import LOCALS, View, ViewSpec, draw, resolve
+from compress_ssl.pipeline.views.loader import Eyes, Piece
+from compress_ssl.pipeline.views.numbering import FRESH, LOCAL, view_name
+from compress_ssl.pipeline.views.render import local_size, see
 from compress_ssl.stages import distill, export_teacher, inspect, verify
 
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -273,7 +274,8 @@ def test_a_damaged_crop_is_found_named_and_made_again(images: Path, whole: Path,
     data = bytearray(shard.read_bytes())
     data[9] ^= 4
     shard.write_bytes(data)
-    assert [damage.key for damage in audit.shards(FeatureStore(Folder(copy)))] == [done_key(1, LOCAL + 4, LOCAL + 6)]
+    damaged = [damage.key for damage in integrity.shards(FeatureStore(Folder(copy)))]
+    assert damaged == [done_key(1, LOCAL + 4, LOCAL + 6)]
     verify.run(verify.Config(store=str(copy), sample=0, repair=True))
     export(images, copy)
     assert files(copy) == files(whole)
@@ -302,7 +304,7 @@ def test_inspect_shows_them(whole: Path) -> None:
 # ---------------------------------------------------------------- seen by students
 
 WITNESS = """
-from compress_ssl.pipeline.method import Method, Needs
+from compress_ssl.pipeline.methods.base import Method, Needs
 class Witness(Method):
     needs = Needs(("embedding", "local_embedding"), ("embedding", "local_embedding"))
     def __init__(self, *, setting, shift: int = 0):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.menu import Menu, Spec, literal, nearest, parse
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.registry import Menu, Spec, literal, nearest, parse
 
 
 class Thing:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from papers import IMAGES, B, D, batch, d, dot, gradients_check, learner, looks, losses, mean, norm, student, through
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.method import Setting
 from compress_ssl.pipeline.methods import METHODS
+from compress_ssl.pipeline.methods.base import Setting
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 K, TAU = 7, 0.07
 

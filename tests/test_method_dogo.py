@@ -6,8 +6,8 @@ import pytest
 import torch
 from papers import B, batch, dot, gradients_check, kl, learner, looks, losses, mean, norm, softmax
 
-from compress_ssl.pipeline.artifact import UserError
 from compress_ssl.pipeline.methods import METHODS
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 Views = tuple[list[list[float]], list[list[float]]]  # projections of the batch's first and second views
 

@@ -21,8 +21,8 @@ from papers import (
     softmax,
 )  # fmt: skip
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.philox import LOCAL
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.views.numbering import LOCAL
 
 FULL = ("embedding", "projection", "local_embedding", "local_projection")
 TARGET = ("projection", "local_projection")

@@ -22,9 +22,9 @@ from papers import (
     through,
 )
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.labelhead import LabelHead, save
 from compress_ssl.pipeline.methods import METHODS
+from compress_ssl.pipeline.models.linear_head import LabelHead, save
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 W = 2
 

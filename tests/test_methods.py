@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.bank import unit
-from compress_ssl.pipeline.method import Batch, Method, Setting
 from compress_ssl.pipeline.methods import METHODS
-from compress_ssl.pipeline.model import Embedder
+from compress_ssl.pipeline.methods.base import Batch, Method, Setting
 from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.models.precision import unit
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 IMAGES, VIEWS, D, SIZE, B = 20, 3, 6, 8, 4
 WIDTHS = {"embedding": (D,)}
@@ -355,7 +355,7 @@ def test_seed_without_a_stored_projection_says_that_it_uses_the_embedding() -> N
 
 OWN = """
 from pathlib import Path
-from compress_ssl.pipeline.method import Method, Needs, Recipe
+from compress_ssl.pipeline.methods.base import Method, Needs, Recipe
 class Mine(Method):
     recipe = Recipe(lr=0.7)
     needs = Needs(arrays=("embedding", "logits"), views=2, pairings=("cross",))

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from object_store import FAULTS, Server
 
-from compress_ssl.pipeline import mirror
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.bucket import Bucket
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.object_store import Bucket
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store import local_cache
+from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.stages import compare, distill, evaluate, export_teacher, inspect, verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,7 +163,7 @@ def test_wrong_places_end_a_command_with_one_sentence(server: Server, tmp_path: 
 
 
 def hydrate(remote: Bucket, cache: Path, views: tuple[int, ...] = (0, 1, 2, 3, 4, 5)) -> FeatureStore:
-    return mirror.hydrate(FeatureStore(remote), views, cache)
+    return local_cache.hydrate(FeatureStore(remote), views, cache)
 
 
 def copy_of(cache: Path) -> Path:
@@ -213,7 +213,7 @@ def test_a_copy_stopped_anywhere_is_continued_and_never_trusted(
     remote: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = files(copy_of(hydrate(remote, tmp_path / "whole") and tmp_path / "whole"))
-    monkeypatch.setattr(mirror, "CONNECTIONS", 1)
+    monkeypatch.setattr(local_cache, "CONNECTIONS", 1)
     put = Folder.put
     for stop in range(1, len(whole), 9):
         count = iter(range(stop))
@@ -265,7 +265,7 @@ def test_a_copy_follows_a_store_that_grew(folder: Path, bucket: str, tmp_path: P
 def test_what_another_process_brought_meanwhile_is_left_as_it_is(
     remote: Bucket, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, delete, others, deleted = mirror._block, Folder.delete, [], []
+    block, delete, others, deleted = local_cache._block, Folder.delete, [], []
 
     def late(*asked: Any) -> int:
         if not others:  # the other one begins after we have looked around and ends before our first shard
@@ -275,8 +275,8 @@ def test_what_another_process_brought_meanwhile_is_left_as_it_is(
             deleted.clear()
         return block(*asked)
 
-    monkeypatch.setattr(mirror, "CONNECTIONS", 1)
-    monkeypatch.setattr(mirror, "_block", late)
+    monkeypatch.setattr(local_cache, "CONNECTIONS", 1)
+    monkeypatch.setattr(local_cache, "_block", late)
     monkeypatch.setattr(Folder, "delete", lambda self, key: (deleted.append(key), delete(self, key))[1])
     hydrate(remote, tmp_path).require_complete()
     assert others and not deleted

@@ -16,9 +16,10 @@ import torch
 import torchvision
 from torch import nn
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.model import IMAGENET, Preprocessing, pooled
 from compress_ssl.pipeline.models import MODELS, build
+from compress_ssl.pipeline.models.embedder import pooled
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

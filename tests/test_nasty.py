@@ -14,14 +14,14 @@ import torch
 from nasty import bad_files, encoded, furnish, noise, odd_files
 
 from compress_ssl.pipeline.datasets.base import Subset
+from compress_ssl.pipeline.datasets.decode import GOOD, BadImage, decode
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 from compress_ssl.pipeline.datasets.folder import escape
-from compress_ssl.pipeline.embed import Forward, embed
-from compress_ssl.pipeline.images import GOOD, BadImage, decode
+from compress_ssl.pipeline.extraction.embed import Forward, embed
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
-from compress_ssl.pipeline.views import ViewSpec
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.stages import export_teacher
 
 TEACHER = "convnet:channels=4+8,pretrained=false"

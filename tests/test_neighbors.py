@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_ssl.pipeline import neighbors
-from compress_ssl.pipeline.artifact import UserError
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.search import exact, kmeans
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,9 +34,9 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("metric", ["l2", "dot", "cosine"])
 @pytest.mark.parametrize("queries", [3, 50])
-def test_search_finds_what_brute_force_finds(metric: neighbors.Metric, queries: int) -> None:
+def test_search_finds_what_brute_force_finds(metric: exact.Metric, queries: int) -> None:
     q, x = random(queries, 12, seed=1), random(200, 12, seed=2)
-    scores, ids = neighbors.search(q, x, 7, metric)
+    scores, ids = exact.search(q, x, 7, metric)
     wanted, order = brute_force(q, x, 7, metric)
     assert ids.dtype == np.int64 and scores.dtype == np.float32
     np.testing.assert_array_equal(ids, order)
@@ -49,20 +49,18 @@ def test_search_is_exact_for_any_shape(q: int, n: int, d: int, seed: int, data: 
     k = data.draw(st.integers(1, n))
     draw = np.random.default_rng(seed)
     queries, keys = (draw.integers(-3, 4, (m, d)).astype(np.float32) for m in (q, n))  # whole numbers: no rounding
-    scores, ids = neighbors.search(queries, keys, k, "l2")
+    scores, ids = exact.search(queries, keys, k, "l2")
     wanted, order = brute_force(queries, keys, k, "l2")
     np.testing.assert_array_equal(scores, wanted)
     np.testing.assert_array_equal(ids, order)
 
 
 @pytest.mark.parametrize("metric", ["l2", "dot", "cosine"])
-def test_keys_in_several_blocks_give_the_same_neighbours(
-    metric: neighbors.Metric, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_in_several_blocks_give_the_same_neighbours(metric: exact.Metric, monkeypatch: pytest.MonkeyPatch) -> None:
     q, x = random(25, 8, seed=3), random(101, 8, seed=4)
-    scores, ids = neighbors.search(q, x, 20, metric)
-    monkeypatch.setattr(neighbors, "BLOCK_BYTES", 4 * 8 * 7)  # 7 keys, fewer than k
-    again, same = neighbors.search(q, x, 20, metric)
+    scores, ids = exact.search(q, x, 20, metric)
+    monkeypatch.setattr(exact, "BLOCK_BYTES", 4 * 8 * 7)  # 7 keys, fewer than k
+    again, same = exact.search(q, x, 20, metric)
     np.testing.assert_array_equal(same, ids)
     np.testing.assert_allclose(again, scores, rtol=1e-5, atol=1e-5)
 
@@ -71,22 +69,22 @@ def test_keys_in_several_blocks_give_the_same_neighbours(
 @pytest.mark.parametrize("queries", [2, 40])
 @pytest.mark.parametrize("block", [1 << 30, 4 * 4 * 11])
 def test_equal_scores_come_in_order_of_id(
-    metric: neighbors.Metric, queries: int, block: int, monkeypatch: pytest.MonkeyPatch
+    metric: exact.Metric, queries: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbors, "BLOCK_BYTES", block)
-    ids = neighbors.search(np.ones((queries, 4)), np.ones((60, 4)), 9, metric)[1]
+    monkeypatch.setattr(exact, "BLOCK_BYTES", block)
+    ids = exact.search(np.ones((queries, 4)), np.ones((60, 4)), 9, metric)[1]
     np.testing.assert_array_equal(ids, np.tile(np.arange(9), (queries, 1)))
 
 
 def test_more_neighbours_than_keys_are_refused_in_words() -> None:
     with pytest.raises(UserError, match="5 nearest neighbours were asked for among 4 images"):
-        neighbors.search(random(2, 3), random(4, 3), 5)
+        exact.search(random(2, 3), random(4, 3), 5)
 
 
 def test_normalize_gives_unit_rows_and_leaves_its_input_and_dead_rows_alone() -> None:
     features = random(5, 3) * np.array([[1], [1e-15], [1e25], [0], [1]], np.float32)
     before = features.copy()
-    unit = neighbors.normalize(features)
+    unit = exact.normalize(features)
     np.testing.assert_array_equal(features, before)
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), [1, 1, 1, 0, 1], rtol=1e-6)
     np.testing.assert_allclose(unit[0], before[0] / np.linalg.norm(before[0]), rtol=1e-6)
@@ -97,13 +95,13 @@ def test_a_feature_that_is_not_finite_is_refused_by_its_row(bad: float) -> None:
     features = random(9, 3)
     features[6, 1] = bad
     with pytest.raises(UserError, match="feature row 6 of 9"):
-        neighbors.normalize(features)
+        exact.normalize(features)
 
 
 def test_kmeans_ends_where_every_centroid_is_the_mean_of_its_nearest_rows() -> None:
     centres = 10 * random(5, 6, seed=7)
     features = np.repeat(centres, 40, axis=0) + random(200, 6, seed=8)
-    centroids, assignment = neighbors.kmeans(features, 5, iterations=30)
+    centroids, assignment = kmeans.kmeans(features, 5, iterations=30)
     distance = ((features[:, None] - centroids[None]) ** 2).sum(axis=2)
     np.testing.assert_array_equal(assignment, distance.argmin(axis=1))
     for c in range(5):
@@ -112,13 +110,13 @@ def test_kmeans_ends_where_every_centroid_is_the_mean_of_its_nearest_rows() -> N
 
 def test_kmeans_uses_every_row_however_many_there_are_per_cluster() -> None:
     features = random(3000, 4)  # FAISS alone would draw 256 of them
-    centroids, _ = neighbors.kmeans(features, 1, iterations=2)
+    centroids, _ = kmeans.kmeans(features, 1, iterations=2)
     np.testing.assert_allclose(centroids[0], features.mean(axis=0), atol=1e-5)
 
 
 def test_kmeans_is_a_function_of_its_seed_and_leaves_numpy_alone(capfd: pytest.CaptureFixture[str]) -> None:
     features, state = random(300, 5), np.random.get_state(legacy=False)["state"]["key"].copy()
-    first, second, other = (neighbors.kmeans(features, 12, 5, seed) for seed in (1, 1, 2))
+    first, second, other = (kmeans.kmeans(features, 12, 5, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(first[1], second[1])
     assert not np.array_equal(first[0], other[0])
@@ -128,19 +126,17 @@ def test_kmeans_is_a_function_of_its_seed_and_leaves_numpy_alone(capfd: pytest.C
 
 def test_more_clusters_than_images_are_refused_in_words() -> None:
     with pytest.raises(UserError, match="9 clusters were asked for of 8 images"):
-        neighbors.kmeans(random(8, 2), 9)
+        kmeans.kmeans(random(8, 2), 9)
 
 
 def test_assign_takes_the_nearest_and_of_two_the_lower_number() -> None:
     centroids = np.array([[0, 0], [2, 0], [2, 0]], np.float32)
-    np.testing.assert_array_equal(
-        neighbors.assign(np.array([[1, 0], [1.5, 0], [0, 9]], np.float32), centroids), [0, 1, 0]
-    )
+    np.testing.assert_array_equal(kmeans.assign(np.array([[1, 0], [1.5, 0], [0, 9]], np.float32), centroids), [0, 1, 0])
 
 
 def test_an_index_on_disk_opens_in_faiss_and_finds_itself(tmp_path: Path) -> None:
     features = random(30, 4)
-    neighbors.write_index(tmp_path / "new" / "index.faiss", features)
+    exact.write_index(tmp_path / "new" / "index.faiss", features)
     index = faiss.read_index(str(tmp_path / "new" / "index.faiss"))
     assert (index.ntotal, index.d) == (30, 4)
     np.testing.assert_array_equal(index.reconstruct_n(0, 30), features)
@@ -149,7 +145,7 @@ def test_an_index_on_disk_opens_in_faiss_and_finds_itself(tmp_path: Path) -> Non
 
 def test_a_failed_write_leaves_the_old_index_and_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "index.faiss"
-    neighbors.write_index(path, random(3, 2))
+    exact.write_index(path, random(3, 2))
     old = path.read_bytes()
 
     def full(handle: int) -> None:
@@ -157,7 +153,7 @@ def test_a_failed_write_leaves_the_old_index_and_no_part(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        neighbors.write_index(path, random(4, 2))
+        exact.write_index(path, random(4, 2))
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["index.faiss"]
 
 
@@ -175,25 +171,25 @@ def test_where_faiss_sees_a_gpu_the_index_goes_there_in_full_precision(monkeypat
     monkeypatch.setattr(faiss, "StandardGpuResources", object)
     monkeypatch.setattr(faiss, "GpuClonerOptions", Options)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", place)
-    neighbors.search(random(3, 4), random(9, 4), 2)
-    neighbors.search(random(3, 4), random(9, 4), 2, float16=True)
-    neighbors.kmeans(random(20, 4), 3, 2)
+    exact.search(random(3, 4), random(9, 4), 2)
+    exact.search(random(3, 4), random(9, 4), 2, float16=True)
+    kmeans.kmeans(random(20, 4), 3, 2)
     assert placed == [(0, False), (0, True), (0, False), (0, False)]
     placed.clear()
-    neighbors.search(random(1, 1), random(neighbors.GPU_MOST + 1, 1), neighbors.GPU_MOST + 1)
+    exact.search(random(1, 1), random(exact.GPU_MOST + 1, 1), exact.GPU_MOST + 1)
     assert placed == []  # more neighbours than FAISS gives on a GPU
 
 
 @pytest.mark.skipif(not faiss.get_num_gpus(), reason="FAISS sees no GPU")
 def test_a_gpu_finds_what_the_cpu_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     q, x = random(300, 64, seed=1), random(5000, 64, seed=2)
-    scores, ids = neighbors.search(q, x, 20, "cosine")
-    clusters = neighbors.kmeans(x, 10)[1]
+    scores, ids = exact.search(q, x, 20, "cosine")
+    clusters = kmeans.kmeans(x, 10)[1]
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
-    wanted, order = neighbors.search(q, x, 20, "cosine")
+    wanted, order = exact.search(q, x, 20, "cosine")
     np.testing.assert_allclose(scores, wanted, atol=1e-5)
     assert np.mean(ids == order) > 0.999
-    assert np.mean(clusters == neighbors.kmeans(x, 10)[1]) > 0.99
+    assert np.mean(clusters == kmeans.kmeans(x, 10)[1]) > 0.99
 
 
 BOTH = """

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from compress_ssl.pipeline import old_names
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.imports import load
-from compress_ssl.pipeline.method import Method
+from compress_ssl.pipeline.methods.base import Method
+from compress_ssl.pipeline.runtime import old_names
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.import_object import load
 
 PLACES = {"pipeline", "stages", "cli"}
 OWN = """

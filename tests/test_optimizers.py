@@ -3,8 +3,8 @@
 import pytest
 from torch import nn
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.optimizers import optimizer
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.training.optimizers import optimizer
 
 HOW = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 

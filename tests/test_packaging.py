@@ -169,7 +169,7 @@ def test_the_package_loads_from_this_checkout_beside_a_users_own_cli_pipeline_an
         (tmp_path / name).write_text("raise ImportError('this is the user's own')\n")
     program = (
         "from compress_ssl import cli, pipeline, stages, distill\n"
-        "print(compress_ssl.cli.__file__, compress_ssl.pipeline.__file__, compress_ssl.stages.__file__, sep='\\n')"
+        "print(cli.__file__, pipeline.__file__, stages.__file__, sep='\\n')"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
@@ -271,7 +271,7 @@ def test_lint_sees_a_type_error_across_modules_in_a_clone_of_another_name(clone:
     clean = subprocess.run(check, cwd=clone, capture_output=True, text=True, timeout=600)
     assert clean.returncode == 0, clean.stdout
     with open(clone / "stages" / "compare.py", "a") as file:
-        file.write("\nfrom compress_ssl.pipeline.errors import UserError\n\nNUMBER: int = UserError('no number')\n")
+        file.write("\nfrom compress_ssl.pipeline.runtime.errors import UserError\n\nNUMBER: int = UserError('no')\n")
     broken = subprocess.run(check, cwd=clone, capture_output=True, text=True, timeout=600)
     assert broken.returncode != 0 and "NUMBER" not in broken.stderr
     assert 'expression has type "UserError", variable has type "int"' in broken.stdout, broken.stdout

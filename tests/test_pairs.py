@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.codecs import CODECS, codec
-from compress_ssl.pipeline.pairs import PAIRINGS, Features, Plan
-from compress_ssl.pipeline.philox import FRESH
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.codecs import CODECS, codec
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.training.sampler import PAIRINGS, Plan
+from compress_ssl.pipeline.training.teacher_features import Features
+from compress_ssl.pipeline.views.numbering import FRESH
 
 ROWS = np.array([0, 1, 2, 4, 5, 7, 8, 11, 12, 13])  # good ones: 3, 6, 9, 10 could not be used
 VIEWS = (1, 2, 3, 4, 5)

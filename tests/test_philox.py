@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress_ssl.pipeline import philox
-from compress_ssl.pipeline.philox import ORDER, VIEW, permutation, uniform, words
+from compress_ssl.pipeline.runtime import philox
+from compress_ssl.pipeline.runtime.philox import ORDER, VIEW, permutation, uniform, words
+from compress_ssl.pipeline.views import numbering
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
@@ -84,7 +85,7 @@ def test_streams_keep_their_numbers() -> None:
 
 
 def test_the_bits_of_view_numbers_stay_where_they_are() -> None:
-    assert (philox.LOCAL, philox.FRESH) == (2**30, 2**31)
+    assert (numbering.LOCAL, numbering.FRESH) == (2**30, 2**31)
 
 
 def test_variates_are_words_over_two_to_the_32() -> None:

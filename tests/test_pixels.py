@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from compress_ssl.pipeline import pixels
-from compress_ssl.pipeline.images import BROKEN, BadImage
-from compress_ssl.pipeline.model import Preprocessing
-from compress_ssl.pipeline.views import ViewSpec
+from compress_ssl.pipeline.datasets.decode import BROKEN, BadImage
+from compress_ssl.pipeline.store import render_probe
+from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 LOOKS = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
 
@@ -29,7 +29,7 @@ class Some:
 
 
 def probed(dataset: Any) -> list[int]:
-    return [int(i) for i in pixels.probe(dataset, ViewSpec("crop-flip", 0, 1.0), LOOKS)]
+    return [int(i) for i in render_probe.probe(dataset, ViewSpec("crop-flip", 0, 1.0), LOOKS)]
 
 
 def test_the_first_middle_and_last_image_are_probed() -> None:
@@ -43,4 +43,4 @@ def test_a_good_image_near_it_stands_in_for_a_bad_one() -> None:
 
 def test_of_a_disk_full_of_bad_images_a_few_are_looked_at() -> None:
     gone = Some(10_000, *range(10_000))
-    assert probed(gone) == [] and gone.asked == 3 * pixels.NEAR
+    assert probed(gone) == [] and gone.asked == 3 * render_probe.NEAR

@@ -19,14 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor, distributed, nn
 
-from compress_ssl.pipeline import device, interrupt, launch, ranks, trainer
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.config import words
-from compress_ssl.pipeline.interrupt import Interrupt
-from compress_ssl.pipeline.journal import read as read_journal
-from compress_ssl.pipeline.lesson import Diverged
+from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods import dogo
-from compress_ssl.pipeline.pairs import Plan
+from compress_ssl.pipeline.runtime import device, launch_env, signals
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.config import words
+from compress_ssl.pipeline.runtime.jsonl import read as read_journal
+from compress_ssl.pipeline.runtime.signals import Interrupt
+from compress_ssl.pipeline.training import trainer
+from compress_ssl.pipeline.training.learner import Diverged
+from compress_ssl.pipeline.training.sampler import Plan
 from compress_ssl.stages import distill, export_teacher, label_head
 from compress_ssl.stages.distill import Config
 
@@ -43,7 +45,7 @@ def net():
 
 BROKEN = """
 from compress_ssl.pipeline import ranks
-from compress_ssl.pipeline.method import Method
+from compress_ssl.pipeline.methods.base import Method
 class Broken(Method):
     def __init__(self, *, setting):
         super().__init__()
@@ -76,7 +78,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def config(home: Path, name: str, **said: Any) -> Config:
     default = {
         "method": "compress-1q:bank=50", "steps": STEPS, "image_size": 8, "lr": 0.2, "schedule": "constant",
-        "workers": 0, "device": "cpu", "batch_size": BATCH // ranks.size(), "peers": 1,
+        "workers": 0, "device": "cpu", "batch_size": BATCH // collectives.size(), "peers": 1,
     }  # fmt: skip
     asked = {**default, **said}
     asked["method"] = asked["method"].replace("HOME", str(home))
@@ -89,7 +91,8 @@ def train(home: Path, name: str, **said: Any) -> None:
 
     def close(session: Any, what: str) -> Any:
         (lesson,) = session.lessons
-        torch.save([lesson.students.state_dict(), dict(lesson.method.named_buffers())], home / f"{name}.{ranks.rank()}")
+        states = [lesson.students.state_dict(), dict(lesson.method.named_buffers())]
+        torch.save(states, home / f"{name}.{collectives.rank()}")
         return finish(session, what)
 
     finish = distill.close
@@ -148,7 +151,7 @@ def _rank(number: int, size: int, port: int, deed: Callable[..., None], argument
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    with ranks.together():
+    with collectives.together():
         deed(*arguments)
 
 
@@ -163,7 +166,7 @@ def in_two(home: Path) -> None:
     try:
         train(home, "broken", method=f"python:{home}/broken.py:Broken")
     except Diverged as end:
-        (home / f"broken.{ranks.rank()}").write_text(str(end))
+        (home / f"broken.{collectives.rank()}").write_text(str(end))
 
 
 def in_four(home: Path) -> None:
@@ -175,12 +178,12 @@ def in_four(home: Path) -> None:
 def gathered(home: Path) -> None:
     """Gradients of an in-batch loss of all ranks' rows, averaged; rows of whole numbers."""
     x, layer = problem()
-    network = ranks.averaged(layer)
-    mine = network(x[ranks.rank() :: ranks.size()])
-    in_batch(ranks.gather(mine)).backward()
+    network = collectives.averaged(layer)
+    mine = network(x[collectives.rank() :: collectives.size()])
+    in_batch(collectives.gather(mine)).backward()
     assert layer.weight.grad is not None
-    numbers = ranks.gather(torch.arange(6).reshape(6, 1)[ranks.rank() :: ranks.size()])
-    torch.save([layer.weight.grad, numbers], home / f"gathered.{ranks.rank()}")
+    numbers = collectives.gather(torch.arange(6).reshape(6, 1)[collectives.rank() :: collectives.size()])
+    torch.save([layer.weight.grad, numbers], home / f"gathered.{collectives.rank()}")
 
 
 def problem() -> tuple[Tensor, nn.Linear]:
@@ -281,7 +284,7 @@ def test_ranks_that_are_started_again_do_not_meet_those_of_the_attempt_before(la
         with ThreadPoolExecutor(3) as threads:
             meeting = []
             for number in sorted(range(3), key=late.__eq__):
-                meeting.append(threads.submit(ranks.attempt, store, number, 3))
+                meeting.append(threads.submit(collectives.attempt, store, number, 3))
                 time.sleep(0.05)
             names.append({each.result(60) for each in meeting})
     assert [len(found) for found in names] == [1, 1, 1] and len(set.union(*names)) == 3
@@ -314,12 +317,12 @@ def test_the_shares_of_all_ranks_are_the_step(local: dict[str, Any]) -> None:
 def test_a_batch_that_cannot_be_shared_is_refused_with_the_nearest_that_can(
     each: int | None, size: int, said: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compress_ssl.pipeline.storage import Folder
-    from compress_ssl.pipeline.store import FeatureStore
+    from compress_ssl.pipeline.runtime.storage import Folder
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     asked = config(home, "never", method="crd", batch_size=each)  # published with 64 images
     store = FeatureStore(Folder(home / "store"))
-    monkeypatch.setattr(ranks, "size", lambda: size)
+    monkeypatch.setattr(collectives, "size", lambda: size)
     if 120 % size == 0 and each:
         assert distill.plan_of(asked, store).batch == 120
         return
@@ -348,11 +351,11 @@ def test_synchronised_batch_norm_keeps_names_and_activations_and_is_refused_on_t
 
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), BatchNormAct2d(4))
     names = list(network.state_dict())
-    assert ranks.synchronised(network, torch.device("cpu")) is network  # one process needs none
-    monkeypatch.setattr(ranks, "size", lambda: 2)
+    assert collectives.synchronised(network, torch.device("cpu")) is network  # one process needs none
+    monkeypatch.setattr(collectives, "size", lambda: 2)
     with pytest.raises(UserError, match="--sync-bn needs CUDA"):
-        ranks.synchronised(network, torch.device("cpu"))
-    made = ranks.synchronised(network, torch.device("cuda"))
+        collectives.synchronised(network, torch.device("cpu"))
+    made = collectives.synchronised(network, torch.device("cuda"))
     assert list(made.state_dict()) == names
     assert all(isinstance(made[n], nn.SyncBatchNorm) for n in (1, 2)) and isinstance(made[2].act, nn.ReLU)
 
@@ -489,13 +492,13 @@ def test_a_signal_to_the_command_saves_once_and_ends_all(signum: int, status: in
 
 
 def test_a_rank_takes_the_echo_of_a_signal_for_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in launch.TOLD:
+    for name in launch_env.TOLD:
         monkeypatch.setenv(name, "2")
     with Interrupt() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum == signal.SIGTERM
-        monkeypatch.setattr(interrupt, "ECHO", 0.0)
+        monkeypatch.setattr(signals, "ECHO", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
 

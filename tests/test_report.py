@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress_ssl.pipeline import comparison, figures, gallery, report, scores
 from compress_ssl.pipeline.evaluators.base import Result, Split
-from compress_ssl.pipeline.page import printable
+from compress_ssl.pipeline.report import comparison, evaluation, figures, image_grids
+from compress_ssl.pipeline.report import metrics as scores
+from compress_ssl.pipeline.report.html import printable
 
 ROOT = Path(__file__).parents[1]
 EVIL = ("<script>alert(1)</script>", "a\"b'&amp;$\\frac$", "猫\udcff", "plain")
@@ -96,7 +97,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train, val = splits(EVIL)
     metrics = changed(model__name="<b>me</b> & $x$", data__note="</section>" + "x" * 300)
     folder = tmp_path_factory.mktemp("evaluation")
-    return report.write(
+    return evaluation.write(
         folder, metrics, train=train, val=val, results=results(), teacher=TEACHER, curves=CURVES, pictures=pictures
     )
 
@@ -176,7 +177,7 @@ def write_named(folder: Path, text: str) -> Parsed:
     """A report in which the classes and the protocols have this text as well."""
     train, val = splits(tuple(f"{text}{n}" for n in range(4)))
     found = results() | {"linear": Result({"protocol": text}, results()["linear"].arrays)}
-    page = report.write(
+    page = evaluation.write(
         folder, named(text), train=train, val=val, results=found, teacher=TEACHER, curves=CURVES, pictures=pictures
     )
     return Parsed(page.read_text())
@@ -231,7 +232,7 @@ def test_green_and_red_tiles_are_those_whose_labels_agree_and_do_not(page: Path)
     strips = [strip for strip in tiles if 'class="query' in strip]
     near = results()["nn"].arrays["neighbors"]
     agreements = {int(n): int((train.label[row] == val.label[n]).sum()) for n, row in enumerate(near)}
-    assert len(strips) == gallery.STRIPS
+    assert len(strips) == image_grids.STRIPS
     for strip in strips:
         same, other = (len(re.findall(f'class="{tone}', strip)) for tone in ("yes", "no"))
         assert same + other == 8 and f"{same} of 8 agree" in strip and same in agreements.values()
@@ -246,7 +247,7 @@ def test_pictures_are_asked_for_by_row_of_the_data_set_not_by_place(tmp_path: Pa
         return pictures(which, row)
 
     train, val = splits()
-    report.write(tmp_path, METRICS, train=train, val=val, results=results(), pictures=ask)
+    evaluation.write(tmp_path, METRICS, train=train, val=val, results=results(), pictures=ask)
     assert {which for which, _ in asked} == {"train", "val"}
     assert all(row in (train if which == "train" else val).rows for which, row in asked)
     assert all(type(row) is int for _, row in asked)
@@ -257,7 +258,7 @@ def test_pictures_are_drawn_by_the_seed_alone(tmp_path: Path) -> None:
     train, val = splits()
     some = {"nn": results()["nn"]}
     pages = [
-        report.write(
+        evaluation.write(
             tmp_path / str(n), {}, train=train, val=val, results=some, pictures=pictures, seed=seed
         ).read_bytes()
         for n, seed in enumerate((1, 1, 2))
@@ -270,11 +271,11 @@ def test_what_is_not_given_is_left_out(tmp_path: Path) -> None:
     train, val = splits(labelled=False)
     bare = {"cluster": Result({}, {"train_assignment": np.zeros(60, np.int64)})}
     scores = {"clusters": 4, "top1": None, "hungarian_top1": None, "nmi": None}
-    page = report.write(tmp_path, {"cluster": scores}, train=train, val=val, results=bare, pictures=pictures)
+    page = evaluation.write(tmp_path, {"cluster": scores}, train=train, val=val, results=bare, pictures=pictures)
     text = page.read_text()
     assert "no scores" in text and "Random images of random clusters" in text
     assert not any(word in text for word in ("Training</h2>", "Nearest neighbours", ">teacher<", "mapped to"))
-    assert report.write(tmp_path, {}, train=train, val=val, results={}).exists()
+    assert evaluation.write(tmp_path, {}, train=train, val=val, results={}).exists()
 
 
 def test_rows_of_the_journal_that_lack_a_value_are_skipped() -> None:
@@ -284,8 +285,8 @@ def test_rows_of_the_journal_that_lack_a_value_are_skipped() -> None:
         {"step": 2, "loss": 4.0, "val_nn": None},
         {},
     ]
-    np.testing.assert_array_equal(report.series(rows, "loss"), [[2, 4], [3, 1]])
-    assert report.series(rows, "val_nn").shape == (0, 2)
+    np.testing.assert_array_equal(evaluation.series(rows, "loss"), [[2, 4], [3, 1]])
+    assert evaluation.series(rows, "val_nn").shape == (0, 2)
 
 
 def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
@@ -294,7 +295,7 @@ def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
     confusion[3, 7] = 99
     found = {"cluster": Result({}, {"confusion": confusion, "train_assignment": np.zeros(1, np.int64)})}
     train, val = splits(names)
-    text = report.write(tmp_path, METRICS, train=train, val=val, results=found).read_text()
+    text = evaluation.write(tmp_path, METRICS, train=train, val=val, results=found).read_text()
     assert 'n00000003 &rarr; n00000007</td><td class="n">99' in text
     with Image.open(tmp_path / "figures" / "confusion.png") as figure:
         assert figure.width < 2000
@@ -302,7 +303,7 @@ def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
 
 def test_a_picture_of_another_kind_is_a_bug_and_said_so() -> None:
     with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
-        gallery.square(np.zeros((3, 8, 8), np.float32))
+        image_grids.square(np.zeros((3, 8, 8), np.float32))
 
 
 def test_drawing_touches_no_pyplot_and_no_settings() -> None:
@@ -388,7 +389,7 @@ def test_both_probes_are_drawn_each_with_its_protocol_the_first_asked_of_each(tm
     said = {"linear:epochs=4": "centre crops", "linear": "later", "linear:augment=true": "augmented & flipped"}
     found = {spec: Result({"protocol": protocol}, curve) for spec, protocol in said.items()}
     train, val = splits()
-    text = report.write(tmp_path, {}, train=train, val=val, results=found).read_text()
+    text = evaluation.write(tmp_path, {}, train=train, val=val, results=found).read_text()
     assert re.findall("Protocol: (.*?)</p>", text) == ["centre crops.", "augmented &amp; flipped."]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"linear.png", "linear_augmented.png"}
 

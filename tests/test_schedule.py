@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.method import Recipe
+from compress_ssl.pipeline.methods.base import Recipe
 from compress_ssl.pipeline.methods.compress import TwoQueues
-from compress_ssl.pipeline.schedule import SCHEDULES, Schedule
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.training.schedule import SCHEDULES, Schedule
 
 
 def released(epoch: int, lr: float = 0.01) -> float:

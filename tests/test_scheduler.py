@@ -15,10 +15,10 @@ import torch
 from distributed import LocalCluster
 from PIL import Image
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.scheduler import parse
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.extraction.cluster import parse
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.stages.export_teacher import Config, run
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compress_ssl.pipeline.bank import unit
-from compress_ssl.pipeline.similarity import relation_cross_entropy, relation_kl
+from compress_ssl.pipeline.methods.similarity import relation_cross_entropy, relation_kl
+from compress_ssl.pipeline.models.precision import unit
 
 Vector = list[float]
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress_ssl.pipeline import artifact, storage
-from compress_ssl.pipeline.artifact import Mismatch, UserError
-from compress_ssl.pipeline.storage import PART, Folder
+from compress_ssl.pipeline.runtime import artifact, storage
+from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime.storage import PART, Folder
 
 
 class PowerCut(BaseException):
@@ -136,7 +136,7 @@ def test_list_gives_keys_below_a_prefix_and_no_unfinished_ones(tmp_path: Path) -
 
 KILLED = """
 import os, sys
-from compress_ssl.pipeline.storage import Folder
+from compress_ssl.pipeline.runtime.storage import Folder
 os.replace = lambda a, b: os._exit(9)
 Folder(sys.argv[1]).put("deep/key", b"half")
 """

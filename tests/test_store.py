@@ -17,13 +17,14 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress_ssl.pipeline import artifact, audit
-from compress_ssl.pipeline.artifact import Mismatch, UserError
-from compress_ssl.pipeline.codecs import CODECS
-from compress_ssl.pipeline.images import BROKEN, GOOD, NOT_FINITE, REASONS
-from compress_ssl.pipeline.shelf import Shard, batches, done_key, shard_rows, view_digest
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.datasets.decode import BROKEN, GOOD, NOT_FINITE, REASONS
+from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store import integrity
+from compress_ssl.pipeline.store.codecs import CODECS
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.shards import Shard, batches, done_key, shard_rows, view_digest
 
 ROOT = Path(__file__).parents[1]
 N, D, ROWS = 10, 3, 4
@@ -221,7 +222,7 @@ def test_a_damaged_codebook_is_noticed_and_mended(tmp_path: Path) -> None:
         file.write_bytes(damage) if damage else file.unlink()
         with pytest.raises(UserError, match="codebook/embedding.safetensors is damaged; compress verify --repair"):
             FeatureStore(Folder(tmp_path)).read("embedding", 1)
-        found = audit.small_files(Folder(tmp_path))
+        found = integrity.small_files(Folder(tmp_path))
         assert [f.key for f in found] == ["codebook/embedding.safetensors"]
         found[0].mend()
         assert np.array_equal(FeatureStore(Folder(tmp_path)).read("embedding", 1), wanted)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from compress_ssl.pipeline.artifact import UserError
 from compress_ssl.pipeline.datasets.digits import Digits
-from compress_ssl.pipeline.interrupt import Interrupted
-from compress_ssl.pipeline.session import Session
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.signals import Interrupted
+from compress_ssl.pipeline.training.run import Session
 from compress_ssl.stages import distill, export_teacher, sweep
 
 STUDENTS = ("convnet:channels=4+6", "convnet:channels=5+6")

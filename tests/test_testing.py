@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.labelhead import LabelHead, save
-from compress_ssl.pipeline.method import Batch, Method, Needs, Setting
 from compress_ssl.pipeline.methods import METHODS
+from compress_ssl.pipeline.methods.base import Batch, Method, Needs, Setting
+from compress_ssl.pipeline.models.linear_head import LabelHead, save
 from compress_ssl.pipeline.testing import check_method
 
 KEYS: dict[str, dict[str, Any]] = {

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from compress_ssl.pipeline.artifact import Mismatch, UserError
-from compress_ssl.pipeline.loader import Eyes, Piece
-from compress_ssl.pipeline.session import Session
-from compress_ssl.pipeline.storage import Folder, open_storage
-from compress_ssl.pipeline.store import FeatureStore
-from compress_ssl.pipeline.views import ViewSpec
+from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime.storage import Folder, open_storage
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.training.run import Session
+from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.loader import Eyes, Piece
 from compress_ssl.stages import distill, evaluate, export_teacher, store_copy, verify
 
 ROOT = Path(__file__).resolve().parent.parent

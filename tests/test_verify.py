@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress_ssl.pipeline import artifact
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.shelf import Shard, done_key
-from compress_ssl.pipeline.storage import Folder
-from compress_ssl.pipeline.store import FeatureStore
+from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.shards import Shard, done_key
 from compress_ssl.stages import export_teacher, inspect, verify
 
 TEACHER = "convnet:channels=4+8,pretrained=false"

@@ -13,9 +13,10 @@ from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.philox import FRESH
-from compress_ssl.pipeline.views import BLUR_REFERENCE, POLICIES, View, ViewSpec, crop_box, draw, render, resolve, see
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.views.augment import BLUR_REFERENCE, POLICIES, View, ViewSpec, crop_box, draw, resolve
+from compress_ssl.pipeline.views.numbering import FRESH
+from compress_ssl.pipeline.views.render import render, see
 
 COUNT = 36
 SHAPES = [(1, 1), (1, 900), (900, 1), (2, 3), (333, 500), (500, 333), (64, 64), (37, 1000)]

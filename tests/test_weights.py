@@ -16,12 +16,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from compress_ssl.pipeline import weights
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.model import Embedder
-from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.models import build, weights
+from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.torchvision import resized
-from compress_ssl.pipeline.weights import Choice, Dialect, load, read
+from compress_ssl.pipeline.models.weights import Choice, Dialect, load, read
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 CNN = "torchvision:shufflenet_v2_x0_5"
 VIT = "timm:vit_tiny_patch16_224,depth=2"

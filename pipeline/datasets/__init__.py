@@ -1,6 +1,6 @@
 """What images can come from: `folder:PATH`, `digits`, `torchvision:NAME`. One line per kind."""
 
-from compress_ssl.pipeline.menu import Menu
+from compress_ssl.pipeline.runtime.registry import Menu
 
 DATASETS = Menu(
     "data",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from compress_ssl.pipeline.artifact import fingerprint
+from compress_ssl.pipeline.runtime.artifact import fingerprint
 
 
 class Dataset(ABC):
@@ -23,7 +23,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def load(self, i: int) -> tuple[np.ndarray, int]:
-        """((H, W, 3) uint8, 64-bit hash of the image as stored). Raises compress_ssl.pipeline.images.BadImage."""
+        """((H, W, 3) uint8, 64-bit hash of the image as stored). Raises BadImage."""
 
     @cached_property
     def fingerprint(self) -> str:

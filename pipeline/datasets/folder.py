@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from compress_ssl.pipeline.artifact import UserError
 from compress_ssl.pipeline.datasets.base import Dataset, content_hash
-from compress_ssl.pipeline.images import TOO_LARGE, UNREADABLE, BadImage, decode
+from compress_ssl.pipeline.datasets.decode import TOO_LARGE, UNREADABLE, BadImage, decode
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .ico .tga".split()

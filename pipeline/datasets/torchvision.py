@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from compress_ssl.pipeline.artifact import UserError
 from compress_ssl.pipeline.datasets.base import Dataset, content_hash
-from compress_ssl.pipeline.images import BROKEN, BadImage, to_rgb
-from compress_ssl.pipeline.menu import nearest
+from compress_ssl.pipeline.datasets.decode import BROKEN, BadImage, to_rgb
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.registry import nearest
 
 
 class Torchvision(Dataset):

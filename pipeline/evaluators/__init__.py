@@ -1,6 +1,6 @@
 """The ways to score features: each a protocol of the field, by name."""
 
-from compress_ssl.pipeline.menu import Menu
+from compress_ssl.pipeline.runtime.registry import Menu
 
 PROTOCOLS = Menu(
     "protocol",

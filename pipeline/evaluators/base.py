@@ -10,8 +10,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.results import Result
+from compress_ssl.pipeline.evaluators.results import Result
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 __all__ = ["Evaluator", "Result", "Split", "per_class", "percent", "require_labels"]
 

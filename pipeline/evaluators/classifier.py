@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from compress_ssl.pipeline import artifact, labelhead
-from compress_ssl.pipeline.artifact import UserError
 from compress_ssl.pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
-from compress_ssl.pipeline.labelhead import LabelHead
-from compress_ssl.pipeline.progress import say
+from compress_ssl.pipeline.models import linear_head
+from compress_ssl.pipeline.models.linear_head import LabelHead
+from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.progress import say
 
 BLOCK = 4096  # images at a time
 
@@ -32,9 +33,9 @@ class Classifier:
     needs_labels: ClassVar[tuple[str, ...]] = ("validation",)
 
     def __post_init__(self) -> None:
-        linear = labelhead.load(self.head)
+        linear = linear_head.load(self.head)
         object.__setattr__(self, "linear", linear)
-        object.__setattr__(self, "digest", artifact.digest(labelhead.spell(linear)))
+        object.__setattr__(self, "digest", artifact.digest(linear_head.spell(linear)))
 
     @property
     def of(self) -> str:

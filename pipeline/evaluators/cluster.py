@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from compress_ssl.pipeline import neighbors
-from compress_ssl.pipeline.artifact import UserError
 from compress_ssl.pipeline.evaluators.base import Result, Split, percent
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.search import exact, kmeans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ class ClusterAlignment:
         k = self._count(train)
         if not len(val):
             raise UserError("protocol 'cluster': there are no validation images; give a set that has some")
-        unit = neighbors.normalize(train.features)
-        centroids, ours = neighbors.kmeans(unit, k, self.iterations, self.seed)
-        theirs = neighbors.assign(neighbors.normalize(val.features), centroids)
+        unit = exact.normalize(train.features)
+        centroids, ours = kmeans.kmeans(unit, k, self.iterations, self.seed)
+        theirs = kmeans.assign(exact.normalize(val.features), centroids)
         found = {"clusters": k, "empty": int(k - len(np.unique(ours)))}
         arrays = {"centroids": centroids, "train_assignment": ours, "val_assignment": theirs}
         if not ((train.label >= 0).any() and (val.label >= 0).any()):

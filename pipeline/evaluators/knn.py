@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from compress_ssl.pipeline import neighbors
-from compress_ssl.pipeline.artifact import UserError
 from compress_ssl.pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.search import exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class WeightedNeighbors:
                 f"protocol 'knn': {self.k} neighbours were asked for, but there are {len(train)} training images; "
                 f"pass knn:k={len(train)} or less, or use nn"
             )
-        cosine, ids = neighbors.search(val.features, train.features, self.k, "cosine")
+        cosine, ids = exact.search(val.features, train.features, self.k, "cosine")
         prediction = self._vote(cosine, train.label[ids], len(train.classes))
         key = str(self.k) if self.temperature == 0.07 else f"{self.k},temperature={self.temperature:g}"
         arrays = {"prediction": prediction, "per_class": per_class(prediction, val.label, len(val.classes))}

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from compress_ssl.pipeline import neighbors
-from compress_ssl.pipeline.artifact import UserError
 from compress_ssl.pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.search import exact
 
 if TYPE_CHECKING:
     import torch
@@ -66,10 +66,10 @@ class LinearProbe:
             )
         import torch
 
-        unit = neighbors.normalize(train.features)
+        unit = exact.normalize(train.features)
         mean, scale = whitening(unit)
         centre = None if self.augment else _whiten(unit, mean, scale)
-        held_out = torch.from_numpy(_whiten(neighbors.normalize(val.features), mean, scale))
+        held_out = torch.from_numpy(_whiten(exact.normalize(val.features), mean, scale))
         layer = _Layer(self, unit.shape[1], len(train.classes))
         label = torch.from_numpy(train.label.astype(np.int64))
         curve = np.empty((self.epochs, 3))
@@ -179,7 +179,7 @@ def _view(
     features = augmented(epoch)
     if features.shape != shape:
         raise ValueError(f"augmented({epoch}) gave features of shape {features.shape}, not {shape}")
-    return _whiten(neighbors.normalize(features), mean, scale)
+    return _whiten(exact.normalize(features), mean, scale)
 
 
 def _device(name: str) -> "torch.device":

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from compress_ssl.pipeline import neighbors
 from compress_ssl.pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
+from compress_ssl.pipeline.search import exact
 
 DRAWN = 8  # neighbours kept for the report; the first alone is scored
 
@@ -31,10 +31,10 @@ class NearestNeighbor:
         """Arrays: `neighbors` (n_val, 8) places in `train`, nearest first; `distance` (n_val, 8) squared L2;
         `prediction` (n_val,); `per_class` (C,) in percent."""
         require_labels(self.name, training=train, validation=val)
-        keys = neighbors.normalize(train.features)
-        queries = neighbors.normalize(val.features)
-        distance, ids = neighbors.search(queries, keys, min(DRAWN, len(keys)), "l2")
-        neighbors.write_index(folder / "index.faiss", keys)
+        keys = exact.normalize(train.features)
+        queries = exact.normalize(val.features)
+        distance, ids = exact.search(queries, keys, min(DRAWN, len(keys)), "l2")
+        exact.write_index(folder / "index.faiss", keys)
         prediction = train.label[ids[:, 0]]
         arrays = {
             "neighbors": ids,

@@ -1,6 +1,6 @@
 """How a student learns from stored features. A method is one file here and one line below."""
 
-from compress_ssl.pipeline.menu import Menu
+from compress_ssl.pipeline.runtime.registry import Menu
 
 METHODS = Menu(
     "method",

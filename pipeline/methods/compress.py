@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.bank import MemoryBank, unit
-from compress_ssl.pipeline.method import (
+from compress_ssl.pipeline.methods.base import (
     Batch,
     Method,
     Outputs,
@@ -19,7 +18,9 @@ from compress_ssl.pipeline.method import (
     require_shares,
     store_rows,
 )
-from compress_ssl.pipeline.similarity import relation_kl
+from compress_ssl.pipeline.methods.memory_bank import MemoryBank
+from compress_ssl.pipeline.methods.similarity import relation_kl
+from compress_ssl.pipeline.models.precision import unit
 
 PUBLISHED = 128_000
 RECIPE = Recipe(lr=0.01, weight_decay=1e-4, batch_size=256, epochs=130, schedule="step")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from compress_ssl.pipeline import ranks
-from compress_ssl.pipeline.bank import single, unit
-from compress_ssl.pipeline.method import Batch, Method, Outputs, Recipe, Setting, require, require_shares
+from compress_ssl.pipeline.distributed import collectives
+from compress_ssl.pipeline.methods.base import Batch, Method, Outputs, Recipe, Setting, require, require_shares
+from compress_ssl.pipeline.models.precision import single, unit
 
 EPS = 1e-7
 
@@ -60,8 +60,8 @@ class Crd(Method):
             s = unit(self.student_head(single(outputs[0]["embedding"].flatten(0, 1))))  # (B * W, width)
             t = unit(self.teacher_head(batch.teacher["embedding"].flatten(0, 1)))
             self._seen = s.detach().unflatten(0, (-1, w)), t.detach().unflatten(0, (-1, w))
-            shape = ranks.size() * len(batch.rows), w, self.negatives
-            drawn = torch.randint(len(self.rows), shape, device=slots.device)[ranks.rank() :: ranks.size()]
+            shape = collectives.size() * len(batch.rows), w, self.negatives
+            drawn = torch.randint(len(self.rows), shape, device=slots.device)[collectives.rank() :: collectives.size()]
             picked = torch.cat([slots[:, None], drawn.flatten(0, 1)], 1)  # (B * W, 1 + K), the positive first
             return [self._nce(s, self.teacher_memory, picked, 1) + self._nce(t, self.student_memory, picked, 0)]
 
@@ -76,7 +76,7 @@ class Crd(Method):
         """
         scores = ((anchors @ memory.T).gather(1, picked) / self.tau).exp()  # (n, 1 + K)
         if not self.constants[side]:
-            self.constants[side] = ranks.gather(scores.detach().mean(1)).mean() * len(memory)
+            self.constants[side] = collectives.gather(scores.detach().mean(1)).mean() * len(memory)
         e = scores / self.constants[side].clone()  # the other side's is set before this one's gradient is taken
         noise = self.negatives / len(memory)
         positive = (e[:, 0] / (e[:, 0] + noise + EPS)).log()
@@ -85,7 +85,7 @@ class Crd(Method):
 
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
-        slots = ranks.gather(self.slots(batch))
+        slots = collectives.gather(self.slots(batch))
         for memory, seen in zip((self.student_memory, self.teacher_memory), self._seen, strict=True):
-            for now in ranks.gather(seen).unbind(1):
+            for now in collectives.gather(seen).unbind(1):
                 memory[slots] = unit(memory[slots] * self.momentum + now * (1 - self.momentum))

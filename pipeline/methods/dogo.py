@@ -7,10 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress_ssl.pipeline import ranks
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.bank import single, unit
-from compress_ssl.pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, Target, require, target_of
+from compress_ssl.pipeline.distributed import collectives
+from compress_ssl.pipeline.methods.base import (
+    Batch,
+    Method,
+    Needs,
+    Outputs,
+    Recipe,
+    Setting,
+    Target,
+    require,
+    target_of,
+)
+from compress_ssl.pipeline.models.precision import single, unit
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 RECIPE = Recipe(optimizer="adam", lr=3e-4, weight_decay=1e-6, batch_size=256, epochs=1000, schedule="constant")
 WEIGHT = 100 / 256  # the release divides by B * B and weighs by 100; at its batch of 256 this is that of a batch mean
@@ -84,7 +94,7 @@ class DogoFrozen(Method):
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         with torch.autocast(batch.rows.device.type, enabled=False):
             one, two = pair(self.head, outputs[0])
-            t = ranks.gather(unit(batch.teacher[self.target][:, :2].contiguous()))  # (B, 2, D)
+            t = collectives.gather(unit(batch.teacher[self.target][:, :2].contiguous()))  # (B, 2, D)
             theirs = log_relations(t[:, 0], t[:, 1], self.tau)
             mine = log_relations(one, two, self.tau)
             return [nt_xent(one, two, self.tau_ssl) + self.weight * kl(theirs, mine)]
@@ -98,7 +108,7 @@ def projection(width: int, out: int) -> nn.Sequential:
 def pair(head: nn.Module, out: Outputs) -> tuple[Tensor, Tensor]:
     """Unit projections of the first two views, of all ranks: (B, P) each."""
     z = single(out["embedding"][:, :2])  # (B, 2, d)
-    z = ranks.gather(unit(head(z.flatten(0, 1))).unflatten(0, z.shape[:2]))
+    z = collectives.gather(unit(head(z.flatten(0, 1))).unflatten(0, z.shape[:2]))
     return z[:, 0], z[:, 1]
 
 

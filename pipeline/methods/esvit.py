@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress_ssl.pipeline import heads, ranks
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.bank import MemoryBank, single, unit
-from compress_ssl.pipeline.method import (
+from compress_ssl.pipeline.distributed import collectives
+from compress_ssl.pipeline.methods.base import (
     Batch,
     Method,
     Needs,
@@ -23,7 +21,11 @@ from compress_ssl.pipeline.method import (
     require_shares,
     store_rows,
 )
-from compress_ssl.pipeline.similarity import relation_cross_entropy
+from compress_ssl.pipeline.methods.memory_bank import MemoryBank
+from compress_ssl.pipeline.methods.similarity import relation_cross_entropy
+from compress_ssl.pipeline.models import heads
+from compress_ssl.pipeline.models.precision import single, unit
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 
 class EsVit(Method):
@@ -108,8 +110,8 @@ class EsVit(Method):
         rows, views = batch.rows, batch.teacher_views
         y = batch.teacher["regions"].flatten(0, 1)  # (B * W, R', C)
         self.view.after(rows, views, batch.teacher["embedding"].flatten(0, 1))
-        shape = ranks.size() * len(batch.rows), batch.teacher_views.shape[1]
-        chosen = torch.randint(y.shape[1], shape, device=y.device)[ranks.rank() :: ranks.size()].flatten()
+        shape = collectives.size() * len(batch.rows), batch.teacher_views.shape[1]
+        chosen = torch.randint(y.shape[1], shape, device=y.device)[collectives.rank() :: collectives.size()].flatten()
         self.region.after(rows, views, y if isinstance(self.region, Prototypes) else y[torch.arange(len(y)), chosen])
 
 
@@ -143,7 +145,7 @@ class Prototypes(nn.Module):
     def after(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
         """teacher: (n, D), or (n, R, D) regions, of the batch."""
         if not self.fixed:
-            said = self.logits(ranks.gather(teacher.flatten(0, -2))).mean(0)
+            said = self.logits(collectives.gather(teacher.flatten(0, -2))).mean(0)
             self.centre.lerp_(said, 1 - self.momentum)
 
 

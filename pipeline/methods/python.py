@@ -5,14 +5,14 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.imports import load
-from compress_ssl.pipeline.menu import convert, literal, nearest
-from compress_ssl.pipeline.method import Method, Setting
+from compress_ssl.pipeline.methods.base import Method, Setting
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.import_object import load
+from compress_ssl.pipeline.runtime.registry import convert, literal, nearest
 
 
 class Own:
-    """Your own: a subclass of compress_ssl.pipeline.method.Method, from a module or a file."""
+    """Your own: a subclass of compress_ssl.pipeline.methods.base.Method, from a module or a file."""
 
     def __new__(cls, place: str, /, *, setting: Setting, **options: str) -> Method:  # type: ignore[misc]
         build = named(place)
@@ -42,7 +42,7 @@ def named(place: str) -> type[Method]:
     """Raises UserError if there is no such class, or it is no method."""
     build = load(place)
     if not (inspect.isclass(build) and issubclass(build, Method)):
-        raise UserError(f"python:{place} is no subclass of compress_ssl.pipeline.method.Method")
+        raise UserError(f"python:{place} is no subclass of compress_ssl.pipeline.methods.base.Method")
     if inspect.isabstract(build):
         raise UserError(f"python:{place} has no forward(batch, outputs), which gives a loss of each student; write it")
     return build

@@ -6,9 +6,9 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress_ssl.pipeline import ranks
-from compress_ssl.pipeline.bank import single, unit
-from compress_ssl.pipeline.method import Batch, Method, Outputs, Recipe, Setting
+from compress_ssl.pipeline.distributed import collectives
+from compress_ssl.pipeline.methods.base import Batch, Method, Outputs, Recipe, Setting
+from compress_ssl.pipeline.models.precision import single, unit
 
 
 class Regression(Method):
@@ -37,4 +37,4 @@ class Regression(Method):
 
 def _standardised(x: Tensor) -> Tensor:
     """(n, D) with mean 0 and variance 1 in every dimension, over the rows of all ranks."""
-    return F.batch_norm(ranks.gather(x), None, None, training=True)
+    return F.batch_norm(collectives.gather(x), None, None, training=True)

@@ -6,8 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.bank import MemoryBank, unit
-from compress_ssl.pipeline.method import (
+from compress_ssl.pipeline.methods.base import (
     Batch,
     Method,
     Needs,
@@ -21,8 +20,10 @@ from compress_ssl.pipeline.method import (
     store_rows,
     target_of,
 )  # fmt: skip
-from compress_ssl.pipeline.philox import LOCAL
-from compress_ssl.pipeline.similarity import relation_cross_entropy
+from compress_ssl.pipeline.methods.memory_bank import MemoryBank
+from compress_ssl.pipeline.methods.similarity import relation_cross_entropy
+from compress_ssl.pipeline.models.precision import unit
+from compress_ssl.pipeline.views.numbering import LOCAL
 
 PUBLISHED = 65_536
 

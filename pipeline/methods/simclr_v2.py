@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress_ssl.pipeline import labelhead
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.bank import single
-from compress_ssl.pipeline.labelhead import LabelHead
-from compress_ssl.pipeline.method import Batch, Method, Needs, Outputs, Recipe, Setting, require
+from compress_ssl.pipeline.methods.base import Batch, Method, Needs, Outputs, Recipe, Setting, require
+from compress_ssl.pipeline.models import linear_head
+from compress_ssl.pipeline.models.linear_head import LabelHead
+from compress_ssl.pipeline.models.precision import single
+from compress_ssl.pipeline.runtime.artifact import UserError
 
 
 class SimClrV2(Method):
@@ -62,7 +62,7 @@ class SimClrV2(Method):
 
 
 def _of_the_teacher(file: Path, width: int) -> LabelHead:
-    head = labelhead.load(file)
+    head = linear_head.load(file)
     if head.width != width:
         raise UserError(
             f"{file} is for embeddings of {head.width} dimensions, and the store's have {width}; "

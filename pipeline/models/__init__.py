@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.menu import Menu
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.registry import Menu
 
 if TYPE_CHECKING:
-    from compress_ssl.pipeline.model import Embedder
+    from compress_ssl.pipeline.models.embedder import Embedder
 
 MODELS = Menu(
     "model",
@@ -15,10 +15,10 @@ MODELS = Menu(
         "torchvision": "compress_ssl.pipeline.models.torchvision:model",
         "python": "compress_ssl.pipeline.models.python:model",
         "torchscript": "compress_ssl.pipeline.models.torchscript:model",
-        "efficientnet-lite": "compress_ssl.pipeline.teachers.efficientnet_lite:model",
-        "digits-teacher": "compress_ssl.pipeline.teachers.digits:model",
-        "cifar-resnet": "compress_ssl.pipeline.students.cifar_resnet:model",
-        "convnet": "compress_ssl.pipeline.students.convnet:model",
+        "efficientnet-lite": "compress_ssl.pipeline.models.networks.efficientnet_lite:model",
+        "digits-teacher": "compress_ssl.pipeline.models.networks.digits:model",
+        "cifar-resnet": "compress_ssl.pipeline.models.networks.cifar_resnet:model",
+        "convnet": "compress_ssl.pipeline.models.networks.convnet:model",
     },
 )
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.imports import load, located
-from compress_ssl.pipeline.menu import nearest
-from compress_ssl.pipeline.model import IMAGENET, Network, Options, Preprocessing, entry, safe_name
+from compress_ssl.pipeline.models.embedder import Network
+from compress_ssl.pipeline.models.factory import Options, entry, safe_name
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.import_object import load, located
+from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
 
 @entry(without=("pretrained",))

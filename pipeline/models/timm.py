@@ -12,10 +12,13 @@ from timm.layers import PatchEmbed
 from timm.models import get_model_input_config, resolve_model_input_args
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.menu import nearest
-from compress_ssl.pipeline.model import Network, Options, Pool, Preprocessing, entry, one_line, safe_name, unbuilt
-from compress_ssl.pipeline.weights import Dialect, State
+from compress_ssl.pipeline.models.embedder import Network, Pool
+from compress_ssl.pipeline.models.factory import Options, entry, safe_name, unbuilt
+from compress_ssl.pipeline.models.weights import Dialect, State
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.formatting import one_line
+from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 # timm's own name for each pool=, where it is another
 _POOL = {"cls": "token", "none": ""}

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.model import IMAGENET, Network, Options, entry, one_line, safe_name
+from compress_ssl.pipeline.models.embedder import Network
+from compress_ssl.pipeline.models.factory import Options, entry, safe_name
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.formatting import one_line
+from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
 
 @entry(without=("weights", "key", "prefix", "drop", "head", "pretrained"))

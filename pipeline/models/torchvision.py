@@ -8,10 +8,12 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from compress_ssl.pipeline.artifact import UserError
-from compress_ssl.pipeline.menu import nearest
-from compress_ssl.pipeline.model import IMAGENET, Network, Options, Preprocessing, entry, safe_name, unbuilt
-from compress_ssl.pipeline.weights import Dialect, State
+from compress_ssl.pipeline.models.embedder import Network
+from compress_ssl.pipeline.models.factory import Options, entry, safe_name, unbuilt
+from compress_ssl.pipeline.models.weights import Dialect, State
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
 # families that fix their input size when they are built, and how they call it
 _SIZED = {"vit_": lambda size: {"image_size": size}, "maxvit_": lambda size: {"input_size": (size, size)}}

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pipeline.interrupt import Interrupted
+from pipeline.session import Session
 
 import cli
 from pipeline import embed
-from pipeline.interrupt import Interrupted
-from pipeline.session import Session
 
 HERE, HOME = Path(__file__).resolve().parent, Path("/tmp/compress-v1")
 sys.path.insert(0, str(HERE.parent))

@@ -1,0 +1,1 @@
+"""Processes that train together: collectives and starting them."""

@@ -1,0 +1,34 @@
+"""The smallest student: a chain of strided convolutions, for demonstrations and tests."""
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from compress_ssl.pipeline.models.embedder import Network
+from compress_ssl.pipeline.models.factory import Options, entry
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.views.preprocessing import IMAGENET
+
+
+@entry()
+def model(asked: Options, /, *, channels: tuple[int, ...] = (16, 32, 64)) -> Network:
+    """convnet, one 3x3 convolution of stride 2 for each of channels=16+32+64, then a global average pool."""
+    if not channels or min(channels) < 1:
+        raise UserError(f"convnet needs channels= of at least 1, as 16+32+64, not {'+'.join(map(str, channels))!r}")
+    return Network(ConvNet(channels), "convnet", replace(IMAGENET, size=32, crop_ratio=1.0))
+
+
+class ConvNet(nn.Module):
+    """conv-BN-ReLU blocks, each of which halves the side."""
+
+    def __init__(self, channels: tuple[int, ...] = (16, 32, 64)):
+        super().__init__()
+        blocks = [
+            nn.Sequential(nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+            for before, after in zip((3, *channels), channels, strict=False)
+        ]
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, channels[-1])"""
+        return self.blocks(images).mean((2, 3))

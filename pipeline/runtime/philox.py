@@ -1,0 +1,70 @@
+"""Philox4x32-10, counter-based bits and our own arithmetic on them: views and orders come from here.
+
+Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. A word is a function of
+(seed, stream, a, b, number) alone, so nothing needs to be drawn before it, saved or restored.
+"""
+
+from typing import Any
+
+import numpy as np
+
+VIEW, ORDER, PAIRING, BANK, PICK = 0, 2, 3, 4, 5  # streams: never renumber, stores depend on them
+
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+
+
+def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Ten rounds. counter: (..., 4) uint64 holding 32-bit words; key: two 32-bit words. -> (..., 4)."""
+    c0, c1, c2, c3 = (counter[..., j] for j in range(4))
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (
+            (p1 >> _32) ^ c1 ^ np.uint64(k0),
+            p1 & _LOW,
+            (p0 >> _32) ^ c3 ^ np.uint64(k1),
+            p0 & _LOW,
+        )
+        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def words(seed: int, stream: int, a: Any, b: Any, count: int) -> np.ndarray:
+    """(..., count) uint32 words for 64-bit numbers a and 32-bit numbers b, broadcast together.
+
+    Counter words: a's low half, a's high half, b, and stream * 2**24 + block.
+    """
+    a, b = np.broadcast_arrays(np.asarray(a, np.uint64), np.asarray(b, np.uint64))
+    blocks = -(-count // 4)
+    counter = np.empty((*a.shape, blocks, 4), np.uint64)
+    counter[..., 0] = (a & _LOW)[..., None]
+    counter[..., 1] = (a >> _32)[..., None]
+    counter[..., 2] = (b & _LOW)[..., None]
+    counter[..., 3] = np.uint64(stream << 24) + np.arange(blocks, dtype=np.uint64)
+    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    return philox(counter, key).reshape(*a.shape, blocks * 4)[..., :count].astype(np.uint32)
+
+
+def uniform(seed: int, stream: int, a: Any, b: Any, count: int) -> np.ndarray:
+    """(..., count) float64 in [0, 1): words / 2**32, exact."""
+    return words(seed, stream, a, b, count) * 2.0**-32
+
+
+def permutation(seed: int, stream: int, number: int, n: int) -> np.ndarray:
+    """(n,) int64, a permutation of range(n): rows sorted by their own 64-bit words, ties by row."""
+    pair = words(seed, stream, np.arange(n), number, 2).astype(np.uint64)
+    return np.argsort(pair[:, 0] << _32 | pair[:, 1], kind="stable")
+
+
+def exp(x: float) -> float:
+    """e**x for |x| <= 1 by its series, in IEEE double additions, products and quotients only.
+
+    The same bits on every machine, which libm does not promise.
+    """
+    total = 1.0
+    for k in range(20, 0, -1):
+        total = 1.0 + x * total / k
+    return total

@@ -1,0 +1,1 @@
+"""Exact nearest neighbours and k-means on features."""

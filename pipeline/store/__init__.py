@@ -1,0 +1,1 @@
+"""features[i, v] on disk: layout, shards, codecs, integrity, copies."""

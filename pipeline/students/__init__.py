@@ -1,1 +1,0 @@
-"""Small networks of our own, for small images. Named in compress_ssl.pipeline.models."""

@@ -1,0 +1,1 @@
+"""Training students: sampler, batches, learner, trainer, checkpoints, logs."""

@@ -1,0 +1,79 @@
+"""An apprentice: one student on its way, and what it hands over at the end."""
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress_ssl.pipeline.models import linear_head
+from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.models.linear_head import LabelHead
+from compress_ssl.pipeline.models.weights import spell
+from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.training.validation import leave_one_out
+from compress_ssl.pipeline.views.augment import ViewSpec
+
+
+class Apprentice:
+    """One student of a run: its folder, its average, what it delivers. `Lesson` has it learn."""
+
+    def __init__(self, folder: Path, student: Embedder, ema: float | None = None):
+        self.folder, self.student, self.ema = folder, student, ema
+        self.average = copy.deepcopy(student).requires_grad_(False) if ema else None
+        self.forward: Any = student.outputs
+        self.best = -1.0
+
+    def equip(self, outputs: Iterable[str], *, compiled: bool = False) -> None:
+        """Have the student give these outputs (`local_` ones too), by torch.compile if asked."""
+        self.student.equip([name.removeprefix("local_") for name in outputs])
+        if compiled:
+            self.forward = torch.compile(self.student.outputs)
+
+    @property
+    def learned(self) -> Embedder:
+        """The student that is evaluated and kept: the average where there is one."""
+        return self.average or self.student
+
+    def follow(self) -> None:
+        """Move the average after the student's step."""
+        if self.average is not None and self.ema:
+            blend(self.average, self.student, self.ema)
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, by name."""
+        return {"student": self.student, "average": self.average, "best": self.best}
+
+    def examine(self, val: Any, spec: ViewSpec, device: torch.device, precision: str, workers: int) -> float:
+        """Leave-one-out nearest-neighbour accuracy on `val`, view 0, in percent."""
+        return leave_one_out(self.learned, val, spec, device, precision, workers)
+
+    def deliver(self, head: LabelHead | None = None) -> Path:
+        """Write student.safetensors: the bare backbone, as its own library names it, and how to feed it.
+
+        head: the classifier that its method delivers besides, as head.safetensors.
+        """
+        looks = json.dumps(self.learned.preprocessing.record())
+        said = {"model": self.learned.spec, "preprocessing": looks, "digest": self.learned.digest()}
+        home, name = Folder(self.folder), "student.safetensors"
+        _put(home, name, spell(self.learned.backbone.state_dict(), {"format": "pt", **said}))
+        if head:
+            _put(home, "head.safetensors", linear_head.spell(head, {"weights": self.learned.digest()}))
+        return self.folder / name
+
+
+def _put(home: Folder, name: str, data: bytes) -> None:
+    if not (home.exists(name) and home.get(name) == data):
+        home.put(name, data)
+
+
+@torch.no_grad()
+def blend(average: nn.Module, student: nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * student; buffers (batch norm statistics) are copied."""
+    for slow, fast in zip(average.parameters(), student.parameters(), strict=True):
+        slow.lerp_(fast.detach(), 1.0 - decay)
+    for kept, new in zip(average.buffers(), student.buffers(), strict=True):
+        kept.copy_(new)
