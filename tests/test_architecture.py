@@ -36,6 +36,7 @@ HOMES = {
     "distributed": {"pipeline/extraction/cluster.py"},
     "faiss": {"pipeline/search/", "pipeline/store/codecs.py"},
     "obstore": {"pipeline/runtime/object_store.py"},
+    "psutil": {"pipeline/runtime/process.py"},
     "jinja2": {"pipeline/report/html.py"},
     "timm": {"pipeline/models/", "pipeline/training/optimizers.py", "pipeline/distributed/collectives.py"},
     "torchvision": {"pipeline/models/", "pipeline/views/", "pipeline/datasets/"},
@@ -45,7 +46,7 @@ HOMES = {
 LIGHT = {"cli", "__init__", "stages.*"} | {
     f"pipeline.runtime.{name}" for name in ("artifact", "config", "errors", "lease", "registry", "storage")
 }
-HEAVY = {"torch", "torchvision", "timm", "faiss", "zarr", "dask", "distributed", "jinja2"}
+HEAVY = {"torch", "torchvision", "timm", "faiss", "zarr", "dask", "distributed", "jinja2", "psutil"}
 """Loading a LIGHT file or a package's own __init__ must not load a HEAVY package: `--help` and refused flags do not
 wait for torch."""
 
@@ -338,6 +339,49 @@ def deeds(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def test_importing_does_nothing(name: str) -> None:
     done = [f"{at(name, line)} {what}" for line, what in deeds(TREES[name])]
     assert not done, "\n".join(done)
+
+
+STATE = """
+import locale, logging, os, random, signal, socket, sys, threading, warnings, multiprocessing
+import dask, faiss, matplotlib, numpy, PIL.Image, torch, zarr
+
+def state():
+    umask = os.umask(0o22)
+    os.umask(umask)
+    cudnn = [getattr(torch.backends.cudnn, name) for name in ("benchmark", "deterministic", "enabled", "allow_tf32")]
+    return dict(
+        environ=dict(os.environ), cwd=os.getcwd(), umask=umask, path=list(sys.path), hooks=[sys.excepthook],
+        signals=[signal.getsignal(s) for s in signal.valid_signals()], warnings=list(warnings.filters),
+        threads=threading.active_count(), locale=locale.setlocale(locale.LC_ALL), timeout=socket.getdefaulttimeout(),
+        start=multiprocessing.get_start_method(allow_none=True), recursion=sys.getrecursionlimit(),
+        logging=[(logging.root.level, list(logging.root.handlers))], random=random.getstate(),
+        numpy=str(numpy.random.get_state()), errors=numpy.geterr(), rng=torch.get_rng_state().tolist(),
+        computing=torch.get_num_threads(), dtype=torch.get_default_dtype(), device=torch.get_default_device(),
+        algorithms=torch.are_deterministic_algorithms_enabled(), matmul=torch.get_float32_matmul_precision(),
+        grad=torch.is_grad_enabled(), sharing=torch.multiprocessing.get_sharing_strategy(), cudnn=cudnn,
+        faiss=faiss.omp_get_max_threads(), rc=dict(matplotlib.rcParams),
+        dask=repr(dask.config.config), zarr=repr(zarr.config.config), pixels=PIL.Image.MAX_IMAGE_PIXELS,
+    )
+"""
+"""What no import may change, as it can be seen from Python."""
+
+
+def test_importing_everything_changes_no_global_state() -> None:
+    theirs = sorted({f.module for name in FILES for f in imports(name) if not our(f.module) and not f.typing})
+    program = f"""{STATE}
+import contextlib, importlib
+for name in {theirs!r}:
+    with contextlib.suppress(ImportError):  # of an extra, or a name in a package
+        importlib.import_module(name)
+before = state()
+for name in {sorted(FILES)!r}:
+    importlib.import_module(name)
+after = state()
+changed = [name for name in before if before[name] != after[name]]
+assert not changed, changed
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 MENUS = {

@@ -87,16 +87,10 @@ def test_a_number_that_another_process_has_now_is_not_the_holder(storage: Storag
 
 
 def test_a_holder_whose_process_is_hidden_from_us_is_not_gone(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hidden(self: Path, **_: str) -> str:
-        raise FileNotFoundError(self)
-
-    here = lease.machine()
-    another(storage, machine=here, pid=os.getpid(), began=lease.began(os.getpid()))
-    reading = "compress_ssl.pipeline.runtime.process.Path.read_text"
-    monkeypatch.setattr(reading, hidden)  # as /proc is mounted with hidepid
-    monkeypatch.setattr(lease, "machine", lambda: here)
+    another(storage, machine=lease.machine(), pid=os.getpid(), began=lease.began(os.getpid()))
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))  # no process in it, as with hidepid
     with pytest.raises(UserError, match=f"is being written by process {os.getpid()}"):
         lease.require_free(storage)
 
@@ -162,7 +156,7 @@ PROGRAM = """
 import contextlib, os, sys, time
 import torch
 torch.set_num_threads(1)
-from compress_ssl.pipeline import lease
+from compress_ssl.pipeline.runtime import lease
 from compress_ssl.pipeline.extraction.embed import Forward
 from compress_ssl.stages import export_teacher
 out, data, mode, start = sys.argv[1:5]

@@ -16,7 +16,7 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.training.diagnostics import agreement, spread
 from compress_ssl.pipeline.training.learner import Diverged, Lesson, Training
 from compress_ssl.pipeline.training.schedule import Schedule
-from compress_ssl.pipeline.training.student import Apprentice, blend
+from compress_ssl.pipeline.training.student import Apprentice
 
 B, SIZE = 6, 8
 
@@ -128,15 +128,6 @@ def test_the_average_moves_by_one_minus_its_decay_and_copies_batch_norm_statisti
 def test_without_an_average_the_student_itself_is_kept(tmp_path: Path) -> None:
     (apprentice,) = lesson(tmp_path).apprentices
     assert apprentice.learned is apprentice.student and apprentice.parts()["average"] is None
-
-
-def test_an_average_blends_parameters_only() -> None:
-    slow, fast = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
-    nn.init.constant_(fast.weight, 3.0)
-    fast(torch.randn(5, 2))
-    blend(slow, fast, 0.5)
-    assert slow.weight.tolist() == [2.0, 2.0]
-    assert torch.equal(slow.running_mean, fast.running_mean) and int(slow.num_batches_tracked) == 1
 
 
 def test_bf16_steps_keep_the_weights_in_single_precision(tmp_path: Path) -> None:

@@ -196,10 +196,10 @@ BOTH = """
 import {0}
 import {1}
 import numpy as np
-from compress_ssl.pipeline import neighbors
+from compress_ssl.pipeline.search.kmeans import kmeans
 x = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)
 for _ in range(3):  # by turns, so that each library's threads wake after the other's
-    centroids, assignment = neighbors.kmeans(x, 10, 5)
+    centroids, assignment = kmeans(x, 10, 5)
     t = torch.from_numpy(x)
     loss = (t @ torch.ones(64, 64, requires_grad=True)).square().mean()
     loss.backward()
@@ -221,7 +221,7 @@ def test_torch_and_faiss_work_in_one_process_in_either_import_order() -> None:
 
 def test_looking_a_protocol_up_imports_none_of_the_large_libraries() -> None:
     code = (
-        "import sys; from compress_ssl.pipeline import neighbors\n"
+        "import sys; from compress_ssl.pipeline.search import exact\n"
         "from compress_ssl.pipeline.evaluators import PROTOCOLS\n"
         "[PROTOCOLS.check(p) for p in ('nn', 'knn:k=5', 'cluster', 'linear:augment=true')]\n"
         "print([m for m in ('faiss', 'torch', 'scipy', 'sklearn', 'matplotlib') if m in sys.modules])"

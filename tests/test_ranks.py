@@ -44,14 +44,14 @@ def net():
 """A student without batch norm: what it makes of an image does not depend on who else is in the batch."""
 
 BROKEN = """
-from compress_ssl.pipeline import ranks
+from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import Method
 class Broken(Method):
     def __init__(self, *, setting):
         super().__init__()
     def forward(self, batch, outputs):
         loss = outputs[0]["embedding"].pow(2).mean()
-        return [loss * float("nan") if batch.step == 2 and ranks.rank() == 1 else loss]
+        return [loss * float("nan") if batch.step == 2 and collectives.rank() == 1 else loss]
 """
 """A method whose loss is not finite on one rank."""
 

@@ -4,7 +4,9 @@ import argparse
 import functools
 import os
 import pickle
+import pkgutil
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from compress_ssl.pipeline.models import build, weights
+from compress_ssl.pipeline.models import timm as timm_kind
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.torchvision import resized
 from compress_ssl.pipeline.models.weights import Choice, Dialect, load, read
@@ -190,6 +193,41 @@ def test_a_filter_that_renames_is_the_one_of_the_architecture(tmp_path: Path) ->
     keys = ",".join(f"{key}={value}" for key, value in options.items())
     model = build(f"timm:deit3_small_patch16_224,{keys},weights={save(tmp_path / 'deit3.pth', old)}")
     assert_holds(model, headless(state, "head"))
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "bound"),
+    [
+        ("resnet18", None, {}),
+        ("densenet121", "densenet._filter_torchvision_pretrained", {}),
+        ("regnety_002", "regnet._filter_fn", {}),
+        ("vit_tiny_patch16_224", "vision_transformer.checkpoint_filter_fn", {}),
+        ("vit_tiny_patch16_224.augreg_in21k", "vision_transformer.checkpoint_filter_fn", {}),
+        ("vit_small_resnet26d_224", "vision_transformer_hybrid.checkpoint_filter_fn", {}),  # its backbone has none
+        ("vitamin_small_224", "vision_transformer.checkpoint_filter_fn", {}),
+        ("deit3_small_patch16_224", "vision_transformer.checkpoint_filter_fn", {"adapt_layer_scale": True}),
+        (
+            "flexivit_small",
+            "vision_transformer.checkpoint_filter_fn",
+            {"interpolation": "bilinear", "antialias": False},
+        ),
+    ],
+)
+def test_timms_filter_is_found_without_a_download_and_timm_stays_as_it_is(
+    name: str, function: str | None, bound: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("a download was asked for")
+
+    for loader in ("load_state_dict_from_url", "load_state_dict_from_hf", "download_cached_file"):
+        monkeypatch.setattr(f"timm.models._builder.{loader}", asked)
+    before = dict(vars(sys.modules["timm.models._builder"]))
+    with torch.device("meta"):
+        timm_kind._create(name, None, asked := timm_kind._Pretrained(), {}, classes=1000)
+    found: Any = asked.filter
+    assert vars(sys.modules["timm.models._builder"]) == before
+    assert getattr(found, "keywords", {}) == bound
+    assert getattr(found, "func", found) is (pkgutil.resolve_name(f"timm.models.{function}") if function else None)
 
 
 def test_a_data_parallel_prefix_must_be_asked_for(tmp_path: Path) -> None:

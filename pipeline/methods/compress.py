@@ -20,6 +20,7 @@ from compress_ssl.pipeline.methods.base import (
 )
 from compress_ssl.pipeline.methods.memory_bank import MemoryBank
 from compress_ssl.pipeline.methods.similarity import relation_kl
+from compress_ssl.pipeline.models.moving_average import update_ema
 from compress_ssl.pipeline.models.precision import unit
 
 PUBLISHED = 128_000
@@ -103,8 +104,7 @@ class TwoQueuesMomentum(TwoQueues):
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
         super().after_step(batch)
-        for slow, fast in zip(self.slow.parameters(), self._student[0].parameters(), strict=True):
-            slow.lerp_(fast.detach().to(slow.dtype), 1.0 - self.momentum)
+        update_ema(self.slow, self._student[0], self.momentum)
 
 
 class OneQueue(Method):

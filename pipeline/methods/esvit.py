@@ -24,6 +24,7 @@ from compress_ssl.pipeline.methods.base import (
 from compress_ssl.pipeline.methods.memory_bank import MemoryBank
 from compress_ssl.pipeline.methods.similarity import relation_cross_entropy
 from compress_ssl.pipeline.models import heads
+from compress_ssl.pipeline.models.moving_average import move
 from compress_ssl.pipeline.models.precision import single, unit
 from compress_ssl.pipeline.runtime.artifact import UserError
 
@@ -146,7 +147,7 @@ class Prototypes(nn.Module):
         """teacher: (n, D), or (n, R, D) regions, of the batch."""
         if not self.fixed:
             said = self.logits(collectives.gather(teacher.flatten(0, -2))).mean(0)
-            self.centre.lerp_(said, 1 - self.momentum)
+            move(self.centre, said, self.momentum)
 
 
 class Similarities(nn.Module):

@@ -1,15 +1,15 @@
 """Models of timm, without their classifier."""
 
 import functools
-import importlib
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
 import torch
 from timm.layers import PatchEmbed
-from timm.models import get_model_input_config, resolve_model_input_args
+from timm.models import build_model_with_cfg, get_model_input_config, resolve_model_input_args
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.models.embedder import Network, Pool
@@ -61,7 +61,7 @@ def _classifier(name: str, size: int | None, options: Mapping[str, Any]) -> nn.M
 
 
 def _create(
-    name: str, size: int | None, pretrained: bool, options: Mapping[str, Any], classes: int | None = 0
+    name: str, size: int | None, pretrained: "bool | _Pretrained", options: Mapping[str, Any], classes: int | None = 0
 ) -> nn.Module:
     """classes: None for as many as the weights know."""
     source = re.match(r"(hf-hub|hf_hub|local-dir):", name)
@@ -72,7 +72,7 @@ def _create(
         wanted = {"img_size": size} if size else {}
         given = {**options} if classes is None else {**options, "num_classes": classes}
         resolved = resolve_model_input_args(name, wanted, **given)
-        return timm.create_model(**resolved, pretrained=pretrained)
+        return timm.create_model(**resolved, pretrained=pretrained)  # type: ignore[arg-type]
     except Exception as wrong:  # whatever a thousand constructors and a download may raise
         raise unbuilt(f"timm:{name}", size, wrong, _KEYS) from wrong
 
@@ -108,31 +108,31 @@ def _pool(module: nn.Module, name: str, pool: Pool) -> Pool | None:
     return "none" if pool == "none" else "auto"
 
 
+class _Pretrained:
+    """A value of `pretrained=` that means no, and that keeps the checkpoint filter of the model that is built.
+
+    The code of each architecture passes its filter to timm's `build_model_with_cfg`, which keeps it nowhere
+    but asks whether to load weights. If the model has a backbone of timm, the backbone asks before the model.
+    """
+
+    filter: Callable[[State, nn.Module], State] | None = None
+
+    def __bool__(self) -> bool:
+        asks = sys._getframe(1)
+        if asks.f_code is build_model_with_cfg.__code__:
+            self.filter = asks.f_locals["pretrained_filter_fn"]
+        return False
+
+
 def _dialect(name: str, size: int | None, options: Mapping[str, Any], bare: nn.Module) -> Dialect:
     """timm's checkpoint filter for this model, and the names of the classifier it has been built without."""
     with torch.device("meta"):  # names only: no memory, no initialisation
-        full, translate = _caught(functools.partial(_create, name, size, True, options, classes=1000))
+        full = _create(name, size, asked := _Pretrained(), options, classes=1000)
     classifier = frozenset(full.state_dict()) - frozenset(bare.state_dict())
-    if translate is None:
+    if asked.filter is None:
         return Dialect(classifier)
-    return Dialect(classifier, functools.partial(_translate, translate, bare))
+    return Dialect(classifier, functools.partial(_translate, asked.filter, bare))
 
 
 def _translate(translate: Callable[[State, nn.Module], State], bare: nn.Module, state: State) -> State:
     return translate(state, bare)
-
-
-def _caught(create: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[[State, nn.Module], State] | None]:
-    """What `create` makes, and the filter timm was about to hand to its loader.
-
-    Each architecture chooses its filter on the way from create_model to load_pretrained and keeps
-    it nowhere, so the loader is replaced by an ear for the time of the call.
-    """
-    builder: Any = importlib.import_module("timm.models._builder")
-    heard: dict[str, Any] = {}
-    loader = builder.load_pretrained
-    builder.load_pretrained = lambda module, **how: heard.update(how)
-    try:
-        return create(), heard.get("filter_fn")
-    finally:
-        builder.load_pretrained = loader

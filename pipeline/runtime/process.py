@@ -9,7 +9,10 @@ RUNS = "runs"
 
 
 def machine() -> str:
-    """This boot of this machine, and what process numbers mean in it: containers have their own."""
+    """This boot of this machine, and what process numbers mean in it: containers have their own.
+
+    psutil tells neither.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -18,16 +21,30 @@ def machine() -> str:
 
 
 def began(pid: int) -> str | None:
-    """When a process of this machine began, in ticks, or RUNS; None if it has ended. Numbers are used again."""
+    """When a process of this machine began, in ticks, or RUNS; None if it has ended. Numbers are used again.
+
+    Leases hold ticks since the boot, field 22 of /proc/PID/stat, which never change. psutil adds the
+    boot time, which changes when the clock is set; it is subtracted again. Only Linux counts ticks.
+    """
+    import psutil  # not above, so that `compress --help` does not wait for it
+
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        fields = stat.rpartition(")")[2].split()  # from the third on: the second is a name, with any characters
-        return None if fields[0] in "ZX" else fields[19]
-    except OSError:  # there is no /proc, or it hides other users' processes
+        while True:
+            boot = psutil.boot_time()  # before Process(), which reuses it in psutil 6
+            process = psutil.Process(pid)
+            if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return None
+            if not psutil.LINUX:
+                return RUNS
+            ticks = round((process.create_time() - boot) * os.sysconf("SC_CLK_TCK"))
+            if psutil.boot_time() == boot:  # else the clock was set in between
+                return str(ticks)
+    except (psutil.Error, OSError, RuntimeError):  # it has ended, or /proc is hidden in part or not there
         return _runs(pid)
 
 
 def _runs(pid: int) -> str | None:
+    """RUNS or None. psutil.pid_exists will not do: it says no where /proc hides other users' processes."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

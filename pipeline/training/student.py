@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from compress_ssl.pipeline.models import linear_head
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.linear_head import LabelHead
+from compress_ssl.pipeline.models.moving_average import copy_buffers, update_ema
 from compress_ssl.pipeline.models.weights import spell
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training.validation import leave_one_out
@@ -41,7 +41,8 @@ class Apprentice:
     def follow(self) -> None:
         """Move the average after the student's step."""
         if self.average is not None and self.ema:
-            blend(self.average, self.student, self.ema)
+            update_ema(self.average, self.student, self.ema)
+            copy_buffers(self.average, self.student)
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds of it, by name."""
@@ -68,12 +69,3 @@ class Apprentice:
 def _put(home: Folder, name: str, data: bytes) -> None:
     if not (home.exists(name) and home.get(name) == data):
         home.put(name, data)
-
-
-@torch.no_grad()
-def blend(average: nn.Module, student: nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * student; buffers (batch norm statistics) are copied."""
-    for slow, fast in zip(average.parameters(), student.parameters(), strict=True):
-        slow.lerp_(fast.detach(), 1.0 - decay)
-    for kept, new in zip(average.buffers(), student.buffers(), strict=True):
-        kept.copy_(new)

@@ -1,0 +1,171 @@
+"""Whether a process still runs, and since when: the same answers, in the same form, as version 1 gave."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from compress_ssl.pipeline.runtime import lease
+from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.process import RUNS, began, machine
+from compress_ssl.pipeline.runtime.storage import Folder
+
+linux = pytest.mark.skipif(not psutil.LINUX, reason="ticks are Linux's")
+ME = os.getpid()
+
+
+def version_1(pid: int) -> str | None:
+    """`began` as version 1 had it."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = stat.rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except OSError:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+        return RUNS
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    words = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline()
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that psutil takes for /proc: it holds the boot time, and no process."""
+    there = tmp_path / "proc"
+    there.mkdir()
+    shutil.copyfile("/proc/stat", there / "stat")
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(there))
+    return there
+
+
+def show(proc: Path, name: str = "python") -> None:
+    """Put this process into the folder, under this name."""
+    (proc / str(ME)).mkdir(exist_ok=True)
+    ours = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2]
+    (proc / str(ME) / "stat").write_text(f"{ME} ({name}){ours}")
+
+
+def set_clock(proc: Path, seconds: int) -> None:
+    lines = (proc / "stat").read_text().splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("btime"))
+    lines[at] = f"btime {int(lines[at].split()[1]) + seconds}"
+    (proc / "stat").write_text("\n".join(lines))
+
+
+@linux
+def test_version_1_and_this_one_say_the_same_of_every_process(child: subprocess.Popen[bytes]) -> None:
+    compared = 0
+    for pid in {*psutil.pids(), ME, child.pid}:
+        before, now, after = version_1(pid), began(pid), version_1(pid)
+        if before == after:  # else it ended meanwhile
+            assert now == before, pid
+            compared += 1
+    assert compared >= 2 and str(began(ME)).isdigit()
+
+
+def test_a_process_that_ended_has_no_beginning_also_before_it_is_waited_for(child: subprocess.Popen[bytes]) -> None:
+    assert began(child.pid)
+    child.kill()
+    until = time.monotonic() + 20
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+        time.sleep(0.01)
+    assert began(child.pid) is None
+    child.wait()
+    assert began(child.pid) is None
+
+
+@linux
+@pytest.mark.parametrize("seconds", [-1, 1, 86_400, -(10**9)])
+def test_the_clock_may_be_set_between_two_looks(proc: Path, seconds: int) -> None:
+    show(proc)
+    set_clock(proc, seconds)
+    assert began(ME) == version_1(ME)
+
+
+@linux
+def test_the_clock_may_be_set_during_a_look(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+
+    def status(self: psutil.Process) -> str:
+        if not looks:
+            set_clock(proc, 3600)
+        looks.append("")
+        return psutil.STATUS_RUNNING
+
+    show(proc)
+    monkeypatch.setattr(psutil.Process, "status", status)
+    assert began(ME) == version_1(ME) and len(looks) == 2
+
+
+@linux
+def test_a_name_may_hold_spaces_and_brackets(proc: Path) -> None:
+    show(proc, "a) Z (b c) X")
+    assert began(ME) == version_1(ME)
+
+
+@linux
+def test_a_process_that_proc_hides_runs_since_nobody_knows_when(proc: Path, child: subprocess.Popen[bytes]) -> None:
+    assert not psutil.pid_exists(ME)  # why this is not what we ask
+    assert began(ME) == RUNS and began(child.pid) == RUNS and began(1) == RUNS
+    child.kill()
+    child.wait()
+    assert began(child.pid) is None
+
+
+@linux
+@pytest.mark.parametrize("stat", [None, "cpu 1 2 3\n"])
+def test_without_a_boot_time_a_process_runs_since_nobody_knows_when(proc: Path, stat: str | None) -> None:
+    show(proc)
+    (proc / "stat").unlink() if stat is None else (proc / "stat").write_text(stat)
+    assert began(ME) == RUNS
+
+
+def test_where_no_ticks_are_counted_a_process_runs(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.LINUX", False)
+    assert began(ME) == RUNS and began(child.pid) == RUNS
+    child.kill()
+    child.wait()
+    assert began(child.pid) is None
+
+
+@linux
+def test_leases_of_version_1_and_of_this_one_are_judged_alike(
+    child: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Folder(tmp_path)
+    ticks = {"old": version_1(child.pid), "new": began(child.pid)}
+    for writer in ("old", "new"):
+        for reader in (version_1, began):
+            monkeypatch.setattr(lease, "began", reader)
+            there = {"host": "here", "machine": machine(), "token": "x", "beat": time.time()}
+            for start, pid, alive in ((ticks[writer], child.pid, True), ("12345", ME, False)):  # used again
+                storage.put(lease.LEASE, lease.canonical({**there, "pid": pid, "began": start}))
+                if alive:
+                    with pytest.raises(UserError, match=f"is being written by process {pid}"):
+                        lease.require_free(storage)
+                else:
+                    lease.require_free(storage)
+    child.kill()
+    child.wait()
+    for start in ticks.values():
+        storage.put(lease.LEASE, lease.canonical({**there, "pid": child.pid, "began": start}))
+        lease.require_free(storage)
