@@ -308,7 +308,8 @@ def test_a_picture_of_another_kind_is_a_bug_and_said_so() -> None:
 
 def test_drawing_touches_no_pyplot_and_no_settings() -> None:
     code = (
-        "import sys, matplotlib; before = dict(matplotlib.rcParams); from compress_ssl.pipeline.report import comparison\n"
+        "import sys, matplotlib; before = dict(matplotlib.rcParams)\n"
+        "from compress_ssl.pipeline.report import comparison\n"
         "comparison.compare([{'model': {'name': 'a', 'parameters': 5}, 'nn': {'top1': 1.0}}])\n"
         "print('matplotlib.pyplot' in sys.modules, before == dict(matplotlib.rcParams))"
     )
