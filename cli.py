@@ -16,8 +16,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.launch_env import leads, started
-from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.runtime.launch_env import is_launched, is_main_process
+from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.signals import Interrupted
 
 UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -59,7 +59,7 @@ class Commands(TyperGroup):
             group.family = f"{name} "
             return group
         if name not in COMMANDS:
-            raise UserError(f"no command {name!r}{nearest(name, COMMANDS) or '.'} Known: {', '.join(COMMANDS)}")
+            raise UserError(f"no command {name!r}{did_you_mean(name, COMMANDS) or '.'} Known: {', '.join(COMMANDS)}")
         where, summary = COMMANDS[name]
         if cmd_name not in sys.argv[1:]:  # only listed
             return TyperCommand(cmd_name, help=summary)
@@ -138,7 +138,7 @@ def main() -> None:
     # Idle OpenMP threads sleep instead of spinning: beside loader processes, spinning made the
     # forward of a small network on two busy cores 15 times slower. Has to be said before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if started():  # every rank would be warned that it looks for unused parameters where there are none
+    if is_launched():  # every rank would be warned that it looks for unused parameters where there are none
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = _status()
@@ -161,7 +161,7 @@ def _status() -> int:
     except UserError as problem:
         return _fail(str(problem))
     except UsageProblem as problem:
-        return _fail(_usage(problem)) if leads() else 2
+        return _fail(_usage(problem)) if is_main_process() else 2
     except (MemoryError, RuntimeError) as problem:
         if not (text := _exhausted(problem)):
             raise

@@ -23,7 +23,7 @@ from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.schedule import Schedule
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.loader import Eyes, feed
+from compress_ssl.pipeline.views.loader import ViewDataset, iterate_views
 from compress_ssl.stages import distill, label_head
 
 TEACHER, SIZE, VIEWS, IMAGES = "efficientnet-lite:2,crop=1", 96, 5, 5000
@@ -92,7 +92,7 @@ def supervised(store: Path, seed: int, out: Path) -> Path:
         return file
     config = distill.Config(store, (STUDENT,), "compress-1q", out, epochs=EPOCHS, batch_size=BATCH, seed=seed)
     images = FeatureStore(Folder(store))
-    plan = distill.plan_of(config, images)
+    plan = distill.build_sampler(config, images)
     torch.manual_seed(seed)
     student = build(STUDENT, pretrained_default=False).to(memory_format=torch.channels_last)
     layer = torch.nn.Linear(student.width, len(images.about["classes"]))
@@ -101,10 +101,10 @@ def supervised(store: Path, seed: int, out: Path) -> Path:
     schedule, sees = Schedule("cosine", warmup=WARMUP / EPOCHS), student.preprocessing
     dataset, spec = distill.open_images(config, images), ViewSpec(**images.identity["views"])
     label = torch.from_numpy(images.table("label"))
-    eyes = Eyes(dataset, spec, images.table("view_key"), [(sees.size, sees.interpolation)], plan)
-    for step, sight in enumerate(feed(eyes, workers=0)):
+    view_dataset = ViewDataset(dataset, spec, images.table("view_key"), [(sees.size, sees.interpolation)], plan)
+    for step, view_batch in enumerate(iterate_views(view_dataset, workers=0)):
         sgd.param_groups[0]["lr"] = RATES["sgd"] * schedule(step / plan.steps)
-        rows, pixels = torch.from_numpy(plan.at(step)[0]), sight.pixels[0].flatten(0, 1)
+        rows, pixels = torch.from_numpy(plan.at(step)[0]), view_batch.pixels[0].flatten(0, 1)
         loss = F.cross_entropy(layer(student(student.prepare(pixels))), label[rows])
         sgd.zero_grad()
         loss.backward()

@@ -102,7 +102,7 @@ def _scores(evaluation: Path) -> dict[str, list[float]]:
 
 def _loss(run: Path) -> dict[str, list[float]]:
     """The training loss in nats, the mean of the last tenth of what was logged."""
-    losses = [row["loss"] for row in jsonl.read(run / "metrics.jsonl") if "loss" in row]
+    losses = [row["loss"] for row in jsonl.read_jsonl(run / "metrics.jsonl") if "loss" in row]
     return {"Loss": [statistics.mean(losses[-max(1, len(losses) // 10) :])]} if losses else {}
 
 

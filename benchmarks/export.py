@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.photographs import photographs
 from compress_ssl.pipeline.datasets import DATASETS
-from compress_ssl.pipeline.extraction.embed import Forward, embed
+from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.runtime.device import choose, loader_workers
+from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import shard_rows
@@ -31,10 +31,10 @@ BARE = 800  # views of a bare run
 
 def measure() -> dict[str, Any]:
     """views/s of both, and their ratios; medians."""
-    device = choose("auto")
-    forward = Forward(build(TEACHER, image_size=SIZE), device, batch_size=BATCH)
+    device = choose_device("auto")
+    forward = FeatureExtractor(build(TEACHER, image_size=SIZE), device, batch_size=BATCH)
     with tempfile.TemporaryDirectory() as folder:
-        dataset = DATASETS.order(str(photographs(Path(folder) / "images"))).subset(IMAGES)
+        dataset = DATASETS.build(str(photographs(Path(folder) / "images"))).subset(IMAGES)
         bare, ours = [_bare(forward)], []
         for number in range(ROUNDS):
             ours.append(_export(forward, dataset, Path(folder) / str(number), device))
@@ -51,14 +51,14 @@ def measure() -> dict[str, Any]:
     }
 
 
-def _bare(forward: Forward) -> tuple[float, float]:
+def _bare(forward: FeatureExtractor) -> tuple[float, float]:
     pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
     forward(pixels)
     count = BARE // BATCH
     return _rates(count * BATCH, lambda: [forward(pixels) for _ in range(count)])
 
 
-def _export(forward: Forward, dataset: Any, out: Path, device: torch.device) -> tuple[float, float]:
+def _export(forward: FeatureExtractor, dataset: Any, out: Path, device: torch.device) -> tuple[float, float]:
     arrays = {"embedding": [forward.embedder.width]}
     identity = {
         "data": {"images": len(dataset), "fingerprint": dataset.fingerprint},
@@ -67,7 +67,7 @@ def _export(forward: Forward, dataset: Any, out: Path, device: torch.device) -> 
         "shard_rows": shard_rows(len(dataset), BATCH, arrays, 1),
     }
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
-    store = FeatureStore.make(Folder(out), identity, {"views": VIEWS}, tables)
+    store = FeatureStore.create(Folder(out), identity, {"views": VIEWS}, tables)
     spec = ViewSpec("crop-flip", 0, 0.875)
     workers = loader_workers(None, device)
     return _rates(len(dataset) * VIEWS, lambda: embed(store, dataset, spec, forward, workers=workers))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.runtime.device import choose
+from compress_ssl.pipeline.runtime.device import choose_device
 
 STUDENTS = (("timm:resnet18", 64, 32), ("timm:resnet18", 96, 64), ("timm:mobilenetv3_large_100", 96, 64))
 FORMATS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -16,7 +16,7 @@ ROUNDS = 9
 
 def measure() -> dict[str, object]:
     """Medians over alternating steps, ratios over neighbouring ones."""
-    device = choose("auto")
+    device = choose_device("auto")
     found: dict[str, object] = {"device": str(device)}
     for spec, size, batch in STUDENTS:
         acts = {name: _step(spec, size, batch, layout, device) for name, layout in FORMATS.items()}

@@ -45,7 +45,7 @@ def made(folder: Path, images: int = IMAGES, views: int = VIEWS, width: int = WI
         "shard_rows": ROWS,
     }
     tables = {"sample_id": [str(i) for i in range(images)], "label": np.zeros(images), "view_key": range(images)}
-    store = FeatureStore.make(Folder(folder), identity, {"views": views}, tables)
+    store = FeatureStore.create(Folder(folder), identity, {"views": views}, tables)
     random = np.random.default_rng(0)
     for block in range(images // ROWS):
         start, stop = store.span(block)

@@ -44,7 +44,7 @@ def made(folder: Path) -> FeatureStore:
         "codec": "int8",
         "shard_rows": ROWS,
     }
-    return FeatureStore.make(Folder(folder), identity, {"views": VIEWS}, {})
+    return FeatureStore.create(Folder(folder), identity, {"views": VIEWS}, {})
 
 
 def touch(folder: Path, keys: list[str]) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.photographs import photographs
-from compress_ssl.pipeline.extraction.embed import Forward
+from compress_ssl.pipeline.extraction.embed import FeatureExtractor
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.runtime.device import choose
+from compress_ssl.pipeline.runtime.device import choose_device
 from compress_ssl.stages import distill, export_teacher
 
 TEACHER, SIZE, STUDENT, STUDENT_SIZE, BATCH, ROUNDS = "timm:resnet50", 224, "timm:resnet18", 64, 32, 3
@@ -25,8 +25,8 @@ TEACHER, SIZE, STUDENT, STUDENT_SIZE, BATCH, ROUNDS = "timm:resnet50", 224, "tim
 
 def measure() -> dict[str, Any]:
     """Seconds a step, medians, and ratios."""
-    device = choose("auto")
-    forward = Forward(build(f"{TEACHER},pretrained=false", image_size=SIZE), device, batch_size=BATCH)
+    device = choose_device("auto")
+    forward = FeatureExtractor(build(f"{TEACHER},pretrained=false", image_size=SIZE), device, batch_size=BATCH)
     views = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
     ways: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"precision": "bf16"}, "compiled": {"compile": True}}
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def _step(store: Path, out: Path, how: dict[str, Any]) -> Callable[[], object]:
         image_size=STUDENT_SIZE, lr=0.01, **how,
     )  # fmt: skip
     opened = FeatureStore(Folder(store))
-    plan = distill.plan_of(config, opened)
-    session = distill.prepare([config], opened, distill.open_images(config, opened), plan)
-    sight = next(session.sights(0))
-    return lambda: session.step(0, sight, False)
+    plan = distill.build_sampler(config, opened)
+    training_run = distill.prepare([config], opened, distill.open_images(config, opened), plan)
+    view_batch = next(training_run.load_views(0))
+    return lambda: training_run.step(0, view_batch, False)

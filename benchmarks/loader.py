@@ -15,10 +15,10 @@ import torch
 from benchmarks.export import BATCH, SIZE, TEACHER, VIEWS
 from benchmarks.photographs import photographs
 from compress_ssl.pipeline.datasets import DATASETS
-from compress_ssl.pipeline.extraction.embed import Forward
+from compress_ssl.pipeline.extraction.embed import FeatureExtractor
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.views.augment import ViewSpec, draw
-from compress_ssl.pipeline.views.render import see
+from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
+from compress_ssl.pipeline.views.render import render_views
 
 IMAGES, POLICIES = 24, ("crop-flip", "moco-v2", "dino")
 
@@ -29,7 +29,7 @@ def measure() -> dict[str, Any]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            dataset = DATASETS.order(str(photographs(Path(folder) / "images"))).subset(IMAGES)
+            dataset = DATASETS.build(str(photographs(Path(folder) / "images"))).subset(IMAGES)
             decode = _seconds(lambda: [dataset.load(i) for i in range(len(dataset))]) / len(dataset)
             images = [dataset.load(i)[0] for i in range(len(dataset))]
         render = {policy: _render(images, policy) for policy in POLICIES}
@@ -51,16 +51,16 @@ def measure() -> dict[str, Any]:
 def _render(images: list[np.ndarray], policy: str) -> float:
     """Seconds a view."""
     spec, views = ViewSpec(policy, 0, 0.875), np.arange(VIEWS)
-    variates = draw(0, np.arange(len(images))[:, None], np.tile(views, (len(images), 1)))
+    variates = draw_variates(0, np.arange(len(images))[:, None], np.tile(views, (len(images), 1)))
     sizes = [(SIZE, "bilinear")]
     return _seconds(
-        lambda: [see(image, spec, u, views.tolist(), sizes) for image, u in zip(images, variates, strict=True)]
+        lambda: [render_views(image, spec, u, views.tolist(), sizes) for image, u in zip(images, variates, strict=True)]
     ) / (len(images) * VIEWS)
 
 
 def _embed() -> float:
     """Seconds a view."""
-    forward = Forward(build(TEACHER, image_size=SIZE), torch.device("cpu"), batch_size=BATCH)
+    forward = FeatureExtractor(build(TEACHER, image_size=SIZE), torch.device("cpu"), batch_size=BATCH)
     pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
     return _seconds(lambda: forward(pixels)) / BATCH
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compress_ssl.pipeline.methods.similarity import relation_kl
-from compress_ssl.pipeline.models.precision import unit
+from compress_ssl.pipeline.models.precision import l2_normalize
 
 B, K, D, d, TAU, THREADS, ROUNDS = 256, 128_000, 2048, 512, 0.04, 2, 9
 
@@ -55,7 +55,9 @@ def measure() -> dict[str, object]:
 
 def plain(t: Tensor, teacher_bank: Tensor, s: Tensor, student_bank: Tensor) -> Tensor:
     """As the release computes it."""
-    logits = [(bank.clone() @ unit(x).T).T.div(TAU).contiguous() for bank, x in ((teacher_bank, t), (student_bank, s))]
+    logits = [
+        (bank.clone() @ l2_normalize(x).T).T.div(TAU).contiguous() for bank, x in ((teacher_bank, t), (student_bank, s))
+    ]
     return torch.nn.functional.kl_div(logits[1].log_softmax(1), logits[0].softmax(1), reduction="batchmean")
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from benchmarks import hydrate
 from compress_ssl.pipeline.methods import METHODS
-from compress_ssl.pipeline.methods.base import Batch, Method, Setting
+from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
-from compress_ssl.pipeline.training.teacher_features import Features
+from compress_ssl.pipeline.training.teacher_features import TeacherFeatures
 
 STUDENT, SIDE, B, D, METHOD = "timm:resnet18", 64, 256, 2048, "compress-2q:bank=4096,start=random"
 IMAGES, ROUNDS = 16_384, 11
@@ -31,11 +31,11 @@ def measure() -> dict[str, object]:
     """Medians over alternating steps, ratios over neighbouring ones; shares are of the taught step."""
     pixels = torch.randint(0, 256, (B, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     alone, taught = student(), student()
-    setting = Setting([taught], {"embedding": (D,)}, np.arange(IMAGES), 0, 0)
-    method = METHODS.order(METHOD, setting=setting)
+    context = MethodContext([taught], {"embedding": (D,)}, np.arange(IMAGES), 0, 0)
+    method = METHODS.build(METHOD, context=context)
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in (alone, taught)]
     with tempfile.TemporaryDirectory() as folder:
-        features = Features(hydrate.made(Path(folder) / "store", IMAGES, 1, D))
+        features = TeacherFeatures(hydrate.made(Path(folder) / "store", IMAGES, 1, D))
         features.rows(np.arange(1), np.zeros(1, np.int64))  # an epoch's view is read once
         rounds = []
         for step in range(ROUNDS + 1):
@@ -65,7 +65,7 @@ def step_alone(model: Embedder, optimizer: torch.optim.Optimizer, pixels: Tensor
 def step_taught(
     model: Embedder,
     method: Method,
-    features: Features,
+    features: TeacherFeatures,
     optimizer: torch.optim.Optimizer,
     pixels: Tensor,
     step: int,

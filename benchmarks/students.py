@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.photographs import photographs
-from compress_ssl.pipeline.runtime.device import choose, loader_workers
+from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.stages import distill, export_teacher
 
 SIZE, BATCH, STEPS, ROUNDS = 96, 32, 24, 3
@@ -51,25 +51,25 @@ def _session(store: Path, students: Sequence[str], out: Path) -> tuple[distill.C
         image_size=SIZE, lr=0.01,
     )  # fmt: skip
     opened = FeatureStore(Folder(store))
-    plan = distill.plan_of(config, opened)
+    plan = distill.build_sampler(config, opened)
     return config, distill.prepare([config], opened, distill.open_images(config, opened), plan)
 
 
 def _train(store: Path, students: Sequence[str], out: Path) -> float:
-    config, session = _session(store, students, out)
+    config, training_run = _session(store, students, out)
     began = time.perf_counter()
-    distill.train(config, session, None)
+    distill.train(config, training_run, None)
     return time.perf_counter() - began
 
 
 def _least(store: Path, out: Path) -> tuple[float, float]:
     """(the loader with nobody to wait for, all steps on pixels that are ready)"""
-    _, session = _session(store, STUDENTS, out)
+    _, training_run = _session(store, STUDENTS, out)
     began = time.perf_counter()
-    sights = list(session.sights(loader_workers(None, choose("auto"))))
+    view_batches = list(training_run.load_views(loader_workers(None, choose_device("auto"))))
     loader = time.perf_counter() - began
-    session.step(0, sights[0], False)  # the first step allocates
+    training_run.step(0, view_batches[0], False)  # the first step allocates
     began = time.perf_counter()
-    for step, sight in enumerate(sights):
-        session.step(step, sight, False)
+    for step, view_batch in enumerate(view_batches):
+        training_run.step(step, view_batch, False)
     return loader, time.perf_counter() - began

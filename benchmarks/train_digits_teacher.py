@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.views.augment import View
-from compress_ssl.pipeline.views.render import render
+from compress_ssl.pipeline.views.augment import ResolvedView
+from compress_ssl.pipeline.views.render import render_view
 
 EPOCHS, BATCH = 150, 479  # three steps an epoch
 RATE, DECAY, WARMUP = 3e-3, 1e-2, 50  # AdamW; WARMUP in steps, then a cosine to 0
@@ -51,9 +51,12 @@ def main() -> None:
 
 def plain(size: int) -> Tensor:
     """View 0 of the training images: (N, 1, size, size) in [0, 1]."""
-    digits = DATASETS.order("digits")
+    digits = DATASETS.build("digits")
     pictures = [torch.from_numpy(digits.load(i)[0]).permute(2, 0, 1) for i in range(len(digits))]
-    return torch.stack([render(picture, View(plain=1.0), size, "bilinear") for picture in pictures])[:, :1] / 255
+    return (
+        torch.stack([render_view(picture, ResolvedView(plain=1.0), size, "bilinear") for picture in pictures])[:, :1]
+        / 255
+    )
 
 
 def train(embedder: torch.nn.Module, images: Tensor, random: torch.Generator) -> None:

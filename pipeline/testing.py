@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.methods.base import Batch, Method, Setting
+from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext
 from compress_ssl.pipeline.models.embedder import Embedder, Network
-from compress_ssl.pipeline.models.linear_head import LabelHead
+from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.training import checkpoint
-from compress_ssl.pipeline.training.learner import Lesson, Training
+from compress_ssl.pipeline.training.learner import Learner, TrainingSettings
 from compress_ssl.pipeline.training.schedule import Schedule
-from compress_ssl.pipeline.training.student import Apprentice
+from compress_ssl.pipeline.training.student import Student
 from compress_ssl.pipeline.views.numbering import LOCAL
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
@@ -49,7 +49,7 @@ def check_method(
     with tempfile.TemporaryDirectory() as folder:
         one = _lesson(build, options, students, heads, Path(folder), seed=0)
         name = type(one.method).__name__
-        before = [p.detach().clone() for p in one.students.parameters()]
+        before = [p.detach().clone() for p in one.models.parameters()]
         whole = [_step(one, step, name) for step in range(STEPS)]
         _require_moved(one, before, name)
         _require_head(one, name)
@@ -61,7 +61,7 @@ def check_method(
 
         other = _lesson(build, options, students, heads, Path(folder), seed=1)
         other.restore()
-        other.method.fill(_read)
+        other.method.refill_banks(_read)
         for step in range(STEPS // 2, STEPS):
             assert _step(other, step, name) == whole[step], (
                 f"{name} goes on differently when it is stopped and restored: something that changes from step to step "
@@ -77,18 +77,18 @@ def _lesson(
     heads: Mapping[str, Tensor] | None,
     folder: Path,
     seed: int,
-) -> Lesson:
+) -> Learner:
     torch.manual_seed(seed)
-    group = [Apprentice(folder / str(number), _student()) for number in range(students)]
-    setting = Setting(
-        [apprentice.student for apprentice in group], WIDTHS, np.arange(IMAGES), 1, 0, heads=heads or {}, images=IMAGES
+    group = [Student(folder / str(number), _student()) for number in range(students)]
+    context = MethodContext(
+        [student.model for student in group], WIDTHS, np.arange(IMAGES), 1, 0, heads=heads or {}, images=IMAGES
     )
-    method = build(setting=setting, **options)
-    method.fill(_read)
-    for apprentice in group:
-        apprentice.student.equip([name.removeprefix("local_") for name in method.needs.outputs])
+    method = build(context=context, **options)
+    method.refill_banks(_read)
+    for student in group:
+        student.model.enable_outputs([name.removeprefix("local_") for name in method.needs.outputs])
     schedule = Schedule("constant")
-    return Lesson(group, method, Training("sgd", 0.05, 0.9, 0.0, True, schedule, None, None, "fp32", 0))
+    return Learner(group, method, TrainingSettings("sgd", 0.05, 0.9, 0.0, True, schedule, None, None, "fp32", 0))
 
 
 def _student() -> Embedder:
@@ -112,8 +112,8 @@ def _read(rows: Tensor, views: Tensor, array: str = "embedding") -> Tensor:
     return _table(array)[rows, views & ~LOCAL]
 
 
-def _batch(lesson: Lesson, step: int) -> Batch:
-    needs, count = lesson.method.needs, len(lesson.apprentices)
+def _batch(learner: Learner, step: int) -> Batch:
+    needs, count = learner.method.needs, len(learner.students)
     w = needs.views * (count if needs.independent else 1)
     rows = (torch.arange(B) + step * B) % IMAGES
     teacher = (1 + (torch.arange(w) + step) % (VIEWS - 1)).expand(B, w)
@@ -129,9 +129,9 @@ def _batch(lesson: Lesson, step: int) -> Batch:
     return Batch(step, rows, student, teacher, seen, images, crops, local)
 
 
-def _step(lesson: Lesson, step: int, name: str) -> list[float]:
-    count = len(lesson.apprentices)
-    forward = type(lesson.method).forward
+def _step(learner: Learner, step: int, name: str) -> list[float]:
+    count = len(learner.students)
+    forward = type(learner.method).forward
 
     def watched(self: Any, batch: Batch, outputs: Any) -> list[Tensor]:
         losses = forward(self, batch, outputs)
@@ -140,35 +140,35 @@ def _step(lesson: Lesson, step: int, name: str) -> list[float]:
         assert not shapes, f"{name} gives a loss of shape {shapes[0]}, not a scalar"
         return losses
 
-    lesson.method.forward = watched.__get__(lesson.method)  # type: ignore[method-assign]
+    learner.method.forward = watched.__get__(learner.method)  # type: ignore[method-assign]
     try:
-        rows = lesson.step(_batch(lesson, step), step / STEPS)
+        rows = learner.step(_batch(learner, step), step / STEPS)
     except UserError as wrong:
         raise AssertionError(f"{name}: {wrong}") from None
     return [row["loss"] for row in rows]
 
 
-def _require_moved(lesson: Lesson, before: list[Tensor], name: str) -> None:
-    moved = [not torch.equal(p, old) for p, old in zip(lesson.students.parameters(), before, strict=True)]
+def _require_moved(learner: Learner, before: list[Tensor], name: str) -> None:
+    moved = [not torch.equal(p, old) for p, old in zip(learner.models.parameters(), before, strict=True)]
     assert all(moved), f"{name} leaves {moved.count(False)} of {len(moved)} tensors of the students as they were"
-    idle = [key for key, p in lesson.method.named_parameters() if p.requires_grad and p.grad is None]
+    idle = [key for key, p in learner.method.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle, f"{name} never trains {', '.join(idle)}; use it, or say requires_grad_(False)"
 
 
-def _require_head(lesson: Lesson, name: str) -> None:
-    head, width = lesson.method.delivers(), lesson.apprentices[0].student.width
-    assert head is None or isinstance(head, LabelHead), f"{name} delivers a {type(head).__name__}, not a LabelHead"
+def _require_head(learner: Learner, name: str) -> None:
+    head, width = learner.method.exported_head(), learner.students[0].model.width
+    assert head is None or isinstance(head, LinearHead), f"{name} delivers a {type(head).__name__}, not a LabelHead"
     assert head is None or head.width == width, f"{name} delivers a head for {head.width} dimensions, not {width}"
 
 
-def _require_strict(lesson: Lesson, name: str) -> None:
-    home = lesson.apprentices[0].folder / "checkpoints"
+def _require_strict(learner: Learner, name: str) -> None:
+    home = learner.students[0].folder / "checkpoints"
     saved = checkpoint.load(home / f"step-{STEPS // 2:08d}.pt")
     for key in (key for key in saved["method"] if not key.endswith("num_batches_tracked")):  # torch fills that in
         less = {**saved, "method": {k: v for k, v in saved["method"].items() if k != key}}
         torch.save(less, home / "less.pt")
         try:
-            checkpoint.restore(home / "less.pt", lesson.parts(lesson.apprentices[0]))
+            checkpoint.restore(home / "less.pt", learner.parts(learner.students[0]))
         except UserError:
             continue
         raise AssertionError(f"{name} is restored from a checkpoint that lacks {key}")

@@ -33,7 +33,7 @@ def metrics(folder: str) -> dict[str, Any]:
     """metrics.json of an evaluation, or of the evaluation of a run or a store; any of them may be a URL."""
     name = folder.rstrip("/") or folder
     places = [name, f"{name}/evaluation", *([f"{name}-evaluation"] if is_url(name) else [])]
-    places.append(str(artifact.beside(name, "-evaluation")))
+    places.append(str(artifact.sibling(name, "-evaluation")))
     for place in places:
         storage = open_storage(place)
         if storage.exists(artifact.MANIFEST) and storage.exists("metrics.json"):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
-from compress_ssl.pipeline.runtime.formatting import duration
-from compress_ssl.pipeline.runtime.progress import say
+from compress_ssl.pipeline.runtime.formatting import format_duration
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.stages import compare, distill, evaluate, export_teacher
 
@@ -57,8 +57,8 @@ def run(config: Config) -> dict[str, Any]:
     """Make what is missing. Returns {"summary", "demo", "rows", "page"}."""
     require(config, {"epochs": POSITIVE})
     home = Folder(config.out)
-    if config.overwrite and (aside := artifact.set_aside(config.out, "demo")):
-        say(f"set the earlier {config.out} aside as {aside}")
+    if config.overwrite and (aside := artifact.move_aside(config.out, "demo")):
+        echo(f"set the earlier {config.out} aside as {aside}")
     identity = {
         "teacher": TEACHER, "students": STUDENTS, "method": METHOD, "views": VIEWS, "image_size": SIZE,
         "batch_size": BATCH, "lr": RATE, "epochs": float(config.epochs),
@@ -71,7 +71,7 @@ def run(config: Config) -> dict[str, Any]:
     began = time.monotonic()
     rows = make(config.out, config.epochs)
     home.put(RESULTS, json.dumps(rows, indent=1).encode() + b"\n")
-    return finish(config.out, rows, f"made in {duration(time.monotonic() - began)}")
+    return finish(config.out, rows, f"made in {format_duration(time.monotonic() - began)}")
 
 
 def make(out: Path, epochs: float) -> list[dict[str, Any]]:
@@ -97,9 +97,9 @@ def make(out: Path, epochs: float) -> list[dict[str, Any]]:
 def step(stage: ModuleType, **settings: Any) -> dict[str, Any]:
     """Say the command, run it, say what came of it."""
     config = stage.Config(**settings)
-    say(f"\n$ {command(stage, config)}")
+    echo(f"\n$ {command(stage, config)}")
     made = stage.run(config)
-    say(made["summary"].rstrip().splitlines()[-1] if stage is compare else made["summary"])
+    echo(made["summary"].rstrip().splitlines()[-1] if stage is compare else made["summary"])
     return made
 
 
@@ -141,7 +141,7 @@ def features(folder: Path) -> "Split":
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     store = FeatureStore(Folder(folder))
-    classes = DATASETS.order(DATA).classes
+    classes = DATASETS.build(DATA).classes
     return Split(store.read("embedding", 0), store.table("label"), np.arange(store.images), classes)
 
 
@@ -154,7 +154,7 @@ def alignment(train: "Split", val: "Split", folder: Path) -> list[tuple[float, f
 
     unit, runs = normalize(train.features), []
     for seed in range(STARTS):
-        found = menu.order(f"cluster:seed={seed}")(train, val, folder)
+        found = menu.build(f"cluster:seed={seed}")(train, val, folder)
         off = unit - found.arrays["centroids"][found.arrays["train_assignment"]]
         runs.append((float(np.square(off).sum()), found.metrics["top1"]))
     return runs

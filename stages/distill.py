@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from compress_ssl.pipeline.distributed import launch
 from compress_ssl.pipeline.runtime import artifact, launch_env
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, words
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, to_flags
 from compress_ssl.pipeline.runtime.lease import require_free
-from compress_ssl.pipeline.runtime.progress import meter, say
+from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 from compress_ssl.pipeline.training import run_folders as roster
 
@@ -19,11 +19,21 @@ if TYPE_CHECKING:
     from compress_ssl.pipeline.methods.base import Method, Recipe
     from compress_ssl.pipeline.models.embedder import Embedder
     from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.training.learner import Lesson
-    from compress_ssl.pipeline.training.run import Session
-    from compress_ssl.pipeline.training.sampler import Plan
+    from compress_ssl.pipeline.training.learner import Learner
+    from compress_ssl.pipeline.training.run import TrainingRun
+    from compress_ssl.pipeline.training.sampler import StepSampler
 
-LEARNING = {"student", "method", "out", "image_size", "views_per_step", "ema", "precision", "compile", "channels_last"}
+PER_STUDENT = {
+    "student",
+    "method",
+    "out",
+    "image_size",
+    "views_per_step",
+    "ema",
+    "precision",
+    "compile",
+    "channels_last",
+}
 """What may differ between commands that share a pass, besides what a recipe says."""
 
 
@@ -73,11 +83,11 @@ class Config:
     overwrite: bool = flag(False, "start anew; an earlier run is set aside, not deleted")
 
 
-class Apart(UserError):
+class CannotSharePass(UserError):
     """These commands cannot share a pass over the images; each alone says why, or runs."""
 
 
-class Partly(UserError):
+class PartialFailure(UserError):
     """Some of several students diverged; the runs of the others are `finished`."""
 
     def __init__(self, message: str, finished: Sequence[Path]):
@@ -87,22 +97,22 @@ class Partly(UserError):
 
 def run(config: Config) -> dict[str, Any]:
     """Train to the end, or continue. Returns {"summary", "runs": [...], "steps"}; {} on ranks other than the first."""
-    if config.devices and not launch_env.started():
+    if config.devices and not launch_env.is_launched():
         check(config)
-        return launch.start(config.devices, ["distill", *words(replace(config, devices=None))])
-    return share([config])
+        return launch.launch_ranks(config.devices, ["distill", *to_flags(replace(config, devices=None))])
+    return train_together([config])
 
 
-def share(configs: Sequence[Config]) -> dict[str, Any]:
+def train_together(configs: Sequence[Config]) -> dict[str, Any]:
     """One pass over the images for all these commands, whose `looks` are equal. Returns what `run` does.
 
     Raises Apart if they cannot share it after all; nothing is trained then.
     """
-    if not launch_env.started():
+    if not launch_env.is_launched():
         return distill(configs)
     from compress_ssl.pipeline.distributed import collectives
 
-    with collectives.together():
+    with collectives.process_group():
         return distill(configs)
 
 
@@ -116,32 +126,34 @@ def distill(configs: Sequence[Config]) -> dict[str, Any]:
 
     from compress_ssl.pipeline.distributed import collectives
     from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.store.local_cache import hydrate
+    from compress_ssl.pipeline.store.local_cache import fetch
 
     store = FeatureStore(storage)
     dataset = open_images(config, store)
     val = open_val(config)
     if is_url(config.store):
-        with collectives.in_turn():
-            store = hydrate(store, [*views_used(config, store), *store.local], config.cache)
-    plan = plan_of(config, store)
+        with collectives.rank_zero_first():
+            store = fetch(store, [*views_used(config, store), *store.local], config.cache)
+    plan = build_sampler(config, store)
     for each in configs:
         if views_used(each, store) != plan.views:
-            raise Apart(f"{each.out} was begun with other views than {config.out}")
+            raise CannotSharePass(f"{each.out} was begun with other views than {config.out}")
     try:
-        session = prepare(configs, store, in_memory(config, dataset), plan)
+        training_run = prepare(configs, store, cached_images(config, dataset), plan)
     except UserError as problem:
-        raise Apart(str(problem)) if len(configs) > 1 else problem from None
-    finished = session.start >= plan.steps
+        raise CannotSharePass(str(problem)) if len(configs) > 1 else problem from None
+    finished = training_run.start >= plan.steps
     if not finished:
-        train(config, session, val)
-    return close(session, f"is finished already, {session.start} steps" if finished else f"{plan.steps} steps")
+        train(config, training_run, val)
+    return export_students(
+        training_run, f"is finished already, {training_run.start} steps" if finished else f"{plan.steps} steps"
+    )
 
 
-def looks(config: Config) -> tuple[Any, ...]:
+def data_pass_key(config: Config) -> tuple[Any, ...]:
     """Equal for commands that one pass over the images can serve: they differ in students and how these learn."""
     recipe = recipe_of(config)
-    free = {f.name for f in fields(recipe)} | LEARNING
+    free = {f.name for f in fields(recipe)} | PER_STUDENT
     same = [getattr(config, f.name) for f in fields(config) if f.name not in free]
     return (*same, recipe.batch_size, config.steps or recipe.epochs, views_per_step(config), reads(config))
 
@@ -165,7 +177,7 @@ def check(config: Config) -> None:
             "ema": (lambda x: 0 < x < 1, "must be between 0 and 1"),
         },
     )
-    if config.devices and launch_env.started():
+    if config.devices and launch_env.is_launched():
         raise UserError("--devices starts ranks, and torchrun did so already; leave --devices out")
     if config.epochs and config.steps:
         raise UserError("--epochs and --steps were both given; keep one")
@@ -177,20 +189,20 @@ def check(config: Config) -> None:
     METHODS.parse(config.method)
     if not config.student:
         raise UserError("no --student was given; name at least one, for example --student cifar-resnet:20")
-    roster.require(config.out, config.student, run_folders(config), config.overwrite)
+    roster.require_run_folders(config.out, config.student, run_folders(config), config.overwrite)
 
 
 def run_folders(config: Config) -> list[Path]:
     """Of each student."""
-    return roster.folders(config.out, config.student, lambda: method_of(config).needs.peers)
+    return roster.run_folders(config.out, config.student, lambda: method_of(config).needs.peers)
 
 
 def method_of(config: Config) -> "type[Method]":
     """The method's class: what it needs and its published recipe."""
     from compress_ssl.pipeline.methods import METHODS
 
-    spec = METHODS.check(config.method, given=("setting",))
-    return METHODS.resolve(spec.kind).named(spec.argument)  # type: ignore[attr-defined]
+    spec = METHODS.check(config.method, given=("context",))
+    return METHODS.resolve(spec.kind).for_spec(spec.argument)  # type: ignore[attr-defined]
 
 
 def recipe_of(config: Config) -> "Recipe":
@@ -205,24 +217,24 @@ def open_images(config: Config, store: "FeatureStore") -> "Dataset":
     from compress_ssl.pipeline.datasets import DATASETS
     from compress_ssl.pipeline.store import source_images
 
-    dataset, unlike = source_images.of_store(
-        store, DATASETS.order, config.data, allow_other_pixels=config.allow_other_pixels
+    dataset, unlike = source_images.open_store_images(
+        store, DATASETS.build, config.data, allow_other_pixels=config.allow_other_pixels
     )
     if unlike:
-        say(f"warning: {unlike}")
+        echo(f"warning: {unlike}")
     return dataset
 
 
-def in_memory(config: Config, dataset: "Dataset") -> Any:
+def cached_images(config: Config, dataset: "Dataset") -> Any:
     """The images, decoded once into a folder, if that was asked for."""
     if config.cache_images is None:
         return dataset
     from compress_ssl.pipeline.datasets import image_cache
     from compress_ssl.pipeline.distributed import collectives
 
-    lacking = image_cache.pending(dataset, config.cache_images)
-    with collectives.in_turn(), meter("decode", len(dataset), "images", len(dataset) - lacking) as bar:
-        return image_cache.build(dataset, config.cache_images, bar.advance)
+    lacking = image_cache.count_pending(dataset, config.cache_images)
+    with collectives.rank_zero_first(), progress_bar("decode", len(dataset), "images", len(dataset) - lacking) as bar:
+        return image_cache.build_cache(dataset, config.cache_images, bar.advance)
 
 
 def open_val(config: Config) -> "Dataset | None":
@@ -230,25 +242,25 @@ def open_val(config: Config) -> "Dataset | None":
 
     if config.val is None:
         return None
-    val = DATASETS.order(config.val)
+    val = DATASETS.build(config.val)
     if (val.label < 0).all():
         raise UserError(f"--val {config.val} has no labels, so nearest neighbours cannot be scored; leave --val out")
     return val
 
 
-def plan_of(config: Config, store: "FeatureStore") -> "Plan":
+def build_sampler(config: Config, store: "FeatureStore") -> "StepSampler":
     """What every step looks at, and how many steps there are. A published batch size is that of all ranks together."""
     from compress_ssl.pipeline.distributed import collectives
     from compress_ssl.pipeline.training import sampler
 
     recipe = recipe_of(config)
-    batch = recipe.batch_size * (collectives.size() if config.batch_size else 1)
-    plan = sampler.lay_out(
-        store, views_used(config, store), seed=config.seed, batch=batch, per_step=views_per_step(config),
+    batch = recipe.batch_size * (collectives.world_size() if config.batch_size else 1)
+    plan = sampler.make_sampler(
+        store, views_used(config, store), seed=config.seed, batch=batch, views_per_step=views_per_step(config),
         pairing=config.pairing, epochs=recipe.epochs, steps=config.steps, reads=reads(config),
     )  # fmt: skip
     if plan.batch < batch:
-        say(f"batch of {plan.batch} instead of {batch}: that is all the usable images")
+        echo(f"batch of {plan.batch} instead of {batch}: that is all the usable images")
     return plan
 
 
@@ -276,59 +288,61 @@ def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
     total = config.views or (artifact.read(folder, "run")["about"]["views"] if begun else store.views)
     if total > store.views:
         raise UserError(f"--views {total} was asked, but {config.store} has {store.views}; export more, or use fewer")
-    held = tuple(range(store.held.start, total))
+    held = tuple(range(store.stored_views.start, total))
     if not held:
-        raise UserError(f"--views {total} was asked, but {config.store} holds views from {store.held.start} on")
+        raise UserError(f"--views {total} was asked, but {config.store} holds views from {store.stored_views.start} on")
     return tuple(v for v in held if v) or held
 
 
-def prepare(configs: Sequence[Config], store: "FeatureStore", dataset: "Dataset", plan: "Plan") -> "Session":
+def prepare(configs: Sequence[Config], store: "FeatureStore", dataset: "Dataset", plan: "StepSampler") -> "TrainingRun":
     """Build the lessons, claim their folders, and go back to where they stopped."""
     from compress_ssl.pipeline.distributed import collectives
-    from compress_ssl.pipeline.training.run import Session
+    from compress_ssl.pipeline.training.run import TrainingRun
 
-    device = collectives.device(configs[0].device)
-    lessons = [lesson for config in configs for lesson in lessons_of(config, store, plan, device)]
-    plan = plan.with_crops(store, [lesson.method.needs for lesson in lessons])
-    session = Session(store, dataset, plan, lessons, device)
-    session.require_sizes()
+    device = collectives.rank_device(configs[0].device)
+    learners = [learner for config in configs for learner in build_learners(config, store, plan, device)]
+    plan = plan.with_crops(store, [learner.method.needs for learner in learners])
+    training_run = TrainingRun(store, dataset, plan, learners, device)
+    training_run.require_sizes()
     if collectives.rank() == 0:  # only now, when nothing else can be refused
         for folder in [folder for config in configs if config.overwrite for folder in run_folders(config)]:
             require_free(Folder(folder))
-            if aside := artifact.set_aside(folder, "run"):
-                say(f"set the earlier {folder} aside as {aside}")
-    session.claim()
-    session.restore()
-    return session
+            if aside := artifact.move_aside(folder, "run"):
+                echo(f"set the earlier {folder} aside as {aside}")
+    training_run.claim()
+    training_run.restore()
+    return training_run
 
 
-def lessons_of(config: Config, store: "FeatureStore", plan: "Plan", device: Any) -> list["Lesson"]:
+def build_learners(config: Config, store: "FeatureStore", plan: "StepSampler", device: Any) -> list["Learner"]:
     """Each student with a method of its own, or all of them as peers in one; everything from the seed."""
     from compress_ssl.pipeline.distributed import collectives
     from compress_ssl.pipeline.methods import METHODS
-    from compress_ssl.pipeline.methods.base import Setting
+    from compress_ssl.pipeline.methods.base import MethodContext
     from compress_ssl.pipeline.store import teacher_heads
-    from compress_ssl.pipeline.training.learner import Lesson, Training
-    from compress_ssl.pipeline.training.student import Apprentice
+    from compress_ssl.pipeline.training.learner import Learner, TrainingSettings
+    from compress_ssl.pipeline.training.student import Student
 
-    folders, lessons, recipe = run_folders(config), [], recipe_of(config)
-    training = Training.of(recipe, plan, lr=config.lr, ema=config.ema, precision=config.precision, seed=config.seed)
+    folders, learners, recipe = run_folders(config), [], recipe_of(config)
+    training = TrainingSettings.of(
+        recipe, plan, lr=config.lr, ema=config.ema, precision=config.precision, seed=config.seed
+    )
     everyone = range(len(folders))
     for numbers in [everyone] if method_of(config).needs.peers else [[number] for number in everyone]:
-        group = [Apprentice(folders[n], build_student(config, n, device), config.ema) for n in numbers]
-        setting = Setting(
-            [apprentice.student for apprentice in group], store.arrays, plan.rows, int(plan.epoch_views(0)[1][0]),
-            config.seed, heads=teacher_heads.beside(store), images=store.images,
+        group = [Student(folders[n], build_student(config, n, device), config.ema) for n in numbers]
+        context = MethodContext(
+            [student.model for student in group], store.arrays, plan.rows, int(plan.epoch_views(0)[1][0]),
+            config.seed, heads=teacher_heads.load_heads(store), images=store.images,
         )  # fmt: skip
-        method = METHODS.order(config.method, setting=setting).to(device)
-        method = collectives.synchronised(method, device) if config.sync_bn else method
-        method.suit(config.method, store.arrays, config.pairing)
-        for apprentice in group:
-            apprentice.equip(method.needs.outputs, compiled=config.compile)
-        lessons.append(Lesson(group, method, training, name=config.method, warmup_epochs=recipe.warmup_epochs))
-        for note in setting.notes:
-            say(note)
-    return lessons
+        method = METHODS.build(config.method, context=context).to(device)
+        method = collectives.convert_sync_batchnorm(method, device) if config.sync_bn else method
+        method.check_inputs(config.method, store.arrays, config.pairing)
+        for student in group:
+            student.enable_outputs(method.needs.outputs, compiled=config.compile)
+        learners.append(Learner(group, method, training, name=config.method, warmup_epochs=recipe.warmup_epochs))
+        for note in context.notes:
+            echo(note)
+    return learners
 
 
 def build_student(config: Config, number: int, device: Any) -> "Embedder":
@@ -343,33 +357,33 @@ def build_student(config: Config, number: int, device: Any) -> "Embedder":
     embedder = build(spec, image_size=config.image_size, pretrained_default=False)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     embedder = embedder.to(device).to(memory_format=layout)
-    return collectives.synchronised(embedder, device) if config.sync_bn else embedder
+    return collectives.convert_sync_batchnorm(embedder, device) if config.sync_bn else embedder
 
 
-def train(config: Config, session: "Session", val: "Dataset | None") -> None:
+def train(config: Config, training_run: "TrainingRun", val: "Dataset | None") -> None:
     """From where the session stands to its end."""
     from compress_ssl.pipeline.runtime.device import loader_workers
     from compress_ssl.pipeline.training.trainer import Trainer
 
-    workers = loader_workers(config.workers, session.device, launch_env.beside())
-    Trainer(session, val, config.val_every, config.save_every, workers).train()
+    workers = loader_workers(config.workers, training_run.device, launch_env.local_world_size())
+    Trainer(training_run, val, config.val_every, config.save_every, workers).train()
 
 
-def close(session: "Session", what: str) -> dict[str, Any]:
+def export_students(training_run: "TrainingRun", what: str) -> dict[str, Any]:
     """Write the bare students and say what was made. Raises Partly if one of several diverged."""
     from compress_ssl.pipeline.distributed import collectives
 
     lines, runs = [], []
-    taught = [(w, a) for w in session.lessons if not w.over for a in w.apprentices]
-    for lesson, apprentice in taught if collectives.rank() == 0 else []:
-        file = apprentice.deliver(lesson.method.delivers())
-        best = f", best val nearest neighbour {apprentice.best:.2f} %" if apprentice.best >= 0 else ""
-        lines.append(f"{apprentice.folder}: {what}, {file.name}{best}")
-        runs.append(str(apprentice.folder))
-    collectives.largest()  # rank 0 has written
-    if over := [lesson.over for lesson in session.lessons if lesson.over]:
+    taught = [(w, a) for w in training_run.learners if not w.failure for a in w.students]
+    for learner, student in taught if collectives.rank() == 0 else []:
+        file = student.export(learner.method.exported_head())
+        best = f", best val nearest neighbour {student.best:.2f} %" if student.best >= 0 else ""
+        lines.append(f"{student.folder}: {what}, {file.name}{best}")
+        runs.append(str(student.folder))
+    collectives.barrier()  # rank 0 has written
+    if over := [learner.failure for learner in training_run.learners if learner.failure]:
         for line in lines:
-            say(line)
-        others = [apprentice.folder for _, apprentice in taught]
-        raise Partly(f"{' '.join(over)}. The other {len(others)} students are finished", others)
-    return {} if collectives.rank() else {"summary": "\n".join(lines), "runs": runs, "steps": session.plan.steps}
+            echo(line)
+        others = [student.folder for _, student in taught]
+        raise PartialFailure(f"{' '.join(over)}. The other {len(others)} students are finished", others)
+    return {} if collectives.rank() else {"summary": "\n".join(lines), "runs": runs, "steps": training_run.plan.steps}

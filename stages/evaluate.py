@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from compress_ssl.pipeline.runtime import artifact, jsonl
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
-from compress_ssl.pipeline.runtime.progress import meter, say
-from compress_ssl.pipeline.runtime.signals import Interrupt
+from compress_ssl.pipeline.runtime.progress import echo, progress_bar
+from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
     from compress_ssl.pipeline.evaluators.base import Split
     from compress_ssl.pipeline.evaluators.results import Result
-    from compress_ssl.pipeline.evaluators.scored_model import Subject
+    from compress_ssl.pipeline.evaluators.scored_model import ScoredModel
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 THUMBNAIL = 96  # pixels, of the report's pictures
@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
     check(config)
     from compress_ssl.pipeline.evaluators import PROTOCOLS
 
-    evaluators = {spec: PROTOCOLS.order(spec) for spec in config.protocol}
+    evaluators = {spec: PROTOCOLS.build(spec) for spec in config.protocol}
     subject = open_subject(config, any(getattr(e, "augment", False) for e in evaluators.values()))
     out = config.out or subject.home
     anew = config.overwrite and artifact.replaceable(out, "evaluation")
@@ -66,9 +66,9 @@ def run(config: Config) -> dict[str, Any]:
         require_its_images(config, subject, earlier, train_data, val_data)
     suits(evaluators, subject, train_data, val_data)
 
-    from compress_ssl.pipeline.runtime.device import choose
+    from compress_ssl.pipeline.runtime.device import choose_device
 
-    choose(config.device)
+    choose_device(config.device)
     identity = {
         "model": {"weights": subject.weights, "preprocessing": subject.preprocessing},
         "crop_ratio": subject.spec.crop_ratio,
@@ -76,8 +76,8 @@ def run(config: Config) -> dict[str, Any]:
         "precision": config.precision,
     }
     about = {"model": subject.model, "train": train_spec(config, subject), "val": config.val}
-    if config.overwrite and (aside := artifact.set_aside(out, "evaluation")):  # only now, when little is refused
-        say(f"set the earlier {out} aside as {aside}")
+    if config.overwrite and (aside := artifact.move_aside(out, "evaluation")):  # only now, when little is refused
+        echo(f"set the earlier {out} aside as {aside}")
     artifact.claim(Folder(out), "evaluation", identity, about)
     train, val = splits(config, subject, train_data, val_data, out)
     metrics, results = score(config, subject, evaluators, train, val, train_data, out)
@@ -115,46 +115,46 @@ def check(config: Config) -> None:
         artifact.read(open_storage(config.store), "store")
 
 
-def open_subject(config: Config, augment: bool) -> "Subject":
+def open_subject(config: Config, augment: bool) -> "ScoredModel":
     from compress_ssl.pipeline.evaluators import scored_model
     from compress_ssl.pipeline.models import build
 
     if config.run:
-        return scored_model.of_run(config.run, config.image_size, build)
+        return scored_model.from_run(config.run, config.image_size, build)
     if config.store:
-        return scored_model.of_store(open_store(config, config.store, augment), build)
+        return scored_model.from_store(open_store(config, config.store, augment), build)
     assert config.model and config.out
-    return scored_model.of_model(config.model, config.image_size, config.out, build)
+    return scored_model.from_model(config.model, config.image_size, config.out, build)
 
 
 def open_store(config: Config, where: str, augment: bool) -> "FeatureStore":
     """The store, by way of a local copy if it is remote: of view 0, of all views to augment."""
     from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.store.local_cache import hydrate
+    from compress_ssl.pipeline.store.local_cache import fetch
 
     store = FeatureStore(open_storage(where))
-    used = store.held if augment else [v for v in store.held if v == 0]
-    return hydrate(store, used, config.cache) if is_url(where) else store
+    used = store.stored_views if augment else [v for v in store.stored_views if v == 0]
+    return fetch(store, used, config.cache) if is_url(where) else store
 
 
-def train_spec(config: Config, subject: "Subject") -> str:
+def train_spec(config: Config, subject: "ScoredModel") -> str:
     return config.train or str((subject.data or {}).get("spec"))
 
 
-def open_sets(config: Config, subject: "Subject") -> tuple["Dataset", "Dataset"]:
+def open_sets(config: Config, subject: "ScoredModel") -> tuple["Dataset", "Dataset"]:
     """Training and validation images. Raises UserError for a class in val that train lacks."""
     from compress_ssl.pipeline.datasets import DATASETS
     from compress_ssl.pipeline.store import source_images
 
     if config.train:
-        train = DATASETS.order(config.train)
+        train = DATASETS.build(config.train)
         train = train.subset(config.limit) if config.limit else train
     else:
         assert subject.data
         of = str(config.run or config.store)
         ids = subject.ids or tuple
-        train = source_images.find(subject.data, ids, DATASETS.order, given=None, flag="--train", of=of)
-    val = DATASETS.order(config.val)
+        train = source_images.open_recorded(subject.data, ids, DATASETS.build, given=None, flag="--train", of=of)
+    val = DATASETS.build(config.val)
     unknown = [name for name in val.classes if name not in train.classes]
     if unknown and (train.label >= 0).any():
         raise UserError(
@@ -165,7 +165,7 @@ def open_sets(config: Config, subject: "Subject") -> tuple["Dataset", "Dataset"]
 
 
 def require_its_images(
-    config: Config, subject: "Subject", earlier: dict[str, Any], train: "Dataset", val: "Dataset"
+    config: Config, subject: "ScoredModel", earlier: dict[str, Any], train: "Dataset", val: "Dataset"
 ) -> None:
     """Raises UserError if the evaluation that is there was made from other images."""
     for which, dataset, asked in (("train", train, train_spec(config, subject)), ("val", val, config.val)):
@@ -176,7 +176,7 @@ def require_its_images(
             )
 
 
-def suits(evaluators: dict[str, Any], subject: "Subject", train: Any, val: Any) -> None:
+def suits(evaluators: dict[str, Any], subject: "ScoredModel", train: Any, val: Any) -> None:
     """Refuse a protocol for another model, or for labels where there are none, before hours of features."""
     from compress_ssl.pipeline.evaluators.base import require_labels
 
@@ -190,7 +190,9 @@ def suits(evaluators: dict[str, Any], subject: "Subject", train: Any, val: Any) 
         require_labels(spec, **{which: sets[which] for which in evaluator.needs_labels})
 
 
-def splits(config: Config, subject: "Subject", train: "Dataset", val: "Dataset", out: Path) -> tuple["Split", "Split"]:
+def splits(
+    config: Config, subject: "ScoredModel", train: "Dataset", val: "Dataset", out: Path
+) -> tuple["Split", "Split"]:
     """Features of both sets on disk, resumed where they stopped; labels joined by class name.
 
     Both have the classes of the training images, or, where these have no labels, of the validation images.
@@ -201,10 +203,10 @@ def splits(config: Config, subject: "Subject", train: "Dataset", val: "Dataset",
     return split(first, train, classes), split(second, val, classes)
 
 
-def embed_set(config: Config, subject: "Subject", dataset: "Dataset", folder: Path) -> "FeatureStore":
+def embed_set(config: Config, subject: "ScoredModel", dataset: "Dataset", folder: Path) -> "FeatureStore":
     """View 0 of a data set through the subject, as a store of one exact view."""
-    from compress_ssl.pipeline.extraction.embed import Forward, embed
-    from compress_ssl.pipeline.runtime.device import choose, loader_workers
+    from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
+    from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.store.shards import shard_rows
 
@@ -220,12 +222,15 @@ def embed_set(config: Config, subject: "Subject", dataset: "Dataset", folder: Pa
         "shard_rows": shard_rows(len(dataset), config.batch_size, arrays, 4),
     }
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
-    store = FeatureStore.make(Folder(folder), identity, {"views": 1}, tables)
+    store = FeatureStore.create(Folder(folder), identity, {"views": 1}, tables)
     if pending := store.pending():
-        device = choose(config.device)
+        device = choose_device(config.device)
         rows = sum(s.stop - s.start for s in pending)
-        with Interrupt() as stop, meter(f"features {folder.name}", store.images, "images", store.images - rows) as bar:
-            forward = Forward(subject.build(), device, config.precision, config.batch_size)
+        with (
+            StopRequest() as stop,
+            progress_bar(f"features {folder.name}", store.images, "images", store.images - rows) as bar,
+        ):
+            forward = FeatureExtractor(subject.build(), device, config.precision, config.batch_size)
             workers = loader_workers(config.workers, device)
             embed(
                 store, dataset, subject.spec, forward, workers=workers, progress=bar.advance,
@@ -250,14 +255,14 @@ def split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -
             "mend them, then repeat the command with another --out"
         )
     if len(rows) < len(dataset):
-        say(f"{len(dataset) - len(rows)} of {len(dataset)} images cannot be used and are left out")
+        echo(f"{len(dataset) - len(rows)} of {len(dataset)} images cannot be used and are left out")
     number = {name: y for y, name in enumerate(classes)}
     joined = np.array([number.get(name, -1) for name in dataset.classes] + [-1], np.int64)
     return Split(store.read("embedding", 0)[rows], joined[dataset.label[rows]], rows, classes)
 
 
 def score(
-    config: Config, subject: "Subject", evaluators: dict[str, Any], train: "Split", val: "Split",
+    config: Config, subject: "ScoredModel", evaluators: dict[str, Any], train: "Split", val: "Split",
     train_data: "Dataset", out: Path,
 ) -> tuple[dict[str, Any], dict[str, "Result"]]:  # fmt: skip
     """metrics.json as a dictionary, and the results, with every protocol ever scored here."""
@@ -279,30 +284,30 @@ def score(
 
 
 def augmenter(
-    config: Config, subject: "Subject", train: "Split", dataset: "Dataset"
+    config: Config, subject: "ScoredModel", train: "Split", dataset: "Dataset"
 ) -> "Callable[[int], np.ndarray] | None":
     """epoch -> (n, d) features of another random view of every training image.
 
     From the store, its random views in turn; else crops and flips seen afresh.
     """
     if stored := subject.stored(dataset):
-        drawn = [view for view in stored.held if view]
+        drawn = [view for view in stored.stored_views if view]
         return (lambda epoch: stored.read("embedding", drawn[epoch % len(drawn)])[train.rows]) if drawn else None
     return partial(fresh_features, config, subject, dataset, train.rows)
 
 
 def fresh_features(
-    config: Config, subject: "Subject", dataset: "Dataset", rows: "np.ndarray", epoch: int
+    config: Config, subject: "ScoredModel", dataset: "Dataset", rows: "np.ndarray", epoch: int
 ) -> "np.ndarray":
     """(n, d) features of crops and flips never seen before, one for each of these rows."""
     import torch
 
     from compress_ssl.pipeline.extraction.features import view_features
-    from compress_ssl.pipeline.runtime.device import choose, loader_workers
+    from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
     from compress_ssl.pipeline.views.augment import ViewSpec
     from compress_ssl.pipeline.views.numbering import FRESH
 
-    device = choose(config.device)
+    device = choose_device(config.device)
     embedder = subject.build().to(device).to(memory_format=torch.channels_last)  # as `embed` leaves it
     spec = ViewSpec("crop-flip", subject.spec.seed, subject.spec.crop_ratio)
     workers = loader_workers(config.workers, device)
@@ -313,7 +318,7 @@ def fresh_features(
 
 
 def write_report(
-    config: Config, subject: "Subject", metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
+    config: Config, subject: "ScoredModel", metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
     val: "Split", train_data: "Dataset", val_data: "Dataset", out: Path,
 ) -> Path:  # fmt: skip
     from compress_ssl.pipeline.report import evaluation
@@ -326,12 +331,12 @@ def write_report(
         val=val,
         results=results,
         teacher=teacher_metrics(config, subject, metrics),
-        curves=jsonl.read(subject.run / "metrics.jsonl") if subject.run else None,
+        curves=jsonl.read_jsonl(subject.run / "metrics.jsonl") if subject.run else None,
         pictures=lambda which, i: thumbnail(sets[which], i),
     )
 
 
-def teacher_metrics(config: Config, subject: "Subject", metrics: dict[str, Any]) -> dict[str, Any] | None:
+def teacher_metrics(config: Config, subject: "ScoredModel", metrics: dict[str, Any]) -> dict[str, Any] | None:
     """The teacher's metrics.json, if it was scored on the same images."""
     place = config.teacher or subject.beside
     if place is None or not (place / "metrics.json").exists():
@@ -341,7 +346,7 @@ def teacher_metrics(config: Config, subject: "Subject", metrics: dict[str, Any])
     teacher = artifact.read_json(Folder(place), "metrics.json")
     same = all(teacher["data"][k] == metrics["data"][k] for k in ("train_images", "val_images", "classes"))
     if not same:
-        say(f"{place} was scored on other images, so it is left out of the report")
+        echo(f"{place} was scored on other images, so it is left out of the report")
     return teacher if same else None
 
 
@@ -357,7 +362,7 @@ def thumbnail(dataset: "Dataset", i: int) -> "np.ndarray":
 
 def headline(metrics: dict[str, Any]) -> str:
     """The scores in one line."""
-    from compress_ssl.pipeline.report.metrics import readings
+    from compress_ssl.pipeline.report.metrics import headline_scores
 
-    scores = "  ".join(f"{title} {value:.2f}" for title, value in readings(metrics).items())
+    scores = "  ".join(f"{title} {value:.2f}" for title, value in headline_scores(metrics).items())
     return f"{metrics['model']['name']} ({metrics['model']['role']}): {scores or 'no labels, so no scores'}"

@@ -6,21 +6,21 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from compress_ssl.pipeline.extraction.cluster import parse as parse_scheduler
+from compress_ssl.pipeline.extraction.cluster import parse_scheduler
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
-from compress_ssl.pipeline.runtime.formatting import duration
-from compress_ssl.pipeline.runtime.progress import meter, say
-from compress_ssl.pipeline.runtime.registry import nearest
-from compress_ssl.pipeline.runtime.signals import Interrupt
+from compress_ssl.pipeline.runtime.formatting import format_duration
+from compress_ssl.pipeline.runtime.progress import echo, progress_bar
+from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder, absolute, open_storage
 from compress_ssl.pipeline.store.codecs import KNOWN, codec
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
     from compress_ssl.pipeline.extraction.cluster import Outcome
-    from compress_ssl.pipeline.extraction.worker import Cluster, Workshop
+    from compress_ssl.pipeline.extraction.worker import DaskExport, ExportWorker
     from compress_ssl.pipeline.models.embedder import Embedder
     from compress_ssl.pipeline.runtime.lease import Lease
     from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -63,7 +63,7 @@ def run(config: Config) -> dict[str, Any]:
     from compress_ssl.pipeline.models import MODELS
 
     MODELS.parse(config.teacher)
-    config, other = alike(config)
+    config, other = adopt_view_settings(config)
     check(config)
     storage = open_storage(config.out)
     anew = config.overwrite and artifact.replaceable(config.out, "store")
@@ -74,26 +74,28 @@ def run(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from compress_ssl.pipeline.extraction.embed import Forward
-    from compress_ssl.pipeline.extraction.worker import Workshop
+    from compress_ssl.pipeline.extraction.embed import FeatureExtractor
+    from compress_ssl.pipeline.extraction.worker import ExportWorker
     from compress_ssl.pipeline.models import build
     from compress_ssl.pipeline.runtime import lease
-    from compress_ssl.pipeline.runtime.device import called, choose
+    from compress_ssl.pipeline.runtime.device import choose_device, device_name
     from compress_ssl.pipeline.store import teacher_heads
-    from compress_ssl.pipeline.store.compatibility import require_alike, require_unchanged
+    from compress_ssl.pipeline.store.compatibility import require_same_views, require_unchanged
     from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.store.render_probe import require_same
+    from compress_ssl.pipeline.store.render_probe import require_same_rendering
     from compress_ssl.pipeline.views.augment import ViewSpec
 
     local = config.scheduler == "local"
-    device = choose(config.device if local else "cpu")  # of a cluster's workers each one chooses
+    device = choose_device(config.device if local else "cpu")  # of a cluster's workers each one chooses
     torch.manual_seed(0)  # a teacher with random weights is the same one every time
-    embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True).equip(kept(config))
+    embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True).enable_outputs(
+        outputs_to_keep(config)
+    )
     ratio = other.identity["views"]["crop_ratio"] if other else embedder.preprocessing.crop_ratio
     spec = ViewSpec(config.policy, config.seed, ratio)
     identity, about = describe(config, dataset, embedder, spec)
     if other:
-        require_alike(identity, dataset, other)
+        require_same_views(identity, dataset, other)
         about["like"] = other.fingerprint
     if earlier:
         artifact.claim(storage, "store", identity)
@@ -104,59 +106,61 @@ def run(config: Config) -> dict[str, Any]:
         return estimate(identity, config.views, config.out, pending)
 
     if earlier:  # refuse before anything grows
-        require_same(earlier["about"]["pixels"], dataset, spec, embedder.preprocessing, range(len(dataset)), allow=None)
+        require_same_rendering(
+            earlier["about"]["pixels"], dataset, spec, embedder.preprocessing, range(len(dataset)), allow=None
+        )
     elif config.overwrite:  # only now, when nothing is refused
         lease.require_free(storage)
-        if aside := artifact.set_aside(config.out, "store"):
-            say(f"set the earlier {config.out} aside as {aside}")
+        if aside := artifact.move_aside(config.out, "store"):
+            echo(f"set the earlier {config.out} aside as {aside}")
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     with lease.Lease(storage) as held:
         if earlier:
             require_unchanged(FeatureStore(storage), dataset)
-        store = FeatureStore.make(storage, identity, about, tables, teacher_heads.files(embedder.head_tensors()))
+        store = FeatureStore.create(storage, identity, about, tables, teacher_heads.head_files(embedder.head_tensors()))
         if not store.pending():
             return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views", other)
         if not local:
-            return fill(config, store, partial(cluster, config, about), config.scheduler, held, other)
-        forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
-        work = Workshop(store, dataset, spec, forward, config.workers)
-        return fill(config, store, lambda _: work, called(device), held, other)
+            return fill(config, store, partial(dask_export, config, about), config.scheduler, held, other)
+        forward = FeatureExtractor(embedder, device, config.precision, config.batch_size, outputs_to_keep(config))
+        work = ExportWorker(store, dataset, spec, forward, config.workers)
+        return fill(config, store, lambda _: work, device_name(device), held, other)
 
 
 def fill(
     config: Config,
     store: "FeatureStore",
-    place: Callable[[list["Outcome"]], "Workshop | Cluster"],
+    place: Callable[[list["Outcome"]], "ExportWorker | DaskExport"],
     device: str,
     lease: "Lease",
     other: "FeatureStore | None",
 ) -> dict[str, Any]:
     """Compute what the store lacks, and say what was made. place: where, given the list that failed shards go to."""
-    from compress_ssl.pipeline.extraction.provenance import event
+    from compress_ssl.pipeline.extraction.provenance import history_event
     from compress_ssl.pipeline.store.compatibility import require_unchanged
 
     failed: list[Outcome] = []
     work, width, pending = place(failed), store.identity["teacher"]["width"], store.pending()
     rows = sum(shard.stop - shard.start for shard in pending)
-    say(f"{rows} of {store.images} images to embed, {store.views} views, on {device}, {width} dimensions")
-    with Interrupt() as stop, meter("export", store.images, "images", store.images - rows) as bar:
+    echo(f"{rows} of {store.images} images to embed, {store.views} views, on {device}, {width} dimensions")
+    with StopRequest() as stop, progress_bar("export", store.images, "images", store.images - rows) as bar:
 
         def stopped() -> bool:
             return stop.requested or lease.lost
 
         if store.untrained():
-            say(f"training {config.codec} on a sample of the images")
+            echo(f"training {config.codec} on a sample of the images")
             work.learn(stopped)
         cost = work.compute(pending, bar.advance, stopped)
         lease.check()
-        store.remember(event(cost, device))
+        store.append_history(history_event(cost, device))
         left = len(store.pending())
         stop.check(f"{len(pending) - left} of {len(pending)} pending shards are kept; repeat the command to continue")
     require_none(failed, len(pending))
     made = finish(
         store,
         f"{config.out}: {store.images} images x {store.views} views x {width} {config.codec}, "
-        f"{duration(cost.seconds)}, {cost.views / max(cost.seconds, 1e-9):.0f} views/s",
+        f"{format_duration(cost.seconds)}, {cost.views / max(cost.seconds, 1e-9):.0f} views/s",
         other,
     )
     if isinstance(store.storage, Folder):
@@ -167,19 +171,19 @@ def fill(
     return made
 
 
-def cluster(config: Config, about: Mapping[str, Any], failed: list["Outcome"]) -> "Cluster":
+def dask_export(config: Config, about: Mapping[str, Any], failed: list["Outcome"]) -> "DaskExport":
     """The workers of --scheduler, each with a workshop of its own, made anew for every command."""
-    from compress_ssl.pipeline.extraction.worker import Cluster
+    from compress_ssl.pipeline.extraction.worker import DaskExport
 
     there = replace(config, data=about["data"]["spec"], teacher=about["teacher"], out=absolute(config.out))
-    build = partial(workshop, there, threads(config), secrets.token_hex(8))
-    return Cluster(config.scheduler, build, partial(note, failed))
+    build = partial(build_worker, there, threads(config), secrets.token_hex(8))
+    return DaskExport(config.scheduler, build, partial(record_failure, failed))
 
 
-def note(failed: list["Outcome"], outcome: "Outcome") -> None:
+def record_failure(failed: list["Outcome"], outcome: "Outcome") -> None:
     """Remember a shard that failed after all tries; the others go on."""
     failed.append(outcome)
-    say(f"rows {outcome.task.start} to {outcome.task.stop - 1} failed: {outcome.error}")
+    echo(f"rows {outcome.task.start} to {outcome.task.stop - 1} failed: {outcome.error}")
 
 
 def require_none(failed: list["Outcome"], pending: int) -> None:
@@ -201,16 +205,16 @@ def threads(config: Config) -> int | None:
 
 
 @lru_cache(maxsize=1)
-def workshop(config: Config, threads: int | None, command: str) -> "Workshop":
+def build_worker(config: Config, threads: int | None, command: str) -> "ExportWorker":
     """The images, the store and the teacher, in this process and on its device; kept for one command's tasks."""
     import torch
 
     from compress_ssl.pipeline.extraction import cluster as scheduler
-    from compress_ssl.pipeline.extraction.embed import Forward
+    from compress_ssl.pipeline.extraction.embed import FeatureExtractor
     from compress_ssl.pipeline.extraction.teacher import live_teacher
-    from compress_ssl.pipeline.extraction.worker import Workshop
+    from compress_ssl.pipeline.extraction.worker import ExportWorker
     from compress_ssl.pipeline.models import build
-    from compress_ssl.pipeline.runtime.device import choose
+    from compress_ssl.pipeline.runtime.device import choose_device
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.views.augment import ViewSpec
 
@@ -218,27 +222,27 @@ def workshop(config: Config, threads: int | None, command: str) -> "Workshop":
         torch.set_num_threads(threads)
     dataset = open_images(config)
     store = FeatureStore(open_storage(config.out))
-    device = choose(config.device)
+    device = choose_device(config.device)
     if device == torch.device("cuda"):  # worker k takes GPU k of those it sees
         device = torch.device("cuda", scheduler.worker_number() % torch.cuda.device_count())
     embedder = live_teacher(store, build, config.teacher)
     if dataset.fingerprint != store.identity["data"]["fingerprint"]:
         raise UserError(f"{config.data} holds other images on this worker than where the command was given")
-    forward = Forward(embedder, device, config.precision, config.batch_size, kept(config))
-    return Workshop(store, dataset, ViewSpec(**store.identity["views"]), forward, config.workers)
+    forward = FeatureExtractor(embedder, device, config.precision, config.batch_size, outputs_to_keep(config))
+    return ExportWorker(store, dataset, ViewSpec(**store.identity["views"]), forward, config.workers)
 
 
-def alike(config: Config) -> tuple[Config, "FeatureStore | None"]:
+def adopt_view_settings(config: Config) -> tuple[Config, "FeatureStore | None"]:
     """With --like: the Config with the other store's views, and that store."""
     if not config.like:
         return config, None
-    from compress_ssl.pipeline.store.compatibility import terms
+    from compress_ssl.pipeline.store.compatibility import view_settings_of
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     other = FeatureStore(open_storage(config.like))
     usual = {f.name: f.default for f in fields(Config)}
     given = {name: (getattr(config, name), usual[name]) for name in ("views", "policy", "seed")}
-    return replace(config, **terms(other, given)), other
+    return replace(config, **view_settings_of(other, given)), other
 
 
 def check(config: Config) -> None:
@@ -261,7 +265,7 @@ def check(config: Config) -> None:
     )
     codec(config.codec)
     parse_scheduler(config.scheduler)
-    kept(config)
+    outputs_to_keep(config)
     if config.policy == "none" and (config.views > 1 or config.local_views):
         asked = f"--views {config.views}" if config.views > 1 else f"--local-views {config.local_views}"
         raise UserError(f"--policy none has one view, the plain one, but {asked} was asked; use --views 1 alone")
@@ -269,21 +273,21 @@ def check(config: Config) -> None:
         raise UserError(f"--local-size {config.local_size} is that of local views; say how many with --local-views")
 
 
-def kept(config: Config) -> tuple[str, ...]:
+def outputs_to_keep(config: Config) -> tuple[str, ...]:
     """The teacher's outputs to keep, the embedding first. Raises UserError for an unknown one."""
     from compress_ssl.pipeline.models.embedder import OUTPUTS
 
     names = [name.strip() for name in config.keep.split(",") if name.strip()]
     for name in names:
         if name not in OUTPUTS:
-            hint = nearest(name, OUTPUTS) or "."
+            hint = did_you_mean(name, OUTPUTS) or "."
             raise UserError(f"--keep {config.keep}: there is no output {name!r}{hint} Known: {', '.join(OUTPUTS)}")
     return tuple(dict.fromkeys(["embedding", *names]))
 
 
 def arrays_of(config: Config, embedder: "Embedder") -> dict[str, list[int]]:
     """{array: shape of one (i, v)}: what is kept, and of local crops what is a vector."""
-    arrays = {name: list(embedder.shapes[name]) for name in kept(config)}
+    arrays = {name: list(embedder.shapes[name]) for name in outputs_to_keep(config)}
     if config.local_views:
         arrays |= {f"local_{n}": arrays[n] for n in ("embedding", "projection") if n in arrays}
     return arrays
@@ -293,7 +297,7 @@ def open_images(config: Config) -> "Dataset":
     """The images as they are listed now."""
     from compress_ssl.pipeline.datasets import DATASETS
 
-    dataset = DATASETS.order(config.data)
+    dataset = DATASETS.build(config.data)
     return dataset.subset(config.limit) if config.limit else dataset
 
 
@@ -302,7 +306,7 @@ def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dat
     if dataset.fingerprint != earlier["identity"]["data"]["fingerprint"]:
         from compress_ssl.pipeline.store.feature_store import FeatureStore
 
-        unlike = dataset.unlike(FeatureStore(open_storage(config.out)).table("sample_id"))
+        unlike = dataset.describe_difference(FeatureStore(open_storage(config.out)).table("sample_id"))
         raise artifact.Mismatch(
             f"{config.out} was made from other images than --data {config.data}: {unlike}. "
             "Give the same images, choose another --out, or start anew with --overwrite"
@@ -315,10 +319,10 @@ def describe(
     """(identity, about) of the store's manifest: what it is, and what may change."""
     from compress_ssl.pipeline.datasets import DATASETS
     from compress_ssl.pipeline.models import MODELS
-    from compress_ssl.pipeline.models.embedder import digest
-    from compress_ssl.pipeline.store.render_probe import probe
+    from compress_ssl.pipeline.models.embedder import state_digest
+    from compress_ssl.pipeline.store.render_probe import probe_digests
     from compress_ssl.pipeline.store.shards import shard_rows
-    from compress_ssl.pipeline.views.render import local_size
+    from compress_ssl.pipeline.views.render import default_local_size
 
     arrays, heads = arrays_of(config, embedder), embedder.head_tensors()
     kind = codec(config.codec)
@@ -331,7 +335,7 @@ def describe(
             "weights": embedder.digest(),
             "width": embedder.width,
             "preprocessing": embedder.preprocessing.record(),
-            **({"heads": digest(heads)} if heads else {}),
+            **({"heads": state_digest(heads)} if heads else {}),
         },
         "views": spec.record(),
         "arrays": arrays,
@@ -341,23 +345,23 @@ def describe(
         "shard_rows": rows,
     }
     if config.local_views:
-        side = config.local_size or local_size(embedder.preprocessing.size)
+        side = config.local_size or default_local_size(embedder.preprocessing.size)
         embedder.require_size(side, "--local-size")
         identity["local"] = {"views": config.local_views, "size": side}
     about = {
-        "data": {"spec": DATASETS.settled(config.data), "limit": config.limit},
-        "teacher": MODELS.settled(config.teacher),
+        "data": {"spec": DATASETS.absolute_spec(config.data), "limit": config.limit},
+        "teacher": MODELS.absolute_spec(config.teacher),
         "classes": list(dataset.classes),
         "views": config.views,
         "parameters": sum(p.numel() for p in embedder.backbone.parameters()),
-        "pixels": probe(dataset, spec, embedder.preprocessing),
+        "pixels": probe_digests(dataset, spec, embedder.preprocessing),
     }
     return identity, about
 
 
 def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> dict[str, Any]:
     """Check that all is there and agrees with `other`, list what could not be used, and say what was made."""
-    from compress_ssl.pipeline.extraction.provenance import list_bad
+    from compress_ssl.pipeline.extraction.provenance import write_bad_images
 
     store.require_complete()
     if other:
@@ -365,9 +369,9 @@ def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> di
 
         require_same_contents(store, other)
         text += f"; the same pixels as {other.storage}"
-    if bad := list_bad(store):
+    if bad := write_bad_images(store):
         first = "; ".join(f"{name}: {why}" for _, name, why in bad[:3])
-        say(f"{len(bad)} of {store.images} images could not be used (bad-images.tsv): {first}")
+        echo(f"{len(bad)} of {store.images} images could not be used (bad-images.tsv): {first}")
     if len(bad) == store.images:
         raise UserError(
             f"none of the {store.images} images could be used; the first is {bad[0][1]}: {bad[0][2]}. "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.runtime import artifact, jsonl
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
-from compress_ssl.pipeline.runtime.formatting import duration, size
+from compress_ssl.pipeline.runtime.formatting import format_bytes, format_duration
 from compress_ssl.pipeline.runtime.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def store(here: "FeatureStore", figures: dict[str, Any]) -> dict[str, Any]:
     about, total, drawn = here.about, -(-here.images // here.rows), here.identity["views"]
     exported = "data" in about  # an evaluation's features name neither their images nor their model
     of = f" of {about['data']['spec']}, {len(about['classes'])} classes" if exported else ", scored by an evaluation"
-    held = f"{here.held.start} to {here.views - 1}" if here.held.start else here.views
-    cost = f"{duration(figures['device_seconds'])}, {figures['images_per_s'] or 0:.0f} images/s"
+    held = f"{here.stored_views.start} to {here.views - 1}" if here.stored_views.start else here.views
+    cost = f"{format_duration(figures['device_seconds'])}, {figures['images_per_s'] or 0:.0f} images/s"
     return {
         "fingerprint": here.fingerprint,
         "data": f"{here.images} images{of}",
@@ -59,7 +59,7 @@ def store(here: "FeatureStore", figures: dict[str, Any]) -> dict[str, Any]:
         "codec": here.identity["codec"],
         "shards": f"{total - figures['pending']} of {total} done, {here.rows} rows each",
         "bad images": len(here.bad_images()),
-        "on disk": size(figures["bytes"]),
+        "on disk": format_bytes(figures["bytes"]),
         "cost": f"{cost}, {figures['views_per_s']:.0f} views/s" if figures["device_seconds"] else "not known",
         **({"copied from": about["copied"]["from"]} if "copied" in about else {}),
         **({"saves": saved(figures)} if exported else {}),
@@ -92,7 +92,7 @@ def saved(figures: dict[str, Any]) -> str:
     """`savings` in words."""
     live, rate = figures["live_forwards"], figures["views_per_s"]
     spared = live - figures["stored_forwards"]
-    worth = f", {duration(spared / rate)} of this device" if rate and spared > 0 else ""
+    worth = f", {format_duration(spared / rate)} of this device" if rate and spared > 0 else ""
     return (
         f"{spared} of {live} teacher forwards for {figures['students']} students x {figures['epochs']:g} epochs{worth}"
         f"; pays from {figures['break_even_epochs']} epochs on, all students' together"
@@ -101,7 +101,7 @@ def saved(figures: dict[str, Any]) -> str:
 
 def distillation(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
 
-    rows = jsonl.parse(storage.get("metrics.jsonl").decode()) if storage.exists("metrics.jsonl") else []
+    rows = jsonl.parse_jsonl(storage.get("metrics.jsonl").decode()) if storage.exists("metrics.jsonl") else []
     last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
     scores = [row["val_nn"] for row in rows if "val_nn" in row]
     steps = sorted(int(m[1]) for key in storage.list("checkpoints") if (m := re.search(r"step-(\d+)\.pt$", key)))
@@ -135,4 +135,4 @@ def settings(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
     """Anything else of ours: what it was made with."""
     identity = manifest["identity"].items()
     made = {name: value if isinstance(value, str) else json.dumps(value) for name, value in identity}
-    return {**made, "on disk": size(storage.size())}
+    return {**made, "on disk": format_bytes(storage.size())}

@@ -52,7 +52,7 @@ def run(config: Config) -> dict[str, Any]:
     source_images.require_exported(store)
     store.require_complete([0])
     label = np.where(store.table("status") == GOOD, store.table("label"), -1)
-    rows = named(store, config.labels) if share is None else linear_head.choose(label, share, config.seed)
+    rows = named(store, config.labels) if share is None else linear_head.choose_labelled(label, share, config.seed)
     rows = rows[label[rows] >= 0]
     if not len(rows):
         raise UserError(f"{config.store} has no labelled image among those asked for; export with class subfolders")

@@ -5,7 +5,7 @@ from typing import Any
 
 from compress_ssl.pipeline.runtime.config import flag
 
-GIVEN = ("setting",)  # what the training loop hands to a method, not the user
+GIVEN = ("context",)  # what the training loop hands to a method, not the user
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import flag
-from compress_ssl.pipeline.runtime.formatting import size
-from compress_ssl.pipeline.runtime.progress import meter
+from compress_ssl.pipeline.runtime.formatting import format_bytes
+from compress_ssl.pipeline.runtime.progress import progress_bar
 from compress_ssl.pipeline.runtime.storage import absolute, open_storage
 
 
@@ -40,20 +40,20 @@ def run(config: Config) -> dict[str, Any]:
     source.require_complete([*views, *source.local])
     ids = [str(name) for name in source.table("sample_id")]
     rows = copy.parse_images(config.images, read_text, ids)
-    identity, about, tables = copy.describe(source, views, rows, copy.codec_of(source, config.codec))
+    identity, about, tables = copy.describe_copy(source, views, rows, copy.codec_of(source, config.codec))
     storage = open_storage(config.dst)
     artifact.claimed(storage, "store")  # before anything is written there
     with Lease(storage) as held:
-        target = FeatureStore.make(storage, identity, about, tables, copy.files(source, identity["codec"]))
-        copy.learn(source, target, rows)
+        target = FeatureStore.create(storage, identity, about, tables, copy.small_files(source, identity["codec"]))
+        copy.learn_codecs(source, target, rows)
         done = target.images - sum(shard.stop - shard.start for shard in target.pending())
-        with meter("copy", target.images, "images", done) as bar:
-            copy.copy(source, target, rows, bar.advance, lambda: held.lost)
+        with progress_bar("copy", target.images, "images", done) as bar:
+            copy.copy_shards(source, target, rows, bar.advance, lambda: held.lost)
         held.check()
     target.require_complete()
     return {
         "summary": f"{config.dst}: {target.images} images x {len(views)} views {target.identity['codec']}, "
-        f"{size(storage.size())}, views {views.start} to {views.stop - 1} of {config.src}",
+        f"{format_bytes(storage.size())}, views {views.start} to {views.stop - 1} of {config.src}",
         "store": str(storage),
         "fingerprint": target.fingerprint,
         "images": target.images,

@@ -17,8 +17,8 @@ from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import flag
-from compress_ssl.pipeline.runtime.progress import say
-from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.runtime.progress import echo
+from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.storage import open_storage
 from compress_ssl.stages import compare, distill, evaluate
 
@@ -80,7 +80,7 @@ def run(config: Config) -> dict[str, Any]:
         }
     unfinished: dict[Path, str] = {}
     for number, one in enumerate(passes):
-        say(f"pass {number + 1} of {len(passes)}: {names[number]}")
+        echo(f"pass {number + 1} of {len(passes)}: {names[number]}")
         unfinished |= train(one)
     places = [folder for cell in cells for folder in distill.run_folders(cell.config)]
     runs = [folder for folder in places if folder not in unfinished]
@@ -97,7 +97,7 @@ def passes_of(cells: Sequence[Cell], at_once: int | None) -> list[list[Cell]]:
     """Cells that can share a pass over the images together, up to so many students; else one by one."""
     groups: dict[Any, list[list[Cell]]] = {}
     for cell in cells:
-        alike = groups.setdefault(distill.looks(cell.config), [[]])
+        alike = groups.setdefault(distill.data_pass_key(cell.config), [[]])
         if at_once and sum(len(other.config.student) for other in [*alike[-1], cell]) > at_once and alike[-1]:
             alike.append([])
         alike[-1].append(cell)
@@ -111,14 +111,14 @@ def train(cells: Sequence[Cell]) -> dict[Path, str]:
     finished: Sequence[Path] = ()
     try:
         if len(cells) > 1:
-            distill.share([cell.config for cell in cells])
+            distill.train_together([cell.config for cell in cells])
         else:
             distill.run(cells[0].config)
         return {}
-    except distill.Apart as problem:
-        say(f"not in one pass: {problem}")
+    except distill.CannotSharePass as problem:
+        echo(f"not in one pass: {problem}")
         return {folder: why for cell in cells for folder, why in train([cell]).items()}
-    except distill.Partly as problem:
+    except distill.PartialFailure as problem:
         why, finished = str(problem), problem.finished
     except UserError as problem:
         why = str(problem)
@@ -133,7 +133,7 @@ def train(cells: Sequence[Cell]) -> dict[Path, str]:
         if folder not in finished
     }
     for failure in dict.fromkeys(said.values()):
-        say(f"failed: {failure}")
+        echo(f"failed: {failure}")
     return said
 
 
@@ -170,7 +170,7 @@ def read(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} holds no keys; it needs {', '.join(KEYS)}")
     for key in plan:
         if key not in KEYS:
-            hint = nearest(str(key), KEYS) or "."
+            hint = did_you_mean(str(key), KEYS) or "."
             raise UserError(f"{file} has an unknown key {key!r}{hint} Known: {', '.join(KEYS)}")
     if missing := [key for key in ("out", "store", "student", "method") if not plan.get(key)]:
         raise UserError(f"{file} lacks {' and '.join(missing)}")
@@ -202,7 +202,7 @@ def options(config: Any, asked: Mapping[str, Any], where: str, without: tuple[st
     said = {key.replace("-", "_"): value for key, value in asked.items()}
     for key in said:
         if key not in known:
-            raise UserError(f"{where} has no flag {key!r}{nearest(key, known) or '.'} Known: {', '.join(known)}")
+            raise UserError(f"{where} has no flag {key!r}{did_you_mean(key, known) or '.'} Known: {', '.join(known)}")
     required = [f.name for f in fields(config) if f.default is MISSING and f.name in known]
     if said and (missing := [name for name in required if name not in said]):
         raise UserError(f"{where} needs {missing[0]}")

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, one_of, require
-from compress_ssl.pipeline.runtime.formatting import counted
+from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.runtime.lease import require_free
-from compress_ssl.pipeline.runtime.progress import meter, say
+from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.storage import open_storage
 from compress_ssl.pipeline.views import numbering
 from compress_ssl.pipeline.views.numbering import LOCAL, view_name
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 LOSS = 0.001  # of cosine to the live feature, beyond the codec's: another device or precision passes, another view not
-CLEARLY = 5.0  # times as much below what the codec keeps as the right one, on average: a control's cosine
+CONTROL_MARGIN = 5.0  # times as much below what the codec keeps as the right one, on average: a control's cosine
 ROUNDING = 1e-6  # of a cosine in single precision
-LEAST = 16  # images embedded again, if there are so many
+MIN_SAMPLE = 16  # images embedded again, if there are so many
 SHOWN = 10  # damages listed by name
 
 
@@ -52,7 +52,7 @@ def run(config: Config) -> dict[str, Any]:
     damaged, mended = digests(config)
     if damaged and not config.repair:
         raise UserError(
-            f"{config.store} is damaged in {counted(len(damaged), 'place')} ({'; '.join(damaged[:3])}); "
+            f"{config.store} is damaged in {pluralize(len(damaged), 'place')} ({'; '.join(damaged[:3])}); "
             "compress verify --repair mends small files and marks damaged shards"
         )
     from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -60,12 +60,14 @@ def run(config: Config) -> dict[str, Any]:
     store = FeatureStore(open_storage(config.store))
     pending = len(store.pending())
     if mended:
-        text = f"{config.store}: {counted(len(mended), 'place')} mended"
+        text = f"{config.store}: {pluralize(len(mended), 'place')} mended"
         if pending:
-            text += f"; {counted(pending, 'row block')} to be computed again: repeat the command that made it"
+            text += f"; {pluralize(pending, 'row block')} to be computed again: repeat the command that made it"
         return {"summary": text, "damaged": damaged, "mended": mended, "pending": pending}
     found = {"damaged": [], "mended": [], "pending": pending}
-    text = f"{config.store}: every digest is right" + (f", {counted(pending, 'row block')} pending" if pending else "")
+    text = f"{config.store}: every digest is right" + (
+        f", {pluralize(pending, 'row block')} pending" if pending else ""
+    )
     if config.sample:
         live = compare(config, store)
         text += f"; {live['said']}"
@@ -80,7 +82,7 @@ def digests(config: Config) -> tuple[list[str], list[str]]:
 
     storage = open_storage(config.store)
     if config.repair:
-        integrity.manifest(storage)  # first: only a store has a lease
+        integrity.read_manifest(storage)  # first: only a store has a lease
         require_free(storage)
     damaged: list[str] = []
     mended: list[str] = []
@@ -88,18 +90,18 @@ def digests(config: Config) -> tuple[list[str], list[str]]:
     def note(damage: integrity.Damage) -> None:
         damaged.append(f"{damage.key}: {damage.what}")
         if len(damaged) <= SHOWN:
-            say(f"damaged: {damaged[-1]}")
+            echo(f"damaged: {damaged[-1]}")
         if config.repair:
-            damage.mend()
+            damage.repair()
             mended.append(damage.key)
 
-    for damage in integrity.small_files(storage):
+    for damage in integrity.check_small_files(storage):
         note(damage)
     if damaged and not config.repair:
         return damaged, mended
     store = FeatureStore(storage)
-    with meter("digests", len(store.done()), "row blocks") as bar:
-        for damage in integrity.shards(store, bar.advance):
+    with progress_bar("digests", len(store.done()), "row blocks") as bar:
+        for damage in integrity.check_shards(store, bar.advance):
             note(damage)
     return damaged, mended
 
@@ -116,10 +118,12 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
     from compress_ssl.pipeline.runtime import philox
     from compress_ssl.pipeline.store import source_images
 
-    dataset, _ = source_images.of_store(store, DATASETS.order, config.data)  # the same pixels, before any arithmetic
+    dataset, _ = source_images.open_store_images(
+        store, DATASETS.build, config.data
+    )  # the same pixels, before any arithmetic
     rows = np.flatnonzero(store.table("status") == GOOD)
     rows = rows[~np.isin(rows // store.rows, [shard.block for shard in store.pending()])]
-    count = min(len(rows), max(LEAST, round(config.sample * store.images)))
+    count = min(len(rows), max(MIN_SAMPLE, round(config.sample * store.images)))
     if not count:
         return {"said": "no row block is complete, so no feature was embedded again"}
     order = philox.permutation(config.seed, philox.PICK, 0, len(rows))
@@ -128,10 +132,10 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
     if store.local and not np.any(views & numbering.LOCAL):
         views[0] = store.local[0]
     live, found = embed_again(config, store, dataset), Likeness(config, store)
-    with meter("live teacher", count, "images") as bar:
+    with progress_bar("live teacher", count, "images") as bar:
         for view in np.unique(views):
             mine = rows[views == view]
-            again, stored = live(mine, int(view)), store.pick(array_of(int(view)), int(view), mine)
+            again, stored = live(mine, int(view)), store.read_rows(array_of(int(view)), int(view), mine)
             kind, alike = store.codecs[array_of(int(view))], views_like(store, int(view))
             kept = kind.decode(*kind.encode(again))
             right, ideal = cosine(again, stored), cosine(again, kept)
@@ -139,7 +143,7 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
             found.ideal.append(ideal)
             if len(alike) > 1:
                 other = alike[(alike.index(view) + 1) % len(alike)]
-                found.wrong_view.append(cosine(again, store.pick(array_of(other), other, mine)))
+                found.wrong_view.append(cosine(again, store.read_rows(array_of(other), other, mine)))
             if len(mine) > 1:
                 found.wrong_image.append(cosine(again, np.roll(stored, 1, axis=0)))
             worst = int((right - ideal).argmin())
@@ -171,7 +175,7 @@ def array_of(view: int) -> str:
 
 def views_like(store: "FeatureStore", view: int) -> Sequence[int]:
     """Numbers of all views, or of all local crops."""
-    return store.local if view & LOCAL else store.held
+    return store.local if view & LOCAL else store.stored_views
 
 
 def whereabouts(store: "FeatureStore", row: int, view: int, feature: "np.ndarray", least: float) -> str:
@@ -192,14 +196,16 @@ def judge(found: Likeness) -> dict[str, Any]:
     """In words, and as numbers. Raises UserError if a row does not fit, or if the controls fit as well."""
     import numpy as np
 
-    from compress_ssl.pipeline.runtime.device import choose
+    from compress_ssl.pipeline.runtime.device import choose_device
 
     config, right, ideal = found.config, np.concatenate(found.right), np.concatenate(found.ideal)
     parts = {"wrong_view": found.wrong_view, "wrong_image": found.wrong_image}
     controls = {name: float(np.concatenate(part).mean()) for name, part in parts.items() if part}
     stored_in = found.store.identity["precision"]
     now_in = config.precision or stored_in
-    how = f"on {choose(config.device)} in {now_in}" + ("" if now_in == stored_in else f" (stored in {stored_in})")
+    how = f"on {choose_device(config.device)} in {now_in}" + (
+        "" if now_in == stored_in else f" (stored in {stored_in})"
+    )
     scores = "".join(f", a {name.replace('_', ' ')} scores {score:.5f}" for name, score in controls.items())
     said = (
         f"{len(right)} features embedded again {how}: cosine {right.min():.5f} at least, {right.mean():.5f} on average"
@@ -210,7 +216,7 @@ def judge(found: Likeness) -> dict[str, Any]:
         why = f"more than {LOSS} below what {found.store.identity['codec']} keeps it is not this teacher's feature"
         raise UserError(f"{config.store}: {low} of {said}; {why}: {found.place or arithmetic}")
     for name, score in controls.items():
-        if ideal.mean() - score <= CLEARLY * max(ROUNDING, ideal.mean() - right.mean()):
+        if ideal.mean() - score <= CONTROL_MARGIN * max(ROUNDING, ideal.mean() - right.mean()):
             raise UserError(
                 f"{config.store}: {said}; a {name.replace('_', ' ')} fits nearly as well, so this proves nothing: the "
                 "teacher hardly tells the images apart"
@@ -232,19 +238,21 @@ def embed_again(
     """(rows (n,), view) -> (n, D) features by the live teacher, in batches of the exported size."""
     import numpy as np
 
-    from compress_ssl.pipeline.extraction.embed import Forward
+    from compress_ssl.pipeline.extraction.embed import FeatureExtractor
     from compress_ssl.pipeline.extraction.teacher import live_teacher
     from compress_ssl.pipeline.models import build
-    from compress_ssl.pipeline.runtime.device import choose
+    from compress_ssl.pipeline.runtime.device import choose_device
     from compress_ssl.pipeline.views.augment import ViewSpec
-    from compress_ssl.pipeline.views.loader import Eyes, Piece
+    from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
 
     identity, embedder = store.identity, live_teacher(store, build, config.teacher)
     batch = config.batch_size or identity["batch_size"]
-    forward = Forward(embedder, choose(config.device), config.precision or identity["precision"], batch)
+    forward = FeatureExtractor(embedder, choose_device(config.device), config.precision or identity["precision"], batch)
     size, how = embedder.preprocessing.size, embedder.preprocessing.interpolation
     small = identity.get("local", {}).get("size", 0)
-    eyes = Eyes(dataset, ViewSpec(**identity["views"]), store.table("view_key"), [(size, how)], [], [(small, how)])
+    view_dataset = ViewDataset(
+        dataset, ViewSpec(**identity["views"]), store.table("view_key"), [(size, how)], [], [(small, how)]
+    )
     content = store.table("content")
 
     def live(rows: "np.ndarray", view: int) -> "np.ndarray":
@@ -252,11 +260,13 @@ def embed_again(
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
             wanted, none = np.full((len(part), 1), view), np.empty((len(part), 0), np.int64)
-            sight = eyes.look(Piece(part, none, wanted) if view & LOCAL else Piece(part, wanted))
-            changed = np.flatnonzero((sight.content != content[part]) | (sight.status != 0))
+            view_batch = view_dataset.load(
+                ViewRequest(part, none, wanted) if view & LOCAL else ViewRequest(part, wanted)
+            )
+            changed = np.flatnonzero((view_batch.content != content[part]) | (view_batch.status != 0))
             if len(changed):
                 raise UserError(f"image {dataset.ids[int(part[changed[0]])]} changed since {config.store} was made")
-            pixels = sight.local[0] if view & LOCAL else sight.pixels[0]
+            pixels = view_batch.local[0] if view & LOCAL else view_batch.pixels[0]
             out.append(forward(pixels[:, 0])["embedding"])
         return np.concatenate(out)
 

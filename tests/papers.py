@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress_ssl.pipeline.methods import METHODS
-from compress_ssl.pipeline.methods.base import Batch, Method, Outputs, Setting
+from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext, Outputs
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.views.numbering import LOCAL
@@ -48,12 +48,12 @@ def learner(
 ) -> Method:
     """A method in float64, its banks filled, for a store of these arrays."""
     widths = {name: WIDTHS[name] for name in arrays}
-    setting = Setting(
+    context = MethodContext(
         [student(n) for n in range(peers)], widths, np.arange(IMAGES), 1, 0, heads=heads or {}, images=IMAGES
     )
-    made = METHODS.order(order, setting=setting)
-    made.notes = setting.notes
-    made.fill(read)
+    made = METHODS.build(order, context=context)
+    made.notes = context.notes
+    made.refill_banks(read)
     made.train()
     return made.double()
 

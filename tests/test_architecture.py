@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.registry import Menu
+from compress_ssl.pipeline.runtime.registry import Registry
 
 # ---------------------------------------------------------------- the rules
 
@@ -388,7 +388,7 @@ MENUS = {
     f"pipeline.{path.parent.name}": [
         value
         for value in vars(importlib.import_module(f"{PACKAGE}.pipeline.{path.parent.name}")).values()
-        if isinstance(value, Menu)
+        if isinstance(value, Registry)
     ]
     for path in sorted((ROOT / "pipeline").glob("*/__init__.py"))
 }
@@ -403,7 +403,7 @@ MENUS = {
         for kind in menu.entries
     ],
 )
-def test_every_entry_of_every_menu_resolves(menu: Menu, kind: str) -> None:
+def test_every_entry_of_every_menu_resolves(menu: Registry, kind: str) -> None:
     try:
         entry = menu.resolve(kind)
     except UserError as problem:

@@ -860,7 +860,9 @@ def test_a_file_size_limit_is_told_by_the_program_itself(world: World, here: Pat
 
 def test_a_loader_process_that_is_killed_is_told(world: World, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("compress_ssl.pipeline.views.loader._quiet", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        patched.setattr(
+            "compress_ssl.pipeline.views.loader._prepare_worker", lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        )
         said = export(world.data, "store", "--workers", 1)
     said.refuses("a loader process died", "fewer --workers", "repeat the command")
     export(world.data, "store").works()

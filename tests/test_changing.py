@@ -115,7 +115,7 @@ def test_while_the_export_runs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, words: str, name: str
 ) -> None:
     """The change comes when the second shard is at work: the first is embedded, the last not yet looked at."""
-    call, calls = embedding.Forward.launch, []
+    call, calls = embedding.FeatureExtractor.start, []
 
     def forward(self: Any, *batch: Any) -> Any:
         calls.append(1)
@@ -123,7 +123,7 @@ def test_while_the_export_runs(
             change(data, name)
         return call(self, *batch)
 
-    monkeypatch.setattr(embedding.Forward, "launch", forward)
+    monkeypatch.setattr(embedding.FeatureExtractor, "launch", forward)
     unseen = name == LATE and change in (replace, move_over, cut)
     if unseen:  # what was embedded is what lies there now: nothing is wrong, or it is a bad image like any other
         made = export(data, tmp_path / "store")
@@ -154,17 +154,17 @@ def test_only_what_was_touched_since_is_read_again(data: Path, monkeypatch: pyte
     content[7] = 0  # a bad image: nothing to compare
     read: list[int] = []
     monkeypatch.setattr(ImageFolder, "_bytes", lambda self, i: (read.append(i), b"other")[1])
-    assert dataset.changed(content, time.time() + 60) == [] and read == []
+    assert dataset.changed_rows(content, time.time() + 60) == [] and read == []
     everything = [i for i in range(COUNT) if i != 7]
-    assert dataset.changed(content, 0) == everything and read == everything
+    assert dataset.changed_rows(content, 0) == everything and read == everything
     few = dataset.subset(5)
-    assert few.changed(np.array([1, 0, 1, 1, 0], np.uint64), 0) == [0, 2, 3]
+    assert few.changed_rows(np.array([1, 0, 1, 1, 0], np.uint64), 0) == [0, 2, 3]
 
 
 def test_a_disk_that_goes_away_stops_the_export_and_spoils_no_row(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call, calls = embedding.Forward.launch, []
+    call, calls = embedding.FeatureExtractor.start, []
 
     def forward(self: Any, *batch: Any) -> Any:
         calls.append(1)
@@ -173,7 +173,7 @@ def test_a_disk_that_goes_away_stops_the_export_and_spoils_no_row(
         return call(self, *batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(embedding.Forward, "launch", forward)
+        patched.setattr(embedding.FeatureExtractor, "launch", forward)
         with pytest.raises(
             UserError, match="none of the images of rows 16 to 31 can be read.*is their disk still there"
         ):

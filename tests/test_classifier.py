@@ -14,8 +14,8 @@ from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.evaluators.base import Split
 from compress_ssl.pipeline.evaluators.results import Results
 from compress_ssl.pipeline.models import linear_head
-from compress_ssl.pipeline.models.linear_head import LabelHead
-from compress_ssl.pipeline.report.metrics import readings
+from compress_ssl.pipeline.models.linear_head import LinearHead
+from compress_ssl.pipeline.report.metrics import headline_scores
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -47,7 +47,7 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 
     def write(names: Any = NAMES, *, classes: int = 0, unit: bool = False, width: int = WIDTH, seed: int = 1) -> Path:
         draw, count = torch.Generator().manual_seed(seed), classes or len(names)
-        head = LabelHead(
+        head = LinearHead(
             torch.randn(count, width, generator=draw), torch.randn(count, generator=draw), names, unit=unit
         )
         linear_head.save(head, tmp_path / "head.safetensors")
@@ -92,7 +92,7 @@ def test_it_is_the_heads_first_class_matched_by_name(
     names: tuple[str, ...], unit: bool, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
     file = saved(names, unit=unit)
-    found = PROTOCOLS.order(spec(file))(BARE, LABELLED, tmp_path)
+    found = PROTOCOLS.build(spec(file))(BARE, LABELLED, tmp_path)
     check(file, LABELLED, found.metrics, found.arrays)
     assert ("top5" in found.metrics) == (len(names) > 5)
 
@@ -100,7 +100,7 @@ def test_it_is_the_heads_first_class_matched_by_name(
 def test_images_of_a_class_that_the_head_does_not_know_are_errors_and_it_is_said_once(
     saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = PROTOCOLS.order(spec(saved(NAMES[:6])))(BARE, LABELLED, tmp_path)
+    found = PROTOCOLS.build(spec(saved(NAMES[:6])))(BARE, LABELLED, tmp_path)
     lost = int((LABELLED.label >= 6).sum())
     assert found.metrics["unknown"] == lost and found.metrics["top5"] < 100 * (1 - lost / N) + 1e-9
     assert found.arrays["per_class"][6:].tolist() == [0, 0]
@@ -110,31 +110,31 @@ def test_images_of_a_class_that_the_head_does_not_know_are_errors_and_it_is_said
 
 def test_a_head_without_names_has_the_order_of_the_images_classes(saved: Callable[..., Path], tmp_path: Path) -> None:
     file = saved(None, classes=len(NAMES))
-    found = PROTOCOLS.order(spec(file))(BARE, LABELLED, tmp_path)
+    found = PROTOCOLS.build(spec(file))(BARE, LABELLED, tmp_path)
     check(file, LABELLED, found.metrics, found.arrays)
     with pytest.raises(UserError, match=r"has 7 classes without names, and the images have 8; give images"):
-        PROTOCOLS.order(spec(saved(None, classes=7)))(BARE, LABELLED, tmp_path)
+        PROTOCOLS.build(spec(saved(None, classes=7)))(BARE, LABELLED, tmp_path)
 
 
 def test_of_equal_logits_the_first_wins(tmp_path: Path) -> None:
-    linear_head.save(LabelHead(torch.zeros(8, WIDTH), torch.zeros(8), NAMES), tmp_path / "head")
-    found = PROTOCOLS.order(spec(tmp_path / "head"))(BARE, LABELLED, tmp_path)
+    linear_head.save(LinearHead(torch.zeros(8, WIDTH), torch.zeros(8), NAMES), tmp_path / "head")
+    found = PROTOCOLS.build(spec(tmp_path / "head"))(BARE, LABELLED, tmp_path)
     assert set(found.arrays["prediction"]) == {0}
     assert found.metrics["top5"] == pytest.approx(100 * np.mean(LABELLED.label < 5))
 
 
 def test_what_it_cannot_score_is_refused_in_words(saved: Callable[..., Path], tmp_path: Path) -> None:
-    strange = PROTOCOLS.order(spec(saved(("x", "y"))))
+    strange = PROTOCOLS.build(spec(saved(("x", "y"))))
     with pytest.raises(
         UserError, match=r"knows none of the 8 classes .* its first is 'x', theirs 'a'; give a head for"
     ):
         strange(BARE, LABELLED, tmp_path)
-    wide = PROTOCOLS.order(spec(saved(width=WIDTH + 1)))
+    wide = PROTOCOLS.build(spec(saved(width=WIDTH + 1)))
     with pytest.raises(UserError, match=r"of 7 dimensions, and this model's have 6; give the head of this very model"):
         wide(BARE, LABELLED, tmp_path)
     unlabelled = images(np.full(4, -1))
     with pytest.raises(UserError, match="needs labels, but 4 of 4 validation images have none"):
-        PROTOCOLS.order(spec(saved()))(LABELLED, unlabelled, tmp_path)
+        PROTOCOLS.build(spec(saved()))(LABELLED, unlabelled, tmp_path)
 
 
 def damage(kind: str, whole: bytes, file: Path) -> None:
@@ -177,14 +177,14 @@ def test_a_file_that_is_no_head_is_refused_when_it_is_named(
     whole = saved().read_bytes()
     damage(lack, whole, tmp_path / "other")
     with pytest.raises(UserError, match=rf"other is no linear head \(.*{words}.*\); make one with compress label-head"):
-        PROTOCOLS.order(spec(tmp_path / "other"))
+        PROTOCOLS.build(spec(tmp_path / "other"))
 
 
 def test_a_head_must_be_named_and_its_digest_cannot_be() -> None:
     with pytest.raises(UserError, match="protocol 'classifier' needs head="):
-        PROTOCOLS.order("classifier")
+        PROTOCOLS.build("classifier")
     with pytest.raises(UserError, match="has no key 'digest'"):
-        PROTOCOLS.order("classifier:head=a,digest=b")
+        PROTOCOLS.build("classifier:head=a,digest=b")
     assert "    head=...\n" in menus.run(menus.Protocols())["summary"] + "\n"
 
 
@@ -226,7 +226,7 @@ def test_a_students_classifier_and_a_teachers_head_score_as_the_bare_numbers_do(
     (arrays,) = (tmp_path / "out/results").glob("classifier-*.npz")
     check(made / head, val, metrics["classifier"], dict(np.load(arrays)))
     assert metrics["classifier"]["top1"] > 25  # of ten classes: it did learn
-    assert readings(metrics) == {
+    assert headline_scores(metrics) == {
         "Classifier": metrics["classifier"]["top1"], "Classifier top-5": metrics["classifier"]["top5"]
     }  # fmt: skip
     page = (tmp_path / "out/report.html").read_text()
@@ -238,7 +238,7 @@ def test_training_images_without_labels_will_do(made: Path, tmp_path: Path) -> N
 
     from compress_ssl.pipeline.datasets import DATASETS
 
-    digits = DATASETS.order(VAL)
+    digits = DATASETS.build(VAL)
     for i in range(4):
         for folder in ("flat", f"val/{digits.classes[digits.label[i]]}"):
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,7 @@ def test_a_result_is_kept_and_not_taken_for_that_of_another_file(
     first = scored(tmp_path / "out", spec(file), **who)["classifier"]
     assert scored(tmp_path / "out", spec(file), **who)["classifier"] == first and len(calls) == 1
     head = linear_head.load(file)
-    linear_head.save(LabelHead(-head.weight, -head.bias, head.names, unit=False), file)
+    linear_head.save(LinearHead(-head.weight, -head.bias, head.names, unit=False), file)
     second = scored(tmp_path / "out", spec(file), **who)["classifier"]
     assert len(calls) == 2 and second["top1"] < first["top1"]
     later = scored(tmp_path / "out", "nn", **who)  # nor does the old one come back
@@ -284,9 +284,9 @@ def test_a_result_cut_short_by_a_crash_is_never_that_of_the_head_before(
     saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = Results(Folder(tmp_path))
-    one = PROTOCOLS.order(spec(saved()))
+    one = PROTOCOLS.build(spec(saved()))
     results.put(one, "one", one(BARE, LABELLED, tmp_path))
-    other, put = PROTOCOLS.order(spec(saved(seed=2))), Folder.put
+    other, put = PROTOCOLS.build(spec(saved(seed=2))), Folder.put
     assert results.get(one) is not None and results.get(other) is None
 
     def crash(folder: Folder, key: str, data: bytes) -> None:

@@ -61,12 +61,12 @@ def test_a_folder_with_images_beside_its_subfolders_is_unlabelled(tmp_path: Path
 
 
 def test_labels_false_ignores_the_subfolders(tmp_path: Path) -> None:
-    data = DATASETS.order(f"folder:{plant(tmp_path, 'cat/1.png', 'dog/1.png')},labels=false")
+    data = DATASETS.build(f"folder:{plant(tmp_path, 'cat/1.png', 'dog/1.png')},labels=false")
     assert (data.classes, data.label.tolist()) == ((), [-1, -1])
 
 
 def test_a_path_alone_is_a_folder(tmp_path: Path) -> None:
-    assert DATASETS.order(str(plant(tmp_path, "a.png"))).ids == ["a.png"]
+    assert DATASETS.build(str(plant(tmp_path, "a.png"))).ids == ["a.png"]
 
 
 def test_each_row_loads_its_own_file(tmp_path: Path) -> None:
@@ -250,8 +250,8 @@ GOLDEN_FINGERPRINT = "13f7a6c37207b63690c7473f112df69d"
 
 def test_the_difference_of_two_sets_is_said_in_words() -> None:
     data = Named(["a", "b", "d"], [-1] * 3, ())
-    assert data.unlike(["a", "b", "c", "e"]) == "2 are gone, as c; 1 is new, as d"
-    assert data.unlike(["b", "a", "d"]) == "same names, but other labels or another order"
+    assert data.describe_difference(["a", "b", "c", "e"]) == "2 are gone, as c; 1 is new, as d"
+    assert data.describe_difference(["b", "a", "d"]) == "same names, but other labels or another order"
 
 
 # ---------------------------------------------------------------- subsets
@@ -289,7 +289,7 @@ def test_digits_are_scikit_learns_and_every_fifth_is_test() -> None:
     from sklearn.datasets import load_digits
 
     theirs = load_digits()
-    train, test, both = (DATASETS.order(f"digits:split={split}") for split in ("train", "test", "all"))
+    train, test, both = (DATASETS.build(f"digits:split={split}") for split in ("train", "test", "all"))
     assert (len(train), len(test), len(both)) == (1438, 359, 1797)
     assert sorted(train.ids + test.ids) == both.ids
     for data in (train, test, both):
@@ -305,12 +305,12 @@ def test_digits_are_scikit_learns_and_every_fifth_is_test() -> None:
 
 
 def test_digits_without_a_word_are_the_training_half() -> None:
-    assert DATASETS.order("digits").fingerprint == DATASETS.order("digits:split=train").fingerprint
+    assert DATASETS.build("digits").fingerprint == DATASETS.build("digits:split=train").fingerprint
 
 
 def test_a_split_of_digits_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="split=.*val.*must be one of train, test, all"):
-        DATASETS.order("digits:split=val")
+        DATASETS.build("digits:split=val")
 
 
 # ---------------------------------------------------------------- torchvision
@@ -341,8 +341,8 @@ def cifar_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_set_of_torchvisions_has_its_labels_names_and_pixels(cifar_root: Path) -> None:
-    train = DATASETS.order(f"torchvision:CIFAR10,root={cifar_root},train=true")
-    test = DATASETS.order(f"torchvision:CIFAR10,root={cifar_root},train=false")
+    train = DATASETS.build(f"torchvision:CIFAR10,root={cifar_root},train=true")
+    test = DATASETS.build(f"torchvision:CIFAR10,root={cifar_root},train=false")
     assert (len(train), len(test)) == (20, 4)
     assert train.ids[0] == "CIFAR10/00000000" and len(set(train.ids)) == 20
     batch = pickle.loads((cifar_root / "cifar-10-batches-py/data_batch_3").read_bytes())
@@ -354,33 +354,33 @@ def test_a_set_of_torchvisions_has_its_labels_names_and_pixels(cifar_root: Path)
 
 
 def test_classes_keep_their_names_when_the_last_are_absent(cifar_root: Path) -> None:
-    data = DATASETS.order(f"torchvision:CIFAR10,root={cifar_root},train=false")
+    data = DATASETS.build(f"torchvision:CIFAR10,root={cifar_root},train=false")
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     assert data.classes == tuple(names[: data.label.max() + 1])
 
 
 def test_a_set_without_a_list_of_labels_is_unlabelled() -> None:
-    data = DATASETS.order("torchvision:FakeData,size=3")
+    data = DATASETS.build("torchvision:FakeData,size=3")
     assert (len(data), data.classes, data.label.tolist()) == (3, (), [-1] * 3)
     assert data.load(2)[0].shape == (224, 224, 3)
 
 
 def test_a_set_that_is_not_there_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"torchvision:CIFAR10 could not be opened in .*root=DIR.*download=true"):
-        DATASETS.order(f"torchvision:CIFAR10,root={tmp_path}")
+        DATASETS.build(f"torchvision:CIFAR10,root={tmp_path}")
 
 
 def test_near_misses_of_names_and_keys_are_suggested(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data set 'CIFAR_10'; did you mean 'CIFAR10'?"):
-        DATASETS.order("torchvision:CIFAR_10")
+        DATASETS.build("torchvision:CIFAR_10")
     with pytest.raises(UserError, match="no key 'trian'; did you mean 'train'?"):
-        DATASETS.order(f"torchvision:CIFAR10,root={tmp_path},trian=true")
+        DATASETS.build(f"torchvision:CIFAR10,root={tmp_path},trian=true")
     with pytest.raises(UserError, match="no key 'label'; did you mean 'labels'?"):
-        DATASETS.order(f"folder:{tmp_path},label=false")
+        DATASETS.build(f"folder:{tmp_path},label=false")
 
 
 def test_an_image_that_a_set_fails_to_give_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = DATASETS.order("torchvision:FakeData,size=3")
+    data = DATASETS.build("torchvision:FakeData,size=3")
 
     def fail(self: object, index: int) -> None:
         raise OSError("image file is\ntruncated")

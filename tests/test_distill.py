@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
-from compress_ssl.pipeline.runtime.jsonl import read as read_journal
+from compress_ssl.pipeline.runtime.jsonl import read_jsonl as read_journal
 from compress_ssl.pipeline.runtime.lease import Lease
 from compress_ssl.pipeline.runtime.signals import Interrupted
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training import checkpoint
-from compress_ssl.pipeline.training.run import Session
+from compress_ssl.pipeline.training.run import TrainingRun
 from compress_ssl.stages import distill, export_teacher
 from compress_ssl.stages.distill import Config
 
@@ -117,14 +117,14 @@ class Crash(BaseException):
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, deed: Callable[[], None]) -> None:
     """Do something in the middle of step `number`, counted from 0."""
-    step = Session.step
+    step = TrainingRun.step
 
-    def stepped(self: Session, n: int, *rest: Any) -> Any:
+    def stepped(self: TrainingRun, n: int, *rest: Any) -> Any:
         if n == number:
             deed()
         return step(self, n, *rest)
 
-    monkeypatch.setattr(Session, "step", stepped)
+    monkeypatch.setattr(TrainingRun, "step", stepped)
 
 
 def stopped_by_signal(again: Callable[[], Any], number: int, signum: int) -> None:
@@ -428,10 +428,10 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_a_crash_after_the_last_step_still_delivers_the_student(run: Callable[..., Any], tmp_path: Path) -> None:
-    from compress_ssl.pipeline.training.student import Apprentice
+    from compress_ssl.pipeline.training.student import Student
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(Apprentice, "deliver", crash)
+        patch.setattr(Student, "deliver", crash)
         run()
     assert not (tmp_path / "run/student.safetensors").exists()
     run()
@@ -643,7 +643,7 @@ def test_a_changed_probe_is_noticed_before_the_first_step(pictures: Path) -> Non
 def test_other_pixels_are_refused_unless_allowed(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("compress_ssl.pipeline.store.render_probe.look", lambda *_: "rendered otherwise")
+    monkeypatch.setattr("compress_ssl.pipeline.store.render_probe.view_digest_of", lambda *_: "rendered otherwise")
     with pytest.raises(UserError, match="3 of 3 probe images do not look as they did .* --allow-other-pixels"):
         on_pictures(pictures)
     on_pictures(pictures, allow_other_pixels=True)
@@ -834,16 +834,16 @@ def test_a_run_is_the_plain_loop_over_pairs_of_pixels_and_stored_features(
     from compress_ssl.pipeline.models import build
     from compress_ssl.pipeline.runtime.storage import Folder
     from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.training.sampler import Plan
-    from compress_ssl.pipeline.views.augment import ViewSpec, draw
-    from compress_ssl.pipeline.views.render import see
+    from compress_ssl.pipeline.training.sampler import StepSampler
+    from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
+    from compress_ssl.pipeline.views.render import render_views
 
     run(student=(CONVNET,), method="compress-2q:bank=30", steps=6, ema=0.5, schedule="cosine")
 
     source, digits = FeatureStore(Folder(store)), Digits().subset(IMAGES)
     table = np.stack([source.read("embedding", v) for v in range(4)], 1)  # (N, V, D)
     spec = ViewSpec(**source.identity["views"])
-    plan = Plan(0, np.arange(IMAGES), (1, 2, 3), BATCH, 1, "same", 6)
+    plan = StepSampler(0, np.arange(IMAGES), (1, 2, 3), BATCH, 1, "same", 6)
     torch.manual_seed(0)
     student = build(CONVNET, image_size=8).train()
     average = {name: p.detach().clone() for name, p in student.named_parameters()}
@@ -852,7 +852,8 @@ def test_a_run_is_the_plain_loop_over_pairs_of_pixels_and_stored_features(
     for step in range(6):
         i, v, u = plan.at(step)
         pixels = [
-            see(digits.load(j)[0], spec, draw(0, j, w), w, [(8, "bilinear")])[0] for j, w in zip(i, v, strict=True)
+            render_views(digits.load(j)[0], spec, draw_variates(0, j, w), w, [(8, "bilinear")])[0]
+            for j, w in zip(i, v, strict=True)
         ]
         t = nn.functional.normalize(torch.from_numpy(table[i, u[:, 0]]))
         z = nn.functional.normalize(student(student.prepare(torch.cat(pixels))))
@@ -947,21 +948,21 @@ def test_the_runs_of_several_do_not_go_into_the_run_of_one(run: Callable[..., An
 # ---------------------------------------------------------------- what students of a pass share
 
 
-def session_of(config: Config) -> Session:
+def session_of(config: Config) -> TrainingRun:
     opened = FeatureStore(Folder(config.store))
-    return distill.prepare([config], opened, distill.open_images(config, opened), distill.plan_of(config, opened))
+    return distill.prepare([config], opened, distill.open_images(config, opened), distill.build_sampler(config, opened))
 
 
 def test_students_who_see_the_same_share_it_on_the_device(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = session_of(config(store, tmp_path / "run", student=(CONVNET, "convnet:channels=3", RESNET)))
-    students = [apprentice.student for apprentice in session.apprentices]
+    training_run = session_of(config(store, tmp_path / "run", student=(CONVNET, "convnet:channels=3", RESNET)))
+    students = [student.model for student in training_run.students]
     students[2].preprocessing = replace(students[2].preprocessing, mean=(0.1, 0.2, 0.3))  # this one sees it otherwise
     asked, prepare = [], Embedder.prepare
     monkeypatch.setattr(Embedder, "prepare", lambda self, x: (asked.append(self), prepare(self, x))[1])
-    for step, sight in zip((0, 1), session.sights(0), strict=False):
-        session.step(step, sight, False)
+    for step, view_batch in zip((0, 1), training_run.load_views(0), strict=False):
+        training_run.step(step, view_batch, False)
     assert [students.index(student) for student in asked] == [0, 2, 0, 2]
 
 
@@ -980,19 +981,19 @@ def test_a_student_that_writes_into_its_input_spoils_it_for_no_other(run: Callab
 
 
 def test_a_gpus_pixels_come_in_pinned_memory(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, asked = session_of(config(store, tmp_path / "run")), []
-    monkeypatch.setattr("compress_ssl.pipeline.training.run.feed", lambda eyes, workers, pin: asked.append(pin))
-    session.sights(2)
-    session.device = torch.device("cuda")
-    session.sights(2)
+    training_run, asked = session_of(config(store, tmp_path / "run")), []
+    monkeypatch.setattr("compress_ssl.pipeline.training.run.feed", lambda view_dataset, workers, pin: asked.append(pin))
+    training_run.load_views(2)
+    training_run.device = torch.device("cuda")
+    training_run.load_views(2)
     assert asked == [False, True]
 
 
 def test_an_array_read_for_a_bank_is_not_carried_through_every_batch(store: Path, tmp_path: Path) -> None:
-    session = session_of(config(store, tmp_path / "run"))
-    session.features.clear()  # as of a method that looks at no array of the store
-    assert session.read(torch.tensor([3, 5]), torch.tensor([1, 2])).shape == (2, 16)
-    assert session.batch(0).teacher == {}
+    training_run = session_of(config(store, tmp_path / "run"))
+    training_run.features.clear()  # as of a method that looks at no array of the store
+    assert training_run.read(torch.tensor([3, 5]), torch.tensor([1, 2])).shape == (2, 16)
+    assert training_run.batch(0).teacher == {}
 
 
 def test_peers_are_digested_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

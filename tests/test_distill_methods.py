@@ -34,7 +34,7 @@ from compress_ssl.pipeline.datasets.digits import Digits
 from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.models import linear_head
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.config import words
+from compress_ssl.pipeline.runtime.config import to_flags
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore, Shard, done_key
 from compress_ssl.pipeline.training import checkpoint
@@ -135,7 +135,7 @@ def test_killed_at_random_moments_it_ends_at_the_same_bits(
     case = {"student": (CONVNET,), "ema": 0.9, "save_every": 5, **KILLED[name], "val": None}
     case["method"] = case.get("method", "compress-1q").replace("HEAD", str(store.parent / "head.safetensors"))
     whole = plain.config(store, tmp_path / "whole", **case, steps=20 + 20 * kills)
-    line, chance = ["distill", *words(replace(whole, out=tmp_path / "killed"))], random.Random(name)
+    line, chance = ["distill", *to_flags(replace(whole, out=tmp_path / "killed"))], random.Random(name)
 
     def steps() -> int:
         return min(map(newest, homes(tmp_path / "killed")), default=0)
@@ -243,9 +243,9 @@ DIVERGING = """
 from compress_ssl.pipeline.methods.regression import Regression
 from compress_ssl.pipeline.methods.dogo import Dogo
 class Fragile(Regression):
-    def __init__(self, *, setting):
-        super().__init__(setting=setting)
-        self.breaks = setting.students[0].spec == "SPEC"
+    def __init__(self, *, context):
+        super().__init__(context=context)
+        self.breaks = context.students[0].spec == "SPEC"
     def forward(self, batch, outputs):
         (loss,) = super().forward(batch, outputs)
         return [loss * float("nan") if self.breaks and batch.step == 9 else loss]
@@ -364,7 +364,7 @@ OWN = """
 from compress_ssl.pipeline.methods.base import Method, Needs
 class Cross(Method):
     needs = Needs(pairings=("cross",))
-    def __init__(self, *, setting):
+    def __init__(self, *, context):
         super().__init__()
     def forward(self, batch, outputs):
         return [out["embedding"].square().mean() for out in outputs]

@@ -18,7 +18,7 @@ from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.evaluators.base import Evaluator, Result, Split, per_class
 from compress_ssl.pipeline.evaluators.cluster import contingency, match, score
 from compress_ssl.pipeline.evaluators.linear import LinearProbe, whitening
-from compress_ssl.pipeline.report.metrics import readings
+from compress_ssl.pipeline.report.metrics import headline_scores
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.search import exact, kmeans
 from compress_ssl.stages import evaluate
@@ -41,7 +41,7 @@ def relabel(split: Split, label: np.ndarray, classes: tuple[str, ...] | None = N
 
 
 def run(spec: str, train: Split, val: Split, folder: Path, augmented: Any = None) -> Result:
-    evaluator: Evaluator = PROTOCOLS.order(spec)
+    evaluator: Evaluator = PROTOCOLS.build(spec)
     return evaluator(train, val, folder, augmented)
 
 
@@ -80,7 +80,7 @@ def test_a_protocol_neither_reads_nor_moves_the_global_random_state(spec: str, t
 def test_without_labels_nn_knn_and_linear_refuse_in_words(spec: str, which: str, tmp_path: Path) -> None:
     bare = blobs(40, labelled=False)
     train, val = (bare, VAL) if which == "training" else (TRAIN, bare)
-    assert PROTOCOLS.order(spec).needs_labels == ("training", "validation")
+    assert PROTOCOLS.build(spec).needs_labels == ("training", "validation")
     with pytest.raises(UserError, match=f"needs labels, but 40 of 40 {which} images have none.*cluster:clusters=K"):
         run(spec, train, val, tmp_path)
 
@@ -97,7 +97,7 @@ def test_a_training_set_of_one_class_is_refused_in_words(spec: str, tmp_path: Pa
 )
 def test_a_senseless_option_is_refused_when_it_is_given(spec: str) -> None:
     with pytest.raises(UserError, match=spec.partition(":")[2].replace(".", r"\.")):
-        PROTOCOLS.order(spec)
+        PROTOCOLS.build(spec)
 
 
 def test_accuracy_per_class_is_not_a_number_for_a_class_without_images() -> None:
@@ -278,7 +278,7 @@ def test_without_labels_clusters_are_found_and_scores_are_null(tmp_path: Path) -
     assert found.metrics["clusters"] == 5
     assert all(found.metrics[key] is None for key in ("top1", "hungarian_top1", "nmi"))
     assert found.arrays["centroids"].shape == (5, 10) and found.arrays["train_assignment"].max() == 4
-    assert not PROTOCOLS.order("cluster").needs_labels
+    assert not PROTOCOLS.build("cluster").needs_labels
 
 
 def test_without_labels_the_number_of_clusters_must_be_said(tmp_path: Path) -> None:
@@ -426,11 +426,11 @@ def test_metrics_keep_a_plain_and_an_augmented_probe_whichever_is_scored_last(
     config = evaluate.Config(val="folder:val", train="folder:train")
     subject: Any = SimpleNamespace(model={"name": "small"}, train_spec=lambda _: "folder:train")
     for spec in commands:
-        asked = {spec: PROTOCOLS.order(spec)}
+        asked = {spec: PROTOCOLS.build(spec)}
         metrics, _ = evaluate.score(config, subject, asked, TRAIN, VAL, cast("Any", None), tmp_path)
     assert metrics["linear"]["protocol"] == "centre-crop features, whitened"
     assert metrics["linear_augmented"]["protocol"] == "augmented training images, whitened"
-    assert {"Linear", "Linear (augmented)"} <= set(readings(metrics))
+    assert {"Linear", "Linear (augmented)"} <= set(headline_scores(metrics))
 
 
 def test_the_augmented_probe_without_images_is_refused_in_words(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.codecs import CODECS
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.views.augment import ViewSpec, draw, resolve
-from compress_ssl.pipeline.views.render import render
+from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates, resolve_view
+from compress_ssl.pipeline.views.render import render_view
 from compress_ssl.stages import export_teacher
 from compress_ssl.stages.export_teacher import Config
 
@@ -93,8 +93,10 @@ def expected(data: Path, spec: ViewSpec, v: int, row: int, key: int | None = Non
         resize = v2.Resize(int(SIZE / spec.crop_ratio), antialias=True)
         pixels = v2.Compose([resize, v2.CenterCrop(SIZE)])(image)
     else:
-        view = resolve(spec, draw(spec.seed, row if key is None else key, v), v, image.shape[1], image.shape[2])
-        pixels = render(image, view, SIZE, "bilinear")
+        view = resolve_view(
+            spec, draw_variates(spec.seed, row if key is None else key, v), v, image.shape[1], image.shape[2]
+        )
+        pixels = render_view(image, view, SIZE, "bilinear")
     mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         return model.eval().backbone(((pixels.float() / 255 - mean) / std)[None])[0].numpy()
@@ -207,8 +209,8 @@ def by_embed(images: Path, out: Path, first_key: int = 0, codec: str = "int8", *
     identity, about = export_teacher.describe(settings, dataset, model, spec)
     keys = np.arange(len(dataset), dtype=np.uint64) + np.uint64(first_key)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": keys}
-    store = FeatureStore.make(Folder(out), identity, about, tables)
-    forward = embedding.Forward(model, torch.device("cpu"), "fp32", settings.batch_size)
+    store = FeatureStore.create(Folder(out), identity, about, tables)
+    forward = embedding.FeatureExtractor(model, torch.device("cpu"), "fp32", settings.batch_size)
     embedding.embed(store, dataset, spec, forward, **{"workers": 0, **how})
     return store
 
@@ -255,7 +257,7 @@ def test_looking_at_a_batch_while_the_next_is_computed_changes_no_byte(
     images: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]
 ) -> None:
     """As on a GPU, whose outputs are fetched one batch late."""
-    monkeypatch.setattr(embedding.Forward, "ahead", 1)
+    monkeypatch.setattr(embedding.FeatureExtractor, "ahead", 1)
     for count in stops:
         by_embed(images, tmp_path / "store", stopped=stop_after(count))
     export(images, tmp_path / "store")
@@ -288,7 +290,7 @@ def test_the_same_command_again_computes_and_writes_nothing(
 ) -> None:
     export(images, tmp_path / "store")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*")}
-    monkeypatch.setattr(embedding.Forward, "launch", lambda *_: pytest.fail("a forward was run"))
+    monkeypatch.setattr(embedding.FeatureExtractor, "launch", lambda *_: pytest.fail("a forward was run"))
     made = export_teacher.run(config(images, tmp_path / "store"))
     assert made["summary"] == f"{tmp_path / 'store'} is complete already: 37 images, 5 views"
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*")} == before
@@ -303,8 +305,10 @@ def test_only_what_is_pending_is_computed(
     for name in lost:
         (out / f"done/{name}.json").unlink()
     calls: list[int] = []
-    call = embedding.Forward.launch
-    monkeypatch.setattr(embedding.Forward, "launch", lambda self, *x: (calls.append(len(x[0])), call(self, *x))[1])
+    call = embedding.FeatureExtractor.start
+    monkeypatch.setattr(
+        embedding.FeatureExtractor, "launch", lambda self, *x: (calls.append(len(x[0])), call(self, *x))[1]
+    )
     export(images, out)
     views = {name: int(name[-4:]) - int(name[-9:-5]) for name in lost}
     rows = {"0000000": [8, 8], "0000001": [8, 8], "0000002": [5]}

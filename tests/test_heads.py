@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress_ssl.pipeline.methods.base import Setting
+from compress_ssl.pipeline.methods.base import MethodContext
 from compress_ssl.pipeline.models import build, heads
 from compress_ssl.pipeline.models.embedder import Embedder, Network
 from compress_ssl.pipeline.runtime.artifact import UserError
@@ -70,9 +70,9 @@ MOCO = HEADS["moco"]
 def test_a_projection_is_the_module_its_tensors_come_from(kind: str, name: str) -> None:
     module = HEADS[kind]()
     tensors = saved(module, name)
-    ((stem, group),) = heads.groups(tensors).items()
+    ((stem, group),) = heads.group_by_head(tensors).items()
     assert stem == name
-    made, x = heads.Projection(group), torch.randn(7, D)
+    made, x = heads.ProjectionHead(group), torch.randn(7, D)
     torch.testing.assert_close(made(x), module.eval()(x))
     made.train()
     torch.testing.assert_close(made(x), module(x), msg="frozen, also as part of what is trained")
@@ -106,11 +106,11 @@ def test_a_dino_head_gives_its_bottleneck_and_its_prototypes_in_either_spelling(
     view, dense = DinoHead(norm, old), DinoHead(norm, old)
     tensors = saved(view, "head") | saved(dense, "head_dense", 1) | {"dino_loss.center": torch.ones(1, 11)}
     assert any(("weight_g" in key) == old for key in tensors if "last_layer" in key)
-    kept = heads.groups(tensors)
+    kept = heads.group_by_head(tensors)
     assert list(kept) == ["head", "head_dense"]
     x = torch.randn(7, D)
     for name, module in (("head", view.eval()), ("head_dense", dense.eval())):
-        made, prototypes = heads.Projection(kept[name]), heads.prototypes(kept[name])
+        made, prototypes = heads.ProjectionHead(kept[name]), heads.prototypes(kept[name])
         assert prototypes is not None
         torch.testing.assert_close(made(x), module.bottleneck(x))
         torch.testing.assert_close(made(x) @ prototypes.T, module(x))
@@ -118,13 +118,13 @@ def test_a_dino_head_gives_its_bottleneck_and_its_prototypes_in_either_spelling(
 
 def test_plain_prototypes_are_taken_as_they_are() -> None:
     weight = torch.randn(11, 6)
-    kept = heads.groups({"head.mlp.0.weight": torch.randn(6, D), "head.last_layer.weight": weight})
+    kept = heads.group_by_head({"head.mlp.0.weight": torch.randn(6, D), "head.last_layer.weight": weight})
     assert heads.prototypes(kept["head"]) is weight
 
 
 def test_what_is_neither_linear_nor_a_norm_is_refused_in_words() -> None:
     with pytest.raises(UserError, match=r"layer 0 of the head is neither linear nor a norm \(weight \(4, 3, 1, 1\)\)"):
-        heads.Projection({"0.weight": torch.zeros(4, 3, 1, 1)})
+        heads.ProjectionHead({"0.weight": torch.zeros(4, 3, 1, 1)})
 
 
 # ---------------------------------------------------------------- a model's own heads
@@ -153,12 +153,12 @@ def images() -> Tensor:
 
 def test_a_teacher_projects_and_classifies_with_the_heads_of_its_file(file: Callable[..., str]) -> None:
     moco, fc = MOCO(), nn.Linear(D, 4)
-    projecting = build(f"{file(fc=moco)},head=fc", image_size=8).equip(("projection",)).eval()
-    classifying = build(f"{file(fc=fc)},head=fc", image_size=8).equip(("logits",)).eval()
+    projecting = build(f"{file(fc=moco)},head=fc", image_size=8).enable_outputs(("projection",)).eval()
+    classifying = build(f"{file(fc=fc)},head=fc", image_size=8).enable_outputs(("logits",)).eval()
     assert (projecting.shapes["projection"], classifying.shapes["logits"]) == ((5,), (4,))
-    made = projecting.outputs(images(), ("embedding", "projection"))
+    made = projecting.forward_outputs(images(), ("embedding", "projection"))
     torch.testing.assert_close(made["projection"], moco(made["embedding"]))
-    made = classifying.outputs(images(), ("logits", "embedding"))
+    made = classifying.forward_outputs(images(), ("logits", "embedding"))
     assert list(made) == ["logits", "embedding"]
     torch.testing.assert_close(made["logits"], fc(made["embedding"]))
 
@@ -170,7 +170,7 @@ def test_a_pretrained_classifier_is_asked_for_only_when_logits_are_kept() -> Non
     network = Network(body, "known", replace(IMAGENET, size=8), classifier=lambda: (asked.append(1), layer)[1])
     embedder = Embedder(network)
     assert not asked
-    made = embedder.equip(("logits",)).eval().outputs(images(), ("embedding", "logits"))
+    made = embedder.enable_outputs(("logits",)).eval().forward_outputs(images(), ("embedding", "logits"))
     torch.testing.assert_close(made["logits"], layer(made["embedding"]))
     assert asked == [1]
     assert {name: tuple(t.shape) for name, t in embedder.head_tensors().items()} == {
@@ -181,11 +181,11 @@ def test_a_pretrained_classifier_is_asked_for_only_when_logits_are_kept() -> Non
 def test_a_projector_of_the_model_itself_is_its_projection_and_is_kept_beside() -> None:
     body = build(BARE, image_size=8).backbone
     body.projector = MOCO()
-    embedder = Embedder(Network(body, "own", replace(IMAGENET, size=8))).equip(("projection",)).eval()
-    made = embedder.outputs(images(), ("embedding", "projection"))
+    embedder = Embedder(Network(body, "own", replace(IMAGENET, size=8))).enable_outputs(("projection",)).eval()
+    made = embedder.forward_outputs(images(), ("embedding", "projection"))
     torch.testing.assert_close(made["projection"], body.projector(made["embedding"]))
-    kept = heads.groups(embedder.head_tensors())
-    torch.testing.assert_close(heads.Projection(kept["projection"])(made["embedding"]), made["projection"])
+    kept = heads.group_by_head(embedder.head_tensors())
+    torch.testing.assert_close(heads.ProjectionHead(kept["projection"])(made["embedding"]), made["projection"])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_what_a_teacher_has_not_is_refused_with_what_would_name_it(
     modules: dict[str, nn.Module], options: str, asked: str, words: str, file: Callable[..., str]
 ) -> None:
     with pytest.raises(UserError, match=words):
-        build(file(**modules) + options, image_size=8).equip((asked,))
+        build(file(**modules) + options, image_size=8).enable_outputs((asked,))
 
 
 def patches(body: Any, x: Tensor) -> Tensor:
@@ -240,10 +240,10 @@ def pixels(body: Any, x: Tensor) -> Tensor:
 def test_regions_are_the_tokens_of_patches_or_the_cells_of_the_last_map(
     spec: str, size: int, shape: tuple[int, int], truth: Callable[..., Tensor]
 ) -> None:
-    embedder = build(spec, image_size=size, pretrained_default=False).equip(("regions",)).eval()
+    embedder = build(spec, image_size=size, pretrained_default=False).enable_outputs(("regions",)).eval()
     x = torch.rand(2, 3, size, size)
     with torch.no_grad():
-        made = embedder.outputs(x, ("embedding", "regions"))
+        made = embedder.forward_outputs(x, ("embedding", "regions"))
         torch.testing.assert_close(made["regions"], truth(embedder.backbone, x))
         torch.testing.assert_close(made["embedding"], embedder(x))
     assert embedder.shapes["regions"] == shape
@@ -265,12 +265,12 @@ def test_the_stored_projection_is_the_head_on_the_stored_embedding_and_the_head_
     teacher = f"{file(projection_head=module)},head=projection_head"
     store = export(teacher, tmp_path / "store", keep="embedding,projection", codec="float32", local_views=2)
     assert store.arrays == {"embedding": (8,), "projection": (5,), "local_embedding": (8,), "local_projection": (5,)}
-    kept = teacher_heads.beside(store)
+    kept = teacher_heads.load_heads(store)
     assert {name: t.tolist() for name, t in kept.items()} == {
         f"projection_head.{name}": t.tolist() for name, t in module.state_dict().items()
     }
     assert safetensors.torch.load_file(tmp_path / "store/heads.safetensors").keys() == kept.keys()
-    head = heads.Projection(heads.groups(kept)["projection_head"])
+    head = heads.ProjectionHead(heads.group_by_head(kept)["projection_head"])
     for kind, views in (("", range(2)), ("local_", store.local)):
         for view in views:
             embedding, projection = (store.read(f"{kind}{name}", view) for name in ("embedding", "projection"))
@@ -280,14 +280,14 @@ def test_the_stored_projection_is_the_head_on_the_stored_embedding_and_the_head_
 
 def test_damaged_heads_are_noticed_and_mended(file: Callable[..., str], tmp_path: Path) -> None:
     store = export(f"{file(fc=MOCO())},head=fc", tmp_path / "store", keep="embedding,projection")
-    kept, path = teacher_heads.beside(store), tmp_path / "store/heads.safetensors"
+    kept, path = teacher_heads.load_heads(store), tmp_path / "store/heads.safetensors"
     whole = path.read_bytes()
     for damage in (whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:], whole[:5], b"", None):
         path.write_bytes(damage) if damage is not None else path.unlink()
         with pytest.raises(UserError, match="heads.safetensors is damaged; compress verify --repair"):
-            teacher_heads.beside(store)
+            teacher_heads.load_heads(store)
         verify.run(verify.Config(str(tmp_path / "store"), sample=0, repair=True))
-        assert path.read_bytes() == whole and teacher_heads.beside(store).keys() == kept.keys()
+        assert path.read_bytes() == whole and teacher_heads.load_heads(store).keys() == kept.keys()
 
 
 def test_a_recoded_part_keeps_local_crops_and_heads_and_its_runs_find_them(
@@ -304,14 +304,14 @@ def test_a_recoded_part_keeps_local_crops_and_heads_and_its_runs_find_them(
         assert (F.cosine_similarity(torch.from_numpy(want), torch.from_numpy(got), dim=-1) > 0.99).all()
     found: list[Any] = []
 
-    def noted(*parts: Any, **more: Any) -> Setting:
-        found.append(Setting(*parts, **more))
+    def noted(*parts: Any, **more: Any) -> MethodContext:
+        found.append(MethodContext(*parts, **more))
         return found[-1]
 
-    monkeypatch.setattr("compress_ssl.pipeline.methods.base.Setting", noted)
+    monkeypatch.setattr("compress_ssl.pipeline.methods.base.MethodContext", noted)
     run = {"steps": 2, "batch_size": 4, "image_size": 16, "workers": 0, "device": "cpu"}
     distill.run(distill.Config(str(tmp_path / "part"), (BARE,), "esvit:crops=0", tmp_path / "run", **run))  # type: ignore[arg-type]
-    kept = teacher_heads.beside(source)
+    kept = teacher_heads.load_heads(source)
     assert kept and {name: t.tolist() for name, t in found[0].heads.items()} == {
         name: t.tolist() for name, t in kept.items()
     }

@@ -80,7 +80,7 @@ def test_their_digests_can_be_checked(made: Path) -> None:
 
 
 def test_what_is_neither_store_run_nor_evaluation_is_shown_by_what_it_was_made_with(tmp_path: Path) -> None:
-    image_cache.build(Digits().subset(9), tmp_path / "decoded")
+    image_cache.build_cache(Digits().subset(9), tmp_path / "decoded")
     told = inspect.run(inspect.Config(str(tmp_path / "decoded")))
     assert told["kind"] == "decoded images" and '"images": 9' in told["data"] and told["on disk"]
     artifact.claim(Folder(tmp_path / "demo"), "demo", {"teacher": "digits-teacher", "epochs": 2.0})

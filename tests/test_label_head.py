@@ -45,11 +45,11 @@ def test_a_class_without_examples_is_never_predicted() -> None:
 
 def test_a_share_is_of_every_class_at_least_one_and_a_function_of_the_seed() -> None:
     label = np.array([0] * 50 + [1] * 30 + [2] * 3 + [-1] * 9)
-    rows = linear_head.choose(label, 0.1, 0)
+    rows = linear_head.choose_labelled(label, 0.1, 0)
     assert np.bincount(label[rows]).tolist() == [5, 3, 1] and (np.diff(rows) > 0).all()
-    assert np.array_equal(rows, linear_head.choose(label, 0.1, 0))
-    assert not np.array_equal(rows, linear_head.choose(label, 0.1, 1))
-    assert len(linear_head.choose(np.full(4, -1), 0.5, 0)) == 0
+    assert np.array_equal(rows, linear_head.choose_labelled(label, 0.1, 0))
+    assert not np.array_equal(rows, linear_head.choose_labelled(label, 0.1, 1))
+    assert len(linear_head.choose_labelled(np.full(4, -1), 0.5, 0)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_command_fits_on_the_labels_it_may_use_and_scores_on_the_others(stor
     assert (found["labelled"], found["classes"]) == (6, 3)
     here = FeatureStore(Folder(store))
     features, label = here.read("embedding", 0), here.table("label")
-    rows = linear_head.choose(label, 0.2, 0)
+    rows = linear_head.choose_labelled(label, 0.2, 0)
     head = linear_head.load(tmp_path / "head.safetensors")
     want = linear_head.fit(features[rows], label[rows], NAMES)
     torch.testing.assert_close(head.weight, want.weight)

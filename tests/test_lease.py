@@ -83,7 +83,7 @@ def test_the_lease_of_a_process_that_ended_is_taken_at_once(storage: Storage) ->
 def test_a_number_that_another_process_has_now_is_not_the_holder(storage: Storage) -> None:
     another(storage, machine=lease.machine(), pid=os.getpid(), began="12345")
     with Lease(storage) as held:
-        assert held._mine()
+        assert held._is_mine()
 
 
 def test_a_holder_whose_process_is_hidden_from_us_is_not_gone(
@@ -96,7 +96,7 @@ def test_a_holder_whose_process_is_hidden_from_us_is_not_gone(
 
 
 def test_a_holder_on_another_machine_is_believed_while_it_gives_signs_of_life(storage: Storage) -> None:
-    for silent in (0, lease.STALE / 2, -1e6):  # also one whose clock is ahead
+    for silent in (0, lease.STALE_AFTER / 2, -1e6):  # also one whose clock is ahead
         another(storage, silent)
         with pytest.raises(UserError, match="process 7 on far"):
             Lease(storage).__enter__()
@@ -109,7 +109,7 @@ def test_a_silent_holder_on_another_machine_is_watched_and_then_replaced(
     monkeypatch.setattr(lease.time, "sleep", waited.append)
     another(storage, silent=1000)
     with Lease(storage) as held:
-        assert held._mine() and waited[0] == lease.WATCH
+        assert held._is_mine() and waited[0] == lease.WATCH_TIME
     assert "process 7 on far gave no sign of life for 1000 s" in capsys.readouterr().err
 
 
@@ -127,7 +127,7 @@ def test_a_damaged_lease_is_nobodys(storage: Storage) -> None:
     for junk in (b"", b"{", b"[]", b'{"pid": 3}'):
         storage.put(LEASE, junk)
         with Lease(storage) as held:
-            assert held._mine()
+            assert held._is_mine()
 
 
 def test_a_holder_gives_signs_of_life_and_notices_its_successor(
@@ -157,17 +157,17 @@ import contextlib, os, sys, time
 import torch
 torch.set_num_threads(1)
 from compress_ssl.pipeline.runtime import lease
-from compress_ssl.pipeline.extraction.embed import Forward
+from compress_ssl.pipeline.extraction.embed import FeatureExtractor
 from compress_ssl.stages import export_teacher
 out, data, mode, start = sys.argv[1:5]
-honest = Forward.__call__
+honest = FeatureExtractor.__call__
 if mode != "leased":  # a lease that keeps nobody apart, and a device of its own last bits
     class Nothing(lease.Lease):
         def __enter__(self): return self
         def __exit__(self, *_): pass
     lease.Lease, lease.require_free = Nothing, lambda storage: None
     off = 1 + 1e-6 * int(mode)
-    Forward.__call__ = lambda self, *asked: {name: out * off for name, out in honest(self, *asked).items()}
+    FeatureExtractor.__call__ = lambda self, *asked: {name: out * off for name, out in honest(self, *asked).items()}
 while time.time() < float(start):
     time.sleep(0.001)
 how = dict(views=2, image_size=8, limit=32, batch_size=4, shard_size=4, workers=0, device="cpu", codec="float32")
@@ -246,7 +246,7 @@ def export(out: Path) -> Path:
 
 
 def test_a_copy_that_was_superseded_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, fault, enter = export(tmp_path / "source"), integrity.fault, Lease.__enter__
+    source, fault, enter = export(tmp_path / "source"), integrity.find_fault, Lease.__enter__
     held: list[Lease] = []
     looked: list[int] = []
 

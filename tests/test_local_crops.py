@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.jsonl import read as read_journal
+from compress_ssl.pipeline.runtime.jsonl import read_jsonl as read_journal
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard, done_key
-from compress_ssl.pipeline.training.sampler import Plan
-from compress_ssl.pipeline.views.augment import LOCALS, View, ViewSpec, draw, resolve
-from compress_ssl.pipeline.views.loader import Eyes, Piece
+from compress_ssl.pipeline.training.sampler import StepSampler
+from compress_ssl.pipeline.views.augment import LOCAL_POLICIES, ResolvedView, ViewSpec, draw_variates, resolve_view
+from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
 from compress_ssl.pipeline.views.numbering import FRESH, LOCAL, view_name
-from compress_ssl.pipeline.views.render import local_size, see
+from compress_ssl.pipeline.views.render import default_local_size, render_views
 from compress_ssl.stages import distill, export_teacher, inspect, verify
 
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -71,53 +71,53 @@ def files(store: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------- what they are
 
 GOLDEN = {
-    ("crop-flip", 0): View(top=98, left=39, height=134, width=157, flip=True),
-    ("crop-flip", 5): View(top=159, left=144, height=143, width=160, flip=True),
-    ("moco-v2", 1): View(
+    ("crop-flip", 0): ResolvedView(top=98, left=39, height=134, width=157, flip=True),
+    ("crop-flip", 5): ResolvedView(top=159, left=144, height=143, width=160, flip=True),
+    ("moco-v2", 1): ResolvedView(
         top=39, left=127, height=129, width=170, flip=True, grey=True,
         jitter=((3, -0.06191201345063746), (1, 1.361418649367988), (0, 0.9083032319322228), (2, 0.8560023985803127)),
     ),
-    ("dino", 0): View(
+    ("dino", 0): ResolvedView(
         top=55, left=27, height=221, width=260, flip=True, grey=True, sigma=1.7703741943463682,
         jitter=((1, 0.9647839495912194), (0, 1.3247256563976406), (2, 1.186576730851084), (3, 0.019296020641922956)),
     ),
-    ("dino", 5): View(top=77, left=98, height=241, width=269, flip=True, sigma=0.14104730959516018),
+    ("dino", 5): ResolvedView(top=77, left=98, height=241, width=269, flip=True, sigma=0.14104730959516018),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("policy", "number"), GOLDEN)
 def test_golden_local_crops(policy: str, number: int) -> None:
     v = LOCAL + number
-    assert resolve(ViewSpec(policy, 7, 0.875), draw(7, 11, v), v, 333, 500) == GOLDEN[policy, number]
+    assert resolve_view(ViewSpec(policy, 7, 0.875), draw_variates(7, 11, v), v, 333, 500) == GOLDEN[policy, number]
 
 
-@pytest.mark.parametrize("policy", LOCALS)
+@pytest.mark.parametrize("policy", LOCAL_POLICIES)
 def test_their_areas_fill_the_range_of_their_policy(policy: str) -> None:
     spec, numbers = ViewSpec(policy, 3, 0.875), LOCAL + np.arange(6)
     boxes = [
-        resolve(spec, u, int(v), 400, 500)
+        resolve_view(spec, u, int(v), 400, 500)
         for key in range(80)
-        for u, v in zip(draw(3, key, numbers), numbers, strict=True)
+        for u, v in zip(draw_variates(3, key, numbers), numbers, strict=True)
     ]
     areas = np.array([box.height * box.width / (400 * 500) for box in boxes])
-    low, high = LOCALS[policy].scale
+    low, high = LOCAL_POLICIES[policy].scale
     assert (
         low * 0.97 < areas.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < areas.max() < high * 1.03
     )
 
 
 def test_they_are_3_sevenths_of_the_views_in_multiples_of_eight() -> None:
-    assert [local_size(size) for size in (224, 96, 64, 32, 8)] == [96, 40, 24, 16, 8]
+    assert [default_local_size(size) for size in (224, 96, 64, 32, 8)] == [96, 40, 24, 16, 8]
 
 
 def test_a_crop_shows_the_same_box_at_every_size() -> None:
     ramp = np.zeros((90, 120, 3), np.uint8)  # red grows along the width, green along the height
     ramp[..., 0], ramp[..., 1] = np.arange(120)[None] * 2, np.arange(90)[:, None] * 2
     spec, numbers = ViewSpec("crop-flip", 0, 0.875), LOCAL + np.arange(6)
-    variates = draw(0, 4, numbers)
-    large, small = see(ramp, spec, variates, numbers.tolist(), [(32, "bilinear"), (8, "bilinear")])
+    variates = draw_variates(0, 4, numbers)
+    large, small = render_views(ramp, spec, variates, numbers.tolist(), [(32, "bilinear"), (8, "bilinear")])
     for v, u, big, little in zip(numbers, variates, large.float(), small.float(), strict=True):
-        box = resolve(spec, u, int(v), 90, 120)
+        box = resolve_view(spec, u, int(v), 90, 120)
         assert float((big.mean((1, 2)) - little.mean((1, 2))).abs().max()) < 1
         across, down = 2 * (box.left + box.width / 2), 2 * (box.top + box.height / 2)
         assert big.mean((1, 2))[:2].tolist() == pytest.approx([across - 1, down - 1], abs=1.5)
@@ -128,14 +128,19 @@ def test_a_loader_sees_them_beside_the_views_or_alone(images: Path) -> None:
 
     data, spec, rows = ImageFolder(images), ViewSpec("crop-flip", 0, 0.875), np.array([3, 11])
     views, local = np.array([[1, 2]] * 2), LOCAL + np.array([[0, 1, 5]] * 2)
-    eyes = Eyes(data, spec, np.arange(IMAGES), [(SIZE, "bilinear")], [], [(SMALL, "bilinear"), (16, "bilinear")])
-    both, alone = eyes.look(Piece(rows, views, local)), eyes.look(Piece(rows, views[:, :0], local))
+    view_dataset = ViewDataset(
+        data, spec, np.arange(IMAGES), [(SIZE, "bilinear")], [], [(SMALL, "bilinear"), (16, "bilinear")]
+    )
+    both, alone = (
+        view_dataset.load(ViewRequest(rows, views, local)),
+        view_dataset.load(ViewRequest(rows, views[:, :0], local)),
+    )
     assert [tuple(p.shape) for p in both.local] == [(2, 3, 3, SMALL, SMALL), (2, 3, 3, 16, 16)]
     assert alone.pixels[0].shape == (2, 0, 3, SIZE, SIZE) and not alone.bad
     for j, i in enumerate(rows.tolist()):
         image, _ = data.load(i)
         for n, size in enumerate((SMALL, 16)):
-            (want,) = see(image, spec, draw(0, i, local[j]), local[j].tolist(), [(size, "bilinear")])
+            (want,) = render_views(image, spec, draw_variates(0, i, local[j]), local[j].tolist(), [(size, "bilinear")])
             assert torch.equal(both.local[n][j], want) and torch.equal(alone.local[n][j], want)
 
 
@@ -263,7 +268,7 @@ def test_verify_reads_every_digest_of_theirs_and_embeds_some_again(whole: Path) 
     assert made["exact"] == IMAGES and made["cosine"] > 0.999
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        pick = FeatureStore.pick
+        pick = FeatureStore.read_rows
         patch.setattr(FeatureStore, "pick", lambda *asked: (drawn.append(asked[2]), pick(*asked))[1])
         verify.run(verify.Config(store=str(whole), sample=1.0))
     assert any(view & LOCAL for view in drawn) and any(not view & LOCAL for view in drawn)
@@ -274,7 +279,7 @@ def test_a_damaged_crop_is_found_named_and_made_again(images: Path, whole: Path,
     data = bytearray(shard.read_bytes())
     data[9] ^= 4
     shard.write_bytes(data)
-    damaged = [damage.key for damage in integrity.shards(FeatureStore(Folder(copy)))]
+    damaged = [damage.key for damage in integrity.check_shards(FeatureStore(Folder(copy)))]
     assert damaged == [done_key(1, LOCAL + 4, LOCAL + 6)]
     verify.run(verify.Config(store=str(copy), sample=0, repair=True))
     export(images, copy)
@@ -307,7 +312,7 @@ WITNESS = """
 from compress_ssl.pipeline.methods.base import Method, Needs
 class Witness(Method):
     needs = Needs(("embedding", "local_embedding"), ("embedding", "local_embedding"))
-    def __init__(self, *, setting, shift: int = 0):
+    def __init__(self, *, context, shift: int = 0):
         super().__init__()
         self.shift = shift
     def forward(self, batch, outputs):
@@ -345,8 +350,8 @@ def test_a_student_that_cannot_take_crops_is_refused_before_the_first_step(whole
 
 
 def test_every_step_shows_all_stored_crops_or_so_many_fresh_ones() -> None:
-    def plan(**said: Any) -> Plan:
-        return Plan(3, np.arange(10), (1, 2), 4, 1, "same", 100, **said)
+    def plan(**said: Any) -> StepSampler:
+        return StepSampler(3, np.arange(10), (1, 2), 4, 1, "same", 100, **said)
 
     assert plan().local_at(0) is None and not plan().has_local
     stored = tuple(range(LOCAL, LOCAL + 6))

@@ -10,7 +10,7 @@ import torch
 from papers import IMAGES, B, D, batch, d, dot, gradients_check, learner, looks, losses, mean, norm, student, through
 
 from compress_ssl.pipeline.methods import METHODS
-from compress_ssl.pipeline.methods.base import Setting
+from compress_ssl.pipeline.methods.base import MethodContext
 from compress_ssl.pipeline.runtime.artifact import UserError
 
 K, TAU = 7, 0.07
@@ -113,7 +113,7 @@ def test_negatives_are_drawn_from_all_slots_alike(drawn: list) -> None:
 
 def test_slots_are_those_of_the_usable_images_only() -> None:
     rows = np.array([2, 3, 5, 8, 13])
-    made = METHODS.order("crd:negatives=3", setting=Setting([student()], {"embedding": (D,)}, rows, 1, 0))
+    made = METHODS.build("crd:negatives=3", context=MethodContext([student()], {"embedding": (D,)}, rows, 1, 0))
     now = batch(0)
     now.rows = torch.tensor([13, 2, 8, 3])
     assert made.slots(now).tolist() == [4, 0, 3, 1]

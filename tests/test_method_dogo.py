@@ -111,4 +111,4 @@ def test_one_student_alone_is_no_peer() -> None:
 def test_a_frozen_peers_projection_that_is_not_stored_is_refused_with_the_flags() -> None:
     made = learner("dogo-frozen:target=projection")
     with pytest.raises(UserError, match="needs 'projection' .* export with --keep embedding,projection .* head=fc"):
-        made.suit("dogo-frozen", ("embedding",), "same")
+        made.check_inputs("dogo-frozen", ("embedding",), "same")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.methods import METHODS
-from compress_ssl.pipeline.methods.base import Batch, Method, Setting
+from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
-from compress_ssl.pipeline.models.precision import unit
+from compress_ssl.pipeline.models.precision import l2_normalize
 from compress_ssl.pipeline.runtime.artifact import UserError
 
 IMAGES, VIEWS, D, SIZE, B = 20, 3, 6, 8, 4
@@ -38,8 +38,8 @@ def student(seed: int = 0, spec: str = "convnet:channels=4+5") -> Embedder:
 
 
 def method(order: str, of: Embedder) -> Method:
-    made = METHODS.order(order, setting=Setting([of], WIDTHS, np.arange(IMAGES), 1, 0))
-    made.fill(read)
+    made = METHODS.build(order, context=MethodContext([of], WIDTHS, np.arange(IMAGES), 1, 0))
+    made.refill_banks(read)
     made.train()
     return made
 
@@ -153,7 +153,7 @@ def test_the_batch_is_not_among_its_own_anchors_and_is_at_the_next_step(name: st
     assert len(learner.bank["teacher"]) == 0
     learner.after_step(first)
     learner(second, [embed(net, second)])
-    assert torch.equal(learner.bank["teacher"], unit(TABLE[first.rows, first.teacher_views[:, 0]]))
+    assert torch.equal(learner.bank["teacher"], l2_normalize(TABLE[first.rows, first.teacher_views[:, 0]]))
     assert learner.bank.rows[:B].tolist() == first.rows.tolist()
     assert learner.bank.views[:B].tolist() == first.teacher_views[:, 0].tolist()
 
@@ -189,7 +189,7 @@ def test_a_bank_started_from_the_store_means_something_from_the_first_step(name:
     learner = method(f"{name}:bank=9", student())
     assert learner.bank.filled == 9
     assert learner.bank.views.tolist() == [1] * 9
-    assert torch.equal(learner.bank["teacher"], unit(TABLE[learner.bank.rows, 1]))
+    assert torch.equal(learner.bank["teacher"], l2_normalize(TABLE[learner.bank.rows, 1]))
 
 
 @pytest.mark.parametrize("name", MENU)
@@ -245,7 +245,7 @@ def test_its_key_is_of_the_same_pixels_with_the_batch_statistics_and_without_dro
     want = torch.relu(norm(conv(now.images[0]))).mean((2, 3))
     learner(now, [embed(dropping, now)])
     learner.after_step(now)
-    torch.testing.assert_close(learner.bank["student"], unit(want.detach()))
+    torch.testing.assert_close(learner.bank["student"], l2_normalize(want.detach()))
 
 
 def test_its_parameters_move_after_the_step_by_one_minus_m_towards_the_students(dropping: Embedder) -> None:
@@ -297,9 +297,9 @@ def test_saved_and_restored_into_a_new_one_it_goes_on_to_the_bit(name: str) -> N
         one(batch(step), [embed(net, batch(step))])
         one.after_step(batch(step))
     saved = copy.deepcopy(one.state_dict())
-    other = METHODS.order(f"{name}:bank=7,start=empty", setting=Setting([net], WIDTHS, np.arange(IMAGES), 1, 5))
+    other = METHODS.build(f"{name}:bank=7,start=empty", context=MethodContext([net], WIDTHS, np.arange(IMAGES), 1, 5))
     other.load_state_dict(saved)
-    other.fill(read)
+    other.refill_banks(read)
     other.train()
     outputs = embed(net, batch(5))
     assert torch.equal(one(batch(5), [outputs])[0], other(batch(5), [outputs])[0])
@@ -347,9 +347,9 @@ def test_a_momentum_beyond_one_is_refused() -> None:
 
 
 def test_seed_without_a_stored_projection_says_that_it_uses_the_embedding() -> None:
-    setting = Setting([student()], WIDTHS, np.arange(IMAGES), 1, 0)
-    learner = METHODS.order("seed:bank=5", setting=setting)
-    assert any("no projection" in note and "6-d embedding" in note for note in setting.notes)
+    context = MethodContext([student()], WIDTHS, np.arange(IMAGES), 1, 0)
+    learner = METHODS.build("seed:bank=5", context=context)
+    assert any("no projection" in note and "6-d embedding" in note for note in context.notes)
     assert learner.head[-1].out_features == D
 
 
@@ -359,14 +359,14 @@ from compress_ssl.pipeline.methods.base import Method, Needs, Recipe
 class Mine(Method):
     recipe = Recipe(lr=0.7)
     needs = Needs(arrays=("embedding", "logits"), views=2, pairings=("cross",))
-    def __init__(self, *, setting, strength: float = 1.0, folder: Path | None = None):
+    def __init__(self, *, context, strength: float = 1.0, folder: Path | None = None):
         super().__init__()
         self.strength, self.folder = strength, folder
     def forward(self, batch, outputs):
         return [out["embedding"].mean() for out in outputs]
 class Idle(Method):
     pass
-def stranger(*, setting):
+def stranger(*, context):
     return None
 """
 
@@ -382,7 +382,7 @@ def test_a_method_of_the_users_own_is_built_from_its_file_with_its_keys(own: str
 
 
 def test_a_method_of_the_users_own_brings_its_own_recipe(own: str) -> None:
-    assert METHODS.resolve("python").named(f"{own.removeprefix('python:')}:Mine").recipe.lr == 0.7
+    assert METHODS.resolve("python").for_spec(f"{own.removeprefix('python:')}:Mine").recipe.lr == 0.7
 
 
 def test_a_key_that_the_users_method_does_not_know_is_refused(own: str) -> None:
@@ -410,8 +410,8 @@ def test_what_is_no_method_is_refused(own: str) -> None:
 def test_a_method_says_what_it_lacks(own: str) -> None:
     learner = method(f"{own}:Mine", student())
     with pytest.raises(UserError, match="needs 'logits' of the teacher, which the store lacks"):
-        learner.suit("mine", {"embedding": (D,)}, "cross")
+        learner.check_inputs("mine", {"embedding": (D,)}, "cross")
     arrays = {"embedding": (D,), "logits": (10,)}
     with pytest.raises(UserError, match="mine needs --pairing cross, not same"):
-        learner.suit("mine", arrays, "same")
-    learner.suit("mine", arrays, "cross")
+        learner.check_inputs("mine", arrays, "same")
+    learner.check_inputs("mine", arrays, "cross")

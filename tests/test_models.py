@@ -17,7 +17,7 @@ import torchvision
 from torch import nn
 
 from compress_ssl.pipeline.models import MODELS, build
-from compress_ssl.pipeline.models.embedder import pooled
+from compress_ssl.pipeline.models.embedder import pool_output
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
@@ -225,14 +225,14 @@ def test_a_download_that_fails_is_refused_in_words(library: Any, monkeypatch: py
 
 def test_pooling_of_maps_tokens_and_vectors() -> None:
     out = torch.randn(2, 5, 3, 3)
-    assert torch.equal(pooled(out, "auto"), out.mean((2, 3)))
-    assert torch.equal(pooled(out, "max"), out.amax((2, 3)))
-    assert pooled(out, "none").shape == (2, 45)
+    assert torch.equal(pool_output(out, "auto"), out.mean((2, 3)))
+    assert torch.equal(pool_output(out, "max"), out.amax((2, 3)))
+    assert pool_output(out, "none").shape == (2, 45)
     tokens = out.flatten(2).transpose(1, 2)
-    assert torch.equal(pooled(tokens, "cls"), out[:, :, 0, 0])
-    assert torch.allclose(pooled(tokens, "avg"), out.mean((2, 3)))
+    assert torch.equal(pool_output(tokens, "cls"), out[:, :, 0, 0])
+    assert torch.allclose(pool_output(tokens, "avg"), out.mean((2, 3)))
     with pytest.raises(UserError, match="say pool=cls or pool=avg"):
-        pooled(tokens, "auto")
+        pool_output(tokens, "auto")
 
 
 def test_pool_reaches_timms_own_pooling() -> None:

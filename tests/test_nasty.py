@@ -17,7 +17,7 @@ from compress_ssl.pipeline.datasets.base import Subset
 from compress_ssl.pipeline.datasets.decode import GOOD, BadImage, decode
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 from compress_ssl.pipeline.datasets.folder import escape
-from compress_ssl.pipeline.extraction.embed import Forward, embed
+from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -75,8 +75,8 @@ def good_ones_alone(dataset: ImageFolder, rows: np.ndarray, data: Path, out: Pat
     few, spec = Subset(dataset, rows), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
     identity, about = export_teacher.describe(config, few, model, spec)
     tables = {"sample_id": few.ids, "label": few.label, "view_key": rows}
-    made = FeatureStore.make(Folder(out), identity, about, tables)
-    embed(made, few, spec, Forward(model, torch.device("cpu"), "fp32", 8), workers=0)
+    made = FeatureStore.create(Folder(out), identity, about, tables)
+    embed(made, few, spec, FeatureExtractor(model, torch.device("cpu"), "fp32", 8), workers=0)
     return made
 
 
@@ -129,8 +129,8 @@ def test_loader_processes_and_threads_see_nasty_files_alike(
     dataset, spec = ImageFolder(mixed[0]), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
     identity, about = export_teacher.describe(config, dataset, model, spec)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
-    made = FeatureStore.make(Folder(tmp_path / "store"), identity, about, tables)
-    embed(made, dataset, spec, Forward(model, torch.device("cpu"), "fp32", 8), **how)
+    made = FeatureStore.create(Folder(tmp_path / "store"), identity, about, tables)
+    embed(made, dataset, spec, FeatureExtractor(model, torch.device("cpu"), "fp32", 8), **how)
     done = [key for key in store.storage.list("done")]
     assert done and {key: made.storage.get(key) for key in done} == {key: store.storage.get(key) for key in done}
 

@@ -3,12 +3,14 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from compress_ssl.pipeline.methods.base import Method
+from compress_ssl.pipeline.methods import METHODS
+from compress_ssl.pipeline.methods.base import Method, MethodContext
 from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.import_object import load
+from compress_ssl.pipeline.runtime.import_object import import_object
 
 PLACES = {"pipeline", "stages", "cli"}
 OWN = """
@@ -21,8 +23,17 @@ from pipeline.similarity import relation_kl
 class Mine(Method):
     recipe = Recipe(lr=0.7)
     needs = Needs(views=2)
+    def __init__(self, *, setting: Setting, strength: float = 1.0):
+        super().__init__()
+        self.strength, self.read = strength, []
+        self.bank = MemoryBank(8, {"teacher": setting.teacher_width})
     def forward(self, batch, outputs):
-        return [out["embedding"].mean() for out in outputs]
+        return [out["embedding"].mean() * self.strength for out in outputs]
+    def delivers(self):
+        return "a head"
+    def fill(self, read):
+        self.read.append(read)
+        super().fill(read)
 """
 
 
@@ -33,22 +44,27 @@ def ours_loaded() -> set[str]:
 def test_a_spec_of_an_old_manifest_finds_the_module_in_its_new_place_and_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found = load("pipeline.teachers.digits:Pixels")
+    found = import_object("pipeline.teachers.digits:Pixels")
     assert found.__module__.startswith("compress_ssl.pipeline.")
     assert "warning: the module pipeline.teachers.digits is called compress_ssl.pipeline." in capsys.readouterr().err
 
 
 def test_a_users_own_method_may_import_by_the_old_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "own.py").write_text(OWN)
-    mine = load(f"{tmp_path / 'own.py'}:Mine")
+    mine = import_object(f"{tmp_path / 'own.py'}:Mine")
     assert issubclass(mine, Method) and mine.recipe.lr == 0.7
+    context = MethodContext([], {"embedding": (5,)}, np.arange(9), 1, 0)
+    made = METHODS.build(f"python:{tmp_path / 'own.py'}:Mine,strength=2", context=context)
+    assert made.strength == 2.0 and made.exported_head() == "a head"
+    made.refill_banks(None)
+    assert made.read == [None]
     assert "warning: the module pipeline.method is called compress_ssl.pipeline." in capsys.readouterr().err
 
 
 def test_the_old_names_are_there_only_while_a_users_module_is_imported(tmp_path: Path) -> None:
     finders = list(sys.meta_path)
     (tmp_path / "own.py").write_text(OWN)
-    load(f"{tmp_path / 'own.py'}:Mine")
+    import_object(f"{tmp_path / 'own.py'}:Mine")
     assert sys.meta_path == finders and not ours_loaded()
 
 
@@ -61,13 +77,13 @@ def test_a_users_own_package_of_that_name_wins(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        assert load("pipeline.nets:net")() == "own"
-        assert load("own.py:f")() == "the user"
-        assert load("pipeline.teachers.digits:Pixels").__module__.startswith(
+        assert import_object("pipeline.nets:net")() == "own"
+        assert import_object("own.py:f")() == "the user"
+        assert import_object("pipeline.teachers.digits:Pixels").__module__.startswith(
             "compress_ssl."
         )  # they have no such module
         with pytest.raises(UserError, match=r"pipeline\.method"):
-            load("old.py:Method")
+            import_object("old.py:Method")
     finally:
         for name in ours_loaded():
             del sys.modules[name]

@@ -376,7 +376,7 @@ def test_augmented_and_centre_crop_probes_never_share_a_column() -> None:
 def test_both_probes_of_one_evaluation_have_columns_and_notes_of_their_own() -> None:
     augmented = {"last": {"top1": 70.0, "top5": 95.0}, "best": {"top1": 71.0}, "protocol": "augmented training images"}
     both = changed(linear_augmented=augmented)
-    own = scores.readings(both)
+    own = scores.headline_scores(both)
     assert (own["Linear"], own["Linear (augmented)"], own["Linear (augmented) best"]) == (60.0, 70.0, 71.0)
     assert list(own)[-6:] == [
         f"Linear{kind}{what}" for kind in ("", " (augmented)") for what in ("", " top-5", " best")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress_ssl.pipeline.methods.similarity import relation_cross_entropy, relation_kl
-from compress_ssl.pipeline.models.precision import unit
+from compress_ssl.pipeline.models.precision import l2_normalize
 
 Vector = list[float]
 
@@ -84,7 +84,7 @@ def pair(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(teacher, teacher anchors, student, student anchors); anchors are unit vectors."""
     teacher, student = rows(b, dt, start, dtype), rows(b, ds, start + 1, dtype)
-    return teacher, unit(rows(k, dt, start + 2, dtype)), student, unit(rows(k, ds, start + 3, dtype))
+    return teacher, l2_normalize(rows(k, dt, start + 2, dtype)), student, l2_normalize(rows(k, ds, start + 3, dtype))
 
 
 def slope_of(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
@@ -94,15 +94,15 @@ def slope_of(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
 
 def plain_kl(t: Tensor, ta: Tensor, s: Tensor, sa: Tensor, tau_t: float, tau_s: float) -> Tensor:
     """The loop of `compress` as whole matrices, for sizes where a loop is too slow."""
-    log_p, log_q = (unit(t) @ ta.T / tau_t).log_softmax(1), (unit(s) @ sa.T / tau_s).log_softmax(1)
+    log_p, log_q = (l2_normalize(t) @ ta.T / tau_t).log_softmax(1), (l2_normalize(s) @ sa.T / tau_s).log_softmax(1)
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
 
 def plain_cross_entropy(t: Tensor, s: Tensor, queue: Tensor, tau_t: float, tau_s: float) -> Tensor:
     """The loop of `seed` as whole matrices."""
-    own = [(unit(x) * unit(t)).sum(1, keepdim=True) for x in (t, s)]
-    p = (torch.cat([own[0], unit(t) @ queue.T], 1) / tau_t).softmax(1)
-    return -(p * (torch.cat([own[1], unit(s) @ queue.T], 1) / tau_s).log_softmax(1)).sum(1).mean()
+    own = [(l2_normalize(x) * l2_normalize(t)).sum(1, keepdim=True) for x in (t, s)]
+    p = (torch.cat([own[0], l2_normalize(t) @ queue.T], 1) / tau_t).softmax(1)
+    return -(p * (torch.cat([own[1], l2_normalize(s) @ queue.T], 1) / tau_s).log_softmax(1)).sum(1).mean()
 
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 6), st.integers(1, 6), st.integers(0, 999))
@@ -189,7 +189,7 @@ def test_seed_sends_gradient_to_the_student_only() -> None:
 
 def test_a_sharp_seed_is_contrastive_learning_against_the_teacher_as_the_fixed_key() -> None:
     t, queue, s, _ = pair(3, 7, 5, 5, 60)
-    logits = torch.cat([(unit(s) * unit(t)).sum(1, keepdim=True), unit(s) @ queue.T], 1) / 0.2
+    logits = torch.cat([(l2_normalize(s) * l2_normalize(t)).sum(1, keepdim=True), l2_normalize(s) @ queue.T], 1) / 0.2
     info_nce = torch.nn.functional.cross_entropy(logits, torch.zeros(3, dtype=torch.int64))
     assert float(relation_cross_entropy(t, s, queue, 1e-4, 0.2)) == pytest.approx(float(info_nce), rel=1e-9)
 
@@ -250,8 +250,8 @@ def test_the_size_of_a_block_changes_rounding_only(loss: Callable[..., Tensor], 
 @pytest.mark.parametrize("spread", [1.0, 0.1], ids=["anywhere", "all in one direction"])
 def test_no_temperature_overflows_or_leaves_the_slow_formula(tau_t: float, tau_s: float, spread: float) -> None:
     """In double precision, whose rounding of a cosine (1e-16) is still nothing after division by 1e-4."""
-    t, ta, s, sa = (unit(part) * spread + torch.eye(part.shape[1])[0] for part in pair(6, 200, 16, 16, 120))
-    ta, sa = unit(ta), unit(sa)
+    t, ta, s, sa = (l2_normalize(part) * spread + torch.eye(part.shape[1])[0] for part in pair(6, 200, 16, 16, 120))
+    ta, sa = l2_normalize(ta), l2_normalize(sa)
     for ours, slow in (
         (lambda x: relation_kl(t, ta, x, sa, tau_t, tau_s, block=64), lambda x: plain_kl(t, ta, x, sa, tau_t, tau_s)),
         (
@@ -266,7 +266,7 @@ def test_no_temperature_overflows_or_leaves_the_slow_formula(tau_t: float, tau_s
 @pytest.mark.parametrize("tau", [0.02, 0.04, 0.2])
 def test_single_precision_is_within_a_hundred_thousandth_of_double(tau: float) -> None:
     t, ta, s, sa = (part.relu() for part in pair(32, 5000, 96, 64, 130, torch.float32))
-    ta, sa = unit(ta), unit(sa)
+    ta, sa = l2_normalize(ta), l2_normalize(sa)
     double = [part.double() for part in (t, ta, s, sa)]
     want = plain_kl(*double, tau, tau)
     slope = slope_of(lambda x: plain_kl(double[0], double[1], x, double[3], tau, tau), double[2])
@@ -368,7 +368,7 @@ def test_similarities_are_single_precision_inside_autocast(loss: Callable[..., T
     want = float(loss(t.double(), s.double(), ta.double(), sa.double()))
     with torch.autocast("cpu", torch.bfloat16):
         got = loss(t, s, ta, sa)
-        coarse = (unit(s) @ sa.T).dtype
+        coarse = (l2_normalize(s) @ sa.T).dtype
     assert coarse == torch.bfloat16, "this test would prove nothing"
     assert got.dtype == torch.float32
     assert float(got) == pytest.approx(want, rel=1e-5)
@@ -408,7 +408,9 @@ def test_a_zero_embedding_gives_no_nan(loss: Callable[..., Tensor]) -> None:
 
 def test_unit_keeps_double_precision_and_raises_half_to_single() -> None:
     x = rows(5, 7, 1)
-    assert unit(x).dtype == torch.float64
-    torch.testing.assert_close(unit(x).norm(dim=1), torch.ones(5, dtype=torch.float64), rtol=1e-12, atol=0)
-    assert {unit(x.to(kind)).dtype for kind in (torch.float16, torch.bfloat16, torch.float32)} == {torch.float32}
-    assert bool((unit(torch.zeros(2, 3)) == 0).all())
+    assert l2_normalize(x).dtype == torch.float64
+    torch.testing.assert_close(l2_normalize(x).norm(dim=1), torch.ones(5, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert {l2_normalize(x.to(kind)).dtype for kind in (torch.float16, torch.bfloat16, torch.float32)} == {
+        torch.float32
+    }
+    assert bool((l2_normalize(torch.zeros(2, 3)) == 0).all())

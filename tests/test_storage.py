@@ -274,15 +274,15 @@ def test_a_record_is_sealed_against_changes() -> None:
 def test_what_is_ours_is_set_aside_under_the_first_free_name(tmp_path: Path) -> None:
     for number in (1, 2):
         artifact.claim(Folder(tmp_path / "run"), "run", {"number": number})
-        assert artifact.set_aside(tmp_path / "run", "run") == tmp_path / f"run.old-{number}"
+        assert artifact.move_aside(tmp_path / "run", "run") == tmp_path / f"run.old-{number}"
         assert not (tmp_path / "run").exists()
     assert artifact.read(Folder(tmp_path / "run.old-2"))["identity"] == {"number": 2}
 
 
 def test_nothing_is_nothing_to_set_aside(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert artifact.set_aside(tmp_path / "nowhere", "run") is None
-    assert artifact.set_aside(tmp_path / "empty", "run") is None
+    assert artifact.move_aside(tmp_path / "nowhere", "run") is None
+    assert artifact.move_aside(tmp_path / "empty", "run") is None
 
 
 def test_a_foreign_folder_is_never_set_aside(tmp_path: Path) -> None:
@@ -290,17 +290,17 @@ def test_a_foreign_folder_is_never_set_aside(tmp_path: Path) -> None:
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("...")
     with pytest.raises(UserError, match="--overwrite touches only what compress made"):
-        artifact.set_aside(foreign, "run")
+        artifact.move_aside(foreign, "run")
     (foreign / artifact.MANIFEST).write_text('{"name": "a web page", "start_url": "/"}')
     with pytest.raises(UserError, match="damaged, or not of our making"):
-        artifact.set_aside(foreign, "run")
+        artifact.move_aside(foreign, "run")
     assert sorted(files(tmp_path)) == ["home/manifest.json", "home/thesis.tex"]
 
 
 def test_another_kind_of_ours_is_not_set_aside(tmp_path: Path) -> None:
     artifact.claim(Folder(tmp_path / "store"), "store", IDENTITY)
     with pytest.raises(UserError, match="holds a store, not a run"):
-        artifact.set_aside(tmp_path / "store", "run")
+        artifact.move_aside(tmp_path / "store", "run")
     assert (tmp_path / "store").exists()
 
 

@@ -24,7 +24,7 @@ from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.codecs import CODECS
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.shards import Shard, batches, done_key, shard_rows, view_digest
+from compress_ssl.pipeline.store.shards import Shard, batch_spans, done_key, shard_rows, view_digest
 
 ROOT = Path(__file__).parents[1]
 N, D, ROWS = 10, 3, 4
@@ -79,7 +79,7 @@ def tables(images: int = N) -> dict[str, Any]:
 
 def make(where: Path | Folder, views: int, codec: str = "int8", images: int = N, **more: Any) -> FeatureStore:
     storage = where if isinstance(where, Folder) else Folder(where)
-    return FeatureStore.make(storage, identity(codec, images, **more), {"views": views}, tables(images))
+    return FeatureStore.create(storage, identity(codec, images, **more), {"views": views}, tables(images))
 
 
 def features(start: int, stop: int, views: Sequence[int]) -> np.ndarray:
@@ -222,9 +222,9 @@ def test_a_damaged_codebook_is_noticed_and_mended(tmp_path: Path) -> None:
         file.write_bytes(damage) if damage else file.unlink()
         with pytest.raises(UserError, match="codebook/embedding.safetensors is damaged; compress verify --repair"):
             FeatureStore(Folder(tmp_path)).read("embedding", 1)
-        found = integrity.small_files(Folder(tmp_path))
+        found = integrity.check_small_files(Folder(tmp_path))
         assert [f.key for f in found] == ["codebook/embedding.safetensors"]
-        found[0].mend()
+        found[0].repair()
         assert np.array_equal(FeatureStore(Folder(tmp_path)).read("embedding", 1), wanted)
 
 
@@ -392,7 +392,7 @@ def test_shards_are_whole_batches_within_the_limits(images: int, batch: int, wid
 
 
 def test_batches_cover_a_shard_and_never_cross_it() -> None:
-    assert list(batches(Shard(1, 8, 15, (0,)), 3)) == [(8, 11), (11, 14), (14, 15)]
+    assert list(batch_spans(Shard(1, 8, 15, (0,)), 3)) == [(8, 11), (11, 14), (14, 15)]
 
 
 # ---------------------------------------------------------------- what is there and what is not
@@ -778,8 +778,8 @@ def test_reading_errors_of_the_disk_are_not_called_damage(tmp_path: Path, monkey
 def test_history_grows_by_a_line_and_is_outside_every_digest(tmp_path: Path) -> None:
     store = export(tmp_path, 2)
     before = store.fingerprint
-    store.remember({"seconds": 1})
-    store.remember({"seconds": 2})
+    store.append_history({"seconds": 1})
+    store.append_history({"seconds": 2})
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"seconds": 1}, {"seconds": 2}]
     assert FeatureStore(Folder(tmp_path)).fingerprint == before

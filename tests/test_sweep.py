@@ -10,7 +10,7 @@ import pytest
 from compress_ssl.pipeline.datasets.digits import Digits
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.signals import Interrupted
-from compress_ssl.pipeline.training.run import Session
+from compress_ssl.pipeline.training.run import TrainingRun
 from compress_ssl.stages import distill, export_teacher, sweep
 
 STUDENTS = ("convnet:channels=4+6", "convnet:channels=5+6")
@@ -139,16 +139,16 @@ def test_an_interrupted_sweep_goes_on_where_it_was_to_the_same_bits(store: Path,
     for name in ("stopped", "whole"):
         (tmp_path / name).mkdir()
     file = write(tmp_path / "stopped", store, distill=how, evaluate=None)
-    step, taken = Session.step, []
+    step, taken = TrainingRun.step, []
 
-    def stopping(self: Session, number: int, *said: object) -> object:
+    def stopping(self: TrainingRun, number: int, *said: object) -> object:
         taken.append(number)
         if len(taken) == 6:  # the second of the second pass
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number, *said)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "step", stopping)
+        patch.setattr(TrainingRun, "step", stopping)
         with pytest.raises(Interrupted, match="saved at step 2 of 6"):
             sweep.run(sweep.Config(file))
         made = sweep.run(sweep.Config(file))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.methods import METHODS
-from compress_ssl.pipeline.methods.base import Batch, Method, Needs, Setting
-from compress_ssl.pipeline.models.linear_head import LabelHead, save
+from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext, Needs
+from compress_ssl.pipeline.models.linear_head import LinearHead, save
 from compress_ssl.pipeline.testing import check_method
 
 KEYS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ def test_every_method_of_the_menu_keeps_the_contract(name: str) -> None:
 
 
 def test_a_head_in_the_place_of_logits_and_prototypes_keep_it_too(tmp_path: Path) -> None:
-    save(LabelHead(torch.randn(3, 6), torch.zeros(3), "abc"), tmp_path / "head", {})
+    save(LinearHead(torch.randn(3, 6), torch.zeros(3), "abc"), tmp_path / "head", {})
     check_method(METHODS.resolve("simclr-v2"), head=tmp_path / "head")
     dino = {"head.mlp.0.weight": torch.randn(4, 6), "head.last_layer.weight": torch.randn(5, 4)}
     check_method(METHODS.resolve("esvit"), heads=dino | {f"d_dense{k[4:]}": v for k, v in dino.items()}, crops=2)
@@ -46,9 +46,9 @@ def test_a_head_in_the_place_of_logits_and_prototypes_keep_it_too(tmp_path: Path
 class Fine(Method):
     """Squared distance: the least that a method can be."""
 
-    def __init__(self, *, setting: Setting):
+    def __init__(self, *, context: MethodContext):
         super().__init__()
-        self.head = nn.Linear(setting.students[0].width, setting.teacher_width)
+        self.head = nn.Linear(context.students[0].width, context.teacher_width)
 
     def forward(self, batch: Batch, outputs: Any) -> list[Tensor]:
         return [(self.head(out["embedding"]) - batch.teacher["embedding"]).square().mean() for out in outputs]
@@ -75,8 +75,8 @@ class Detached(Fine):
 
 
 class Idle(Fine):
-    def __init__(self, *, setting: Setting):
-        super().__init__(setting=setting)
+    def __init__(self, *, context: MethodContext):
+        super().__init__(context=context)
         self.spare = nn.Linear(2, 2)
 
 
@@ -101,13 +101,13 @@ class Lenient(Fine):
 
 
 class Shelf(Fine):
-    def delivers(self) -> Any:
+    def exported_head(self) -> Any:
         return {"head": self.head.weight}
 
 
 class Broad(Fine):
-    def delivers(self) -> LabelHead:
-        return LabelHead(torch.ones(2, 3), torch.ones(2), None)
+    def exported_head(self) -> LinearHead:
+        return LinearHead(torch.ones(2, 3), torch.ones(2), None)
 
 
 class Unasked(Fine):

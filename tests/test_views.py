@@ -14,9 +14,17 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.views.augment import BLUR_REFERENCE, POLICIES, View, ViewSpec, crop_box, draw, resolve
+from compress_ssl.pipeline.views.augment import (
+    BLUR_REFERENCE,
+    POLICIES,
+    ResolvedView,
+    ViewSpec,
+    crop_box,
+    draw_variates,
+    resolve_view,
+)
 from compress_ssl.pipeline.views.numbering import FRESH
-from compress_ssl.pipeline.views.render import render, see
+from compress_ssl.pipeline.views.render import render_view, render_views
 
 COUNT = 36
 SHAPES = [(1, 1), (1, 900), (900, 1), (2, 3), (333, 500), (500, 333), (64, 64), (37, 1000)]
@@ -34,41 +42,41 @@ def plane(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def many(policy: str, v: int, count: int, height: int = 120, width: int = 160) -> list[View]:
-    variates = draw(3, np.arange(count), v)
-    return [resolve(spec(policy), u, v, height, width) for u in variates]
+def many(policy: str, v: int, count: int, height: int = 120, width: int = 160) -> list[ResolvedView]:
+    variates = draw_variates(3, np.arange(count), v)
+    return [resolve_view(spec(policy), u, v, height, width) for u in variates]
 
 
 # ---------------------------------------------------------------- drawing
 
 
 def test_golden_variates() -> None:
-    assert [u.hex() for u in draw(0, 0, 1)[[0, 1, 2, 35]].tolist()] == [
+    assert [u.hex() for u in draw_variates(0, 0, 1)[[0, 1, 2, 35]].tolist()] == [
         "0x1.088a2bc200000p-1", "0x1.e11add5400000p-1", "0x1.e3380a6000000p-5", "0x1.6a813efe00000p-1",
     ]  # fmt: skip
-    assert draw(2**40 + 3, [5, 2**63], [1, FRESH])[:, [0, 20, 23, 35]].tolist() == [
+    assert draw_variates(2**40 + 3, [5, 2**63], [1, FRESH])[:, [0, 20, 23, 35]].tolist() == [
         [0.7971675442531705, 0.3311921425629407, 0.05145073891617358, 0.4107949996832758],
         [0.37671960168518126, 0.6945768950972706, 0.013571292161941528, 0.35067553888075054],
     ]
 
 
 GOLDEN = {
-    ("crop-flip", 1): View(top=17, left=111, height=312, width=256),
-    ("crop-flip", 2): View(top=55, left=235, height=217, width=217, flip=True),
-    ("crop-flip", 3): View(top=14, left=230, height=131, width=171),
-    ("moco-v2", 1): View(
+    ("crop-flip", 1): ResolvedView(top=17, left=111, height=312, width=256),
+    ("crop-flip", 2): ResolvedView(top=55, left=235, height=217, width=217, flip=True),
+    ("crop-flip", 3): ResolvedView(top=14, left=230, height=131, width=171),
+    ("moco-v2", 1): ResolvedView(
         top=0, left=103, height=333, width=274, grey=True, sigma=0.5552108507603407,
         jitter=((0, 0.9494006460532545), (1, 1.1076489258557558), (2, 0.9788981888443231), (3, 0.08002841393463314)),
     ),
-    ("moco-v2", 2): View(
+    ("moco-v2", 2): ResolvedView(
         top=40, left=207, height=250, width=251, flip=True, sigma=1.7043656625552104,
         jitter=((3, 0.07064911359921097), (2, 0.7549458805471658), (0, 0.9989423640072346), (1, 1.2495417157188058)),
     ),
-    ("dino", 1): View(
+    ("dino", 1): ResolvedView(
         top=24, left=90, height=304, width=301, grey=True, sigma=0.5552108507603407,
         jitter=((0, 0.9494006460532545), (1, 1.1076489258557558), (2, 0.9894490944221616), (3, 0.08002841393463314)),
     ),
-    ("dino", 2): View(
+    ("dino", 2): ResolvedView(
         top=17, left=168, height=297, width=298, flip=True,
         jitter=((3, 0.07064911359921097), (2, 0.877472940273583), (0, 0.9989423640072346), (1, 1.2495417157188058)),
     ),
@@ -77,29 +85,31 @@ GOLDEN = {
 
 @pytest.mark.parametrize(("policy", "v"), GOLDEN)
 def test_golden_views_of_every_policy(policy: str, v: int) -> None:
-    assert resolve(spec(policy, 7), draw(7, 11, v), v, 333, 500) == GOLDEN[policy, v]
+    assert resolve_view(spec(policy, 7), draw_variates(7, 11, v), v, 333, 500) == GOLDEN[policy, v]
 
 
 def test_a_view_is_the_same_however_many_are_drawn_with_it() -> None:
     keys, views = np.array([4, 2**64 - 1, 9], np.uint64), np.array([0, 1, 5, FRESH + 3])
-    together = draw(1, keys[:, None], views)
+    together = draw_variates(1, keys[:, None], views)
     assert together.shape == (3, 4, COUNT)
     for j, k in itertools.product(range(3), range(4)):
-        assert np.array_equal(together[j, k], draw(1, int(keys[j]), int(views[k])))
+        assert np.array_equal(together[j, k], draw_variates(1, int(keys[j]), int(views[k])))
 
 
 def test_another_seed_key_or_number_is_another_view() -> None:
     places = [(0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 2), (0, 0, FRESH + 1)]
-    assert len({resolve(spec(), draw(*place), place[2], 333, 500) for place in places}) == len(places)
+    assert len({resolve_view(spec(), draw_variates(*place), place[2], 333, 500) for place in places}) == len(places)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_view_0_is_the_plain_one_in_every_policy(policy: str) -> None:
-    assert resolve(spec(policy, crop_ratio=0.9), draw(0, 5, 0), 0, 40, 50) == View(plain=0.9)
+    assert resolve_view(spec(policy, crop_ratio=0.9), draw_variates(0, 5, 0), 0, 40, 50) == ResolvedView(plain=0.9)
 
 
 def test_policy_none_has_plain_views_only() -> None:
-    assert {resolve(spec("none"), draw(0, 5, v), v, 40, 50) for v in range(5)} == {View(plain=0.875)}
+    assert {resolve_view(spec("none"), draw_variates(0, 5, v), v, 40, 50) for v in range(5)} == {
+        ResolvedView(plain=0.875)
+    }
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
@@ -120,7 +130,7 @@ def test_crops_are_distributed_as_torchvisions(scale: tuple[float, float], heigh
     torch.manual_seed(0)
     count = 2000
     theirs = np.array([torchvisions_box(scale, height, width) for _ in range(count)], float)
-    ours = np.array([crop_box(scale, u, height, width) for u in draw(1, np.arange(count), 1).tolist()], float)
+    ours = np.array([crop_box(scale, u, height, width) for u in draw_variates(1, np.arange(count), 1).tolist()], float)
     for what in (
         lambda b: b[:, 2] * b[:, 3],  # area
         lambda b: b[:, 3] / b[:, 2],  # shape
@@ -146,7 +156,7 @@ def test_crops_stay_inside_the_image(height: int, width: int, u: list[float], sc
 
 
 def test_crops_reach_every_border() -> None:
-    boxes = np.array([crop_box((0.08, 1.0), u, 20, 30) for u in draw(0, np.arange(2000), 1).tolist()])
+    boxes = np.array([crop_box((0.08, 1.0), u, 20, 30) for u in draw_variates(0, np.arange(2000), 1).tolist()])
     assert boxes[:, 0].min() == 0 and (boxes[:, 0] + boxes[:, 2]).max() == 20
     assert boxes[:, 1].min() == 0 and (boxes[:, 1] + boxes[:, 3]).max() == 30
 
@@ -226,7 +236,7 @@ def test_view_0_is_torchvisions_resize_and_centre_crop(crop_ratio: float, height
     for size, how in ((32, "bilinear"), (33, "bicubic")):
         resize = math.floor(size / crop_ratio + 1e-6)
         theirs = v2.Compose([v2.Resize(resize, InterpolationMode(how), antialias=True), v2.CenterCrop(size)])
-        assert torch.equal(render(image, View(plain=crop_ratio), size, how), theirs(image))
+        assert torch.equal(render_view(image, ResolvedView(plain=crop_ratio), size, how), theirs(image))
 
 
 @pytest.mark.parametrize(("size", "crop_pct"), [(224, 0.875), (224, 0.9), (224, 0.95), (260, 0.89), (384, 1.0)])
@@ -236,7 +246,7 @@ def test_view_0_has_the_geometry_of_timms_own_evaluation(size: int, crop_pct: fl
     theirs = timm.data.create_transform((3, size, size), crop_pct=crop_pct, interpolation="bilinear").transforms
     side = theirs[0].size if isinstance(theirs[0].size, int) else theirs[0].size[0]
     ramp = torch.arange(400.0).expand(3, 300, 400) * 0.6
-    seen = render(ramp.to(torch.uint8), View(plain=crop_pct), size, "bilinear")
+    seen = render_view(ramp.to(torch.uint8), ResolvedView(plain=crop_pct), size, "bilinear")
     wanted = v2.Compose([v2.Resize(side, antialias=True), v2.CenterCrop(size)])(ramp.to(torch.uint8))
     assert torch.equal(seen, wanted)
 
@@ -245,7 +255,7 @@ def test_view_0_has_the_geometry_of_timms_own_evaluation(size: int, crop_pct: fl
 def test_view_0_of_a_long_strip_shows_its_middle_and_takes_no_room(height: int, width: int) -> None:
     ramp = np.linspace(0, 255, max(height, width)).astype(np.uint8).reshape(height if width == 1 else 1, -1, 1)
     image = plane(np.broadcast_to(ramp, (height, width, 3)).copy())
-    seen = render(image, View(plain=0.875), 64, "bilinear")
+    seen = render_view(image, ResolvedView(plain=0.875), 64, "bilinear")
     assert seen.shape == (3, 64, 64)
     assert seen.float().sub(127).abs().max() <= 2
 
@@ -257,7 +267,9 @@ def test_view_0_of_a_long_strip_shows_its_middle_and_takes_no_room(height: int, 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_any_image_renders_at_any_size(policy: str, size: int) -> None:
     for height, width in SHAPES:
-        (seen,) = see(noise(height, width), spec(policy), draw(0, 1, range(4)), range(4), [(size, "bilinear")])
+        (seen,) = render_views(
+            noise(height, width), spec(policy), draw_variates(0, 1, range(4)), range(4), [(size, "bilinear")]
+        )
         assert seen.shape == (4, 3, size, size)
         assert seen.dtype == torch.uint8 and seen.is_contiguous()
 
@@ -271,10 +283,10 @@ def coordinates(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("v", range(8))
 def test_teacher_and_student_see_the_same_region_each_at_its_own_size(v: int) -> None:
     height, width = 180, 250
-    image, variates = coordinates(height, width), draw(5, 3, [v])
-    view = resolve(spec(seed=5), variates[0], v, height, width)
+    image, variates = coordinates(height, width), draw_variates(5, 3, [v])
+    view = resolve_view(spec(seed=5), variates[0], v, height, width)
     top, left, h, w = (0, 35, 180, 180) if v == 0 else view[1:5]
-    seen = see(image, spec(seed=5, crop_ratio=1.0), variates, [v], [(64, "bilinear"), (24, "bilinear")])
+    seen = render_views(image, spec(seed=5, crop_ratio=1.0), variates, [v], [(64, "bilinear"), (24, "bilinear")])
     for pixels, size in zip(seen, (64, 24), strict=True):
         centre = (np.arange(size) + 0.5) / size
         columns, rows = left + centre * w - 0.5, top + centre * h - 0.5
@@ -288,7 +300,9 @@ def test_teacher_and_student_see_the_same_region_each_at_its_own_size(v: int) ->
 def test_teacher_and_student_see_the_same_colours() -> None:
     image = np.full((50, 60, 3), (200, 100, 30), np.uint8)
     for policy in ("moco-v2", "dino"):
-        large, small = see(image, spec(policy), draw(0, 4, range(8)), range(8), [(48, "bilinear"), (16, "bilinear")])
+        large, small = render_views(
+            image, spec(policy), draw_variates(0, 4, range(8)), range(8), [(48, "bilinear"), (16, "bilinear")]
+        )
         assert (large[:, :, 8, 8].int() - small[:, :, 8, 8].int()).abs().max() <= 1
         assert len(np.unique(large[:, :, 8, 8].numpy(), axis=0)) > 4  # and they do differ between views
 
@@ -296,39 +310,41 @@ def test_teacher_and_student_see_the_same_colours() -> None:
 @pytest.mark.parametrize("policy", ["crop-flip", "moco-v2", "dino"])
 def test_a_view_does_not_depend_on_which_others_are_asked(policy: str) -> None:
     image, sizes = noise(70, 45), [(24, "bilinear"), (16, "bicubic")]
-    every = see(image, spec(policy, 2), draw(2, 9, range(6)), range(6), sizes)
+    every = render_views(image, spec(policy, 2), draw_variates(2, 9, range(6)), range(6), sizes)
     some = [5, 0, 3]
-    for whole, part in zip(every, see(image, spec(policy, 2), draw(2, 9, some), some, sizes), strict=True):
+    for whole, part in zip(
+        every, render_views(image, spec(policy, 2), draw_variates(2, 9, some), some, sizes), strict=True
+    ):
         assert torch.equal(whole[some], part)
-    alone = see(image, spec(policy, 2), draw(2, 9, [4]), [4], sizes[1:])[0]
+    alone = render_views(image, spec(policy, 2), draw_variates(2, 9, [4]), [4], sizes[1:])[0]
     assert torch.equal(alone[0], every[1][4])
 
 
 def test_an_image_is_not_changed_by_looking_at_it() -> None:
     image = noise(40, 40)
     before = image.copy()
-    see(image, spec("dino"), draw(0, 0, range(6)), range(6), [(40, "bilinear")])
+    render_views(image, spec("dino"), draw_variates(0, 0, range(6)), range(6), [(40, "bilinear")])
     assert np.array_equal(image, before)
 
 
-WHOLE = View(top=0, left=0, height=32, width=32)
+WHOLE = ResolvedView(top=0, left=0, height=32, width=32)
 
 
 def test_a_crop_is_the_box_resized() -> None:
     image = plane(noise(50, 60))
-    view = View(top=7, left=11, height=20, width=30)
+    view = ResolvedView(top=7, left=11, height=20, width=30)
     wanted = tv.resize(image[:, 7:27, 11:41], [16, 16], InterpolationMode.BICUBIC, antialias=True)
-    assert torch.equal(render(image, view, 16, "bicubic"), wanted)
+    assert torch.equal(render_view(image, view, 16, "bicubic"), wanted)
 
 
 def test_flip_mirrors_left_and_right() -> None:
     image = plane(noise(32, 32))
-    assert torch.equal(render(image, WHOLE._replace(flip=True), 32, "bilinear"), image.flip(-1))
+    assert torch.equal(render_view(image, WHOLE._replace(flip=True), 32, "bilinear"), image.flip(-1))
 
 
 def test_grey_leaves_luma_in_all_three_channels() -> None:
     image = plane(noise(32, 32))
-    seen = render(image, WHOLE._replace(grey=True), 32, "bilinear").float()
+    seen = render_view(image, WHOLE._replace(grey=True), 32, "bilinear").float()
     luma = (image.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
     assert (seen[0] - luma).abs().max() < 1.5  # torchvision has 0.2989, 0.587, 0.114 and rounds down
@@ -336,7 +352,7 @@ def test_grey_leaves_luma_in_all_three_channels() -> None:
 
 def test_solarize_inverts_what_is_128_or_brighter() -> None:
     ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, -1, -1)
-    seen = render(ramp, View(height=16, width=16, solarize=True), 16, "bilinear")
+    seen = render_view(ramp, ResolvedView(height=16, width=16, solarize=True), 16, "bilinear")
     assert torch.equal(seen, torch.where(ramp >= 128, 255 - ramp, ramp))
 
 
@@ -351,7 +367,7 @@ def test_solarize_inverts_what_is_128_or_brighter() -> None:
 )
 def test_a_jitter_blends_with_what_it_should(which: int, factor: float, wanted) -> None:  # type: ignore[no-untyped-def]
     image = plane(noise(32, 32))
-    seen = render(image, WHOLE._replace(jitter=((which, factor),)), 32, "bilinear").float()
+    seen = render_view(image, WHOLE._replace(jitter=((which, factor),)), 32, "bilinear").float()
     assert (seen - wanted(image.float()).clamp(0, 255)).abs().max() <= 1.5
 
 
@@ -360,7 +376,7 @@ LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
 
 def test_hue_turns_red_into_green_in_a_third_of_a_circle() -> None:
     red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 32, 32)
-    seen = render(red, WHOLE._replace(jitter=((3, 1 / 3),)), 32, "bilinear")[:, 0, 0]
+    seen = render_view(red, WHOLE._replace(jitter=((3, 1 / 3),)), 32, "bilinear")[:, 0, 0]
     assert (seen.int() - torch.tensor([0, 255, 0])).abs().max() <= 2
 
 
@@ -368,19 +384,19 @@ def test_jitters_are_applied_in_their_order_then_grey_then_blur_then_solarize() 
     image = plane(noise(32, 32))
     first, second = (0, 1.4), (1, 0.6)
     wanted = tv.adjust_contrast(tv.adjust_brightness(image, 1.4), 0.6)
-    assert torch.equal(render(image, WHOLE._replace(jitter=(first, second)), 32, "bilinear"), wanted)
-    assert not torch.equal(render(image, WHOLE._replace(jitter=(second, first)), 32, "bilinear"), wanted)
+    assert torch.equal(render_view(image, WHOLE._replace(jitter=(first, second)), 32, "bilinear"), wanted)
+    assert not torch.equal(render_view(image, WHOLE._replace(jitter=(second, first)), 32, "bilinear"), wanted)
     view = WHOLE._replace(jitter=(first, second), grey=True, sigma=10.0, solarize=True)
     sigma = 10.0 * 32 / BLUR_REFERENCE
     wanted = tv.gaussian_blur(tv.rgb_to_grayscale(wanted, 3), [2 * math.ceil(3 * sigma) + 1] * 2, [sigma] * 2)
-    assert torch.equal(render(image, view, 32, "bilinear"), tv.solarize(wanted, 128))
+    assert torch.equal(render_view(image, view, 32, "bilinear"), tv.solarize(wanted, 128))
 
 
 def edge_width(size: int, sigma: float) -> float:
     """Standard deviation, in pixels, of what a blur of a step from black to white spreads."""
     step = torch.zeros(3, size, size, dtype=torch.uint8)
     step[:, :, size // 2 :] = 255
-    row = render(step, View(height=size, width=size, sigma=sigma), size, "bilinear")[0, size // 2].double()
+    row = render_view(step, ResolvedView(height=size, width=size, sigma=sigma), size, "bilinear")[0, size // 2].double()
     slope = row.diff() / row.diff().sum()
     place = torch.arange(size - 1, dtype=torch.float64)
     return float(((place - (slope * place).sum()) ** 2 * slope).sum().sqrt())
@@ -394,5 +410,5 @@ def test_blur_has_its_sigma_at_224_pixels_and_shrinks_with_the_crop(sigma: float
 
 
 def test_a_blur_wider_than_the_crop_is_cut_to_it() -> None:
-    seen = render(plane(noise(8, 8)), View(height=8, width=8, sigma=500.0), 8, "bilinear")
+    seen = render_view(plane(noise(8, 8)), ResolvedView(height=8, width=8, sigma=500.0), 8, "bilinear")
     assert seen.float().std((1, 2)).max() < 5

@@ -22,7 +22,7 @@ from compress_ssl.pipeline.models import build, weights
 from compress_ssl.pipeline.models import timm as timm_kind
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.torchvision import resized
-from compress_ssl.pipeline.models.weights import Choice, Dialect, load, read
+from compress_ssl.pipeline.models.weights import CheckpointFormat, Selection, load, read
 from compress_ssl.pipeline.runtime.artifact import UserError
 
 CNN = "torchvision:shufflenet_v2_x0_5"
@@ -179,7 +179,7 @@ def test_a_timm_vit_is_resized_by_timms_own_filter(tmp_path: Path, size: int) ->
 def test_a_torchvision_vit_is_resized_by_torchvisions_own_function(tmp_path: Path) -> None:
     small, large = (VisionTransformer(size, 16, 1, 2, 32, 64) for size in (32, 64))
     file = save(tmp_path / "vit.pth", small.state_dict())
-    load(large, file, name="vit", dialect=Dialect(translate=functools.partial(resized, large)))
+    load(large, file, name="vit", checkpoint_format=CheckpointFormat(translate=functools.partial(resized, large)))
     assert torch.equal(large.encoder.pos_embedding[:, 0], small.encoder.pos_embedding[:, 0])
     assert torch.equal(large.conv_proj.weight, small.conv_proj.weight)
 
@@ -262,7 +262,7 @@ def test_a_refused_file_leaves_the_module_as_it_was(tmp_path: Path) -> None:
 def test_what_may_be_left_over_is_still_used_where_it_is_wanted(tmp_path: Path) -> None:
     module = nn.Linear(3, 2)
     content = {"weight": torch.zeros(2, 3), "bias": torch.ones(2), "weight_norm": torch.ones(1)}
-    load(module, save(tmp_path / "f.pth", content), name="linear", choice=Choice(drop=("weight*",)))
+    load(module, save(tmp_path / "f.pth", content), name="linear", choice=Selection(drop=("weight*",)))
     assert not module.weight.any()
 
 
@@ -276,7 +276,7 @@ def test_a_pattern_is_a_dotted_beginning_or_a_glob() -> None:
 def test_a_head_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     file = save(tmp_path / "plain.pth", nn.Linear(3, 2).state_dict())
     with pytest.raises(UserError, match="nothing matches head=fc"):
-        load(nn.Linear(3, 2), file, name="linear", choice=Choice(head=("fc",)))
+        load(nn.Linear(3, 2), file, name="linear", choice=Selection(head=("fc",)))
 
 
 def test_files_from_before_batches_were_counted_load(tmp_path: Path) -> None:

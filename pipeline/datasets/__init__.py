@@ -1,8 +1,8 @@
 """What images can come from: `folder:PATH`, `digits`, `torchvision:NAME`. One line per kind."""
 
-from compress_ssl.pipeline.runtime.registry import Menu
+from compress_ssl.pipeline.runtime.registry import Registry
 
-DATASETS = Menu(
+DATASETS = Registry(
     "data",
     {
         "folder": "compress_ssl.pipeline.datasets.folder:Folder",

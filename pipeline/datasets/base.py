@@ -31,7 +31,7 @@ class Dataset(ABC):
         names = [self.classes[y] if y >= 0 else None for y in self.label.tolist()]
         return fingerprint([self.ids, names])
 
-    def unlike(self, ids: Any) -> str:
+    def describe_difference(self, ids: Any) -> str:
         """In words, how these images differ from the (N,) ids of a store: gone, added, or labelled otherwise."""
         there, here = set(map(str, ids)), set(self.ids)
         parts = []
@@ -40,14 +40,14 @@ class Dataset(ABC):
                 parts.append(f"{len(names)} {'is' if len(names) == 1 else 'are'} {words}, as {min(names)}")
         return "; ".join(parts) or "same names, but other labels or another order"
 
-    def changed(self, content: np.ndarray, since: float) -> list[int]:
+    def changed_rows(self, content: np.ndarray, since: float) -> list[int]:
         """Rows whose stored bytes no longer have these hashes ((N,) uint64, 0 where there is none to compare).
 
         Only what was touched after `since` (seconds of the epoch) is read again; data that are no files cannot change.
         """
         return []
 
-    def part(self, made_of: Mapping[str, Any], ids: Callable[[], Any]) -> "Dataset":
+    def restore_selection(self, made_of: Mapping[str, Any], ids: Callable[[], Any]) -> "Dataset":
         """What a store is made of: of `limit` images, evenly spread, those that were `selected`.
 
         made_of: the store's record of its data; ids: the (n,) sample ids of the store, read if it is a selection.
@@ -75,10 +75,10 @@ class Subset(Dataset):
     def load(self, i: int) -> tuple[np.ndarray, int]:
         return self.whole.load(int(self.rows[i]))
 
-    def changed(self, content: np.ndarray, since: float) -> list[int]:
+    def changed_rows(self, content: np.ndarray, since: float) -> list[int]:
         of_all = np.zeros(len(self.whole), np.uint64)
         of_all[self.rows] = content
-        return np.flatnonzero(np.isin(self.rows, self.whole.changed(of_all, since))).tolist()
+        return np.flatnonzero(np.isin(self.rows, self.whole.changed_rows(of_all, since))).tolist()
 
 
 def content_hash(data: Any) -> int:

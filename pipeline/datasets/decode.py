@@ -22,7 +22,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 MAX_PIXELS = 2**27  # 134 million: the largest photographs pass, decompression bombs do not
-_UNHEARD = ("ignore", None, Warning, re.compile("PIL"), 0)  # as the warnings module keeps a filter
+_SILENT = ("ignore", None, Warning, re.compile("PIL"), 0)  # as the warnings module keeps a filter
 
 GOOD, UNREADABLE, NOT_AN_IMAGE, BROKEN, TOO_LARGE, CHANGED, NOT_FINITE = range(7)
 REASONS = {
@@ -48,13 +48,13 @@ def decode(data: bytes) -> np.ndarray:
     """File bytes -> (H, W, 3) uint8. Raises BadImage."""
     if not data:
         raise BadImage(NOT_AN_IMAGE, "the file is empty")
-    _hush()
+    _silence_pillow()
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(TOO_LARGE, f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
         image.load()
-        return np.array(to_rgb(upright(image)))
+        return np.array(to_rgb(apply_orientation(image)))
     except BadImage:
         raise
     except Image.DecompressionBombError as bomb:
@@ -65,16 +65,16 @@ def decode(data: bytes) -> np.ndarray:
         raise BadImage(BROKEN, _one_line(problem)) from None
 
 
-def _hush() -> None:
+def _silence_pillow() -> None:
     """Pillow warns of damage that it survives; what it does not survive is a BadImage.
 
     For the whole process and for good: `catch_warnings` puts back what other threads need at that moment.
     """
-    if warnings.filters[:1] != [_UNHEARD]:
+    if warnings.filters[:1] != [_SILENT]:
         warnings.filterwarnings("ignore", module="PIL")
 
 
-def upright(image: Image.Image) -> Image.Image:
+def apply_orientation(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says. Damaged EXIF says nothing: the pixels are good without it."""
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))

@@ -53,7 +53,7 @@ class Folder(Dataset):
         data = self._bytes(i)
         return decode(data), content_hash(data)
 
-    def changed(self, content: np.ndarray, since: float) -> list[int]:
+    def changed_rows(self, content: np.ndarray, since: float) -> list[int]:
         return [i for i in np.flatnonzero(content).tolist() if self._changed(i, int(content[i]), since)]
 
     def _changed(self, i: int, content: int, since: float) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from compress_ssl.pipeline.datasets.decode import GOOD, REASONS, UNREADABLE, BadImage
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
-from compress_ssl.pipeline.runtime.device import cores
+from compress_ssl.pipeline.runtime.device import available_cores
 from compress_ssl.pipeline.runtime.storage import Folder
 
 KIND = "decoded images"
@@ -26,7 +26,7 @@ ENTRY = np.dtype(
 )
 
 
-class Decoded:
+class CachedImages:
     """A data set that takes its pixels from a folder of decoded images; all else is the data set's own."""
 
     def __init__(self, dataset: Any, folder: Path):
@@ -66,7 +66,7 @@ class Decoded:
         raise UserError(f"{self._folder} is damaged at image {name}; delete the folder, it is decoded anew")
 
 
-def build(dataset: Any, folder: Path, progress: Callable[[int], None] = lambda images: None) -> Decoded:
+def build_cache(dataset: Any, folder: Path, progress: Callable[[int], None] = lambda images: None) -> CachedImages:
     """Decode what the folder lacks, several images at a time. Raises Mismatch if it holds other images.
 
     A block with an image that cannot be read is not kept: the next time it may be there.
@@ -81,13 +81,13 @@ def build(dataset: Any, folder: Path, progress: Callable[[int], None] = lambda i
         )
     artifact.claim(home, KIND, identity)
     home.sweep()
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         for block in _missing(home, len(dataset)):
             rows = range(block * BLOCK, min(len(dataset), (block + 1) * BLOCK))
-            if data := _spell(pool.map(lambda i: _decode(dataset, i), rows), len(rows)):
+            if data := _to_bytes(pool.map(lambda i: _decode(dataset, i), rows), len(rows)):
                 home.put(_name(block), data)
             progress(len(rows))
-    return Decoded(dataset, folder)
+    return CachedImages(dataset, folder)
 
 
 def _mapped(file: Path) -> np.ndarray:
@@ -95,7 +95,7 @@ def _mapped(file: Path) -> np.ndarray:
     return np.asarray(np.memmap(file, np.uint8, "c")) if file.stat().st_size else np.empty(0, np.uint8)
 
 
-def pending(dataset: Any, folder: Path) -> int:
+def count_pending(dataset: Any, folder: Path) -> int:
     """Images that are still to be decoded."""
     blocks = _missing(Folder(folder), len(dataset))
     return sum(min(BLOCK, len(dataset) - block * BLOCK) for block in blocks)
@@ -117,7 +117,7 @@ def _decode(dataset: Any, i: int) -> tuple[np.ndarray, int, int]:
         return np.empty((0, 0, 3), np.uint8), 0, bad.status
 
 
-def _spell(images: Iterator[tuple[np.ndarray, int, int]], count: int) -> bytes | None:
+def _to_bytes(images: Iterator[tuple[np.ndarray, int, int]], count: int) -> bytes | None:
     """A file: its table, then the pixels of one image after the other. None if an image could not be read."""
     entries, file = np.zeros(count, ENTRY), io.BytesIO()
     file.seek(entries.nbytes)

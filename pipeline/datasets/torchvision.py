@@ -10,7 +10,7 @@ from PIL import Image
 from compress_ssl.pipeline.datasets.base import Dataset, content_hash
 from compress_ssl.pipeline.datasets.decode import BROKEN, BadImage, to_rgb
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.runtime.registry import did_you_mean
 
 
 class Torchvision(Dataset):
@@ -21,13 +21,14 @@ class Torchvision(Dataset):
 
         known = [n for n in datasets.__all__ if inspect.isclass(getattr(datasets, n))]
         if name not in known:
-            raise UserError(f"torchvision has no data set {name!r}{nearest(name, known)}")
+            raise UserError(f"torchvision has no data set {name!r}{did_you_mean(name, known)}")
         build = getattr(datasets, name)
         takes = inspect.signature(build).parameters
         for key in options:
             if key not in takes:
                 raise UserError(
-                    f"torchvision:{name} has no key {key!r}{nearest(key, takes)} Known: {', '.join(list(takes)[1:])}"
+                    f"torchvision:{name} has no key {key!r}{did_you_mean(key, takes)} "
+                    f"Known: {', '.join(list(takes)[1:])}"
                 )
         try:
             self._set = build(*([str(root)] if "root" in takes else []), **options)

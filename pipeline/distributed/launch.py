@@ -14,11 +14,11 @@ from typing import Any
 from compress_ssl.pipeline.runtime.errors import UserError
 
 PROGRAM = ("-m", "compress_ssl.cli")
-GRACE = 15.0  # seconds that ranks have to notice that one of them failed
-SAID = "said"  # with the attempt's number a key of the common store: who first counts it up says why all end
+EXIT_GRACE = 15.0  # seconds that ranks have to notice that one of them failed
+ERROR_REPORTED = "said"  # with the attempt's number a key of the common store: who first counts it up says why all end
 
 
-def start(count: int, words: Sequence[str]) -> dict[str, Any]:
+def launch_ranks(count: int, words: Sequence[str]) -> dict[str, Any]:
     """`compress WORDS` as `count` ranks on this machine -> what rank 0 made.
 
     Signals are passed on to all. Raises SystemExit with the status of a rank that failed, which has
@@ -26,13 +26,13 @@ def start(count: int, words: Sequence[str]) -> dict[str, Any]:
     """
     from torch.distributed import TCPStore
 
-    from compress_ssl.pipeline.runtime.device import cores
+    from compress_ssl.pipeline.runtime.device import available_cores
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // count))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // count))),
     }  # fmt: skip
     command = [sys.executable, *PROGRAM, *words, "--json"]
     with tempfile.TemporaryFile() as made:
@@ -45,14 +45,14 @@ def start(count: int, words: Sequence[str]) -> dict[str, Any]:
             )
             for number in range(count)
         ]
-        with _passing_on(ranks):
+        with _forwarding_signals(ranks):
             failed = _first_to_fail(ranks)
             if failed is None:
                 made.seek(0)
                 return json.loads(made.read().splitlines()[-1])
             status = ranks[failed].returncode
-            unheard = status < 0 and store.add(f"{SAID}0", 1) == 1
-            _wait(ranks, time.monotonic() + GRACE)
+            unheard = status < 0 and store.add(f"{ERROR_REPORTED}0", 1) == 1
+            _wait(ranks, time.monotonic() + EXIT_GRACE)
     if unheard:
         name = signal.Signals(-status).name
         raise UserError(f"rank {failed} was killed by {name}; repeat the command to go on from the last checkpoint")
@@ -76,7 +76,7 @@ def _wait(ranks: Sequence[subprocess.Popen], until: float) -> None:
 
 
 @contextmanager
-def _passing_on(ranks: Sequence[subprocess.Popen]) -> Iterator[None]:
+def _forwarding_signals(ranks: Sequence[subprocess.Popen]) -> Iterator[None]:
     """SIGINT and SIGTERM go to the ranks, which decide. None of them outlives the block."""
 
     def pass_on(signum: int, _: Any) -> None:

@@ -1,8 +1,8 @@
 """The ways to score features: each a protocol of the field, by name."""
 
-from compress_ssl.pipeline.runtime.registry import Menu
+from compress_ssl.pipeline.runtime.registry import Registry
 
-PROTOCOLS = Menu(
+PROTOCOLS = Registry(
     "protocol",
     {
         "nn": "compress_ssl.pipeline.evaluators.nn:NearestNeighbor",

@@ -9,10 +9,10 @@ import numpy as np
 
 from compress_ssl.pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
 from compress_ssl.pipeline.models import linear_head
-from compress_ssl.pipeline.models.linear_head import LabelHead
+from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.progress import say
+from compress_ssl.pipeline.runtime.progress import echo
 
 BLOCK = 4096  # images at a time
 
@@ -28,14 +28,14 @@ class Classifier:
 
     head: Path = field(compare=False)  # another file of the same content is the same protocol
     digest: str = field(init=False)
-    linear: LabelHead = field(init=False, compare=False, repr=False)
+    linear: LinearHead = field(init=False, compare=False, repr=False)
     name: ClassVar[str] = "classifier"
     needs_labels: ClassVar[tuple[str, ...]] = ("validation",)
 
     def __post_init__(self) -> None:
         linear = linear_head.load(self.head)
         object.__setattr__(self, "linear", linear)
-        object.__setattr__(self, "digest", artifact.digest(linear_head.spell(linear)))
+        object.__setattr__(self, "digest", artifact.digest(linear_head.to_bytes(linear)))
 
     @property
     def of(self) -> str:
@@ -91,7 +91,7 @@ class Classifier:
             )
         if len(lost):
             images = int(np.isin(val.label, lost).sum())
-            say(
+            echo(
                 f"{images} of {len(val)} validation images are of classes that {self.head} does not know, the first is "
                 f"{classes[int(lost[0])]!r}; they count as errors"
             )

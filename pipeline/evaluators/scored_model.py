@@ -23,7 +23,7 @@ Build = Callable[..., Embedder]  # (spec, image_size=, pretrained_default=) -> E
 
 
 @dataclass
-class Subject:
+class ScoredModel:
     """How to build it, how it sees, where it belongs."""
 
     model: dict[str, Any]  # for metrics.json: name, role, parameters, width, spec
@@ -44,7 +44,7 @@ class Subject:
         return store if store and store.identity["data"]["fingerprint"] == dataset.fingerprint else None
 
 
-def of_run(folder: Path, image_size: int | None, build: Build) -> Subject:
+def from_run(folder: Path, image_size: int | None, build: Build) -> ScoredModel:
     """A student: its network as the run's manifest names it, its weights from student.safetensors."""
     manifest = artifact.read(Folder(folder), "run")
     about, student = manifest["about"], manifest["identity"]["student"]
@@ -55,7 +55,7 @@ def of_run(folder: Path, image_size: int | None, build: Build) -> Subject:
     embedder = build(student["spec"], image_size=size, pretrained_default=False)
     load_student(embedder, file)
     model = {"name": about["name"], "role": "student", "parameters": about["parameters"], "width": student["width"]}
-    return Subject(
+    return ScoredModel(
         {**model, "spec": student["spec"], "run": str(folder), "method": manifest["identity"]["method"]},
         embedder.digest(),
         embedder.preprocessing.record(),
@@ -65,7 +65,7 @@ def of_run(folder: Path, image_size: int | None, build: Build) -> Subject:
         about["data"],
         ids=lambda: FeatureStore(open_storage(about["store"])).table("sample_id"),
         run=folder,
-        beside=artifact.beside(about["store"], "-evaluation"),
+        beside=artifact.sibling(about["store"], "-evaluation"),
     )
 
 
@@ -82,34 +82,34 @@ def load_student(embedder: Embedder, file: Path) -> None:
         raise UserError(f"{file} is damaged ({why}); delete it and repeat the distill command, which writes it anew")
 
 
-def of_store(store: FeatureStore, build: Build) -> Subject:
+def from_store(store: FeatureStore, build: Build) -> ScoredModel:
     """A teacher: its features from the store; the network itself is built only for other images."""
     source_images.require_exported(store)
-    if 0 in store.held:
+    if 0 in store.stored_views:
         store.require_complete([0])
     where, teacher, about = str(store.storage), store.identity["teacher"], store.about
 
     model = {"name": teacher["name"], "role": "teacher", "parameters": about["parameters"], "width": teacher["width"]}
-    return Subject(
+    return ScoredModel(
         {**model, "spec": about["teacher"], "store": where},
         teacher["weights"],
         teacher["preprocessing"],
         ViewSpec(**store.identity["views"]),
         cache(partial(live_teacher, store, build)),
-        artifact.beside(where, "-evaluation"),
+        artifact.sibling(where, "-evaluation"),
         about["data"],
-        store=store if 0 in store.held else None,
+        store=store if 0 in store.stored_views else None,
         ids=lambda: store.table("sample_id"),
     )
 
 
-def of_model(spec: str, image_size: int | None, home: Path, build: Build) -> Subject:
+def from_model(spec: str, image_size: int | None, home: Path, build: Build) -> ScoredModel:
     """Any model by its spec. Random weights are those a run with --seed 0 begins with."""
     torch.manual_seed(0)
     embedder = build(spec, image_size=image_size, pretrained_default=False)
     parameters = sum(p.numel() for p in embedder.backbone.parameters())
     model = {"name": embedder.name, "role": "model", "parameters": parameters, "width": embedder.width}
-    return Subject(
+    return ScoredModel(
         {**model, "spec": spec},
         embedder.digest(),
         embedder.preprocessing.record(),

@@ -15,8 +15,8 @@ from compress_ssl.pipeline.runtime.artifact import UserError
 
 T = TypeVar("T")
 RETRIES = 2  # times a failing task is tried again, on whichever worker is free
-POLL = 0.1  # seconds between looks for ended tasks and for a request to stop
-LOST = 5  # workers that may die under one task before it is given up
+POLL_INTERVAL = 0.1  # seconds between looks for ended tasks and for a request to stop
+ALLOWED_FAILURES = 5  # workers that may die under one task before it is given up
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Outcome:
     error: BaseException | None = None
 
 
-def parse(text: str) -> tuple[str, str]:
+def parse_scheduler(text: str) -> tuple[str, str]:
     """`local`, `processes:N`, `tcp://HOST:PORT` -> (kind, argument). Raises UserError."""
     if text == "local":
         return "local", ""
@@ -39,7 +39,7 @@ def parse(text: str) -> tuple[str, str]:
     raise UserError(f"--scheduler is {text}, but must be local, processes:N or tcp://HOST:PORT")
 
 
-def spread(
+def run_tasks(
     tasks: Sequence[T], work: Callable[[T], Any], scheduler: str, stopped: Callable[[], bool]
 ) -> Iterator[Outcome]:
     """Run tasks on a dask cluster, outcomes as they come. When `stopped` the rest is cancelled.
@@ -58,7 +58,7 @@ def spread(
         while left and not stopped():
             if not ended.has_ready():
                 _require_scheduler(client, scheduler)
-                time.sleep(POLL)
+                time.sleep(POLL_INTERVAL)
                 continue
             future = next(ended)
             if future.status in ("pending", "lost"):  # its worker died with the result: it is computed elsewhere
@@ -81,8 +81,8 @@ def _client(scheduler: str) -> Iterator[Any]:
     import dask
     from dask.distributed import Client
 
-    kind, argument = parse(scheduler)
-    dask.config.set({"distributed.scheduler.allowed-failures": LOST})
+    kind, argument = parse_scheduler(scheduler)
+    dask.config.set({"distributed.scheduler.allowed-failures": ALLOWED_FAILURES})
     if kind == "cluster":
         try:
             client = Client(argument, timeout=15, set_as_default=False)

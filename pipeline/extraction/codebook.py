@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 
 from compress_ssl.pipeline.datasets.decode import GOOD
-from compress_ssl.pipeline.extraction.embed import Forward, embed
+from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK
 from compress_ssl.pipeline.store.shards import is_local, shard_rows
 from compress_ssl.pipeline.views.augment import ViewSpec
 
-IMAGES = 4096  # of the sample; with four views each, 64 vectors per centroid
-BYTES = 1_000_000_000  # of the sample's features at most
+SAMPLE_IMAGES = 4096  # of the sample; with four views each, 64 vectors per centroid
+SAMPLE_BYTES = 1_000_000_000  # of the sample's features at most
 
 
-def learn(
+def train_codebooks(
     store: FeatureStore,
     dataset: Any,
     spec: ViewSpec,
-    forward: Forward,
+    forward: FeatureExtractor,
     *,
     workers: int,
     threads: bool = False,
@@ -37,13 +37,13 @@ def learn(
         return
     views = 1 if spec.policy == "none" else VIEW_BLOCK
     each = 4 * views * sum(int(np.prod(shape)) for shape in store.arrays.values())
-    sample = dataset.subset(max(1, min(IMAGES, len(dataset), BYTES // each)))
+    sample = dataset.subset(max(1, min(SAMPLE_IMAGES, len(dataset), SAMPLE_BYTES // each)))
     rows = shard_rows(len(sample), forward.batch_size, store.arrays, 4)
     identity = {**store.identity, "codec": "float32", "shard_rows": rows}
     identity["data"] = {"images": len(sample), "fingerprint": sample.fingerprint}
     tables = {"sample_id": sample.ids, "label": sample.label, "view_key": range(len(sample))}
     with tempfile.TemporaryDirectory(prefix="compress-codebook-") as folder:
-        seen = FeatureStore.make(Folder(folder), identity, {"views": views}, tables)
+        seen = FeatureStore.create(Folder(folder), identity, {"views": views}, tables)
         embed(seen, sample, spec, forward, workers=workers, threads=threads, stopped=stopped)
         if stopped():
             return

@@ -18,13 +18,13 @@ from compress_ssl.pipeline.models.precision import autocast
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.shards import Shard, batches, done_key, is_local
+from compress_ssl.pipeline.store.shards import Shard, batch_spans, done_key, is_local
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.loader import Eyes, Piece, feed, pieces_of
+from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest, iterate_views, split_rows
 from compress_ssl.pipeline.views.numbering import LOCAL, view_name
 
-GONE = 8  # images of one shard, all of them unreadable
-WRITES = 6  # times a shard is written that does not read back as it should
+MIN_UNREADABLE = 8  # images of one shard, all of them unreadable
+WRITE_ATTEMPTS = 6  # times a shard is written that does not read back as it should
 
 
 @dataclass
@@ -41,17 +41,17 @@ class Cost:
 
 
 @dataclass
-class Forward:
+class FeatureExtractor:
     """A frozen model on a device: (B, 3, S, S) uint8 -> {output: (B, ...) float32 on the host}."""
 
     embedder: Embedder
     device: torch.device
     precision: str = "fp32"
     batch_size: int = 64
-    names: Sequence[str] = ("embedding",)  # what is wanted of it, see Embedder.outputs
+    names: Sequence[str] = ("embedding",)  # what is wanted of it, see Embedder.forward_outputs
 
     def __post_init__(self) -> None:
-        self.embedder.equip(self.names)
+        self.embedder.enable_outputs(self.names)
         self.embedder.eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
 
     @property
@@ -60,9 +60,9 @@ class Forward:
         return 1 if self.device.type == "cuda" else 0
 
     def __call__(self, pixels: torch.Tensor) -> dict[str, np.ndarray]:
-        return {name: out.cpu().numpy() for name, out in self.launch(pixels).items()}
+        return {name: out.cpu().numpy() for name, out in self.start(pixels).items()}
 
-    def launch(self, pixels: torch.Tensor, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    def start(self, pixels: torch.Tensor, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """The same, left on the device: a GPU may still be at it.
 
         A ragged batch is padded to the full one, so that every row meets the same arithmetic.
@@ -73,7 +73,7 @@ class Forward:
         with torch.inference_mode(), autocast(self.device, self.precision):
             images = self.embedder.prepare(pixels.to(self.device, non_blocking=True))
             images = images.contiguous(memory_format=torch.channels_last)
-            made = self.embedder.outputs(images, names or self.names)
+            made = self.embedder.forward_outputs(images, names or self.names)
             return {name: out[:n].float() for name, out in made.items()}
 
 
@@ -81,7 +81,7 @@ def embed(
     store: FeatureStore,
     dataset: Any,
     spec: ViewSpec,
-    forward: Forward,
+    forward: FeatureExtractor,
     *,
     shards: Sequence[Shard] | None = None,
     workers: int,
@@ -95,17 +95,17 @@ def embed(
     on where a run was stopped, or on how many views the store has.
     """
     shards = store.pending() if shards is None else shards
-    plan = [(shard, a, b) for shard in shards for a, b in batches(shard, forward.batch_size)]
+    plan = [(shard, a, b) for shard in shards for a, b in batch_spans(shard, forward.batch_size)]
     size, how = forward.embedder.preprocessing.size, forward.embedder.preprocessing.interpolation
     small = store.identity.get("local", {}).get("size", 0)
-    cut = [pieces_of(a, b, *_kinds(shard.views, size, small)) for shard, a, b in plan]
-    pieces = [piece for part in cut for piece in part]
-    eyes = Eyes(dataset, spec, store.table("view_key"), [(size, how)], pieces, [(small, how)])
-    feeding = closing(feed(eyes, workers, threads, pin=forward.device.type == "cuda"))
+    cut = [split_rows(a, b, *_kinds(shard.views, size, small)) for shard, a, b in plan]
+    requests = [request for part in cut for request in part]
+    view_dataset = ViewDataset(dataset, spec, store.table("view_key"), [(size, how)], requests, [(small, how)])
+    loading = closing(iterate_views(view_dataset, workers, threads, pin=forward.device.type == "cuda"))
     cost, began = Cost(), time.monotonic()
     rows: list[_Rows] = []
     flight: deque[tuple[Shard, int, Callable[[], _Rows]]] = deque()
-    with feeding as sights, ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+    with loading as view_batches, ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         writing: Future[None] | None = None
 
         def land(shard: Shard, stop: int, made: Callable[[], _Rows]) -> None:
@@ -125,7 +125,7 @@ def embed(
                 writing.result()
                 writing = None
             asked = time.monotonic()
-            seen = [next(sights) for _ in part]
+            seen = [next(view_batches) for _ in part]
             cost.waited += time.monotonic() - asked
             flight.append((shard, b, _launch(store, forward, part, seen)))
             if len(flight) > forward.ahead:
@@ -156,7 +156,9 @@ class _Rows:
     bad: dict[int, str]
 
 
-def _launch(store: FeatureStore, forward: Forward, part: list[Piece], seen: list[Any]) -> Callable[[], _Rows]:
+def _launch(
+    store: FeatureStore, forward: FeatureExtractor, part: list[ViewRequest], seen: list[Any]
+) -> Callable[[], _Rows]:
     """Set the device to work on a batch of rows; the function returned waits for it and encodes what it made."""
     made = _outputs(store, forward, "", [s.pixels[0] for s in seen])
     if part[0].local is not None:
@@ -174,9 +176,9 @@ def _launch(store: FeatureStore, forward: Forward, part: list[Piece], seen: list
     return land
 
 
-def _rows(store: FeatureStore, part: list[Piece], seen: list[Any], features: dict[str, np.ndarray]) -> _Rows:
+def _rows(store: FeatureStore, part: list[ViewRequest], seen: list[Any], features: dict[str, np.ndarray]) -> _Rows:
     """Features as they are stored, rows that cannot be used told apart."""
-    numbers = np.concatenate([piece.rows for piece in part])
+    numbers = np.concatenate([request.rows for request in part])
     status, content = np.concatenate([s.status for s in seen]), np.concatenate([s.content for s in seen])
     bad: dict[int, str] = {i: why for s in seen for i, why in s.bad.items()}
     for name, values in features.items():
@@ -195,7 +197,9 @@ def _rows(store: FeatureStore, part: list[Piece], seen: list[Any], features: dic
     return _Rows(stored, status, content, bad)
 
 
-def _outputs(store: FeatureStore, forward: Forward, kind: str, seen: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _outputs(
+    store: FeatureStore, forward: FeatureExtractor, kind: str, seen: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """{array: (n, V, ...) float32 on the device} of the global views, or the `local_` crops, whose pixels these are."""
     there = [pixels.to(forward.device, non_blocking=True) for pixels in seen]  # whole: parts would be copied first
     pixels = there[0] if len(there) == 1 else torch.cat(there)  # (n, V, 3, S, S)
@@ -203,7 +207,7 @@ def _outputs(store: FeatureStore, forward: Forward, kind: str, seen: list[torch.
     if not arrays or not pixels.shape[1]:
         return {name: torch.zeros((len(pixels), 0, *store.arrays[name])) for name in arrays}
     names = [name.removeprefix("local_") for name in arrays]
-    views = [forward.launch(pixels[:, j], names) for j in range(pixels.shape[1])]
+    views = [forward.start(pixels[:, j], names) for j in range(pixels.shape[1])]
     return {f"{kind}{name}": torch.stack([made[name] for made in views], 1) for name in names}
 
 
@@ -216,19 +220,21 @@ def _write(store: FeatureStore, shard: Shard, rows: list[_Rows]) -> None:
         features[name] = np.concatenate([p for p, _ in parts]), np.concatenate(scales) if scales else None
     bad = {i: why for r in rows for i, why in r.bad.items()}
     status, content = np.concatenate([r.status for r in rows]), np.concatenate([r.content for r in rows])
-    if len(status) >= GONE and (status == UNREADABLE).all():  # a disk that went away is no thousand bad images
+    if (
+        len(status) >= MIN_UNREADABLE and (status == UNREADABLE).all()
+    ):  # a disk that went away is no thousand bad images
         why = f"none of the images of rows {shard.start} to {shard.stop - 1} can be read, the first: {bad[shard.start]}"
         raise UserError(f"{why}; is their disk still there? What is done is kept, repeat the command to continue")
     why = ""
-    for attempt in range(WRITES):
+    for attempt in range(WRITE_ATTEMPTS):
         spans = store.write(shard, features, status, content, bad)
-        why = next(filter(None, (integrity.fault(store, shard.block, span) for span in spans)), "")
+        why = next(filter(None, (integrity.find_fault(store, shard.block, span) for span in spans)), "")
         if not why:
             return
         for span in spans:  # pending again, whatever becomes of us
             store.storage.delete(done_key(shard.block, *span))
         time.sleep(random.uniform(0, 0.05 * 2**attempt))  # two writers in step would meet again
     raise UserError(
-        f"{store.storage}: rows {shard.start} to {shard.stop - 1} read back otherwise than they were written, {WRITES} "
-        f"times ({why}); end whatever else writes there, check the disk, and repeat the command"
+        f"{store.storage}: rows {shard.start} to {shard.stop - 1} read back otherwise than they were written, "
+        f"{WRITE_ATTEMPTS} times ({why}); end whatever else writes there, check the disk, and repeat the command"
     )

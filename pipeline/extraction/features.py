@@ -12,7 +12,7 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.precision import autocast
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.loader import Eyes, Piece, feed
+from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest, iterate_views
 
 
 @torch.no_grad()
@@ -35,17 +35,21 @@ def view_features(
     embedder.eval()
     wanted = np.arange(len(dataset)) if rows is None else rows
     step = max(1, min(batch, 32_000_000 // (3 * size * size)))
-    pieces = [Piece(part := wanted[a : a + step], np.full((len(part), 1), view)) for a in range(0, len(wanted), step)]
-    eyes = Eyes(dataset, spec, np.arange(len(dataset)), [(size, embedder.preprocessing.interpolation)], pieces)
+    requests = [
+        ViewRequest(part := wanted[a : a + step], np.full((len(part), 1), view)) for a in range(0, len(wanted), step)
+    ]
+    view_dataset = ViewDataset(
+        dataset, spec, np.arange(len(dataset)), [(size, embedder.preprocessing.interpolation)], requests
+    )
     features, seen = [], []
-    with closing(feed(eyes, workers)) as sights:
-        for piece, sight in zip(pieces, sights, strict=True):
-            good = sight.status == GOOD
+    with closing(iterate_views(view_dataset, workers)) as view_batches:
+        for request, view_batch in zip(requests, view_batches, strict=True):
+            good = view_batch.status == GOOD
             if good.any():
                 with autocast(device, precision):
-                    pixels = sight.pixels[0][torch.from_numpy(good), 0].to(device)
+                    pixels = view_batch.pixels[0][torch.from_numpy(good), 0].to(device)
                     features.append(embedder(embedder.prepare(pixels)).float())
-                seen.append(piece.rows[good])
+                seen.append(request.rows[good])
     embedder.train(was_training)
     if not seen:
         raise UserError(f"none of {len(wanted)} images can be used")

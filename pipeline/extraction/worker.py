@@ -12,8 +12,8 @@ from typing import Any
 
 from compress_ssl.pipeline.extraction import cluster
 from compress_ssl.pipeline.extraction.cluster import Outcome
-from compress_ssl.pipeline.extraction.codebook import learn
-from compress_ssl.pipeline.extraction.embed import Cost, Forward, embed
+from compress_ssl.pipeline.extraction.codebook import train_codebooks
+from compress_ssl.pipeline.extraction.embed import Cost, FeatureExtractor, embed
 from compress_ssl.pipeline.runtime.device import loader_workers
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard
@@ -21,18 +21,18 @@ from compress_ssl.pipeline.views.augment import ViewSpec
 
 
 @dataclass
-class Workshop:
+class ExportWorker:
     """All that computing a shard takes. One is built per process."""
 
     store: FeatureStore
     dataset: Any
     spec: ViewSpec
-    forward: Forward
+    forward: FeatureExtractor
     workers: int | None  # loaders asked for
 
     def learn(self, stopped: Callable[[], bool] = lambda: False, threads: bool = False) -> None:
         """Train the codecs that need it. threads: decode in threads, as a worker may have no child processes."""
-        learn(
+        train_codebooks(
             self.store, self.dataset, self.spec, self.forward, workers=self._loaders(), threads=threads, stopped=stopped
         )
 
@@ -53,11 +53,11 @@ class Workshop:
         return loader_workers(self.workers, self.forward.device)
 
 
-Build = Callable[[], Workshop]  # in a worker: makes the workshop the first time
+Build = Callable[[], ExportWorker]  # in a worker: makes the workshop the first time
 
 
 @dataclass(frozen=True)
-class Cluster:
+class DaskExport:
     """Workers of a dask scheduler that do what a `Workshop` does here."""
 
     scheduler: str
@@ -66,14 +66,14 @@ class Cluster:
 
     def learn(self, stopped: Callable[[], bool]) -> None:
         """One of them trains the codecs."""
-        for outcome in cluster.spread(["codebook"], partial(_learn, self.build), self.scheduler, stopped):
+        for outcome in cluster.run_tasks(["codebook"], partial(_learn, self.build), self.scheduler, stopped):
             if outcome.error is not None:
                 raise outcome.error
 
     def compute(self, shards: Sequence[Shard], progress: Callable[[int], None], stopped: Callable[[], bool]) -> Cost:
         """Compute shards on whichever of them is free."""
         total, began = Cost(), time.monotonic()
-        for outcome in cluster.spread(shards, partial(_compute, self.build), self.scheduler, stopped):
+        for outcome in cluster.run_tasks(shards, partial(_compute, self.build), self.scheduler, stopped):
             if outcome.error is None:
                 total += outcome.result
                 progress(outcome.task.stop - outcome.task.start)

@@ -1,8 +1,8 @@
 """How a student learns from stored features. A method is one file here and one line below."""
 
-from compress_ssl.pipeline.runtime.registry import Menu
+from compress_ssl.pipeline.runtime.registry import Registry
 
-METHODS = Menu(
+METHODS = Registry(
     "method",
     {
         "compress-2q": "compress_ssl.pipeline.methods.compress:TwoQueues",
@@ -15,6 +15,6 @@ METHODS = Menu(
         "esvit": "compress_ssl.pipeline.methods.esvit:EsVit",
         "dogo": "compress_ssl.pipeline.methods.dogo:Dogo",
         "dogo-frozen": "compress_ssl.pipeline.methods.dogo:DogoFrozen",
-        "python": "compress_ssl.pipeline.methods.python:Own",
+        "python": "compress_ssl.pipeline.methods.python:UserMethod",
     },
 )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress_ssl.pipeline.methods.memory_bank import MemoryBank, Read
 from compress_ssl.pipeline.models.embedder import Embedder
-from compress_ssl.pipeline.models.linear_head import LabelHead
+from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.artifact import UserError
 
@@ -58,7 +58,7 @@ class Recipe:
 
 
 @dataclass
-class Setting:
+class MethodContext:
     """What a method is built for."""
 
     students: Sequence[Embedder]
@@ -107,7 +107,7 @@ class Method(nn.Module, ABC):
     recipe: ClassVar[Recipe] = Recipe()
 
     @classmethod
-    def named(cls, argument: str) -> "type[Method]":
+    def for_spec(cls, argument: str) -> "type[Method]":
         """The class itself; `argument` is what follows its kind on the command line."""
         return cls
 
@@ -118,21 +118,21 @@ class Method(nn.Module, ABC):
     def after_step(self, batch: Batch) -> None:
         """Called after the optimiser's step: banks and momentum encoders move here."""
 
-    def delivers(self) -> LabelHead | None:
+    def exported_head(self) -> LinearHead | None:
         """A classifier on the student's embedding, kept beside it as head.safetensors; most methods have none."""
         return None
 
-    def suit(self, name: str, arrays: Container[str], pairing: str) -> None:
+    def check_inputs(self, name: str, arrays: Container[str], pairing: str) -> None:
         """Raises UserError if it needs what is not there; `name` is what the user calls it."""
         require_arrays(name, self.needs.arrays, arrays)
         if pairing not in self.needs.pairings:
             raise UserError(f"{name} needs --pairing {' or '.join(self.needs.pairings)}, not {pairing}")
 
-    def fill(self, read: Read) -> None:
+    def refill_banks(self, read: Read) -> None:
         """Called before the first step of a run and of a resumed run: read anchors from the store."""
         for module in self.modules():
             if isinstance(module, MemoryBank):
-                module.fill(read)
+                module.refill(read)
 
 
 def require_arrays(name: str, wanted: Sequence[str], arrays: Container[str]) -> None:
@@ -150,14 +150,14 @@ def require_arrays(name: str, wanted: Sequence[str], arrays: Container[str]) -> 
         )
 
 
-def require(**values: float) -> None:
+def require_positive(**values: float) -> None:
     """Hyper-parameters that must be more than 0. Raises UserError."""
     for name, value in values.items():
         if not value > 0:
             raise UserError(f"{name}={value} was asked, but must be more than 0")
 
 
-def require_shares(**values: float) -> None:
+def require_fractions(**values: float) -> None:
     """Hyper-parameters that must be from 0 to 1. Raises UserError."""
     for name, value in values.items():
         if not 0 <= value <= 1:
@@ -167,36 +167,36 @@ def require_shares(**values: float) -> None:
 Target = Literal["auto", "projection", "embedding"]
 
 
-def target_of(setting: Setting, asked: Target, method: str) -> str:
+def choose_target(context: MethodContext, asked: Target, method: str) -> str:
     """Which vectors of the teacher a method compares with: `auto` is its projection where the store keeps one."""
     if asked != "auto":
         return asked
-    if "projection" in setting.widths:
+    if "projection" in context.widths:
         return "projection"
-    setting.notes.append(
-        f"{method}: the store keeps no projection; the teacher's {setting.teacher_width}-d embedding is the target"
+    context.notes.append(
+        f"{method}: the store keeps no projection; the teacher's {context.teacher_width}-d embedding is the target"
     )
     return "embedding"
 
 
-def bank_size(asked: int | None, published: int, setting: Setting) -> int:
+def bank_size(asked: int | None, published: int, context: MethodContext) -> int:
     """Slots of a bank: as asked, else as published but at most half the images.
 
     A longer one would hold older views of the very images of the batch. Raises UserError if more
     slots than images are asked for.
     """
-    n = len(setting.rows)
+    n = len(context.rows)
     if asked is not None:
         if not 0 < asked <= n:
             raise UserError(f"bank={asked} was asked, but must be from 1 to the {n} usable images; take bank={n // 2}")
         return asked
     size = min(published, max(1, n // 2))
     if size < published:
-        setting.notes.append(f"bank of {size} anchors instead of the published {published}: half of {n} images")
+        context.notes.append(f"bank of {size} anchors instead of the published {published}: half of {n} images")
     return size
 
 
-def store_rows(setting: Setting, size: int) -> Tensor:
+def initial_rows(context: MethodContext, size: int) -> Tensor:
     """(size,) distinct rows to start a bank with, a function of the seed."""
-    order = philox.permutation(setting.seed, philox.BANK, 0, len(setting.rows))
-    return torch.from_numpy(setting.rows[order[:size]])
+    order = philox.permutation(context.seed, philox.BANK, 0, len(context.rows))
+    return torch.from_numpy(context.rows[order[:size]])

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from compress_ssl.pipeline.methods.base import (
     Batch,
     Method,
+    MethodContext,
     Outputs,
     Recipe,
-    Setting,
     bank_size,
-    require,
-    require_shares,
-    store_rows,
+    initial_rows,
+    require_fractions,
+    require_positive,
 )
 from compress_ssl.pipeline.methods.memory_bank import MemoryBank
 from compress_ssl.pipeline.methods.similarity import relation_kl
 from compress_ssl.pipeline.models.moving_average import update_ema
-from compress_ssl.pipeline.models.precision import unit
+from compress_ssl.pipeline.models.precision import l2_normalize
 
 PUBLISHED = 128_000
 RECIPE = Recipe(lr=0.01, weight_decay=1e-4, batch_size=256, epochs=130, schedule="step")
@@ -40,28 +40,28 @@ class TwoQueues(Method):
     def __init__(
         self,
         *,
-        setting: Setting,
+        context: MethodContext,
         bank: int | None = None,
         tau: float = 0.04,
         start: Literal["empty", "random"] = "empty",
     ):
         super().__init__()
-        require(tau=tau)
+        require_positive(tau=tau)
         self.tau = tau
-        columns = {"teacher": setting.teacher_width, "student": setting.students[0].width}
-        size = bank_size(bank, PUBLISHED, setting)
-        self.bank = MemoryBank(size, columns, reread={"teacher": "embedding"}, seed=setting.seed)
+        columns = {"teacher": context.teacher_width, "student": context.students[0].width}
+        size = bank_size(bank, PUBLISHED, context)
+        self.bank = MemoryBank(size, columns, reread={"teacher": "embedding"}, seed=context.seed)
         self.bank.start(start)
         self._seen: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         t, s = batch.teacher["embedding"].flatten(0, 1), outputs[0]["embedding"].flatten(0, 1)  # (B * W, D), (.., d)
-        self._seen = {"teacher": unit(t), "student": self.key(batch, s)}
+        self._seen = {"teacher": l2_normalize(t), "student": self.key(batch, s)}
         return [relation_kl(t, self.bank["teacher"], s, self.bank["student"], self.tau, self.tau)]
 
     def key(self, batch: Batch, student: Tensor) -> Tensor:
         """What enters the student's bank: (B * W, d) unit vectors."""
-        return unit(student.detach())
+        return l2_normalize(student.detach())
 
     def after_step(self, batch: Batch) -> None:
         self.bank.push(batch.rows, batch.teacher_views, self._seen)
@@ -77,17 +77,17 @@ class TwoQueuesMomentum(TwoQueues):
     def __init__(
         self,
         *,
-        setting: Setting,
+        context: MethodContext,
         bank: int | None = None,
         tau: float = 0.04,
         start: Literal["empty", "random"] = "empty",
         momentum: float = 0.999,
     ):
-        super().__init__(setting=setting, bank=bank, tau=tau, start=start)
-        require_shares(momentum=momentum)
+        super().__init__(context=context, bank=bank, tau=tau, start=start)
+        require_fractions(momentum=momentum)
         self.momentum = momentum
-        self._student = [setting.students[0]]  # in a list: it is not ours to checkpoint
-        self.slow = copy.deepcopy(setting.students[0]).requires_grad_(False)
+        self._student = [context.students[0]]  # in a list: it is not ours to checkpoint
+        self.slow = copy.deepcopy(context.students[0]).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TwoQueuesMomentum":
         super().train(mode)
@@ -99,7 +99,7 @@ class TwoQueuesMomentum(TwoQueues):
 
     @torch.no_grad()
     def key(self, batch: Batch, student: Tensor) -> Tensor:
-        return unit(self.slow(batch.images[0]))
+        return l2_normalize(self.slow(batch.images[0]))
 
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
@@ -119,25 +119,25 @@ class OneQueue(Method):
     def __init__(
         self,
         *,
-        setting: Setting,
+        context: MethodContext,
         bank: int | None = None,
         tau: float = 0.04,
         start: Literal["store", "empty", "random"] = "store",
     ):
         super().__init__()
-        require(tau=tau)
+        require_positive(tau=tau)
         self.tau = tau
-        self.head = nn.Linear(setting.students[0].width, setting.teacher_width)
-        size = bank_size(bank, PUBLISHED, setting)
-        columns, again = {"teacher": setting.teacher_width}, {"teacher": "embedding"}
-        self.bank = MemoryBank(size, columns, reread=again, seed=setting.seed)
-        self.bank.start(start, store_rows(setting, size), setting.view)
+        self.head = nn.Linear(context.students[0].width, context.teacher_width)
+        size = bank_size(bank, PUBLISHED, context)
+        columns, again = {"teacher": context.teacher_width}, {"teacher": "embedding"}
+        self.bank = MemoryBank(size, columns, reread=again, seed=context.seed)
+        self.bank.start(start, initial_rows(context, size), context.view)
         self._seen: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         t = batch.teacher["embedding"].flatten(0, 1)  # (B * W, D)
         s = self.head(outputs[0]["embedding"].flatten(0, 1))  # (B * W, D)
-        self._seen = {"teacher": unit(t)}
+        self._seen = {"teacher": l2_normalize(t)}
         anchors = self.bank["teacher"]
         return [relation_kl(t, anchors, s, anchors, self.tau, self.tau)]
 

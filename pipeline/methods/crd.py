@@ -6,8 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.distributed import collectives
-from compress_ssl.pipeline.methods.base import Batch, Method, Outputs, Recipe, Setting, require, require_shares
-from compress_ssl.pipeline.models.precision import single, unit
+from compress_ssl.pipeline.methods.base import (
+    Batch,
+    Method,
+    MethodContext,
+    Outputs,
+    Recipe,
+    require_fractions,
+    require_positive,
+)
+from compress_ssl.pipeline.models.precision import at_least_float32, l2_normalize
 
 EPS = 1e-7
 
@@ -32,36 +40,46 @@ class Crd(Method):
     constants: Tensor  # (2,) of the student's and the teacher's memory, 0 before the first batch
 
     def __init__(
-        self, *, setting: Setting, negatives: int = 16_384, tau: float = 0.07, momentum: float = 0.5, width: int = 128
+        self,
+        *,
+        context: MethodContext,
+        negatives: int = 16_384,
+        tau: float = 0.07,
+        momentum: float = 0.5,
+        width: int = 128,
     ):
         super().__init__()
-        require(negatives=negatives, tau=tau, width=width)
-        require_shares(momentum=momentum)
-        n = len(setting.rows)
+        require_positive(negatives=negatives, tau=tau, width=width)
+        require_fractions(momentum=momentum)
+        n = len(context.rows)
         self.tau, self.momentum = tau, momentum
         self.negatives = min(negatives, n)
         if self.negatives < negatives:
-            setting.notes.append(f"crd: {n} negatives instead of {negatives}: there are no more images")
-        self.student_head = nn.Linear(setting.students[0].width, width)
-        self.teacher_head = nn.Linear(setting.teacher_width, width)
-        generator = torch.Generator().manual_seed(setting.seed)
+            context.notes.append(f"crd: {n} negatives instead of {negatives}: there are no more images")
+        self.student_head = nn.Linear(context.students[0].width, width)
+        self.teacher_head = nn.Linear(context.teacher_width, width)
+        generator = torch.Generator().manual_seed(context.seed)
         reach = (3.0 / width) ** 0.5
         for name in ("student_memory", "teacher_memory"):
             start = torch.empty(n, width).uniform_(-reach, reach, generator=generator)
             self.register_buffer(name, start)
         self.register_buffer("constants", torch.zeros(2))
-        self.register_buffer("rows", torch.from_numpy(setting.rows), persistent=False)
+        self.register_buffer("rows", torch.from_numpy(context.rows), persistent=False)
         self._seen: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         w = batch.teacher_views.shape[1]
         slots = self.slots(batch).repeat_interleave(w)  # (B * W,)
         with torch.autocast(slots.device.type, enabled=False):
-            s = unit(self.student_head(single(outputs[0]["embedding"].flatten(0, 1))))  # (B * W, width)
-            t = unit(self.teacher_head(batch.teacher["embedding"].flatten(0, 1)))
+            s = l2_normalize(
+                self.student_head(at_least_float32(outputs[0]["embedding"].flatten(0, 1)))
+            )  # (B * W, width)
+            t = l2_normalize(self.teacher_head(batch.teacher["embedding"].flatten(0, 1)))
             self._seen = s.detach().unflatten(0, (-1, w)), t.detach().unflatten(0, (-1, w))
-            shape = collectives.size() * len(batch.rows), w, self.negatives
-            drawn = torch.randint(len(self.rows), shape, device=slots.device)[collectives.rank() :: collectives.size()]
+            shape = collectives.world_size() * len(batch.rows), w, self.negatives
+            drawn = torch.randint(len(self.rows), shape, device=slots.device)[
+                collectives.rank() :: collectives.world_size()
+            ]
             picked = torch.cat([slots[:, None], drawn.flatten(0, 1)], 1)  # (B * W, 1 + K), the positive first
             return [self._nce(s, self.teacher_memory, picked, 1) + self._nce(t, self.student_memory, picked, 0)]
 
@@ -88,4 +106,4 @@ class Crd(Method):
         slots = collectives.gather(self.slots(batch))
         for memory, seen in zip((self.student_memory, self.teacher_memory), self._seen, strict=True):
             for now in collectives.gather(seen).unbind(1):
-                memory[slots] = unit(memory[slots] * self.momentum + now * (1 - self.momentum))
+                memory[slots] = l2_normalize(memory[slots] * self.momentum + now * (1 - self.momentum))

@@ -11,15 +11,15 @@ from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import (
     Batch,
     Method,
+    MethodContext,
     Needs,
     Outputs,
     Recipe,
-    Setting,
     Target,
-    require,
-    target_of,
+    choose_target,
+    require_positive,
 )
-from compress_ssl.pipeline.models.precision import single, unit
+from compress_ssl.pipeline.models.precision import at_least_float32, l2_normalize
 from compress_ssl.pipeline.runtime.artifact import UserError
 
 RECIPE = Recipe(optimizer="adam", lr=3e-4, weight_decay=1e-6, batch_size=256, epochs=1000, schedule="constant")
@@ -40,14 +40,20 @@ class Dogo(Method):
     recipe = RECIPE
 
     def __init__(
-        self, *, setting: Setting, tau: float = 0.1, tau_ssl: float = 0.5, weight: float = WEIGHT, width: int = 128
+        self,
+        *,
+        context: MethodContext,
+        tau: float = 0.1,
+        tau_ssl: float = 0.5,
+        weight: float = WEIGHT,
+        width: int = 128,
     ):
         super().__init__()
-        require(tau=tau, tau_ssl=tau_ssl, width=width)
-        if len(setting.students) < 2:
+        require_positive(tau=tau, tau_ssl=tau_ssl, width=width)
+        if len(context.students) < 2:
             raise UserError("dogo needs two or more students that teach each other; repeat --student")
         self.tau, self.tau_ssl, self.weight = tau, tau_ssl, weight
-        self.heads = nn.ModuleList(projection(student.width, width) for student in setting.students)
+        self.heads = nn.ModuleList(projection(student.width, width) for student in context.students)
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         with torch.autocast(batch.rows.device.type, enabled=False):
@@ -77,7 +83,7 @@ class DogoFrozen(Method):
     def __init__(
         self,
         *,
-        setting: Setting,
+        context: MethodContext,
         tau: float = 0.1,
         tau_ssl: float = 0.5,
         weight: float = WEIGHT,
@@ -85,16 +91,16 @@ class DogoFrozen(Method):
         target: Target = "auto",
     ):
         super().__init__()
-        require(tau=tau, tau_ssl=tau_ssl, width=width)
+        require_positive(tau=tau, tau_ssl=tau_ssl, width=width)
         self.tau, self.tau_ssl, self.weight = tau, tau_ssl, weight
-        self.target = target_of(setting, target, "dogo-frozen")
+        self.target = choose_target(context, target, "dogo-frozen")
         self.needs = replace(type(self).needs, arrays=(self.target,))
-        self.head = projection(setting.students[0].width, width)
+        self.head = projection(context.students[0].width, width)
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         with torch.autocast(batch.rows.device.type, enabled=False):
             one, two = pair(self.head, outputs[0])
-            t = collectives.gather(unit(batch.teacher[self.target][:, :2].contiguous()))  # (B, 2, D)
+            t = collectives.gather(l2_normalize(batch.teacher[self.target][:, :2].contiguous()))  # (B, 2, D)
             theirs = log_relations(t[:, 0], t[:, 1], self.tau)
             mine = log_relations(one, two, self.tau)
             return [nt_xent(one, two, self.tau_ssl) + self.weight * kl(theirs, mine)]
@@ -107,8 +113,8 @@ def projection(width: int, out: int) -> nn.Sequential:
 
 def pair(head: nn.Module, out: Outputs) -> tuple[Tensor, Tensor]:
     """Unit projections of the first two views, of all ranks: (B, P) each."""
-    z = single(out["embedding"][:, :2])  # (B, 2, d)
-    z = collectives.gather(unit(head(z.flatten(0, 1))).unflatten(0, z.shape[:2]))
+    z = at_least_float32(out["embedding"][:, :2])  # (B, 2, d)
+    z = collectives.gather(l2_normalize(head(z.flatten(0, 1))).unflatten(0, z.shape[:2]))
     return z[:, 0], z[:, 1]
 
 

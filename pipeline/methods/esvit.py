@@ -11,21 +11,21 @@ from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import (
     Batch,
     Method,
+    MethodContext,
     Needs,
     Outputs,
     Recipe,
-    Setting,
     bank_size,
-    require,
+    initial_rows,
     require_arrays,
-    require_shares,
-    store_rows,
+    require_fractions,
+    require_positive,
 )
 from compress_ssl.pipeline.methods.memory_bank import MemoryBank
 from compress_ssl.pipeline.methods.similarity import relation_cross_entropy
 from compress_ssl.pipeline.models import heads
 from compress_ssl.pipeline.models.moving_average import move
-from compress_ssl.pipeline.models.precision import single, unit
+from compress_ssl.pipeline.models.precision import at_least_float32, l2_normalize
 from compress_ssl.pipeline.runtime.artifact import UserError
 
 
@@ -54,7 +54,7 @@ class EsVit(Method):
     def __init__(
         self,
         *,
-        setting: Setting,
+        context: MethodContext,
         crops: int = 8,
         bank: int | None = None,
         tau_t: float = 0.04,
@@ -62,28 +62,28 @@ class EsVit(Method):
         momentum: float = 0.9,
     ):
         super().__init__()
-        require(tau_t=tau_t, tau_s=tau_s)
+        require_positive(tau_t=tau_t, tau_s=tau_s)
         if crops < 0:
             raise UserError(f"crops={crops} was asked, but must be 0 or more")
-        require_shares(momentum=momentum)
-        require_arrays("esvit", self.needs.arrays, setting.widths)
+        require_fractions(momentum=momentum)
+        require_arrays("esvit", self.needs.arrays, context.widths)
         if crops:
             self.needs = replace(type(self).needs, outputs=(*self.needs.outputs, *LOCAL), crops=crops)
-        student = setting.students[0].equip(("regions",))
-        kept = heads.groups(setting.heads)
+        student = context.students[0].enable_outputs(("regions",))
+        kept = heads.group_by_head(context.heads)
         dense = next((stem for stem in kept if "dense" in stem), None)
         view = next((stem for stem in kept if stem != dense), None)
         terms: dict[str, Prototypes | Similarities] = {}
         size = 0
         for name, stem in (("embedding", view), ("regions", dense)):
             tensors = kept.get(stem) if stem is not None else None
-            width, target = student.shapes[name][-1], setting.widths[name][-1]
+            width, target = student.shapes[name][-1], context.widths[name][-1]
             if tensors and (protos := heads.prototypes(tensors)) is not None:
-                centre = _centre(setting, "center_grid" if name == "regions" else "center")
-                terms[name] = Prototypes(width, target, heads.Projection(tensors), protos, centre, momentum)
+                centre = _centre(context, "center_grid" if name == "regions" else "center")
+                terms[name] = Prototypes(width, target, heads.ProjectionHead(tensors), protos, centre, momentum)
             else:
-                size = size or bank_size(bank, 4096, setting)
-                terms[name] = Similarities(width, target, size, name, setting)
+                size = size or bank_size(bank, 4096, context)
+                terms[name] = Similarities(width, target, size, name, context)
             terms[name].tau_t, terms[name].tau_s = tau_t, tau_s
         self.view, self.region = terms["embedding"], terms["regions"]
 
@@ -96,7 +96,7 @@ class EsVit(Method):
         losses = []
         with torch.autocast(batch.rows.device.type, enabled=False):
             for s, z, v in seen:  # (B, d), (B, R, c)
-                s, z = self.view.projector(single(s)), self.region.projector(single(z))
+                s, z = self.view.projector(at_least_float32(s)), self.region.projector(at_least_float32(z))
                 for u in range(batch.teacher_views.shape[1]):
                     if v >= 0 and torch.equal(batch.student_views[:, v], batch.teacher_views[:, u]):
                         continue  # the same view
@@ -111,8 +111,10 @@ class EsVit(Method):
         rows, views = batch.rows, batch.teacher_views
         y = batch.teacher["regions"].flatten(0, 1)  # (B * W, R', C)
         self.view.after(rows, views, batch.teacher["embedding"].flatten(0, 1))
-        shape = collectives.size() * len(batch.rows), batch.teacher_views.shape[1]
-        chosen = torch.randint(y.shape[1], shape, device=y.device)[collectives.rank() :: collectives.size()].flatten()
+        shape = collectives.world_size() * len(batch.rows), batch.teacher_views.shape[1]
+        chosen = torch.randint(y.shape[1], shape, device=y.device)[
+            collectives.rank() :: collectives.world_size()
+        ].flatten()
         self.region.after(rows, views, y if isinstance(self.region, Prototypes) else y[torch.arange(len(y)), chosen])
 
 
@@ -155,12 +157,12 @@ class Similarities(nn.Module):
 
     tau_t, tau_s = 0.04, 0.1
 
-    def __init__(self, width: int, target: int, size: int, name: str, setting: Setting):
+    def __init__(self, width: int, target: int, size: int, name: str, context: MethodContext):
         super().__init__()
         self.projector = projector(width, target)
         again = {"teacher": "embedding"} if name == "embedding" else {}  # which region it was is not kept
-        self.bank = MemoryBank(size, {"teacher": target}, reread=again, seed=setting.seed)
-        self.bank.start("store" if again else "empty", store_rows(setting, size), setting.view)
+        self.bank = MemoryBank(size, {"teacher": target}, reread=again, seed=context.seed)
+        self.bank.start("store" if again else "empty", initial_rows(context, size), context.view)
 
     def forward(self, teacher: Tensor, student: Tensor) -> Tensor:
         """teacher (n, D), student (n, D) projected: mean cross-entropy in nats."""
@@ -168,7 +170,7 @@ class Similarities(nn.Module):
 
     def after(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
         """teacher: (B * W, D) of the batch, which enter the bank."""
-        self.bank.push(rows, views, {"teacher": unit(teacher)})
+        self.bank.push(rows, views, {"teacher": l2_normalize(teacher)})
 
 
 def projector(width: int, target: int) -> nn.Module:
@@ -179,10 +181,10 @@ def projector(width: int, target: int) -> nn.Module:
 def matched(theirs: Tensor, mine: Tensor) -> Tensor:
     """(B, R, C): for each of my regions (B, R, C) the region of theirs (B, R', C) with the largest cosine."""
     with torch.no_grad():
-        best = (unit(mine) @ unit(theirs).transpose(1, 2)).argmax(2)  # (B, R)
+        best = (l2_normalize(mine) @ l2_normalize(theirs).transpose(1, 2)).argmax(2)  # (B, R)
     return theirs.gather(1, best[..., None].expand(-1, -1, theirs.shape[2]))
 
 
-def _centre(setting: Setting, name: str) -> Tensor | None:
+def _centre(context: MethodContext, name: str) -> Tensor | None:
     """The centre that the teacher's file keeps with its loss, if it does."""
-    return next((tensor for key, tensor in setting.heads.items() if key.rpartition(".")[2] == name), None)
+    return next((tensor for key, tensor in context.heads.items() if key.rpartition(".")[2] == name), None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.distributed import collectives
-from compress_ssl.pipeline.models.precision import unit
+from compress_ssl.pipeline.models.precision import l2_normalize
 
 Read = Callable[[Tensor, Tensor, str], Tensor]  # (n,) rows, (n,) views, array of the store -> (n, D) float32
 
@@ -53,12 +53,12 @@ class MemoryBank(nn.Module):
             self.rows.copy_(rows[: self.size])
             self.views.fill_(view)
 
-    def fill(self, read: Read, block: int = 8192) -> None:
+    def refill(self, read: Read, block: int = 8192) -> None:
         """Read the columns in `reread` again, for the slots that hold an (i, v)."""
         for name, array in self.reread.items():
             column = getattr(self, f"column_{name}")
             for slots in torch.nonzero(self.rows >= 0).flatten().split(block):
-                column[slots] = unit(read(self.rows[slots], self.views[slots], array).to(column.device))
+                column[slots] = l2_normalize(read(self.rows[slots], self.views[slots], array).to(column.device))
 
     @torch.no_grad()
     def push(self, rows: Tensor, views: Tensor, columns: Mapping[str, Tensor]) -> None:

@@ -5,42 +5,45 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from compress_ssl.pipeline.methods.base import Method, Setting
+from compress_ssl.pipeline.methods.base import Method, MethodContext
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.import_object import load
-from compress_ssl.pipeline.runtime.registry import convert, literal, nearest
+from compress_ssl.pipeline.runtime.import_object import import_object
+from compress_ssl.pipeline.runtime.registry import convert, did_you_mean, literal
 
 
-class Own:
+class UserMethod:
     """Your own: a subclass of compress_ssl.pipeline.methods.base.Method, from a module or a file."""
 
-    def __new__(cls, place: str, /, *, setting: Setting, **options: str) -> Method:  # type: ignore[misc]
-        build = named(place)
+    def __new__(cls, place: str, /, *, context: MethodContext, **options: str) -> Method:  # type: ignore[misc]
+        build = import_method(place)
         parameters = inspect.signature(build).parameters.values()
-        known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "setting"}
+        known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        context_name = "setting" if "setting" in known else "context"  # the first version's name
+        known.pop(context_name, None)
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         for key in () if anything else options:
             if key not in known:
                 keys = ", ".join(known) or "none"
-                raise UserError(f"python:{place} has no key {key!r}{nearest(key, known) or '.'} Known: {keys}")
-        return build(setting=setting, **{key: typed(text, known.get(key), place) for key, text in options.items()})
+                raise UserError(f"python:{place} has no key {key!r}{did_you_mean(key, known) or '.'} Known: {keys}")
+        values = {key: convert_option(text, known.get(key), place) for key, text in options.items()}
+        return build(**{context_name: context}, **values)
 
     @staticmethod
-    def named(place: str) -> type[Method]:
+    def for_spec(place: str) -> type[Method]:
         """The class itself, whose recipe and needs count."""
-        return named(place)
+        return import_method(place)
 
 
-def typed(text: str, parameter: inspect.Parameter | None, place: str) -> Any:
+def convert_option(text: str, parameter: inspect.Parameter | None, place: str) -> Any:
     """What was written, as its annotation wants it if that is a number, a truth or a path. Raises UserError."""
     if parameter and {parameter.annotation, *typing.get_args(parameter.annotation)} & {bool, int, float, Path}:
         return convert(text, parameter, f"python:{place} {parameter.name}=")
     return literal(text)
 
 
-def named(place: str) -> type[Method]:
+def import_method(place: str) -> type[Method]:
     """Raises UserError if there is no such class, or it is no method."""
-    build = load(place)
+    build = import_object(place)
     if not (inspect.isclass(build) and issubclass(build, Method)):
         raise UserError(f"python:{place} is no subclass of compress_ssl.pipeline.methods.base.Method")
     if inspect.isabstract(build):

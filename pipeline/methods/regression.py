@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress_ssl.pipeline.distributed import collectives
-from compress_ssl.pipeline.methods.base import Batch, Method, Outputs, Recipe, Setting
-from compress_ssl.pipeline.models.precision import single, unit
+from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext, Outputs, Recipe
+from compress_ssl.pipeline.models.precision import at_least_float32, l2_normalize
 
 
 class Regression(Method):
@@ -22,16 +22,16 @@ class Regression(Method):
 
     recipe = Recipe(lr=0.01, weight_decay=1e-4, batch_size=256, epochs=130, schedule="step")
 
-    def __init__(self, *, setting: Setting, norm: Literal["l2", "batch"] = "l2"):
+    def __init__(self, *, context: MethodContext, norm: Literal["l2", "batch"] = "l2"):
         super().__init__()
         self.norm = norm
-        self.head = nn.Linear(setting.students[0].width, setting.teacher_width)
+        self.head = nn.Linear(context.students[0].width, context.teacher_width)
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         t = batch.teacher["embedding"].flatten(0, 1)  # (B * W, D)
-        s = single(self.head(outputs[0]["embedding"].flatten(0, 1)))  # (B * W, D)
+        s = at_least_float32(self.head(outputs[0]["embedding"].flatten(0, 1)))  # (B * W, D)
         if self.norm == "l2":
-            return [(unit(s) - unit(t)).pow(2).sum(1).mean()]
+            return [(l2_normalize(s) - l2_normalize(t)).pow(2).sum(1).mean()]
         return [F.mse_loss(_standardised(s), _standardised(t))]
 
 

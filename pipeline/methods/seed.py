@@ -9,20 +9,20 @@ from torch import Tensor, nn
 from compress_ssl.pipeline.methods.base import (
     Batch,
     Method,
+    MethodContext,
     Needs,
     Outputs,
     Recipe,
-    Setting,
     Target,
     bank_size,
-    require,
+    choose_target,
+    initial_rows,
     require_arrays,
-    store_rows,
-    target_of,
+    require_positive,
 )  # fmt: skip
 from compress_ssl.pipeline.methods.memory_bank import MemoryBank
 from compress_ssl.pipeline.methods.similarity import relation_cross_entropy
-from compress_ssl.pipeline.models.precision import unit
+from compress_ssl.pipeline.models.precision import l2_normalize
 from compress_ssl.pipeline.views.numbering import LOCAL
 
 PUBLISHED = 65_536
@@ -48,7 +48,7 @@ class Seed(Method):
     def __init__(
         self,
         *,
-        setting: Setting,
+        context: MethodContext,
         bank: int | None = None,
         tau_t: float = 0.01,
         tau_s: float = 0.2,
@@ -57,27 +57,27 @@ class Seed(Method):
         small: bool | None = None,
     ):
         super().__init__()
-        require(tau_t=tau_t, tau_s=tau_s)
+        require_positive(tau_t=tau_t, tau_s=tau_s)
         self.tau_t, self.tau_s = tau_t, tau_s
-        self.target = target_of(setting, target, "seed")
-        self.small = f"local_{self.target}" in setting.widths if small is None else small
+        self.target = choose_target(context, target, "seed")
+        self.small = f"local_{self.target}" in context.widths if small is None else small
         self.needs = Needs((self.target,))
         if self.small:
             self.needs = replace(
                 self.needs, arrays=(self.target, f"local_{self.target}"), outputs=("embedding", "local_embedding")
             )
-        require_arrays("seed", self.needs.arrays, setting.widths)
-        student, width = setting.students[0].width, setting.widths[self.target][-1]
+        require_arrays("seed", self.needs.arrays, context.widths)
+        student, width = context.students[0].width, context.widths[self.target][-1]
         self.head = nn.Sequential(nn.Linear(student, student), nn.ReLU(), nn.Linear(student, width))
-        size = bank_size(bank, PUBLISHED, setting)
-        self.bank = self._queue(setting, size, self.target, setting.view, start)
+        size = bank_size(bank, PUBLISHED, context)
+        self.bank = self._queue(context, size, self.target, context.view, start)
         if self.small:
-            self.small_bank = self._queue(setting, size, f"local_{self.target}", LOCAL, start)
+            self.small_bank = self._queue(context, size, f"local_{self.target}", LOCAL, start)
 
-    def _queue(self, setting: Setting, size: int, array: str, view: int, start: str) -> MemoryBank:
-        width = setting.widths[array][-1]
-        bank = MemoryBank(size, {"teacher": width}, reread={"teacher": array}, seed=setting.seed)
-        bank.start(start, store_rows(setting, size), view)
+    def _queue(self, context: MethodContext, size: int, array: str, view: int, start: str) -> MemoryBank:
+        width = context.widths[array][-1]
+        bank = MemoryBank(size, {"teacher": width}, reread={"teacher": array}, seed=context.seed)
+        bank.start(start, initial_rows(context, size), view)
         return bank
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
@@ -93,7 +93,7 @@ class Seed(Method):
 
     def after_step(self, batch: Batch) -> None:
         t = batch.teacher[self.target].flatten(0, 1)
-        self.bank.push(batch.rows, batch.teacher_views, {"teacher": unit(t)})
+        self.bank.push(batch.rows, batch.teacher_views, {"teacher": l2_normalize(t)})
         if self.small and batch.local_views is not None:
             first = batch.teacher[f"local_{self.target}"][:, 0]
-            self.small_bank.push(batch.rows, batch.local_views[:, :1], {"teacher": unit(first)})
+            self.small_bank.push(batch.rows, batch.local_views[:, :1], {"teacher": l2_normalize(first)})

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress_ssl.pipeline.methods.base import Batch, Method, Needs, Outputs, Recipe, Setting, require
+from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext, Needs, Outputs, Recipe, require_positive
 from compress_ssl.pipeline.models import linear_head
-from compress_ssl.pipeline.models.linear_head import LabelHead
-from compress_ssl.pipeline.models.precision import single
+from compress_ssl.pipeline.models.linear_head import LinearHead
+from compress_ssl.pipeline.models.precision import at_least_float32
 from compress_ssl.pipeline.runtime.artifact import UserError
 
 
@@ -30,20 +30,20 @@ class SimClrV2(Method):
         optimizer="lars", lr=0.4, weight_decay=1e-4, batch_size=4096, epochs=400, schedule="cosine", warmup_epochs=5
     )
 
-    def __init__(self, *, setting: Setting, head: Path | None = None, tau: float = 1.0):
+    def __init__(self, *, context: MethodContext, head: Path | None = None, tau: float = 1.0):
         super().__init__()
-        require(tau=tau)
+        require_positive(tau=tau)
         self.tau = tau
-        self.teacher_head = _of_the_teacher(head, setting.teacher_width) if head else None
+        self.teacher_head = _of_the_teacher(head, context.teacher_width) if head else None
         if self.teacher_head is None:
             self.needs = replace(Needs(), arrays=("logits",))
-            if "logits" not in setting.widths:
+            if "logits" not in context.widths:
                 raise UserError(
                     "simclr-v2 needs the teacher's logits: fit a head to a few labels with compress label-head and "
                     "give it as simclr-v2:head=FILE, or export with --keep embedding,logits"
                 )
-        classes = setting.widths["logits"][-1] if self.teacher_head is None else self.teacher_head.classes
-        self.classifier = nn.Linear(setting.students[0].width, classes)
+        classes = context.widths["logits"][-1] if self.teacher_head is None else self.teacher_head.classes
+        self.classifier = nn.Linear(context.students[0].width, classes)
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         with torch.no_grad(), torch.autocast(batch.rows.device.type, enabled=False):
@@ -52,16 +52,16 @@ class SimClrV2(Method):
             else:
                 t = self.teacher_head(batch.teacher["embedding"])
             p = (t.flatten(0, 1) / self.tau).softmax(1)  # (B * W, C)
-        logits = single(self.classifier(outputs[0]["embedding"].flatten(0, 1)))
+        logits = at_least_float32(self.classifier(outputs[0]["embedding"].flatten(0, 1)))
         return [F.cross_entropy(logits / self.tau, p) * self.tau**2]
 
-    def delivers(self) -> LabelHead:
+    def exported_head(self) -> LinearHead:
         names = self.teacher_head.names if self.teacher_head else None  # stored logits come without
         weight, bias = self.classifier.weight.detach(), self.classifier.bias.detach()
-        return LabelHead(weight, bias, names, unit=False)
+        return LinearHead(weight, bias, names, unit=False)
 
 
-def _of_the_teacher(file: Path, width: int) -> LabelHead:
+def _of_the_teacher(file: Path, width: int) -> LinearHead:
     head = linear_head.load(file)
     if head.width != width:
         raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress_ssl.pipeline.models.precision import unit
+from compress_ssl.pipeline.models.precision import l2_normalize
 
 BLOCK = 4096
 """Anchors at a time."""
@@ -68,8 +68,8 @@ def _loss(
     if len(teacher_anchors) != len(student_anchors):
         raise ValueError(f"{len(teacher_anchors)} teacher anchors, but {len(student_anchors)} student anchors")
     with torch.autocast(student.device.type, enabled=False):
-        s, t = unit(student), unit(teacher.detach())
-        column = unit(own.detach()) if own is not None else None
+        s, t = l2_normalize(student), l2_normalize(teacher.detach())
+        column = l2_normalize(own.detach()) if own is not None else None
         needed = s.requires_grad and torch.is_grad_enabled()
         anchors = teacher_anchors.detach(), student_anchors.detach()
         return _Relation.apply(s, t.to(s.dtype), column, *anchors, taus, block, divergence, needed).mean()

@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.registry import Menu
+from compress_ssl.pipeline.runtime.registry import Registry
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.models.embedder import Embedder
 
-MODELS = Menu(
+MODELS = Registry(
     "model",
     {
         "timm": "compress_ssl.pipeline.models.timm:model",
@@ -31,7 +31,7 @@ def build(spec_text: str, *, image_size: int | None = None, pretrained_default: 
     spec = MODELS.parse(spec_text)
     if "image_size" in spec.options:
         raise UserError(f"{spec_text}: a model's key for its input size is size=, not image_size=")
-    embedder: Embedder = MODELS.order(spec, image_size=image_size, pretrained_default=pretrained_default)
+    embedder: Embedder = MODELS.build(spec, image_size=image_size, pretrained_default=pretrained_default)
     embedder.spec = spec_text
     return embedder
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compress_ssl.pipeline.models import heads, weights
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.formatting import one_line
+from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 pass
@@ -27,7 +27,9 @@ class Network:
     name: str
     preprocessing: Preprocessing
     trained: bool = False  # its weights came with it
-    dialect: Callable[[], weights.Dialect] = weights.Dialect  # asked only when a file is loaded: it may cost a build
+    checkpoint_format: Callable[[], weights.CheckpointFormat] = (
+        weights.CheckpointFormat
+    )  # asked only when a file is loaded: it may cost a build
     features: Callable[[nn.Module, Tensor], Tensor] | None = None  # instead of calling the module; must pickle
     regions: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None  # -> tokens (B, R, c), and the output
     classifier: Callable[[], nn.Module] | None = None  # the layer taken off, asked only when logits are kept
@@ -52,7 +54,7 @@ class Embedder(nn.Module):
         self._pool = pool
         self._map = ""  # the submodule whose output is a map, where the kind does not say
         self.shapes: dict[str, tuple[int, ...]] = {}  # of one image, by output
-        self.equip(("embedding",))
+        self.enable_outputs(("embedding",))
 
     @property
     def width(self) -> int:
@@ -69,9 +71,9 @@ class Embedder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, d)"""
-        return self.outputs(images)["embedding"]
+        return self.forward_outputs(images)["embedding"]
 
-    def outputs(self, images: Tensor, names: Sequence[str] = ("embedding",)) -> dict[str, Tensor]:
+    def forward_outputs(self, images: Tensor, names: Sequence[str] = ("embedding",)) -> dict[str, Tensor]:
         """What is asked for, from one pass: (B, 3, S, S) -> by name, in this order.
 
         embedding (B, d), regions (B, R, c): the last map before pooling, projection (B, P) and
@@ -82,13 +84,13 @@ class Embedder(nn.Module):
             out, made["regions"] = self._with_regions(images)
         else:
             out = self._output(images)
-        made["embedding"] = pooled(out, self._pool)
+        made["embedding"] = pool_output(out, self._pool)
         for name in names:
             if name in self.heads:
                 made[name] = self.heads[name](made["embedding"])
         return {name: made[name] for name in names}
 
-    def equip(self, names: Sequence[str]) -> "Embedder":
+    def enable_outputs(self, names: Sequence[str]) -> "Embedder":
         """Be ready for `outputs` of these names, and know their `shapes`. Raises UserError for what it has not."""
         for name in (name for name in names if name not in self.shapes):
             if name not in OUTPUTS:
@@ -103,13 +105,13 @@ class Embedder(nn.Module):
 
     def head_tensors(self) -> weights.State:
         """Tensors of the frozen heads: as the file named those set aside, `logits.*` and `projection.*` of others."""
-        own = {name: head for name, head in self.heads.items() if not isinstance(head, heads.Projection)}
+        own = {name: head for name, head in self.heads.items() if not isinstance(head, heads.ProjectionHead)}
         built = {f"{name}.{k}": v for name, head in own.items() for k, v in head.state_dict().items()}
         return {**self.keys_in_head, **built}
 
     def digest(self) -> str:
         """SHA-256 over names, types, shapes and bytes of the backbone's tensors, in hexadecimal."""
-        return digest(self.backbone.state_dict())
+        return state_digest(self.backbone.state_dict())
 
     def _output(self, images: Tensor) -> Tensor:
         features = self._network.features
@@ -165,7 +167,7 @@ class Embedder(nn.Module):
 
     def _projection(self) -> nn.Module:
         own = getattr(self.backbone, "projector", None)
-        kept = heads.groups(self.keys_in_head)
+        kept = heads.group_by_head(self.keys_in_head)
         plain = {stem: tensors for stem, tensors in kept.items() if "dense" not in stem}
         if not plain and isinstance(own, nn.Module):
             return own
@@ -175,22 +177,22 @@ class Embedder(nn.Module):
                 f"{self.name} has no one projection: {what}; name the projection head in the weights' file, "
                 "as in weights=FILE,head=fc"
             )
-        return heads.Projection(next(iter(plain.values())))
+        return heads.ProjectionHead(next(iter(plain.values())))
 
     def _classifier(self) -> nn.Module:
         if self._network.classifier:
-            return heads.classifier(self._network.classifier())
-        kept = [t for t in heads.groups(self.keys_in_head).values() if t.keys() <= {"0.weight", "0.bias"}]
+            return heads.frozen_classifier(self._network.classifier())
+        kept = [t for t in heads.group_by_head(self.keys_in_head).values() if t.keys() <= {"0.weight", "0.bias"}]
         if len(kept) != 1:
             raise UserError(
                 f"{self.name} has no classifier: take pretrained weights that come with one, or name the linear layer "
                 "in the weights' file, as in weights=FILE,head=fc"
             )
-        return heads.Projection(kept[0])
+        return heads.ProjectionHead(kept[0])
 
     def _probe(self, name: str) -> dict[str, tuple[int, ...]]:
         """{name: shape of one image's output}"""
-        out = self._try(lambda images: self.outputs(images, (name,))[name])
+        out = self._try(lambda images: self.forward_outputs(images, (name,))[name])
         if out.shape[:1] != (2,) or not out.is_floating_point():
             raise UserError(f"{self.name} turns 2 images into {out.dtype} {tuple(out.shape)}; wanted is float (2, d)")
         return {name: tuple(out.shape[1:])}
@@ -207,7 +209,7 @@ class Embedder(nn.Module):
             raise UserError(f"{self.name}: {wrong}") from None
         except Exception as wrong:  # any library, any reason: to the user it is one thing
             raise UserError(
-                f"{self.name} cannot take images of {size} pixels ({one_line(wrong)}); "
+                f"{self.name} cannot take images of {size} pixels ({describe_exception(wrong)}); "
                 "choose another --image-size (or size=)"
             ) from wrong
         finally:
@@ -227,7 +229,7 @@ class Embedder(nn.Module):
             raise UserError(f"{self.name} has {width} dimensions at {size} pixels, {self.width} at its own size")
 
 
-def digest(state: Mapping[str, Tensor]) -> str:
+def state_digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of tensors, in hexadecimal."""
     total = hashlib.sha256()
     for name, tensor in sorted(state.items()):
@@ -236,7 +238,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def pooled(out: Tensor, pool: Pool) -> Tensor:
+def pool_output(out: Tensor, pool: Pool) -> Tensor:
     """A map (B, C, H, W), tokens (B, T, C) or a vector (B, d) -> (B, d). `auto` is the mean of a map.
 
     Raises UserError where there is nothing to pool, or tokens and no word on how.

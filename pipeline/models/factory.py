@@ -11,13 +11,13 @@ from typing import Any
 from compress_ssl.pipeline.models import weights
 from compress_ssl.pipeline.models.embedder import Embedder, Network, Pool
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.formatting import one_line
-from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.runtime.formatting import describe_exception
+from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.views.preprocessing import Interpolation, Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ModelOptions:
     """What a user may say of any model; a kind may leave some out.
 
     A kind gets them with `size` resolved (None: the model's own) and `pretrained` decided.
@@ -37,18 +37,18 @@ class Options:
     pool: Pool = "auto"
 
 
-def unbuilt(name: str, size: int | None, wrong: Exception, keys: Iterable[str] = ()) -> UserError:
+def build_error(name: str, size: int | None, wrong: Exception, keys: Iterable[str] = ()) -> UserError:
     """What a library's constructor or download raised, in words; `keys` are those it is known to take."""
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(wrong)):
-        hint = nearest(unknown[1], [*Options.__dataclass_fields__, *keys])
+        hint = did_you_mean(unknown[1], [*ModelOptions.__dataclass_fields__, *keys])
         return UserError(f"{name} has no key {unknown[1]!r}{hint or '; leave it out'}")
     if isinstance(wrong, OSError):
         return UserError(
-            f"the weights of {name} could not be fetched ({one_line(wrong)}); "
+            f"the weights of {name} could not be fetched ({describe_exception(wrong)}); "
             "give weights=FILE, or pretrained=false for random ones"
         )
     at = f" for images of {size} pixels" if size else ""
-    return UserError(f"{name} cannot be built{at} ({one_line(wrong)}); choose another size or mend its keys")
+    return UserError(f"{name} cannot be built{at} ({describe_exception(wrong)}); choose another size or mend its keys")
 
 
 def safe_name(*parts: object) -> str:
@@ -56,14 +56,14 @@ def safe_name(*parts: object) -> str:
     return "-".join(re.sub(r"[^\w.]+", "-", str(part)).strip("-.") for part in parts)
 
 
-def entry(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., Network]], Callable[..., Embedder]]:
+def model_kind(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., Network]], Callable[..., Embedder]]:
     """Make a menu entry of a function (Options, argument, /, *, own keys) -> Network.
 
     The entry takes the argument, the function's own keys and all Options but those in `without`.
     """
 
     def decorate(make: Callable[..., Network]) -> Callable[..., Embedder]:
-        common = [p for p in inspect.signature(Options).parameters.values() if p.name not in without]
+        common = [p for p in inspect.signature(ModelOptions).parameters.values() if p.name not in without]
         own = list(inspect.signature(make).parameters.values())[1:]
         anything = [p for p in own if p.kind is inspect.Parameter.VAR_KEYWORD]
 
@@ -71,7 +71,7 @@ def entry(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., Network]]
         def build(
             *argument: Any, image_size: int | None = None, pretrained_default: bool = False, **keys: Any
         ) -> Embedder:
-            asked = Options(**{p.name: keys.pop(p.name) for p in common if p.name in keys})
+            asked = ModelOptions(**{p.name: keys.pop(p.name) for p in common if p.name in keys})
             _check(asked)
             if image_size is not None:
                 asked = replace(asked, size=image_size)
@@ -86,7 +86,7 @@ def entry(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., Network]]
     return decorate
 
 
-def _check(asked: Options) -> None:
+def _check(asked: ModelOptions) -> None:
     """Refuse options that contradict each other or are out of range. Raises UserError."""
     choice = str(_choice(asked))
     if choice and not asked.weights:
@@ -103,16 +103,20 @@ def _check(asked: Options) -> None:
             raise UserError(f"{key}={text} must be three numbers, one a channel, for pixels in [0, 1]: 0.5+0.5+0.5")
 
 
-def _choice(asked: Options) -> weights.Choice:
-    return weights.Choice(asked.key, asked.prefix, asked.drop, asked.head)
+def _choice(asked: ModelOptions) -> weights.Selection:
+    return weights.Selection(asked.key, asked.prefix, asked.drop, asked.head)
 
 
-def _assemble(network: Network, asked: Options) -> Embedder:
+def _assemble(network: Network, asked: ModelOptions) -> Embedder:
     """Load what is asked into a network, let the user's options win, and probe it."""
     head: weights.State = {}
     if asked.weights:
         head = weights.load(
-            network.module, asked.weights, name=network.name, choice=_choice(asked), dialect=network.dialect()
+            network.module,
+            asked.weights,
+            name=network.name,
+            choice=_choice(asked),
+            checkpoint_format=network.checkpoint_format(),
         )
     elif asked.pretrained and not network.trained:
         raise UserError(

@@ -22,7 +22,7 @@ _LAYER = re.compile(r"^(?:(?P<stem>.*?)\.)?(?:mlp\.)?(?P<number>\d+)\.(?P<kind>[
 _SINGLE = re.compile(r"^(?:(?P<stem>.*)\.)?(?P<kind>weight|bias)$")
 
 
-def groups(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+def group_by_head(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
     """The heads in a table of tensors, by the names they begin with, prototypes (`last_layer`) with their head.
 
     {"fc.0.weight": ..., "fc.2.weight": ...} is one head, "fc", of tensors {"0.weight", "2.weight"}.
@@ -39,7 +39,7 @@ def groups(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
     return {stem: layers for stem, layers in out.items() if any(t.ndim == 2 for t in layers.values())}
 
 
-class Projection(nn.Sequential):
+class ProjectionHead(nn.Sequential):
     """A head in evaluation mode: (n, D) -> (n, P). DINO's ends in unit vectors, as its prototypes expect them."""
 
     def __init__(self, tensors: Tensors):
@@ -64,7 +64,7 @@ class Projection(nn.Sequential):
         self.unit = dino
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Projection":
+    def train(self, mode: bool = True) -> "ProjectionHead":
         """It stays frozen, whatever it is part of."""
         return super().train(False)
 
@@ -98,7 +98,7 @@ def _layer(number: int, tensors: Tensors) -> nn.Module:
     return made
 
 
-def classifier(layer: nn.Module) -> nn.Linear:
+def frozen_classifier(layer: nn.Module) -> nn.Linear:
     """A frozen copy of a linear layer. Raises UserError for anything else."""
     if not isinstance(layer, nn.Linear):
         raise UserError(f"the classifier is a {type(layer).__name__}, not one linear layer; keep embedding only")

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.models import weights
-from compress_ssl.pipeline.models.precision import single, unit
+from compress_ssl.pipeline.models.precision import at_least_float32, l2_normalize
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 
-STEEP = 1e-2  # features that vary less than this share of the mean variation are not blown up
+MIN_DEVIATION = 1e-2  # features that vary less than this share of the mean variation are not blown up
 
 
-class LabelHead(nn.Module):
+class LinearHead(nn.Module):
     """(..., d) embeddings -> (..., C) logits; with `unit` the embeddings' length does not matter."""
 
     weight: Tensor  # (C, d)
@@ -53,10 +53,10 @@ class LabelHead(nn.Module):
         return self.weight.shape[1]
 
     def forward(self, embedding: Tensor) -> Tensor:
-        return (unit(embedding) if self.unit else single(embedding)) @ self.weight.T + self.bias
+        return (l2_normalize(embedding) if self.unit else at_least_float32(embedding)) @ self.weight.T + self.bias
 
 
-def fit(features: np.ndarray, label: np.ndarray, names: Sequence[str], strength: float = 1.0) -> LabelHead:
+def fit(features: np.ndarray, label: np.ndarray, names: Sequence[str], strength: float = 1.0) -> LinearHead:
     """Multinomial logistic regression on standardised unit embeddings (n, D), by L-BFGS to convergence.
 
     label (n,) in 0..C-1; strength: the inverse of the L2 penalty, scikit-learn's C. A class without
@@ -68,7 +68,7 @@ def fit(features: np.ndarray, label: np.ndarray, names: Sequence[str], strength:
         raise UserError("a head needs labelled images of two classes at least; label more of them")
     u = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     mean, deviation = u.mean(0), u.std(0)
-    scale = 1.0 / np.maximum(deviation, STEEP * deviation.mean())
+    scale = 1.0 / np.maximum(deviation, MIN_DEVIATION * deviation.mean())
     found = LogisticRegression(C=strength, max_iter=2000).fit((u - mean) * scale, label)
     coefficients, intercept = found.coef_, found.intercept_
     if len(found.classes_) == 2:  # scikit-learn keeps one row for two classes
@@ -77,10 +77,10 @@ def fit(features: np.ndarray, label: np.ndarray, names: Sequence[str], strength:
     bias = np.full(len(names), float(intercept.min()) - 20.0)
     weight[found.classes_] = coefficients * scale
     bias[found.classes_] = intercept - (coefficients * scale) @ mean
-    return LabelHead(torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), names)
+    return LinearHead(torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), names)
 
 
-def choose(label: np.ndarray, share: float, seed: int) -> np.ndarray:
+def choose_labelled(label: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Rows of a share of the labelled images, the same share of every class and at least one: ascending."""
     picked = []
     for y in np.unique(label[label >= 0]):
@@ -90,18 +90,18 @@ def choose(label: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(picked)) if picked else np.empty(0, np.int64)
 
 
-def spell(head: LabelHead, said: Mapping[str, str] | None = None) -> bytes:
+def to_bytes(head: LinearHead, said: Mapping[str, str] | None = None) -> bytes:
     """The file. said: more for its metadata."""
     about = {"classes": json.dumps(head.names), "unit": json.dumps(head.unit)}
-    return weights.spell({"weight": head.weight, "bias": head.bias}, {**about, **(said or {})})
+    return weights.to_bytes({"weight": head.weight, "bias": head.bias}, {**about, **(said or {})})
 
 
-def save(head: LabelHead, file: Path, said: Mapping[str, str] | None = None) -> None:
+def save(head: LinearHead, file: Path, said: Mapping[str, str] | None = None) -> None:
     """Write the file, whole or not at all."""
-    Folder(file.parent).put(file.name, spell(head, said))
+    Folder(file.parent).put(file.name, to_bytes(head, said))
 
 
-def load(file: Path) -> LabelHead:
+def load(file: Path) -> LinearHead:
     """Raises UserError if there is none, or the file is damaged or something else."""
     try:
         if file.is_dir():
@@ -113,7 +113,7 @@ def load(file: Path) -> LabelHead:
             tensors = opened.get_tensor("weight"), opened.get_tensor("bias")
             names = json.loads(said["classes"])
             unit = json.loads(said.get("unit", "true"))  # a label head of before says nothing of it
-            head = LabelHead(*tensors, names, unit=bool(unit))
+            head = LinearHead(*tensors, names, unit=bool(unit))
             head.of = said.get("weights", "")
         if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
             raise ValueError("its numbers are not finite")

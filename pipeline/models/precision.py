@@ -15,12 +15,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def single(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """In float32 at least: what mixed precision has halved is raised, doubles stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Rows of length 1, in float32 at least: (..., d) -> (..., d)."""
-    x = single(x)
+    x = at_least_float32(x)
     return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -13,11 +13,11 @@ from timm.models import build_model_with_cfg, get_model_input_config, resolve_mo
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.models.embedder import Network, Pool
-from compress_ssl.pipeline.models.factory import Options, entry, safe_name, unbuilt
-from compress_ssl.pipeline.models.weights import Dialect, State
+from compress_ssl.pipeline.models.factory import ModelOptions, build_error, model_kind, safe_name
+from compress_ssl.pipeline.models.weights import CheckpointFormat, State
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.formatting import one_line
-from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.runtime.formatting import describe_exception
+from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 # timm's own name for each pool=, where it is another
@@ -26,8 +26,8 @@ _POOL = {"cls": "token", "none": ""}
 _KEYS = ("drop_rate", "drop_path_rate", "img_size", "dynamic_img_size", "dynamic_img_pad", "depth", "embed_dim")
 
 
-@entry()
-def model(asked: Options, name: str, /, **options: Any) -> Network:
+@model_kind()
+def model(asked: ModelOptions, name: str, /, **options: Any) -> Network:
     """timm:NAME, a timm model without classifier. Further keys go to timm.create_model."""
     if "num_classes" in options:
         raise UserError(f"timm:{name} is used without classifier; leave num_classes= out")
@@ -37,7 +37,7 @@ def model(asked: Options, name: str, /, **options: Any) -> Network:
         safe_name("timm", name),
         _preprocessing(module, name, asked.size),
         trained=bool(asked.pretrained),
-        dialect=functools.partial(_dialect, name, asked.size, options, module),
+        checkpoint_format=functools.partial(_dialect, name, asked.size, options, module),
         pool=_pool(module, name, asked.pool),
         regions=_regions if hasattr(module, "forward_features") and hasattr(module, "forward_head") else None,
         classifier=functools.partial(_classifier, name, asked.size, options) if asked.pretrained else None,
@@ -67,14 +67,14 @@ def _create(
     source = re.match(r"(hf-hub|hf_hub|local-dir):", name)
     if not source and not timm.is_model(name.partition(".")[0]):
         known = timm.list_models()
-        raise UserError(f"timm has no model {name!r}{nearest(name, known) or '.'} It knows {len(known)} others")
+        raise UserError(f"timm has no model {name!r}{did_you_mean(name, known) or '.'} It knows {len(known)} others")
     try:
         wanted = {"img_size": size} if size else {}
         given = {**options} if classes is None else {**options, "num_classes": classes}
         resolved = resolve_model_input_args(name, wanted, **given)
         return timm.create_model(**resolved, pretrained=pretrained)  # type: ignore[arg-type]
     except Exception as wrong:  # whatever a thousand constructors and a download may raise
-        raise unbuilt(f"timm:{name}", size, wrong, _KEYS) from wrong
+        raise build_error(f"timm:{name}", size, wrong, _KEYS) from wrong
 
 
 def _preprocessing(module: nn.Module, name: str, size: int | None) -> Preprocessing:
@@ -104,7 +104,7 @@ def _pool(module: nn.Module, name: str, pool: Pool) -> Pool | None:
     try:
         module.reset_classifier(0, _POOL.get(pool, pool))  # type: ignore[operator]
     except Exception as wrong:
-        raise UserError(f"timm:{name} has no pool={pool} ({one_line(wrong)}); leave it out") from wrong
+        raise UserError(f"timm:{name} has no pool={pool} ({describe_exception(wrong)}); leave it out") from wrong
     return "none" if pool == "none" else "auto"
 
 
@@ -124,14 +124,14 @@ class _Pretrained:
         return False
 
 
-def _dialect(name: str, size: int | None, options: Mapping[str, Any], bare: nn.Module) -> Dialect:
+def _dialect(name: str, size: int | None, options: Mapping[str, Any], bare: nn.Module) -> CheckpointFormat:
     """timm's checkpoint filter for this model, and the names of the classifier it has been built without."""
     with torch.device("meta"):  # names only: no memory, no initialisation
         full = _create(name, size, asked := _Pretrained(), options, classes=1000)
     classifier = frozenset(full.state_dict()) - frozenset(bare.state_dict())
     if asked.filter is None:
-        return Dialect(classifier)
-    return Dialect(classifier, functools.partial(_translate, asked.filter, bare))
+        return CheckpointFormat(classifier)
+    return CheckpointFormat(classifier, functools.partial(_translate, asked.filter, bare))
 
 
 def _translate(translate: Callable[[State, nn.Module], State], bare: nn.Module, state: State) -> State:

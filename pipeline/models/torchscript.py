@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from compress_ssl.pipeline.models.embedder import Network
-from compress_ssl.pipeline.models.factory import Options, entry, safe_name
+from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.formatting import one_line
+from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
 
-@entry(without=("weights", "key", "prefix", "drop", "head", "pretrained"))
-def model(asked: Options, file: Path, /) -> Network:
+@model_kind(without=("weights", "key", "prefix", "drop", "head", "pretrained"))
+def model(asked: ModelOptions, file: Path, /) -> Network:
     """torchscript:FILE, a saved torch.jit program; say size= and, unless they are ImageNet's, mean= and std=."""
     if not file.is_file():
         raise UserError(f"torchscript:{file} does not exist; check the path")
@@ -26,7 +26,7 @@ def model(asked: Options, file: Path, /) -> Network:
             module = torch.jit.load(str(file), map_location="cpu")
     except Exception as wrong:  # torch raises several types for damaged and foreign files
         raise UserError(
-            f"torchscript:{file} is damaged or no TorchScript program ({one_line(wrong)}); "
+            f"torchscript:{file} is damaged or no TorchScript program ({describe_exception(wrong)}); "
             "a state dict is loaded with weights= into a model that is named"
         ) from wrong
     return Network(module, safe_name("torchscript", file.stem), replace(IMAGENET, size=asked.size), trained=True)

@@ -9,22 +9,24 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from compress_ssl.pipeline.models.embedder import Network
-from compress_ssl.pipeline.models.factory import Options, entry, safe_name, unbuilt
-from compress_ssl.pipeline.models.weights import Dialect, State
+from compress_ssl.pipeline.models.factory import ModelOptions, build_error, model_kind, safe_name
+from compress_ssl.pipeline.models.weights import CheckpointFormat, State
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
 # families that fix their input size when they are built, and how they call it
 _SIZED = {"vit_": lambda size: {"image_size": size}, "maxvit_": lambda size: {"input_size": (size, size)}}
 
 
-@entry()
-def model(asked: Options, name: str, /, **options: Any) -> Network:
+@model_kind()
+def model(asked: ModelOptions, name: str, /, **options: Any) -> Network:
     """torchvision:NAME, a classification model without its last layer. Further keys go to torchvision."""
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise UserError(f"torchvision has no model {name!r}{nearest(name, known) or '.'} It knows: {', '.join(known)}")
+        raise UserError(
+            f"torchvision has no model {name!r}{did_you_mean(name, known) or '.'} It knows: {', '.join(known)}"
+        )
     published = getattr(torchvision.models.get_model_weights(name), "DEFAULT", None)
     preprocessing = _preprocessing(published)
     size = asked.size or preprocessing.size
@@ -38,7 +40,7 @@ def model(asked: Options, name: str, /, **options: Any) -> Network:
         safe_name("torchvision", name),
         preprocessing,
         trained=bool(asked.pretrained),
-        dialect=functools.partial(Dialect, frozenset(removed), functools.partial(resized, module)),
+        checkpoint_format=functools.partial(CheckpointFormat, frozenset(removed), functools.partial(resized, module)),
         regions=_vit_regions if isinstance(module, VisionTransformer) else None,
         classifier=functools.partial(_layer, last) if asked.pretrained else None,
     )
@@ -64,7 +66,9 @@ def _create(name: str, size: int, published: Any, options: dict[str, Any]) -> nn
             module.load_state_dict(resized(module, state))
         return module
     except Exception as wrong:  # whatever the constructors and a download may raise
-        raise unbuilt(f"torchvision:{name}", size, wrong, ("dropout", "stochastic_depth_prob", "width_mult")) from wrong
+        raise build_error(
+            f"torchvision:{name}", size, wrong, ("dropout", "stochastic_depth_prob", "width_mult")
+        ) from wrong
 
 
 def _preprocessing(published: Any) -> Preprocessing:

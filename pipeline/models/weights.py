@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.runtime.registry import did_you_mean
 
 State = dict[str, Tensor]
 
-_STUMBLES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_TRANSLATION_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """Which tensors of a file are meant.
 
     `key` names a nested dictionary, `prefix` selects the names that begin with it and strips it,
@@ -55,7 +55,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Dialect:
+class CheckpointFormat:
     """How a library's own checkpoints differ from its bare module.
 
     `classifier` holds the exact names of the layers we took off; `translate` is the library's own
@@ -81,25 +81,30 @@ class Fit:
 
 
 def load(
-    module: nn.Module, file: Path, *, name: str, choice: Choice | None = None, dialect: Dialect | None = None
+    module: nn.Module,
+    file: Path,
+    *,
+    name: str,
+    choice: Selection | None = None,
+    checkpoint_format: CheckpointFormat | None = None,
 ) -> State:
     """Load a file into a module, all of it or nothing, and return the tensors of the head.
 
     Raises UserError for unreadable files and for a selection that does not fit, with one that does.
     """
-    choice, dialect = choice or Choice(), dialect or Dialect()
+    choice, checkpoint_format = choice or Selection(), checkpoint_format or CheckpointFormat()
     wanted = module.state_dict()
     tables = _tables(read(file))
     if choice.key and choice.key not in tables:
-        hint = nearest(choice.key, tables)
+        hint = did_you_mean(choice.key, tables)
         raise UserError(f"{file} holds no tensors under key={choice.key}{hint or '.'} It holds: {_keys(tables)}")
     asked = [choice.key] if choice.key else list(tables)
-    fits = {key: _fit(tables[key], wanted, choice, dialect) for key in asked}
+    fits = {key: _fit(tables[key], wanted, choice, checkpoint_format) for key in asked}
     good = [key for key, fit in fits.items() if fit]
     if len(good) > 1:
         raise UserError(f"{file} holds {len(good)} sets of weights that fit {name}; choose one: {_keys(good)}")
     if not good:
-        raise UserError(_complaint(file, name, fits, tables, wanted, choice, dialect))
+        raise UserError(_misfit_message(file, name, fits, tables, wanted, choice, checkpoint_format))
     fit = fits[good[0]]
     for key, table in tables.items():  # a head's companions may lie elsewhere: EsViT keeps its centres with the loss
         if key != good[0]:
@@ -167,29 +172,29 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(name == p.rstrip(".") or name.startswith(p.rstrip(".") + ".") or fnmatchcase(name, p) for p in patterns)
 
 
-def _fit(table: State, wanted: Mapping[str, Tensor], choice: Choice, dialect: Dialect) -> Fit:
+def _fit(table: State, wanted: Mapping[str, Tensor], choice: Selection, checkpoint_format: CheckpointFormat) -> Fit:
     names = {key: key.removeprefix(choice.prefix).lstrip(".") for key in table if key.startswith(choice.prefix)}
     head = {names.get(key, key): table[key] for key in table if matches(names.get(key, key), choice.head)}
     state = {name: table[key] for key, name in names.items() if name not in head}
-    if dialect.translate and state:
-        with contextlib.suppress(*_STUMBLES):  # over foreign names; the comparison below says what is wrong
-            state = dialect.translate(dict(state))
+    if checkpoint_format.translate and state:
+        with contextlib.suppress(*_TRANSLATION_ERRORS):  # over foreign names; the comparison below says what is wrong
+            state = checkpoint_format.translate(dict(state))
     # torch itself fills in num_batches_tracked, which files from before 0.4.1 lack
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    unknown = [key for key in state if key not in wanted and key not in dialect.classifier]
+    unknown = [key for key in state if key not in wanted and key not in checkpoint_format.classifier]
     left_over = [key for key in unknown if not matches(key, choice.drop)]
     return Fit(state, head, missing, left_over, reshaped)
 
 
-def _complaint(
+def _misfit_message(
     file: Path,
     name: str,
     fits: Mapping[str, Fit],
     tables: Mapping[str, State],
     wanted: Mapping[str, Tensor],
-    choice: Choice,
-    dialect: Dialect,
+    choice: Selection,
+    checkpoint_format: CheckpointFormat,
 ) -> str:
     if not fits:
         return f"{file} holds no tensors by name, so nothing fits {name}; is it a checkpoint?"
@@ -201,20 +206,20 @@ def _complaint(
         f"{len(shapes)} have another shape ({_few(shapes)})" if shapes else "",
     ]
     what = f"{file} does not fit {name}" + (f" with {choice}" if str(choice) else "")
-    better = _suggest(tables, wanted, choice, dialect)
+    better = _suggest(tables, wanted, choice, checkpoint_format)
     advice = f"Try {' or '.join(map(str, better))}" if better else "No key=, prefix= or drop= fits: another network?"
     return f"{what}: {'; '.join(filter(None, said))}. Nothing was loaded. {advice}"
 
 
 def _suggest(
-    tables: Mapping[str, State], wanted: Mapping[str, Tensor], choice: Choice, dialect: Dialect
-) -> list[Choice]:
+    tables: Mapping[str, State], wanted: Mapping[str, Tensor], choice: Selection, checkpoint_format: CheckpointFormat
+) -> list[Selection]:
     """The choices that would load, those that drop least first, at most three."""
-    found: list[tuple[Choice, Fit]] = []
+    found: list[tuple[Selection, Fit]] = []
     for key, table in tables.items():
         for prefix in _prefixes(table, at_least=len(wanted) // 2):
             other = replace(choice, key=key, prefix=prefix)
-            fit = _fit(table, wanted, other, dialect)
+            fit = _fit(table, wanted, other, checkpoint_format)
             if not fit.missing and not fit.reshaped:
                 found.append((other, fit))
     found.sort(key=lambda pair: len(pair[1].left_over))
@@ -256,7 +261,7 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
-def spell(tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> bytes:
+def to_bytes(tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> bytes:
     """A safetensors file with one spelling: the library writes what is said in another order every time."""
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     end = 8 + int.from_bytes(data[:8], "little")

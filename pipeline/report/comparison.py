@@ -7,8 +7,16 @@ from dataclasses import dataclass
 
 from compress_ssl.pipeline.report import figures
 from compress_ssl.pipeline.report.html import EmbeddedChart, embed_chart, render_template
-from compress_ssl.pipeline.report.metrics import NOTES, Metrics, is_teacher, model, readings
-from compress_ssl.pipeline.runtime.formatting import DASH, amount, finite, flat, number, short, spelt
+from compress_ssl.pipeline.report.metrics import NOTES, Metrics, headline_scores, is_teacher, model
+from compress_ssl.pipeline.runtime.formatting import (
+    DASH,
+    flatten,
+    format_count,
+    format_number,
+    format_score,
+    is_finite,
+    shorten,
+)
 
 FACTS = ["model", "role", "parameters", "width"]  # the columns before the scores
 WORDS = 2  # the first of them are words and stand to the left
@@ -53,7 +61,7 @@ class Table:
 
 
 def tabulate(rows: Sequence[Metrics]) -> Table:
-    scores = [readings(row) for row in rows]
+    scores = [headline_scores(row) for row in rows]
     fullest = sorted(scores, key=lambda score: -len(score))  # so that the columns stand in the order of this row
     titles = list(dict.fromkeys(title for score in fullest for title in score))
     rivals = [n for n, row in enumerate(rows) if not is_teacher(row)] or list(range(len(rows)))
@@ -62,8 +70,8 @@ def tabulate(rows: Sequence[Metrics]) -> Table:
     for n, row in enumerate(rows):
         own, who = scores[n], model(row)
         facts = [named[n], ", ".join(str(who[key]) for key in ("role", "method") if who.get(key)) or DASH]
-        facts += [amount(who.get("parameters")), spelt(who.get("width"))]
-        cells = facts + [number(own.get(title)) for title in titles]
+        facts += [format_count(who.get("parameters")), format_number(who.get("width"))]
+        cells = facts + [format_score(own.get(title)) for title in titles]
         wins = {len(FACTS) + t for t, title in enumerate(titles) if title in own and round(own[title], 1) == top[title]}
         made.append(Row(cells, wins if n in rivals else set(), is_teacher(row)))
     legend = f"best of the {'students' if len(rivals) < len(rows) else 'rows'}" if titles else ""
@@ -86,7 +94,7 @@ def names(rows: Sequence[Metrics]) -> list[str]:
 
 def unlike(rows: Sequence[Metrics]) -> str:
     """A warning if the rows' data records differ, with the keys that do."""
-    records = [dict(flat(row.get("data") or {})) for row in rows]
+    records = [dict(flatten(row.get("data") or {})) for row in rows]
     keys = sorted({key for record in records for key in record})
     odd = [key for key in keys if len({json.dumps(r.get(key), sort_keys=True, default=str) for r in records}) > 1]
     return f"Not all rows were evaluated on the same data; they differ in: {', '.join(odd)}." if odd else ""
@@ -96,7 +104,7 @@ def plain(table: Table, warning: str) -> str:
     """Names to the left, numbers to the right, * for the best."""
     cells = [table.head]
     for made in table.rows:
-        cells.append([short(cell, 60) + ("*" if n in made.best else "") for n, cell in enumerate(made.cells)])
+        cells.append([shorten(cell, 60) + ("*" if n in made.best else "") for n, cell in enumerate(made.cells)])
     cells = [[c if c.endswith("*") or n < len(FACTS) else c + " " for n, c in enumerate(row)] for row in cells]
     width = [max(len(row[n]) for row in cells) for n in range(len(table.head))]
     lines = [
@@ -112,10 +120,10 @@ def _sizes(rows: Sequence[Metrics]) -> EmbeddedChart | None:
     """Parameters against some of the scores; nothing where no row has both."""
     panels: dict[str, list[figures.Dot]] = {}
     for row, name in zip(rows, names(rows), strict=True):
-        who, own = model(row), readings(row)
+        who, own = model(row), headline_scores(row)
         size = who.get("parameters")
         for title in PLOTTED:
-            if finite(size) and size > 0 and title in own:
+            if is_finite(size) and size > 0 and title in own:
                 dot = figures.Dot(name, size, own[title], is_teacher(row))
                 panels.setdefault(title, []).append(dot)
     panels = {title: panels[title] for title in [title for title in PLOTTED if title in panels][:MOST]}

@@ -11,11 +11,11 @@ import numpy as np
 from compress_ssl.pipeline.report import figures, image_grids
 from compress_ssl.pipeline.report.html import EmbeddedChart, embed_chart, render_template, save_figure
 from compress_ssl.pipeline.report.image_grids import Labelled, Pictures
-from compress_ssl.pipeline.report.metrics import Metrics, is_augmented, meaning, model, readings
-from compress_ssl.pipeline.runtime.formatting import finite, flat
+from compress_ssl.pipeline.report.metrics import Metrics, headline_scores, is_augmented, meaning, model
+from compress_ssl.pipeline.runtime.formatting import flatten, is_finite
 from compress_ssl.pipeline.runtime.storage import Folder
 
-__all__ = ["readings", "write"]
+__all__ = ["headline_scores", "write"]
 
 PANELS = {
     "loss": "loss",
@@ -71,7 +71,7 @@ def write(
         sizes=_sizes(metrics, teacher or {}),
         scores=scores,
         kept=next((score for score in scores if (score.teacher or 0) > 0), None),
-        with_teacher=bool(readings(teacher or {})),
+        with_teacher=bool(headline_scores(teacher or {})),
         facts=_facts(metrics),
         training=_training(place, curves or ()),
         clusters=clusters,
@@ -106,20 +106,20 @@ class Score:
 
 
 def _scores(metrics: Metrics, teacher: Metrics) -> list[Score]:
-    own, other = readings(metrics), readings(teacher)
+    own, other = headline_scores(metrics), headline_scores(teacher)
     return [Score(title, meaning(title, metrics), value, other.get(title)) for title, value in own.items()]
 
 
 def _sizes(metrics: Metrics, teacher: Metrics) -> list[float]:
     """Parameters of this model and of the teacher; empty unless both are known."""
     both = [model(record).get("parameters") for record in (metrics, teacher)]
-    known = [size for size in both if finite(size) and size > 0]
+    known = [size for size in both if is_finite(size) and size > 0]
     return known if len(known) == len(both) else []
 
 
 def _facts(metrics: Metrics) -> dict[str, list[tuple[str, Any]]]:
     """What is recorded of model and data, by family."""
-    records = {family: flat(metrics.get(family) or {}) for family in ("model", "data")}
+    records = {family: flatten(metrics.get(family) or {}) for family in ("model", "data")}
     return {family: [(k, v) for k, v in pairs if (family, k) not in HEADED] for family, pairs in records.items()}
 
 
@@ -139,7 +139,7 @@ def _training(place: Folder, rows: Sequence[Mapping[str, Any]]) -> EmbeddedChart
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     """(m, 2) float64 of step and value, by step, finite ones only."""
-    pairs = [(row["step"], row[key]) for row in rows if finite(row.get("step")) and finite(row.get(key))]
+    pairs = [(row["step"], row[key]) for row in rows if is_finite(row.get("step")) and is_finite(row.get(key))]
     return np.array(sorted(pairs), dtype=np.float64).reshape(-1, 2)
 
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from compress_ssl.pipeline.runtime.formatting import short
+from compress_ssl.pipeline.runtime.formatting import shorten
 
 INK, MUTED, GRID, ACCENT, SECOND = "#1b1f24", "#667085", "#e4e7ec", "#2563eb", "#c2410c"  # as in style.css
 MANY = 60  # points from which a running mean over a thirtieth of them is drawn
@@ -108,7 +108,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Chart:
     """
     images = counts.sum(axis=1, keepdims=True)
     share = np.divide(100.0 * counts, images, out=np.zeros(counts.shape), where=images > 0)
-    names = [short(name, 18) for name in classes] + ["(none)"] * (counts.shape[1] - len(classes))
+    names = [shorten(name, 18) for name in classes] + ["(none)"] * (counts.shape[1] - len(classes))
     side = min(7.5, 3.2 + 0.28 * len(classes))
 
     def draw(figure: Figure) -> None:
@@ -181,7 +181,7 @@ def _dots(axes: Axes, dots: Sequence[Dot], size: tuple[float, float]) -> None:
     (low, high), (bottom, top) = np.log(axes.get_xlim()), axes.get_ylim()
     across = (np.log(x) - low) / (high - low) * size[0] * 72  # in points, as the letters are
     up = (y - bottom) / (top - bottom) * size[1] * 72
-    names = [short(dot.name, 22) for dot in dots]
+    names = [shorten(dot.name, 22) for dot in dots]
     for n, (side, rise) in enumerate(places(across, up, names, size[0] * 72)):
         thread = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6} if rise else None
         where = (side * 7, rise)

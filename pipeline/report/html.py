@@ -19,7 +19,8 @@ from compress_ssl.pipeline.runtime import formatting
 from compress_ssl.pipeline.runtime.storage import Folder
 
 TEMPLATES = Path(__file__).parent / "templates"
-FILTERS = ("amount", "bar_length", "fact", "number", "share", "signed")  # functions of wording
+FILTERS = ("bar_length", "format_count", "format_difference", "format_score", "format_value", "share")
+"""Functions of runtime/formatting.py that the templates use."""
 
 # Control characters other than tab and line break, marks that turn the direction of text, and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

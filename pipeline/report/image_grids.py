@@ -14,7 +14,7 @@ from PIL import Image
 
 from compress_ssl.pipeline.report.figures import INK, Chart
 from compress_ssl.pipeline.report.html import data_uri
-from compress_ssl.pipeline.runtime.formatting import short
+from compress_ssl.pipeline.runtime.formatting import shorten
 
 Pictures = Callable[[str, int], np.ndarray]  # ("train" | "val", row i) -> (H, W, 3) uint8
 
@@ -164,7 +164,7 @@ def mosaic(strips: list[Strip]) -> Chart:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         for row, strip in enumerate(strips):
-            text = "\n".join(short(line, 26) for line in (strip.title, *strip.lines))
+            text = "\n".join(shorten(line, 26) for line in (strip.title, *strip.lines))
             middle = GAP + row * PITCH + RIM + TILE / 2
             label = axes.text(MARGIN - 4, middle, text, ha="right", va="center", parse_math=False)
             label.set(fontsize=9, linespacing=1.4, color=INK)

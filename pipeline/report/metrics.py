@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from compress_ssl.pipeline.runtime.formatting import finite
+from compress_ssl.pipeline.runtime.formatting import is_finite
 
 Metrics = Mapping[str, Any]  # a metrics.json
 
@@ -31,7 +31,7 @@ def is_teacher(metrics: Metrics) -> bool:
     return model(metrics).get("role") == "teacher"
 
 
-def readings(metrics: Metrics) -> dict[str, float]:
+def headline_scores(metrics: Metrics) -> dict[str, float]:
     """The scores by short title, in percent and in the order of the page; missing ones are absent."""
     nn, cluster = (metrics.get(key) or {} for key in ("nn", "cluster"))
     knn = sorted((metrics.get("knn") or {}).items(), key=lambda item: (len(item[0].partition(",")[0]), item[0]))
@@ -48,7 +48,7 @@ def readings(metrics: Metrics) -> dict[str, float]:
         found |= {title: last.get("top1"), f"{title} top-5": last.get("top5"), f"{title} best": best.get("top1")}
     classifier = metrics.get("classifier") or {}
     found |= {"Classifier": classifier.get("top1"), "Classifier top-5": classifier.get("top5")}
-    return {title: float(value) for title, value in found.items() if finite(value)}
+    return {title: float(value) for title, value in found.items() if is_finite(value)}
 
 
 def probes(metrics: Metrics) -> dict[str, Mapping[str, Any]]:

@@ -132,7 +132,7 @@ def read_json(storage: Storage, key: str) -> Any:
         raise UserError(f"{storage}/{key} is damaged; delete it and repeat the command that made it") from None
 
 
-def spell(manifest: Mapping[str, Any]) -> bytes:
+def to_bytes(manifest: Mapping[str, Any]) -> bytes:
     """A manifest as bytes, readable, with its digest."""
     return json.dumps({**manifest, "digest": fingerprint(manifest)}, indent=1, sort_keys=True).encode() + b"\n"
 
@@ -141,7 +141,7 @@ def write(storage: Storage, kind: str, identity: Mapping[str, Any], about: Mappi
     """Write the manifest, whole or not at all, and return it."""
     manifest = {"format": FORMAT, "kind": kind, "identity": dict(identity), "about": dict(about)}
     manifest = json.loads(canonical(manifest))  # tuples become lists now, not at the next comparison
-    storage.put(MANIFEST, spell(manifest))
+    storage.put(MANIFEST, to_bytes(manifest))
     return manifest
 
 
@@ -204,7 +204,7 @@ def replaceable(where: str | Path, kind: str) -> bool:
     return True
 
 
-def set_aside(where: str | Path, kind: str) -> Path | None:
+def move_aside(where: str | Path, kind: str) -> Path | None:
     """For --overwrite: move a `kind` of ours to the first free NAME.old-N. None if there is nothing.
 
     Raises UserError for a folder that is not ours or cannot be moved: it is left as it is.
@@ -212,7 +212,7 @@ def set_aside(where: str | Path, kind: str) -> Path | None:
     if not replaceable(where, kind):
         return None
     folder, number = Path(where), 1
-    while (aside := beside(folder, f".old-{number}")).exists():
+    while (aside := sibling(folder, f".old-{number}")).exists():
         number += 1
     try:
         os.rename(folder, aside)
@@ -223,7 +223,7 @@ def set_aside(where: str | Path, kind: str) -> Path | None:
     return aside
 
 
-def beside(where: str | Path, ending: str) -> Path:
+def sibling(where: str | Path, ending: str) -> Path:
     """A neighbour of a folder, NAME + ending: `runs/a` -> `runs/a-evaluation`; `.` has a name too.
 
     What is in an object store has its neighbour here: `s3://bucket/a` -> `a-evaluation`.

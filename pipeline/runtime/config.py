@@ -10,7 +10,7 @@ def flag(default: Any = MISSING, help: str = "", *, short: str = "", place: bool
     return field(default=default, metadata={"help": help, "short": short, "place": place})
 
 
-def words(config: Any) -> list[str]:
+def to_flags(config: Any) -> list[str]:
     """The flags that make a config of options again: what is at its default is left out."""
     out: list[str] = []
     for f in fields(config):

@@ -8,7 +8,7 @@ import torch
 from compress_ssl.pipeline.runtime.artifact import UserError
 
 
-def choose(name: str, local: int | None = None) -> torch.device:
+def choose_device(name: str, local: int | None = None) -> torch.device:
     """auto, cpu, cuda, cuda:N -> a device that is there. Raises UserError.
 
     local: the number of this process among several on this machine, which share the CPU or have a GPU each.
@@ -37,12 +37,12 @@ def choose(name: str, local: int | None = None) -> torch.device:
     return device
 
 
-def called(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """What kind of device it is, in words."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -53,5 +53,5 @@ def loader_workers(asked: int | None, device: torch.device, beside: int = 1) -> 
     Beside a model on the CPU up to 4, which take the time that it leaves: none on a single core.
     beside: processes of the run that share this machine's cores.
     """
-    mine = max(1, cores() // beside)
+    mine = max(1, available_cores() // beside)
     return asked if asked is not None else min(16, mine) if device.type == "cuda" else min(4, mine) * (mine > 1)

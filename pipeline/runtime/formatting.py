@@ -7,27 +7,27 @@ from typing import Any, TypeGuard
 DASH = "\N{EN DASH}"
 
 
-def finite(value: Any) -> TypeGuard[float]:
+def is_finite(value: Any) -> TypeGuard[float]:
     """A number that can be shown or drawn."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def short(text: str, most: int) -> str:
+def shorten(text: str, most: int) -> str:
     """One printable line of at most `most` characters."""
     line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     return line if len(line) <= most else line[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """`1 row block`, `2 row blocks`"""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def number(value: float | None) -> str:
+def format_score(value: float | None) -> str:
     return DASH if value is None else f"{value:.1f}"
 
 
-def signed(value: float | None) -> str:
+def format_difference(value: float | None) -> str:
     if value is None:
         return DASH
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}") if round(value, 1) else "0.0"
@@ -43,24 +43,24 @@ def bar_length(percent: float) -> str:
     return f"{min(max(percent, 0), 100):.2f}%"
 
 
-def amount(value: Any) -> str:
+def format_count(value: Any) -> str:
     """11689512 -> 11.7M"""
-    if not finite(value):
+    if not is_finite(value):
         return DASH
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"
-    return spelt(value)
+    return format_number(value)
 
 
-def spelt(value: Any) -> str:
+def format_number(value: Any) -> str:
     """2048 -> 2048"""
-    if not finite(value):
+    if not is_finite(value):
         return DASH
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def fact(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Any value of a record: digits in groups, long lists cut."""
     if value is None:
         return DASH
@@ -71,16 +71,16 @@ def fact(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def flat(record: Mapping[str, Any], under: str = "") -> list[tuple[str, Any]]:
+def flatten(record: Mapping[str, Any], under: str = "") -> list[tuple[str, Any]]:
     """Nested records as dotted names."""
     out: list[tuple[str, Any]] = []
     for key, value in record.items():
         name = f"{under}.{key}" if under else str(key)
-        out += flat(value, name) if isinstance(value, Mapping) else [(name, value)]
+        out += flatten(value, name) if isinstance(value, Mapping) else [(name, value)]
     return out
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`41 s`, `3 min 05 s`, `2 h 10 min`."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 1:
@@ -89,7 +89,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes for people: `812 B`, `3.4 MB`."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
@@ -98,7 +98,7 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def one_line(wrong: BaseException) -> str:
+def describe_exception(wrong: BaseException) -> str:
     """An exception as part of a sentence."""
     text = " ".join(str(wrong).split())
     return f"{type(wrong).__name__}: {text[:200]}" if text else type(wrong).__name__

@@ -10,10 +10,10 @@ from typing import Any
 
 from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.registry import nearest
+from compress_ssl.pipeline.runtime.registry import did_you_mean
 
 
-def load(place: str) -> Any:
+def import_object(place: str) -> Any:
     """A callable from a module (the current folder counts too) or from a Python file.
 
     Raises UserError if there is none, or importing it fails.
@@ -32,11 +32,11 @@ def load(place: str) -> Any:
     except UserError:
         raise
     except (Exception, SystemExit) as wrong:  # a script without `if __name__ == "__main__"` may leave
-        raise UserError(f"python:{where} could not be imported: {located(wrong)}") from wrong
+        raise UserError(f"python:{where} could not be imported: {describe_with_location(wrong)}") from wrong
     found = getattr(module, name, None)
     if not callable(found):
         callables = [key for key, value in vars(module).items() if callable(value)]
-        raise UserError(f"{where} has no function or class {name!r}{nearest(name, callables)}")
+        raise UserError(f"{where} has no function or class {name!r}{did_you_mean(name, callables)}")
     return found
 
 
@@ -52,7 +52,7 @@ def _from_file(file: Path) -> ModuleType:
     return module
 
 
-def located(wrong: BaseException) -> str:
+def describe_with_location(wrong: BaseException) -> str:
     """The exception and the line of the user's code that raised it."""
     frames = traceback.extract_tb(wrong.__traceback__)
     text = " ".join(str(wrong).split())[:200]

@@ -2,24 +2,24 @@
 
 import os
 
-TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def started() -> bool:
+def is_launched() -> bool:
     """Whether torchrun, or `start`, started this process as one of several."""
-    return all(name in os.environ for name in TOLD) and int(os.environ["WORLD_SIZE"]) > 1
+    return all(name in os.environ for name in LAUNCHER_VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that speaks: rank 0, or the only one."""
-    return not started() or os.environ["RANK"] == "0"
+    return not is_launched() or os.environ["RANK"] == "0"
 
 
-def local() -> int:
+def local_rank() -> int:
     """The number of this process on its machine."""
-    return int(os.environ["LOCAL_RANK"]) if started() else 0
+    return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
 
 
-def beside() -> int:
+def local_world_size() -> int:
     """Processes of this run on this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if started() else 1
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1

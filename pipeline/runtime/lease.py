@@ -16,13 +16,13 @@ from typing import Any
 from compress_ssl.pipeline.runtime.artifact import LEASE, canonical
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.process import RUNS, began, machine
-from compress_ssl.pipeline.runtime.progress import say
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Storage
 
-BEAT = 15.0  # seconds between signs of life
-STALE = 120.0  # seconds without one after which a holder on another machine counts as gone
-WATCH = 20.0  # seconds to watch such a lease before it is taken: clocks differ between machines
-SETTLE = 0.2  # seconds in which another who takes over the same lease at the same time shows
+RENEW_INTERVAL = 15.0  # seconds between signs of life
+STALE_AFTER = 120.0  # seconds without one after which a holder on another machine counts as gone
+WATCH_TIME = 20.0  # seconds to watch such a lease before it is taken: clocks differ between machines
+TAKEOVER_DELAY = 0.2  # seconds in which another who takes over the same lease at the same time shows
 
 
 class Lease:
@@ -38,7 +38,7 @@ class Lease:
         self.holder = {"host": platform.node(), "pid": pid, "machine": machine(), "began": began(pid)}
         self.holder["token"] = secrets.token_hex(8)
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
         self._take()
@@ -48,7 +48,7 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        if self._mine():
+        if self._is_mine():
             self.storage.delete(LEASE)
 
     def check(self) -> None:
@@ -62,10 +62,10 @@ class Lease:
     def _take(self) -> None:
         taken = False
         for _ in range(5):
-            if self.storage.put_new(LEASE, self._spell()):
+            if self.storage.put_new(LEASE, self._to_bytes()):
                 if taken:
-                    time.sleep(SETTLE)
-                if self._mine():
+                    time.sleep(TAKEOVER_DELAY)
+                if self._is_mine():
                     return
             elif there := read(self.storage):
                 _require_gone(self.storage, there)
@@ -74,23 +74,23 @@ class Lease:
                     taken = True
         raise UserError(f"{self.storage}: others take it over at the same time; see which of them goes on")
 
-    def _spell(self) -> bytes:
+    def _to_bytes(self) -> bytes:
         return canonical({**self.holder, "beat": time.time()}) + b"\n"
 
-    def _mine(self) -> bool:
+    def _is_mine(self) -> bool:
         return (read(self.storage) or {}).get("token") == self.holder["token"]
 
-    def _beat(self) -> None:
+    def _renew(self) -> None:
         last = time.monotonic()
-        while not self._ended.wait(BEAT):
+        while not self._ended.wait(RENEW_INTERVAL):
             try:
-                if not self._mine():
+                if not self._is_mine():
                     self.lost = True
                     return
-                self.storage.put(LEASE, self._spell())
+                self.storage.put(LEASE, self._to_bytes())
                 last = time.monotonic()
             except (UserError, OSError):  # no answer, or no room: the writer meets the same and says so
-                if time.monotonic() - last > STALE:
+                if time.monotonic() - last > STALE_AFTER:
                     self.lost = True
                     return
 
@@ -104,14 +104,14 @@ def require_free(storage: Storage) -> None:
 def _require_gone(storage: Storage, there: dict[str, Any]) -> None:
     silent = max(0.0, time.time() - there["beat"])
     here = there["machine"] == machine()
-    if not here and silent >= STALE:
-        say(f"{storage}: {_who(there)} gave no sign of life for {silent:.0f} s; watching for {WATCH:g} s more")
-        time.sleep(WATCH)
+    if not here and silent >= STALE_AFTER:
+        echo(f"{storage}: {_who(there)} gave no sign of life for {silent:.0f} s; watching for {WATCH_TIME:g} s more")
+        time.sleep(WATCH_TIME)
         if read(storage) in (there, None):
             return
     elif here and began(there["pid"]) not in (there["began"], RUNS):
         return
-    how = "stop it first" if here else f"stop it there first; if it is gone, repeat this command in {STALE:g} s"
+    how = "stop it first" if here else f"stop it there first; if it is gone, repeat this command in {STALE_AFTER:g} s"
     raise UserError(
         f"{storage} is being written by {_who(there)} (last sign of life {silent:.0f} s ago); "
         f"wait until it ends, or {how}"

@@ -22,11 +22,11 @@ from compress_ssl.pipeline.runtime.errors import UserError
 
 T = TypeVar("T")
 BACKOFF = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2.0}
-PATIENT = {"max_retries": 100, "retry_timeout": timedelta(minutes=5), "backoff": BACKOFF}
-HASTY = {"max_retries": 3, "retry_timeout": timedelta(seconds=15), "backoff": BACKOFF}
+RETRY_FOR_MINUTES = {"max_retries": 100, "retry_timeout": timedelta(minutes=5), "backoff": BACKOFF}
+RETRY_FOR_SECONDS = {"max_retries": 3, "retry_timeout": timedelta(seconds=15), "backoff": BACKOFF}
 PAUSES = (0.2, 1.0, 5.0, 15.0)  # seconds: before asking again after an answer that broke off
-CUT = "body error"  # how the library calls such an answer, which it tries again only for GET
-FAILED = (exceptions.BaseError, FileNotFoundError, FileExistsError)
+BROKEN_ANSWER = "body error"  # how the library calls such an answer, which it tries again only for GET
+ERRORS = (exceptions.BaseError, FileNotFoundError, FileExistsError)
 
 
 class Unsupported(Exception):
@@ -38,28 +38,28 @@ class Bucket:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        self.objects = connect(self.url, PATIENT, "300s")
+        self.objects = connect(self.url, RETRY_FOR_MINUTES, "300s")
 
     def __str__(self) -> str:
         return self.url
 
-    def greet(self) -> None:
+    def check_access(self) -> None:
         """Ask once, with little patience. Raises UserError if bucket, credentials or address are wrong."""
-        objects = connect(self.url, HASTY, "20s")
-        with self.worded():
+        objects = connect(self.url, RETRY_FOR_SECONDS, "20s")
+        with self.translated_errors():
             next(obstore.list(objects, chunk_size=1), None)
 
     def get(self, key: str) -> bytes:
-        return bytes(self._ask(lambda: obstore.get(self.objects, key).bytes()))
+        return bytes(self._request(lambda: obstore.get(self.objects, key).bytes()))
 
     def put(self, key: str, data: bytes) -> None:
-        self._ask(lambda: obstore.put(self.objects, key, data))
+        self._request(lambda: obstore.put(self.objects, key, data))
 
     def put_new(self, key: str, data: bytes) -> bool:
         if self.exists(key):  # not every server knows the condition: some ignore it, some refuse it
             return False
         try:
-            self._ask(lambda: obstore.put(self.objects, key, data, mode="create", use_multipart=False))
+            self._request(lambda: obstore.put(self.objects, key, data, mode="create", use_multipart=False))
         except FileExistsError:
             pass  # perhaps our own: a request is repeated when its answer is lost
         except Unsupported:
@@ -68,19 +68,19 @@ class Bucket:
 
     def delete(self, key: str) -> None:
         try:
-            self._ask(lambda: obstore.delete(self.objects, key))
+            self._request(lambda: obstore.delete(self.objects, key))
         except FileNotFoundError:
             return
 
     def exists(self, key: str) -> bool:
         try:
-            self._ask(lambda: obstore.head(self.objects, key))
+            self._request(lambda: obstore.head(self.objects, key))
         except FileNotFoundError:
             return False
         return True
 
     def modified(self, key: str) -> float:
-        return self._ask(lambda: obstore.head(self.objects, key))["last_modified"].timestamp()
+        return self._request(lambda: obstore.head(self.objects, key))["last_modified"].timestamp()
 
     def list(self, prefix: str = "") -> Iterator[str]:
         return (entry["path"] for entry in self._entries(prefix))
@@ -98,35 +98,35 @@ class Bucket:
             pages = pages or obstore.list(self.objects, f"{prefix}/" if prefix else None, offset=last, chunk_size=1000)
             try:
                 return next(pages, None)
-            except FAILED:
+            except ERRORS:
                 pages = None
                 raise
 
-        while (entries := self._ask(page)) is not None:
+        while (entries := self._request(page)) is not None:
             yield from entries
             last = entries[-1]["path"] if entries else last
 
-    def _ask(self, request: Callable[[], T]) -> T:
+    def _request(self, request: Callable[[], T]) -> T:
         """One request, its failure in the words of `Storage` or as a UserError."""
-        with self.worded():
+        with self.translated_errors():
             for pause in PAUSES:
                 try:
                     return request()
                 except exceptions.GenericError as problem:
-                    if CUT not in str(problem):
+                    if BROKEN_ANSWER not in str(problem):
                         raise
                 time.sleep(pause)
             return request()
 
     @contextmanager
-    def worded(self) -> Iterator[None]:
+    def translated_errors(self) -> Iterator[None]:
         """What goes wrong in the block, as FileNotFoundError, FileExistsError, Unsupported or UserError."""
         try:
             yield
-        except FAILED as problem:
-            raise self._words(problem) from None
+        except ERRORS as problem:
+            raise self._translate(problem) from None
 
-    def _words(self, problem: BaseException) -> Exception:
+    def _translate(self, problem: BaseException) -> Exception:
         text = str(problem)
         if "NoSuchBucket" in text or "ContainerNotFound" in text:
             return UserError(f"{self.url}: there is no such bucket; create it or correct the name")
@@ -135,7 +135,7 @@ class Bucket:
         if isinstance(problem, exceptions.NotFoundError | FileNotFoundError):
             return FileNotFoundError(text)
         if isinstance(problem, exceptions.NotSupportedError) or "501 Not Implemented" in text:
-            return Unsupported(f"{self.url}: {_gist(text)}")
+            return Unsupported(f"{self.url}: {_server_message(text)}")
         if "/latest/api/token" in text:  # where a machine of the provider asks for its own
             return UserError(
                 f"no credentials were found for {self.url}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
@@ -144,12 +144,12 @@ class Bucket:
         refused = isinstance(problem, exceptions.UnauthenticatedError | exceptions.PermissionDeniedError)
         if refused or "401 Unauthorized" in text or "403 Forbidden" in text:
             return UserError(
-                f"{self.url} refuses these credentials ({_gist(text)}); check the key, the secret and the rights "
-                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, or those of your provider)"
+                f"{self.url} refuses these credentials ({_server_message(text)}); check the key, the secret and the "
+                "rights (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, or those of your provider)"
             )
         return UserError(
-            f"{self.url} does not answer as it should: {_gist(text)}; check the address (AWS_ENDPOINT_URL, AWS_REGION) "
-            "and the network; what is stored stays valid, repeat the command to continue"
+            f"{self.url} does not answer as it should: {_server_message(text)}; check the address "
+            "(AWS_ENDPOINT_URL, AWS_REGION) and the network; what is stored stays valid, repeat the command to continue"
         )
 
 
@@ -163,7 +163,7 @@ def connect(url: str, retry: dict[str, Any], timeout: str) -> Any:
     try:
         return from_url(url, retry_config=retry, client_options=client)  # type: ignore[call-overload]
     except (exceptions.BaseError, ValueError, TypeError) as problem:
-        raise UserError(f"{url} cannot be opened: {_gist(str(problem))}") from None
+        raise UserError(f"{url} cannot be opened: {_server_message(str(problem))}") from None
 
 
 @cache
@@ -172,7 +172,7 @@ def _memory(url: str) -> Any:
     return MemoryStore()
 
 
-def _gist(text: str) -> str:
+def _server_message(text: str) -> str:
     """The server's own words if it sent any, else the beginning of the library's."""
     said = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
     return " ".join((said[1] if said else text.partition("Debug source")[0]).split())[:200]

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compress_ssl.pipeline.runtime.progress import say
+from compress_ssl.pipeline.runtime.progress import echo
 
 TOP = ("cli", "pipeline", "stages")
 
@@ -26,7 +26,6 @@ _PLACES = {
         "progress imports:import_object wording:formatting device philox"
     ),
     "datasets": "images:decode decoded:image_cache",
-    "views": "views:augment loader",
     "store": (
         "codecs grid:layout shelf:shards store:feature_store audit:integrity agreement:compatibility "
         "mirror:local_cache transfer:copy estimate originals:source_images pixels:render_probe"
@@ -65,53 +64,56 @@ def _moved() -> dict[str, str]:
 
 MOVED: Mapping[str, str] = _moved()
 
-RENAMED: Mapping[str, Mapping[str, str]] = {
-    "pipeline.bank": {
-        "single": "compress_ssl.pipeline.models.precision:single",
-        "unit": "compress_ssl.pipeline.models.precision:unit",
-    },
-    "pipeline.embed": {
-        "PRECISIONS": "compress_ssl.pipeline.models.precision:PRECISIONS",
-        "autocast": "compress_ssl.pipeline.models.precision:autocast",
-    },
-    "pipeline.launch": {
-        "TOLD": "compress_ssl.pipeline.runtime.launch_env:TOLD",
-        "started": "compress_ssl.pipeline.runtime.launch_env:started",
-        "leads": "compress_ssl.pipeline.runtime.launch_env:leads",
-        "local": "compress_ssl.pipeline.runtime.launch_env:local",
-        "beside": "compress_ssl.pipeline.runtime.launch_env:beside",
-    },
-    "pipeline.model": {
-        "one_line": "compress_ssl.pipeline.runtime.formatting:one_line",
-        "Preprocessing": "compress_ssl.pipeline.views.preprocessing:Preprocessing",
-        "IMAGENET": "compress_ssl.pipeline.views.preprocessing:IMAGENET",
-        "Interpolation": "compress_ssl.pipeline.views.preprocessing:Interpolation",
-        "Options": "compress_ssl.pipeline.models.factory:Options",
-        "entry": "compress_ssl.pipeline.models.factory:entry",
-        "unbuilt": "compress_ssl.pipeline.models.factory:unbuilt",
-        "safe_name": "compress_ssl.pipeline.models.factory:safe_name",
-    },
-    "pipeline.neighbors": {
-        "kmeans": "compress_ssl.pipeline.search.kmeans:kmeans",
-        "assign": "compress_ssl.pipeline.search.kmeans:assign",
-    },
-    "pipeline.philox": {
-        "FRESH": "compress_ssl.pipeline.views.numbering:FRESH",
-        "LOCAL": "compress_ssl.pipeline.views.numbering:LOCAL",
-        "view_name": "compress_ssl.pipeline.views.numbering:view_name",
-    },
-    "pipeline.progress": {
-        "duration": "compress_ssl.pipeline.runtime.formatting:duration",
-        "size": "compress_ssl.pipeline.runtime.formatting:size",
-    },
-    "pipeline.views": {
-        "render": "compress_ssl.pipeline.views.render:render",
-        "see": "compress_ssl.pipeline.views.render:see",
-        "local_size": "compress_ssl.pipeline.views.render:local_size",
-    },
+_NEW_NAMES = {
+    "bank": (
+        "single=models.precision:at_least_float32 unit=models.precision:l2_normalize "
+        "MemoryBank=methods.version1:MemoryBank"
+    ),
+    "heads": (
+        "HEADS=store.teacher_heads:HEADS_FILE files=store.teacher_heads:head_files "
+        "beside=store.teacher_heads:load_heads groups=group_by_head Projection=ProjectionHead "
+        "classifier=frozen_classifier"
+    ),
+    "labelhead": "LabelHead=LinearHead spell=to_bytes choose=choose_labelled STEEP=MIN_DEVIATION",
+    "method": (
+        "Setting=MethodContext target_of=choose_target store_rows=initial_rows require=require_positive "
+        "require_shares=require_fractions Method=methods.version1:Method"
+    ),
+    "model": (
+        "one_line=runtime.formatting:describe_exception Preprocessing=views.preprocessing:Preprocessing "
+        "IMAGENET=views.preprocessing:IMAGENET Interpolation=views.preprocessing:Interpolation "
+        "Options=models.factory:ModelOptions entry=models.factory:model_kind "
+        "unbuilt=models.factory:build_error safe_name=models.factory:safe_name digest=state_digest "
+        "pooled=pool_output"
+    ),
+    "philox": ("FRESH=views.numbering:FRESH LOCAL=views.numbering:LOCAL view_name=views.numbering:view_name"),
+    "progress": (
+        "duration=runtime.formatting:format_duration size=runtime.formatting:format_bytes Meter=ProgressBar "
+        "meter=progress_bar say=echo EVERY=LINE_INTERVAL"
+    ),
+    "ranks": (
+        "size=world_size averaged=wrap_ddp synchronised=convert_sync_batchnorm mean=all_reduce_mean "
+        "largest=all_reduce_max told=broadcast in_turn=rank_zero_first together=process_group "
+        "attempt=agree_on_attempt device=rank_device Stop=StopOfAnyRank PATIENCE=TIMEOUT "
+        "LAST_WORDS=ERROR_GRACE"
+    ),
+    "weights": "Dialect=CheckpointFormat Choice=Selection spell=to_bytes",
 }
-"""Old module: {old name: new name, or module:name if it moved to another module}."""
+"""Old module of `pipeline`: old=new of the names that a user's own method or model may import and that changed, as
+module:name where they moved as well."""
 
+
+def _renamed() -> dict[str, dict[str, str]]:
+    """{old module: {old name: new name, or module:name}}"""
+    new: dict[str, dict[str, str]] = {}
+    for module, pairs in _NEW_NAMES.items():
+        table = dict(pair.split("=") for pair in pairs.split())
+        places = {old: f"compress_ssl.pipeline.{place}" if ":" in place else place for old, place in table.items()}
+        new[f"pipeline.{module}"] = places
+    return new
+
+
+RENAMED: Mapping[str, Mapping[str, str]] = _renamed()
 
 HOME = Path(__file__).resolve().parents[2]
 """The folder that is `compress_ssl`: who stands in it can import our files by their old names, and must not."""
@@ -151,7 +153,7 @@ def _users_own(module: str) -> bool:
 
 
 def _warn(old: str, new: str) -> None:
-    say(f"warning: the module {old} is called {new} now; the old name still works here")
+    echo(f"warning: the module {old} is called {new} now; the old name still works here")
 
 
 @contextmanager

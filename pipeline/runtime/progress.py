@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from compress_ssl.pipeline.runtime.formatting import duration
-from compress_ssl.pipeline.runtime.launch_env import leads
+from compress_ssl.pipeline.runtime.formatting import format_duration
+from compress_ssl.pipeline.runtime.launch_env import is_main_process
 
-EVERY = 15.0  # seconds between lines where there is no terminal
+LINE_INTERVAL = 15.0  # seconds between lines where there is no terminal
 
 
-class Meter:
+class ProgressBar:
     """Counts `unit`s towards a total. `advance(n, note)` is all a loop calls."""
 
     def __init__(self, what: str, total: int, unit: str, start: int = 0, stream: TextIO | None = None):
@@ -27,12 +27,12 @@ class Meter:
         self.now += n
         if self._bar is not None:
             self._bar.update(self._task, completed=self.now, note=note, rate=self.rate)
-        elif time.monotonic() - self.said >= EVERY:
+        elif time.monotonic() - self.said >= LINE_INTERVAL:
             self.said = time.monotonic()
             left = (self.total - self.now) / self.rate if self.rate else 0.0
             print(
                 f"{self.what}: {self.now}/{self.total} {self.unit}, {self.rate:.0f} {self.unit}/s, "
-                f"{duration(left)} left{'  ' + note if note else ''}",
+                f"{format_duration(left)} left{'  ' + note if note else ''}",
                 file=self.stream,
                 flush=True,
             )
@@ -54,9 +54,9 @@ class Meter:
 
 
 @contextmanager
-def meter(what: str, total: int, unit: str, start: int = 0) -> Iterator[Meter]:
+def progress_bar(what: str, total: int, unit: str, start: int = 0) -> Iterator[ProgressBar]:
     """A Meter that draws a bar while the block runs if stderr is a terminal; of several ranks the first shows one."""
-    out = Meter(what, total, unit, start, None if leads() else io.StringIO())
+    out = ProgressBar(what, total, unit, start, None if is_main_process() else io.StringIO())
     if not out.stream.isatty():
         yield out
         return
@@ -66,7 +66,7 @@ def meter(what: str, total: int, unit: str, start: int = 0) -> Iterator[Meter]:
         yield out
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """One line for people, on stderr; of several ranks the first says it."""
-    if leads():
+    if is_main_process():
         print(text, file=sys.stderr, flush=True)

@@ -51,13 +51,13 @@ def parse(text: str) -> Spec:
     return Spec(kind, argument, options)
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
+def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'seed'?` or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-class Menu:
+class Registry:
     """One family of things that can be named.
 
     Each entry is a function or class: its positional-only parameter takes the argument, its
@@ -81,7 +81,7 @@ class Menu:
             return spec
         if self.path_means and (Path(text).expanduser().exists() or text.startswith((".", "/", "~"))):
             return Spec(self.path_means, text)
-        hint = nearest(spec.kind, self.entries) or "."
+        hint = did_you_mean(spec.kind, self.entries) or "."
         path = ", and there is no file or folder of that name" if self.path_means and text == spec.kind else ""
         raise UserError(f"unknown {self.family} {spec.kind!r}{path}{hint} Known: {', '.join(self.entries)}")
 
@@ -109,7 +109,7 @@ class Menu:
             name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY and name not in given
         }
 
-    def order(self, text: str | Spec, **given: typing.Any) -> typing.Any:
+    def build(self, text: str | Spec, **given: typing.Any) -> typing.Any:
         """Build what the spec names. Raises UserError for unknown kinds, keys and bad values."""
         spec = self.parse(text) if isinstance(text, str) else text
         build = self.resolve(spec.kind)
@@ -123,7 +123,7 @@ class Menu:
         self._options(spec, build, dict.fromkeys(given))
         return spec
 
-    def settled(self, text: str) -> str:
+    def absolute_spec(self, text: str) -> str:
         """The spec with absolute paths, so that it means the same in any working directory."""
         spec = self.parse(text)
         build = self.resolve(spec.kind)
@@ -156,7 +156,7 @@ class Menu:
                 options[key] = value if rest.annotation is str else literal(value)
             else:
                 known = ", ".join(keys) or "none"
-                hint = nearest(key, keys)
+                hint = did_you_mean(key, keys)
                 raise UserError(f"{self.family} {spec.kind!r} has no key {key!r}{hint or '.'} Known: {known}")
         missing = [name for name, p in keys.items() if p.default is inspect.Parameter.empty and name not in options]
         if missing:

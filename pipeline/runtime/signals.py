@@ -5,9 +5,11 @@ import time
 from types import FrameType
 from typing import Any
 
-from compress_ssl.pipeline.runtime.launch_env import started
+from compress_ssl.pipeline.runtime.launch_env import is_launched
 
-ECHO = 2.0  # seconds: a cluster signals every process of a job, and torchrun then passes the signal on to its ranks
+REPEAT_WINDOW = (
+    2.0  # seconds: a cluster signals every process of a job, and torchrun then passes the signal on to its ranks
+)
 
 
 class Interrupted(BaseException):
@@ -21,7 +23,7 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
-class Interrupt:
+class StopRequest:
     """`with Interrupt() as stop:` then ask `stop.requested`; a second signal is not held back."""
 
     def __init__(self) -> None:
@@ -32,7 +34,7 @@ class Interrupt:
     def requested(self) -> bool:
         return self.signum != 0
 
-    def __enter__(self) -> "Interrupt":
+    def __enter__(self) -> "StopRequest":
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._before[signum] = signal.signal(signum, self._note)
         return self
@@ -42,7 +44,7 @@ class Interrupt:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum and not (started() and time.monotonic() - self._first < ECHO):
+        if self.signum and not (is_launched() and time.monotonic() - self._first < REPEAT_WINDOW):
             raise KeyboardInterrupt
         if not self.signum:
             self.signum, self._first = signum, time.monotonic()

@@ -59,7 +59,7 @@ def open_storage(where: str | os.PathLike[str]) -> Storage:
     from compress_ssl.pipeline.runtime.object_store import Bucket
 
     bucket = Bucket(text)
-    bucket.greet()
+    bucket.check_access()
     return bucket
 
 

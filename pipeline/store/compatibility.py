@@ -8,7 +8,7 @@ from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.runtime.artifact import MANIFEST, UserError, differences
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 
-CLOCKS = 2.0  # seconds by which the clocks of the images' disk and the store's may differ
+CLOCK_TOLERANCE = 2.0  # seconds by which the clocks of the images' disk and the store's may differ
 
 
 def require_unchanged(store: FeatureStore, dataset: Any) -> None:
@@ -17,20 +17,20 @@ def require_unchanged(store: FeatureStore, dataset: Any) -> None:
     for block in store.done():
         rows = slice(*store.span(block))
         content[rows] = store.table("content", rows)
-    if changed := dataset.changed(content, store.storage.modified(MANIFEST) - CLOCKS):
+    if changed := dataset.changed_rows(content, store.storage.modified(MANIFEST) - CLOCK_TOLERANCE):
         raise UserError(
             f"{len(changed)} images are not those the stored views were made from, the first is "
             f"{dataset.ids[changed[0]]}; put them back, or export into a new folder"
         )
 
 
-def terms(other: FeatureStore, given: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+def view_settings_of(other: FeatureStore, given: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
     """{"views", "policy", "seed"} of another store, to export alike.
 
     given: {name: (value, default)} of these flags. Raises UserError if one was given and says otherwise,
     or if the other store is a selection of images.
     """
-    if other.about["data"].get("selected") or other.held.start:
+    if other.about["data"].get("selected") or other.stored_views.start:
         raise UserError(f"--like {other.storage} is cut down; name the store it was copied from, cut the new one down")
     want = {"views": other.views, "policy": other.identity["views"]["policy"], "seed": other.identity["views"]["seed"]}
     for name, (value, default) in given.items():
@@ -39,10 +39,10 @@ def terms(other: FeatureStore, given: dict[str, tuple[Any, Any]]) -> dict[str, A
     return want
 
 
-def require_alike(identity: dict[str, Any], dataset: Any, other: FeatureStore) -> None:
+def require_same_views(identity: dict[str, Any], dataset: Any, other: FeatureStore) -> None:
     """Raises UserError unless a store to be made of a data set has the images, views and view keys of another."""
     if identity["data"]["fingerprint"] != other.identity["data"]["fingerprint"]:
-        unlike = dataset.unlike(other.table("sample_id"))
+        unlike = dataset.describe_difference(other.table("sample_id"))
         raise UserError(f"the images are not those of --like {other.storage}: {unlike}; give the same images")
     if unequal := differences(other.identity["views"], identity["views"]):
         raise UserError(f"the views are not those of --like {other.storage}: {'; '.join(unequal)}")

@@ -25,7 +25,7 @@ SAMPLE = 4096  # rows to train a codec on
 Progress = Callable[[int], None]
 
 
-def describe(
+def describe_copy(
     source: FeatureStore, views: range, rows: np.ndarray, form: str
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """(identity, about, tables) of a copy of these views and rows of a store, as codec `form`."""
@@ -49,7 +49,7 @@ def describe(
     return identity, about, {**columns, "sample_id": ids}
 
 
-def files(source: FeatureStore, form: str) -> dict[str, bytes]:
+def small_files(source: FeatureStore, form: str) -> dict[str, bytes]:
     """The small files of a store that are no arrays: heads, and codebooks where the copy is of the same codec.
 
     Raises UserError if they are damaged.
@@ -59,7 +59,7 @@ def files(source: FeatureStore, form: str) -> dict[str, bytes]:
     return {key: source.small(key) for key in mine if same or not key.startswith("codebook/")}
 
 
-def copy(
+def copy_shards(
     source: FeatureStore,
     target: FeatureStore,
     rows: np.ndarray,
@@ -79,14 +79,14 @@ def copy(
             return
         spans = [span for span in done.get(shard.block, []) if same and set(range(*span)) <= set(shard.views)]
         for span in spans:
-            bring(source.storage, target, shard.block, span)
+            copy_shard(source.storage, target, shard.block, span)
         left = tuple(v for v in shard.views if not any(v in range(*span) for span in spans))
         if left:
             _rows(source, target, Shard(shard.block, shard.start, shard.stop, left), rows, unchecked, bad)
         progress(shard.stop - shard.start)
 
 
-def bring(source: Storage, target: FeatureStore, block: int, span: tuple[int, int]) -> int:
+def copy_shard(source: Storage, target: FeatureStore, block: int, span: tuple[int, int]) -> int:
     """Copy one shard byte for byte, its done record last -> bytes copied; none if it is there and whole.
 
     Raises UserError if it is damaged in the source.
@@ -94,7 +94,7 @@ def bring(source: Storage, target: FeatureStore, block: int, span: tuple[int, in
     key, here, copied = done_key(block, *span), target.storage, 0
     record = source.get(key)
     with suppress(FileNotFoundError):  # looked up now: another process may have brought it meanwhile
-        if here.get(key) == record and not integrity.fault(target, block, span):
+        if here.get(key) == record and not integrity.find_fault(target, block, span):
             return 0
         here.delete(key)  # first: from here to its end the copy of this shard is not to be trusted
     for part in target.shard_keys(block, span):
@@ -106,7 +106,7 @@ def bring(source: Storage, target: FeatureStore, block: int, span: tuple[int, in
         here.put(part, data)
         copied += len(data)
     here.put(key, record)
-    if why := integrity.fault(target, block, span):
+    if why := integrity.find_fault(target, block, span):
         here.delete(key)
         raise _damaged(source, block, span, why)
     return copied
@@ -134,7 +134,7 @@ def _rows(
     mine = rows[shard.start : shard.stop]
     for block in np.unique(mine // source.rows).tolist():
         for span in [span for span in unchecked[block] if set(range(*span)) & set(shard.views)]:
-            if why := integrity.fault(source, block, span):
+            if why := integrity.find_fault(source, block, span):
                 raise _damaged(source.storage, block, span, why)
             unchecked[block].remove(span)
     near = slice(int(mine[0]), int(mine[-1]) + 1)  # rows ascend
@@ -148,7 +148,7 @@ def _rows(
         scales = [scale for _, scale in parts if scale is not None]
         features[name] = (np.stack([stored for stored, _ in parts], 1), np.stack(scales, 1) if scales else None)
     for span in target.write(shard, features, status, content, reasons):
-        if why := integrity.fault(target, shard.block, span):
+        if why := integrity.find_fault(target, shard.block, span):
             target.storage.delete(done_key(shard.block, *span))
             raise UserError(f"{target.storage}: what was written reads back otherwise ({why}); repeat the command")
 
@@ -173,18 +173,18 @@ def _kind(form: str) -> str:
     return form.partition("+")[0]
 
 
-def learn(source: FeatureStore, target: FeatureStore, rows: np.ndarray) -> None:
+def learn_codecs(source: FeatureStore, target: FeatureStore, rows: np.ndarray) -> None:
     """Train the copy's codecs that need it, on rows spread evenly over the copy."""
     for name in target.untrained():
         views = [view for view in target.all_views if name in target.arrays_of(view)][:VIEW_BLOCK]
         some = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)]
         some = some[source.table("status")[some] == GOOD]
-        target.train(name, np.concatenate([source.pick(name, view, some) for view in views]))
+        target.train(name, np.concatenate([source.read_rows(name, view, some) for view in views]))
 
 
 def parse_views(text: str | None, source: FeatureStore) -> range:
     """`4:8`, `:8`, `4:` -> range. A start is that of a view block. Raises UserError."""
-    held = source.held
+    held = source.stored_views
     first, colon, last = (text or ":").partition(":")
     try:
         if not colon:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress_ssl.pipeline.runtime.formatting import size
+from compress_ssl.pipeline.runtime.formatting import format_bytes
 from compress_ssl.pipeline.runtime.storage import is_url
 from compress_ssl.pipeline.store.codecs import codec
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK
@@ -34,11 +34,11 @@ def estimate(identity: Mapping[str, Any], views: int, out: str, pending: Sequenc
     text = (
         f"dry run: {n} images x {views} views{local} = {found['total_forwards']} forwards"
         + ("" if pending is None else f", {found['forwards']} of them pending")
-        + f"; {size(found['bytes'])} in {files} files, shards of {rows} rows"
+        + f"; {format_bytes(found['bytes'])} in {files} files, shards of {rows} rows"
     )
     if not is_url(out):
         found["free_bytes"], there = free_disk(out)
-        text += f"; {size(found['free_bytes'])} free in {there}"
+        text += f"; {format_bytes(found['free_bytes'])} free in {there}"
     return {"summary": text, **found}
 
 

@@ -15,19 +15,36 @@ from compress_ssl.pipeline.runtime import artifact, jsonl
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, Storage
 from compress_ssl.pipeline.store.codecs import Trained
-from compress_ssl.pipeline.store.layout import GROUP, UNWRITTEN, VIEW_BLOCK, grids, layout, open_group, table_files
+from compress_ssl.pipeline.store.layout import (
+    GROUP,
+    UNWRITTEN,
+    VIEW_BLOCK,
+    array_layouts,
+    open_group,
+    table_files,
+    zarr_metadata,
+)
 from compress_ssl.pipeline.store.shard_reader import read_view
-from compress_ssl.pipeline.store.shards import Shard, Shelf, array_codecs, book, column, done_key, is_local, view_digest
+from compress_ssl.pipeline.store.shards import (
+    Shard,
+    ShardIndex,
+    array_codecs,
+    codebook_key,
+    done_key,
+    is_local,
+    view_column,
+    view_digest,
+)
 from compress_ssl.pipeline.views.numbering import LOCAL
 
 COPY = "copy"  # second copies of the manifest, of the Zarr metadata, of the tables and of codebooks
 
 
-class FeatureStore(Shelf):
+class FeatureStore(ShardIndex):
     """Open a store to read and to write. Raises UserError if there is none or its manifest is damaged."""
 
     @classmethod
-    def make(
+    def create(
         cls,
         storage: Storage,
         identity: Mapping[str, Any],
@@ -43,8 +60,8 @@ class FeatureStore(Shelf):
         Raises Mismatch if it was made with other settings, UserError for fewer views than it has.
         """
         if not storage.exists(artifact.MANIFEST):
-            cuts = grids(identity, array_codecs(identity))
-            small = layout(cuts, identity["data"]["images"], _extents(identity, about["views"]))
+            cuts = array_layouts(identity, array_codecs(identity))
+            small = zarr_metadata(cuts, identity["data"]["images"], _extents(identity, about["views"]))
             small |= table_files(tables) | dict(files or {})
             about = {**about, "small": {key: artifact.digest(data) for key, data in small.items()}}
             artifact.claim(storage, "store", identity, about)
@@ -52,20 +69,28 @@ class FeatureStore(Shelf):
             return cls(storage)
         artifact.claim(storage, "store", identity)
         store = cls(storage)
-        store._tidy()
+        store._remove_leftovers()
         first = about.get("first_view", 0)
-        if first > store.held.start:
-            raise UserError(f"{storage} holds views from {store.held.start} on, not from {first}; a store only grows")
+        if first > store.stored_views.start:
+            raise UserError(
+                f"{storage} holds views from {store.stored_views.start} on, not from {first}; a store only grows"
+            )
         if about["views"] < store.views:
             raise UserError(
                 f"{storage} has {store.views} views, but {about['views']} were asked for, and a store only grows; "
                 f"ask for {store.views} or more, or name another folder"
             )
         last = f"{COPY}/{artifact.MANIFEST}"
-        if not storage.exists(last) or storage.get(last) != artifact.spell(store.manifest) or store._unlike():
-            small = layout(store.grids, store.images, _extents(store.identity, store.views)) | table_files(tables)
+        if (
+            not storage.exists(last)
+            or storage.get(last) != artifact.to_bytes(store.manifest)
+            or store._damaged_small_files()
+        ):
+            small = zarr_metadata(store.grids, store.images, _extents(store.identity, store.views)) | table_files(
+                tables
+            )
             store._put_small(small | dict(files or {}) | store._codebooks())  # killed at it, or growing
-        if about["views"] > store.views or first < store.held.start:
+        if about["views"] > store.views or first < store.stored_views.start:
             store._grow(about["views"], first)
         return cls(storage)
 
@@ -74,13 +99,13 @@ class FeatureStore(Shelf):
     @cached_property
     def group(self) -> Any:
         """The Zarr group. Raises UserError if its metadata is not what was written: Zarr believes what it can read."""
-        if unlike := self._unlike():
+        if unlike := self._damaged_small_files():
             raise UserError(f"{self.storage}/{unlike[0]} is gone or damaged; see compress verify --repair")
         return open_group(self.storage)
 
-    def _unlike(self) -> list[str]:
+    def _damaged_small_files(self) -> list[str]:
         """Keys of Zarr metadata that is not what the manifest says."""
-        return [key for key in self.about["small"] if key.endswith("/zarr.json") and self.intact(key) is None]
+        return [key for key in self.about["small"] if key.endswith("/zarr.json") and self.read_if_intact(key) is None]
 
     def array(self, name: str) -> Any:
         """One Zarr array. Raises UserError if the store does not keep it or its metadata is damaged."""
@@ -101,17 +126,17 @@ class FeatureStore(Shelf):
             self.array(name)  # its metadata is looked at, whoever reads
             start, stop, _ = rows.indices(self.images)
             place = folder.path / GROUP / name
-            stored = self._whole(name, lambda: read_view(place, self.grids[name], column(view), start, stop))
+            stored = self._whole(name, lambda: read_view(place, self.grids[name], view_column(view), start, stop))
         else:
-            stored = self._read(name, (rows, column(view)))
-        return stored, self._read(f"{name}_scale", (rows, column(view))) if self.codecs[name].scaled else None
+            stored = self._read(name, (rows, view_column(view)))
+        return stored, self._read(f"{name}_scale", (rows, view_column(view))) if self.codecs[name].scaled else None
 
     def read(self, name: str, view: int, rows: slice = slice(None)) -> np.ndarray:
         """(n, ...) float32 features of one view."""
         stored, scale = self.stored(name, view, rows)
         return self.codecs[name].decode(stored, scale)
 
-    def pick(self, name: str, view: int, rows: np.ndarray) -> np.ndarray:
+    def read_rows(self, name: str, view: int, rows: np.ndarray) -> np.ndarray:
         """(n, ...) float32 features of one view of ascending rows, a row block in memory at a time."""
         out = []
         for block in np.unique(rows // self.rows).tolist() or [0]:
@@ -157,10 +182,10 @@ class FeatureStore(Shelf):
         held = [] if whole else self.done().get(shard.block, [])
         stale: set[int] = set()
         if held:
-            status, bad, stale = self._as_before(shard, held, status, content, bad)
+            status, bad, stale = self._join_earlier(shard, held, status, content, bad)
         records = []
         for first in sorted({v - v % VIEW_BLOCK for v in shard.views} | stale):
-            views, place = self._block_of(first), (shard.block, column(first) // VIEW_BLOCK)
+            views, place = self._block_of(first), (shard.block, view_column(first) // VIEW_BLOCK)
             digests: dict[str, list[str]] = {}
             for name in self.arrays_of(first):
                 stored, scale = self._merge(name, shard, views, features[name])
@@ -185,7 +210,7 @@ class FeatureStore(Shelf):
                 self.storage.delete(done_key(shard.block, *old))
         return [(views.start, views.stop) for views, _ in records]
 
-    def _as_before(
+    def _join_earlier(
         self,
         shard: Shard,
         held: Sequence[tuple[int, int]],
@@ -240,7 +265,7 @@ class FeatureStore(Shelf):
 
     def _grow(self, views: int, first: int) -> None:
         """More views: new metadata, then the manifest that knows them."""
-        small = layout(self.grids, self.images, _extents(self.identity, views))
+        small = zarr_metadata(self.grids, self.images, _extents(self.identity, views))
         for key, data in small.items():
             self.storage.put(key, data)
         about = {**self.about, "views": views, "first_view": first}
@@ -260,11 +285,11 @@ class FeatureStore(Shelf):
     def untrained(self) -> list[str]:
         """Arrays whose codec has no codebook yet: nothing of them can be written or read."""
         kinds = {name: kind for name, kind in self.codecs.items() if isinstance(kind, Trained)}
-        return [name for name in kinds if book(name) not in self.about["small"]]
+        return [name for name in kinds if codebook_key(name) not in self.about["small"]]
 
     def train(self, name: str, features: np.ndarray) -> None:
         """Train the codec of an array on float32 features (..., D). The first codebook that is put stays for good."""
-        key, kind = book(name), self.codecs[name]
+        key, kind = codebook_key(name), self.codecs[name]
         assert isinstance(kind, Trained)
         if not self.storage.exists(key):
             self.storage.put_new(key, kind.train(features))
@@ -272,9 +297,13 @@ class FeatureStore(Shelf):
 
     def _codebooks(self) -> dict[str, bytes]:
         """{key: bytes} of the codebooks that the manifest knows."""
-        return {book(name): self._codebook(name) for name in self.codecs if book(name) in self.about["small"]}
+        return {
+            codebook_key(name): self._codebook(name)
+            for name in self.codecs
+            if codebook_key(name) in self.about["small"]
+        }
 
-    def _tidy(self) -> None:
+    def _remove_leftovers(self) -> None:
         """Clear away what a killed writer left: unfinished files, done records that a wider one has replaced."""
         if isinstance(self.storage, Folder):
             self.storage.sweep()
@@ -291,7 +320,7 @@ class FeatureStore(Shelf):
     def _put_copies(self, small: Mapping[str, bytes]) -> None:
         for key, data in small.items():
             self.storage.put(f"{COPY}/{key}", data)
-        self.storage.put(f"{COPY}/{artifact.MANIFEST}", artifact.spell(self.manifest))
+        self.storage.put(f"{COPY}/{artifact.MANIFEST}", artifact.to_bytes(self.manifest))
 
     # ------------------------------------------------------------------ what could not be used
 
@@ -313,9 +342,9 @@ class FeatureStore(Shelf):
     def history(self) -> list[dict[str, Any]]:
         """What `remember` was told, in order; a line cut short by a crash is passed over."""
         key = "history.jsonl"
-        return jsonl.parse(self.storage.get(key).decode(errors="replace")) if self.storage.exists(key) else []
+        return jsonl.parse_jsonl(self.storage.get(key).decode(errors="replace")) if self.storage.exists(key) else []
 
-    def remember(self, event: Mapping[str, Any]) -> None:
+    def append_history(self, event: Mapping[str, Any]) -> None:
         """Add a line to history.jsonl: who made it when, at what cost. Outside every digest."""
         key = "history.jsonl"
         old = self.storage.get(key) if self.storage.exists(key) else b""

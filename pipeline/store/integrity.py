@@ -26,10 +26,10 @@ class Damage:
 
     key: str
     what: str
-    mend: Callable[[], None]
+    repair: Callable[[], None]
 
 
-def manifest(storage: Storage) -> dict[str, Any]:
+def read_manifest(storage: Storage) -> dict[str, Any]:
     """The manifest of a store, from its copy if need be. Raises UserError if there is none that is whole."""
     return _whole(storage, {place: _get(storage, place) for place in MANIFESTS})
 
@@ -43,11 +43,11 @@ def _whole(storage: Storage, raw: Mapping[str, bytes | None]) -> dict[str, Any]:
     return artifact.read(storage, "store")
 
 
-def small_files(storage: Storage) -> list[Damage]:
+def check_small_files(storage: Storage) -> list[Damage]:
     """Damage to the manifest, the Zarr metadata and the tables, and to their second copies."""
     raw = {place: _get(storage, place) for place in MANIFESTS}
     good = _whole(storage, raw)
-    spelt = artifact.spell(good)  # to the byte: \u00e9 and \u00E9 read the same
+    spelt = artifact.to_bytes(good)  # to the byte: \u00e9 and \u00E9 read the same
     out = [_mend(storage, place, spelt) for place in MANIFESTS if raw[place] != spelt]
     for key, claimed in good["about"]["small"].items():
         places = (key, f"{COPY}/{key}")
@@ -84,18 +84,18 @@ def _mend(storage: Storage, place: str, whole: bytes | None) -> Damage:
     return Damage(place, "does not fit its digest" if whole is not None else "damaged, and so is its copy", mend)
 
 
-def shards(store: FeatureStore, progress: Callable[[int], None] = lambda n: None) -> Iterator[Damage]:
+def check_shards(store: FeatureStore, progress: Callable[[int], None] = lambda n: None) -> Iterator[Damage]:
     """Damage to shards and done records. Every stored byte that a reader could meet is read."""
     for block, spans in sorted(store.done().items()):
         for span in sorted(spans):
             key = done_key(block, *span)
-            why = fault(store, block, span)
+            why = find_fault(store, block, span)
             if why:
                 yield Damage(key, why, lambda key=key: store.storage.delete(key))  # type: ignore[misc]
         progress(1)
 
 
-def fault(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
+def find_fault(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
     """What is wrong with one (row block, span of views), or nothing."""
     start, stop = store.span(block)
     rows = slice(start, stop)

@@ -24,7 +24,7 @@ UNWRITTEN = 255  # status of a row no writer has reached
 
 
 @dataclass(frozen=True)
-class Grid:
+class ArrayLayout:
     """How an array is cut: shards (one file each) and the chunks inside them (one read each)."""
 
     dtype: Any
@@ -44,12 +44,12 @@ class Grid:
         array[tuple(slice(0, n) for n in data.shape)] = data
         return next((buffer.to_bytes() for key, buffer in files.items() if "/c/" in key), None)
 
-    def place(self, *block: int) -> str:
+    def chunk_key(self, *block: int) -> str:
         """Where a shard lies within its array: the leading numbers of its key; the others are 0."""
         return f"c/{'/'.join(map(str, block + (0,) * (len(self.shards) - len(block))))}"
 
 
-def grids(identity: Mapping[str, Any], codecs: Mapping[str, Codec]) -> dict[str, Grid]:
+def array_layouts(identity: Mapping[str, Any], codecs: Mapping[str, Codec]) -> dict[str, ArrayLayout]:
     """The grid of every array that shards fill: features, their scales, status and content."""
     rows = identity["shard_rows"]
     inner = max(n for n in range(1, min(rows, CHUNK_ROWS) + 1) if rows % n == 0)
@@ -58,16 +58,16 @@ def grids(identity: Mapping[str, Any], codecs: Mapping[str, Codec]) -> dict[str,
         axes = ("image", "view", *[f"{name}_{j}" for j in range(len(shape))])
         kind = codecs[name]
         shape = kind.shape(tuple(shape))
-        out[name] = Grid(kind.dtype, (rows, VIEW_BLOCK, *shape), (inner, 1, *shape), 0, axes, kind.compressor)
+        out[name] = ArrayLayout(kind.dtype, (rows, VIEW_BLOCK, *shape), (inner, 1, *shape), 0, axes, kind.compressor)
         if kind.scaled:
             shard = (rows, VIEW_BLOCK, *shape[:-1])
-            out[f"{name}_scale"] = Grid("<f4", shard, shard, 0, axes[:-1])
-    out["status"] = Grid("u1", (rows,), (rows,), UNWRITTEN, ("image",))
-    out["content"] = Grid("<u8", (rows,), (rows,), 0, ("image",))
+            out[f"{name}_scale"] = ArrayLayout("<f4", shard, shard, 0, axes[:-1])
+    out["status"] = ArrayLayout("u1", (rows,), (rows,), UNWRITTEN, ("image",))
+    out["content"] = ArrayLayout("<u8", (rows,), (rows,), 0, ("image",))
     return out
 
 
-def layout(cuts: Mapping[str, Grid], images: int, views: Mapping[str, int]) -> dict[str, bytes]:
+def zarr_metadata(cuts: Mapping[str, ArrayLayout], images: int, views: Mapping[str, int]) -> dict[str, bytes]:
     """{key: bytes} of the Zarr metadata of the group and of these arrays; views: of each feature array."""
     small = {f"{GROUP}/zarr.json": json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}).encode()}
     for name, grid in cuts.items():
@@ -85,7 +85,7 @@ def table_files(tables: Mapping[str, Any]) -> dict[str, bytes]:
         files: dict[str, Any] = {}
         kind, fill = {"sample_id": (str, ""), "label": ("<i8", -1), "view_key": ("<u8", 0)}[name]
         size = min(max(1, len(column)), TABLE_ROWS)
-        array = _create(files, name, (len(column),), Grid(kind, (size,), (size,), fill, ("image",)))
+        array = _create(files, name, (len(column),), ArrayLayout(kind, (size,), (size,), fill, ("image",)))
         array[...] = np.asarray(column, object) if kind is str else np.asarray(column)
         out |= {f"{GROUP}/{key}": buffer.to_bytes() for key, buffer in files.items() if key.startswith(f"{name}/")}
     return out
@@ -105,11 +105,11 @@ class _Objects(zarr.storage.ObjectStore):
         self.bucket = bucket
 
     async def get(self, *asked: Any, **how: Any) -> Any:
-        with self.bucket.worded():
+        with self.bucket.translated_errors():
             return await super().get(*asked, **how)
 
 
-def _create(files: dict[str, Any], name: str, shape: tuple[int, ...], grid: Grid) -> zarr.Array:
+def _create(files: dict[str, Any], name: str, shape: tuple[int, ...], grid: ArrayLayout) -> zarr.Array:
     sharded = grid.shards != grid.chunks
     compressors = [ZstdCodec(level=ZSTD_LEVEL)] if grid.compressor == "zstd" else []
     return zarr.create_array(

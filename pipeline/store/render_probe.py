@@ -11,15 +11,15 @@ import numpy as np
 from compress_ssl.pipeline.datasets.decode import BadImage
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.views.augment import ViewSpec, draw
+from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
-from compress_ssl.pipeline.views.render import see
+from compress_ssl.pipeline.views.render import render_views
 
 VIEWS = (0, 1, 2)
 NEAR = 32  # rows that are looked at for a good image
 
 
-def probe(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing) -> dict[str, str]:
+def probe_digests(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing) -> dict[str, str]:
     """{row: digest of its probe views at the teacher's size}: of the first, middle and last image, or a good one near.
 
     Their view keys are their row numbers.
@@ -28,24 +28,24 @@ def probe(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing) -> dict[st
     rows = range(len(dataset))
     for near in (rows[:NEAR], rows[len(rows) // 2 :][:NEAR], rows[::-1][:NEAR]):
         for i in near:
-            if (seen := look(dataset, spec, preprocessing, i, i)) is not None:
+            if (seen := view_digest_of(dataset, spec, preprocessing, i, i)) is not None:
                 out[str(i)] = seen
                 break
     return out
 
 
-def look(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, i: int, key: int) -> str | None:
+def view_digest_of(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, i: int, key: int) -> str | None:
     """Digest of image i's probe views; None if it is bad."""
     try:
         image, _ = dataset.load(i)
     except BadImage:
         return None
-    variates = draw(spec.seed, key, np.array(VIEWS, np.uint64))
+    variates = draw_variates(spec.seed, key, np.array(VIEWS, np.uint64))
     size = [(preprocessing.size, preprocessing.interpolation)]
-    return artifact.digest(see(image, spec, variates, VIEWS, size)[0].numpy().tobytes())
+    return artifact.digest(render_views(image, spec, variates, VIEWS, size)[0].numpy().tobytes())
 
 
-def require_same(
+def require_same_rendering(
     there: dict[str, str], dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, keys: Any, allow: bool | None
 ) -> str:
     """Look at the probed images again: "" if they look the same, else what differs if `allow` is set.
@@ -53,7 +53,11 @@ def require_same(
     Raises UserError if they differ: a student would be taught features of other pixels. `allow` is None
     where no flag could allow it: half a store of other pixels is of no use.
     """
-    unlike = [i for i, seen in there.items() if look(dataset, spec, preprocessing, int(i), int(keys[int(i)])) != seen]
+    unlike = [
+        i
+        for i, seen in there.items()
+        if view_digest_of(dataset, spec, preprocessing, int(i), int(keys[int(i)])) != seen
+    ]
     if not unlike:
         return ""
     first = dataset.ids[int(unlike[0])]

@@ -8,14 +8,14 @@ import google_crc32c
 import numpy as np
 from numcodecs import Zstd
 
-from compress_ssl.pipeline.store.layout import VIEW_BLOCK, Grid
+from compress_ssl.pipeline.store.layout import VIEW_BLOCK, ArrayLayout
 
 READERS = 4  # threads that read shards of a local folder
 _CRC = 4  # bytes of a checksum
 _EMPTY = 2**64 - 1  # in a shard's index: a chunk of nothing but fill value
 
 
-def read_view(folder: Path, grid: Grid, view: int, start: int, stop: int) -> np.ndarray:
+def read_view(folder: Path, grid: ArrayLayout, view: int, start: int, stop: int) -> np.ndarray:
     """(stop - start, ...) rows of one view of the sharded array in a local folder.
 
     The same as through Zarr, checksums included, without its copies: docs/performance.md. Raises
@@ -26,7 +26,7 @@ def read_view(folder: Path, grid: Grid, view: int, start: int, stop: int) -> np.
 
     def fill(block: int) -> None:
         first, last = max(start, block * rows), min(stop, (block + 1) * rows)
-        _read_shard(folder / grid.place(block, view // VIEW_BLOCK), grid, view % VIEW_BLOCK, first - block * rows,
+        _read_shard(folder / grid.chunk_key(block, view // VIEW_BLOCK), grid, view % VIEW_BLOCK, first - block * rows,
                     out[first - start : last - start])  # fmt: skip
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
@@ -35,7 +35,7 @@ def read_view(folder: Path, grid: Grid, view: int, start: int, stop: int) -> np.
     return out
 
 
-def _read_shard(path: Path, grid: Grid, place: int, skip: int, out: np.ndarray) -> None:
+def _read_shard(path: Path, grid: ArrayLayout, place: int, skip: int, out: np.ndarray) -> None:
     """Fill `out` with the rows from `skip` on of one view of a shard."""
     if not path.exists():  # Zarr writes no file of nothing but fill value
         out[...] = grid.fill
@@ -52,7 +52,7 @@ def _read_shard(path: Path, grid: Grid, place: int, skip: int, out: np.ndarray) 
             _read_chunk(file.fileno(), grid, offset, size, first - chunk * inner, out[first - skip : last - skip])
 
 
-def _read_chunk(file: int, grid: Grid, offset: int, size: int, skip: int, out: np.ndarray) -> None:
+def _read_chunk(file: int, grid: ArrayLayout, offset: int, size: int, skip: int, out: np.ndarray) -> None:
     """Fill `out` with the rows from `skip` on of a chunk that lies at `offset` of a file."""
     if offset == _EMPTY:
         out[...] = grid.fill

@@ -18,7 +18,7 @@ from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.codecs import Codec, codec
-from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK, Grid, grids
+from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK, ArrayLayout, array_layouts
 from compress_ssl.pipeline.views.numbering import LOCAL
 
 SHARD_ROWS = 2048
@@ -43,7 +43,7 @@ def shard_rows(images: int, batch_size: int, arrays: Mapping[str, Sequence[int]]
     return max(1, most // batch_size) * batch_size
 
 
-class Shelf:
+class ShardIndex:
     """A store's manifest and its done records. Raises UserError if there is none or it is damaged."""
 
     def __init__(self, storage: Storage):
@@ -55,7 +55,7 @@ class Shelf:
         self.rows: int = self.identity["shard_rows"]
         self.arrays: dict[str, tuple[int, ...]] = {k: tuple(s) for k, s in self.identity["arrays"].items()}
         self.codecs: dict[str, Codec] = array_codecs(self.identity, self._codebook)
-        self.grids: dict[str, Grid] = grids(self.identity, self.codecs)
+        self.grids: dict[str, ArrayLayout] = array_layouts(self.identity, self.codecs)
         crops = self.identity.get("local", {}).get("views", 0)
         self.local: tuple[int, ...] = tuple(range(LOCAL, LOCAL + crops))  # numbers of the local crops
 
@@ -65,14 +65,14 @@ class Shelf:
         return self.about["views"]
 
     @property
-    def held(self) -> range:
+    def stored_views(self) -> range:
         """Views that are there to be used: all of them, but of a copy cut down perhaps only those from some view on."""
         return range(self.about.get("first_view", 0), self.views)
 
     @property
     def all_views(self) -> list[int]:
         """Numbers of all that is stored of an image."""
-        return [*self.held, *self.local]
+        return [*self.stored_views, *self.local]
 
     def arrays_of(self, view: int) -> list[str]:
         """Names of the feature arrays that hold this view."""
@@ -115,7 +115,7 @@ class Shelf:
     def pending(self, views: int | None = None) -> list[Shard]:
         """Row blocks with views that are not done, in order; as if there were to be `views` of them, if given."""
         done = self.done()
-        wanted = {*range(self.held.start, views or self.views), *self.local}
+        wanted = {*range(self.stored_views.start, views or self.views), *self.local}
         out = []
         for block in range(-(-self.images // self.rows)):
             spans = done.get(block, [])
@@ -141,8 +141,8 @@ class Shelf:
             more = max(over) >= self.views
             way = f"--views {max(over) + 1}" if more else "the views that it was copied without"
             raise UserError(
-                f"{self.storage} holds views {self.held.start} to {self.views - 1}, but view {max(over)} was asked "
-                f"for; repeat the command that made it with {way}"
+                f"{self.storage} holds views {self.stored_views.start} to {self.views - 1}, but view {max(over)} was "
+                f"asked for; repeat the command that made it with {way}"
             )
         total = -(-self.images // self.rows)
         lacking = sum(1 for shard in self.pending() if wanted & set(shard.views))
@@ -184,13 +184,13 @@ class Shelf:
         keys = {self._chunk_key(name, (block,)): name for name in ("status", "content")}
         for name in self.arrays_of(views[0]):
             for part in [name, f"{name}_scale"] if self.codecs[name].scaled else [name]:
-                keys[self._chunk_key(part, (block, column(views[0]) // VIEW_BLOCK))] = name
+                keys[self._chunk_key(part, (block, view_column(views[0]) // VIEW_BLOCK))] = name
         return keys
 
     def _chunk_key(self, name: str, place: tuple[int, ...]) -> str:
-        return f"{GROUP}/{name}/{self.grids[name].place(*place)}"
+        return f"{GROUP}/{name}/{self.grids[name].chunk_key(*place)}"
 
-    def intact(self, key: str, place: str | None = None) -> bytes | None:
+    def read_if_intact(self, key: str, place: str | None = None) -> bytes | None:
         """A small file, or what lies in another `place` as its second copy, if it is what the manifest knows."""
         try:
             data = self.storage.get(place or key)
@@ -200,13 +200,13 @@ class Shelf:
 
     def small(self, key: str) -> bytes:
         """A small file: metadata, table, codebook, heads. Raises UserError if it is not what the manifest knows."""
-        if (data := self.intact(key)) is None:
+        if (data := self.read_if_intact(key)) is None:
             raise UserError(f"{self.storage}/{key} is damaged; compress verify --repair mends it from its copy")
         return data
 
     def _codebook(self, name: str) -> bytes:
         """Raises UserError if there is none yet, or it is not the one that the manifest knows."""
-        key = book(name)
+        key = codebook_key(name)
         if key not in self.about["small"]:
             self.about = artifact.read(self.storage, "store")["about"]  # trained since this store was opened?
         if key not in self.about["small"]:
@@ -219,7 +219,7 @@ def array_codecs(identity: Mapping[str, Any], codebook: Callable[[str], bytes] |
     return {name: codec(identity["codec"], codebook and partial(codebook, name)) for name in identity["arrays"]}
 
 
-def book(name: str) -> str:
+def codebook_key(name: str) -> str:
     """Where the codebook of an array lies."""
     return f"codebook/{name}.safetensors"
 
@@ -229,7 +229,7 @@ def is_local(array: str) -> bool:
     return array.startswith("local_")
 
 
-def column(view: int) -> int:
+def view_column(view: int) -> int:
     """The place of a view along the view axis of its arrays."""
     return view & ~LOCAL
 
@@ -243,7 +243,7 @@ def view_digest(stored: np.ndarray, scale: np.ndarray | None) -> str:
     return artifact.digest(stored.tobytes() + (b"" if scale is None else scale.tobytes()))
 
 
-def batches(shard: Shard, size: int) -> Iterator[tuple[int, int]]:
+def batch_spans(shard: Shard, size: int) -> Iterator[tuple[int, int]]:
     """Row spans of the forward batches of a shard: they never cross it."""
     for start in range(shard.start, shard.stop, size):
         yield start, min(start + size, shard.stop)

@@ -24,7 +24,7 @@ def save(folder: Path, step: int, parts: Mapping[str, Any]) -> None:
 
     Of earlier ones KEEP - 1 stay; later ones, of a future that was not gone back to, are deleted.
     """
-    data = spell({"step": step, **parts})
+    data = to_bytes({"step": step, **parts})
     home = Folder(folder)
     name = f"step-{step:08d}.pt"
     home.put(name, data)
@@ -45,7 +45,7 @@ def link(source: Path, target: Path) -> None:
     os.replace(part, target)
 
 
-def spell(parts: Mapping[str, Any]) -> bytes:
+def to_bytes(parts: Mapping[str, Any]) -> bytes:
     """A checkpoint as bytes."""
     buffer = io.BytesIO()
     torch.save({k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}, buffer)

@@ -17,16 +17,16 @@ from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training import checkpoint, diagnostics
-from compress_ssl.pipeline.training.optimizers import optimizer
-from compress_ssl.pipeline.training.sampler import Plan
+from compress_ssl.pipeline.training.optimizers import make_optimizer
+from compress_ssl.pipeline.training.sampler import StepSampler
 from compress_ssl.pipeline.training.schedule import Schedule
-from compress_ssl.pipeline.training.student import Apprentice
+from compress_ssl.pipeline.training.student import Student
 
-ALIKE = 2**32 - 1  # beside the ranks' numbers: seeds what all of them draw alike
+ALL_RANKS = 2**32 - 1  # beside the ranks' numbers: seeds what all of them draw alike
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingSettings:
     """How an apprentice learns. lr is the base rate of the whole step's batch."""
 
     optimizer: str
@@ -42,8 +42,8 @@ class Training:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, plan: Plan, *, lr: float | None, ema: float | None, precision: str, seed: int
-    ) -> "Training":
+        cls, recipe: Recipe, plan: StepSampler, *, lr: float | None, ema: float | None, precision: str, seed: int
+    ) -> "TrainingSettings":
         """By a recipe, over a plan. Its rate is for a batch of 256 and grows with the batch; `lr` is taken as it is."""
         rate = recipe.lr * plan.batch / 256 if lr is None else lr
         epochs = plan.steps * plan.batch / len(plan.rows)
@@ -54,24 +54,24 @@ class Training:
         )  # fmt: skip
 
 
-class Room(nn.Module):
+class DistillationModule(nn.Module):
     """Students and their method as one module, so that one backward pass averages all their gradients over ranks."""
 
-    def __init__(self, apprentices: Sequence[Apprentice], method: Method):
+    def __init__(self, students: Sequence[Student], method: Method):
         super().__init__()
-        self.apprentices, self.method = list(apprentices), method
-        self.students = nn.ModuleList([apprentice.student for apprentice in apprentices])
+        self.students, self.method = list(students), method
+        self.models = nn.ModuleList([student.model for student in students])
 
     def forward(self, batch: Batch, seed: int) -> tuple[list[Tensor], list[Tensor]]:
         """(a loss of each student, their embeddings (B, W, d)). seed: of what the method draws, on all ranks alike."""
-        outputs = [self._look(batch, number) for number in range(len(self.apprentices))]
+        outputs = [self._look(batch, number) for number in range(len(self.students))]
         torch.manual_seed(seed)  # whatever the students drew
         losses = self.method(batch, outputs)
         return losses, [out["embedding"].detach() for out in outputs]
 
     def _look(self, batch: Batch, number: int) -> Outputs:
         """What a student makes of its views and crops: (B, W, ...) and (B, L, ...) by name."""
-        wanted, forward = self.method.needs.outputs, self.apprentices[number].forward
+        wanted, forward = self.method.needs.outputs, self.students[number].forward
         names = [name for name in wanted if not name.startswith("local_")]
         out = _unflatten(forward(batch.images[number], names), len(batch.rows))
         if local := [name for name in wanted if name.startswith("local_")]:
@@ -85,31 +85,31 @@ class Diverged(UserError):
     """A loss or weights that are not finite: this lesson is over, others may go on."""
 
 
-class Lesson:
+class Learner:
     """One method with its student, or with all its peers, who succeed, fail and resume together.
 
     What comes of it does not depend on who else learns in the same run.
     """
 
     def __init__(
-        self, apprentices: Sequence[Apprentice], method: Method, training: Training, *,
+        self, students: Sequence[Student], method: Method, training: TrainingSettings, *,
         name: str = "", warmup_epochs: float = 0.0,
     ):  # fmt: skip
         """name: what the user calls the method; warmup_epochs: as asked, the schedule knows their share of the run."""
-        self.apprentices, self.method, self.training = list(apprentices), method, training
+        self.students, self.method, self.training = list(students), method, training
         self.name, self.warmup_epochs = name, warmup_epochs
-        named = "+".join(apprentice.student.spec for apprentice in apprentices)
+        named = "+".join(student.model.spec for student in students)
         self.seed = training.seed ^ (zlib.crc32(named.encode()) << 32)
-        room = Room(apprentices, method)
-        self.students, self.room = room.students, collectives.averaged(room)
-        self.optimizer = optimizer(
-            training.optimizer, nn.ModuleList([*self.students, method]), lr=training.lr, momentum=training.momentum,
+        room = DistillationModule(students, method)
+        self.models, self.room = room.models, collectives.wrap_ddp(room)
+        self.optimizer = make_optimizer(
+            training.optimizer, nn.ModuleList([*self.models, method]), lr=training.lr, momentum=training.momentum,
             weight_decay=training.weight_decay, norm_decay=training.norm_decay,
         )  # fmt: skip
-        place = next(self.students.parameters()).device.type
+        place = next(self.models.parameters()).device.type
         self.scaler = torch.amp.GradScaler(place, enabled=training.precision == "fp16")
         self.start = 0  # steps it had behind it when it was restored
-        self.over = ""  # why it ended early
+        self.failure = ""  # why it ended early
 
     def step(self, batch: Batch, done: float, measure: bool = False) -> list[dict[str, float]]:
         """One step at `done` of the run, in [0, 1) -> {"loss"} of each student.
@@ -118,7 +118,7 @@ class Lesson:
         function of (seed, step, students, rank). A loss is the mean over ranks; Diverged is raised
         on all of them if one is not finite.
         """
-        self.students.train()
+        self.models.train()
         self.method.train()
         torch.manual_seed(self._seed_of(batch.step, collectives.rank()))
         rate = self.training.lr * self.training.schedule(done)
@@ -126,8 +126,8 @@ class Lesson:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(batch.images[0].device, self.training.precision):
-            losses, embeddings = self.room(batch, self._seed_of(batch.step, ALIKE))
-        rows = [{"loss": loss} for loss in collectives.mean([float(loss.detach()) for loss in losses])]
+            losses, embeddings = self.room(batch, self._seed_of(batch.step, ALL_RANKS))
+        rows = [{"loss": loss} for loss in collectives.all_reduce_mean([float(loss.detach()) for loss in losses])]
         for row in rows:
             if not math.isfinite(row["loss"]):
                 raise self._diverged(f"the loss is {row['loss']}", batch.step)
@@ -137,8 +137,8 @@ class Lesson:
             nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.training.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        for apprentice in self.apprentices:
-            apprentice.follow()
+        for student in self.students:
+            student.update_average()
         self.method.after_step(batch)
         if measure:
             teacher = batch.teacher.get("embedding")
@@ -151,43 +151,43 @@ class Lesson:
         return int(philox.words(self.seed, philox.PICK, step, rank, 2).view("<u8")[0] >> 1)
 
     def _diverged(self, what: str, step: int) -> Diverged:
-        folders = " and ".join(str(apprentice.folder) for apprentice in self.apprentices)
+        folders = " and ".join(str(student.folder) for student in self.students)
         return Diverged(
             f"{folders}: {what} at step {step} (learning rate {self.optimizer.param_groups[0]['lr']:g}, precision "
             f"{self.training.precision}); the last checkpoint before it is kept. Likely causes: a rate too high "
             "(lower --lr, add --warmup-epochs or --clip 1), fp16 overflow (--precision bf16), a temperature too low"
         )
 
-    def parts(self, apprentice: Apprentice) -> dict[str, Any]:
+    def parts(self, student: Student) -> dict[str, Any]:
         """Everything a checkpoint of one student holds, by name: peers' files share all but the student."""
         return {
-            **apprentice.parts(), "method": self.method, "optimizer": self.optimizer, "scaler": self.scaler
+            **student.parts(), "method": self.method, "optimizer": self.optimizer, "scaler": self.scaler
         }  # fmt: skip
 
     def save(self, step: int) -> None:
         """A checkpoint in each student's folder, by rank 0. Raises Diverged if anything learned is not finite."""
-        tensors = [*self.students.state_dict().values(), *self.method.parameters()]
-        if collectives.largest(not all(bool(tensor.isfinite().all()) for tensor in tensors)):
+        tensors = [*self.models.state_dict().values(), *self.method.parameters()]
+        if collectives.all_reduce_max(not all(bool(tensor.isfinite().all()) for tensor in tensors)):
             raise self._diverged("weights are not finite", step)
-        for apprentice in self.apprentices if collectives.rank() == 0 else []:
-            checkpoint.save(apprentice.folder / "checkpoints", step, self.parts(apprentice))
+        for student in self.students if collectives.rank() == 0 else []:
+            checkpoint.save(student.folder / "checkpoints", step, self.parts(student))
 
-    def keep_best(self, apprentice: Apprentice, score: float, step: int) -> None:
+    def save_if_best(self, student: Student, score: float, step: int) -> None:
         """best.pt, if the score is better than all before."""
-        if score > apprentice.best:
-            apprentice.best = score
-            data = checkpoint.spell({"step": step, **self.parts(apprentice)})
-            Folder(apprentice.folder).put("checkpoints/best.pt", data)
+        if score > student.best:
+            student.best = score
+            data = checkpoint.to_bytes({"step": step, **self.parts(student)})
+            Folder(student.folder).put("checkpoints/best.pt", data)
 
     def restore(self) -> None:
         """Back to the newest checkpoint that all its students have, or stay at step 0 where there is none."""
-        homes = [apprentice.folder / "checkpoints" for apprentice in self.apprentices]
-        self.start = collectives.told(_newest(homes) if collectives.rank() == 0 else 0)
+        homes = [student.folder / "checkpoints" for student in self.students]
+        self.start = collectives.broadcast(_newest(homes) if collectives.rank() == 0 else 0)
         if not self.start:
             return
-        for apprentice, home in zip(self.apprentices, homes, strict=True):
-            saved = checkpoint.restore(home / f"step-{self.start:08d}.pt", self.parts(apprentice))
-            apprentice.best = saved["best"]
+        for student, home in zip(self.students, homes, strict=True):
+            saved = checkpoint.restore(home / f"step-{self.start:08d}.pt", self.parts(student))
+            student.best = saved["best"]
 
 
 def _newest(homes: Sequence[Path]) -> int:

@@ -11,22 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress_ssl.pipeline.runtime.jsonl import read
+from compress_ssl.pipeline.runtime.jsonl import read_jsonl
 from compress_ssl.pipeline.runtime.storage import Folder
 
 
-class Journal:
+class MetricsLog:
     """`with Journal(folder, step) as log: log.write({"step": 10, "loss": ...})`."""
 
     def __init__(self, folder: Path, step: int):
         self.folder, self.step = folder, step
 
-    def __enter__(self) -> "Journal":
-        kept = [row for row in read(self.folder / "metrics.jsonl") if row["step"] <= self.step]
+    def __enter__(self) -> "MetricsLog":
+        kept = [row for row in read_jsonl(self.folder / "metrics.jsonl") if row["step"] <= self.step]
         Folder(self.folder).put("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._rows = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
         self._text = open(self.folder / "train.log", "a", encoding="utf-8")
-        self._board = Board(self.folder / "tensorboard", self.step + 1 if self.step else None)
+        self._board = EventFile(self.folder / "tensorboard", self.step + 1 if self.step else None)
         self.note(f"from step {self.step}")
         return self
 
@@ -48,7 +48,7 @@ class Journal:
         self._board.close()
 
 
-class Board:
+class EventFile:
     """An event file of TensorBoard, written where it is asked for.
 
     torch's SummaryWriter writes from a thread, where a full disk ends as a traceback and the training goes on.

@@ -11,7 +11,7 @@ from compress_ssl.pipeline.runtime.artifact import UserError
 OPTIMIZERS = ("sgd", "adam", "adamw", "lars")
 
 
-def optimizer(
+def make_optimizer(
     name: str, modules: nn.Module, *, lr: float, momentum: float, weight_decay: float, norm_decay: bool
 ) -> torch.optim.Optimizer:
     """momentum is beta 1 of adam and adamw. norm_decay: norms and biases decay too.

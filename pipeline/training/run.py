@@ -14,65 +14,67 @@ from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import Batch
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.formatting import counted
+from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.runtime.storage import Folder, absolute
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.training.learner import Diverged, Lesson
-from compress_ssl.pipeline.training.sampler import Plan
-from compress_ssl.pipeline.training.student import Apprentice
-from compress_ssl.pipeline.training.teacher_features import Features
+from compress_ssl.pipeline.training.learner import Diverged, Learner
+from compress_ssl.pipeline.training.sampler import StepSampler
+from compress_ssl.pipeline.training.student import Student
+from compress_ssl.pipeline.training.teacher_features import TeacherFeatures
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.loader import Eyes, Sight, feed
+from compress_ssl.pipeline.views.loader import ViewBatch, ViewDataset, iterate_views
 from compress_ssl.pipeline.views.numbering import view_name
-from compress_ssl.pipeline.views.render import local_size
+from compress_ssl.pipeline.views.render import default_local_size
 
 Rows = list[dict[str, Any] | None]  # of metrics, per apprentice; None for one who does not learn in this step
 
 
 @dataclass
-class Session:
+class TrainingRun:
     """Pixels and teacher features of every step of a plan, for all lessons alike."""
 
     store: FeatureStore
     dataset: Any
-    plan: Plan
-    lessons: list[Lesson]
+    plan: StepSampler
+    learners: list[Learner]
     device: torch.device
     spec: ViewSpec = field(init=False)
-    features: dict[str, Features] = field(init=False)  # by array of the store
+    features: dict[str, TeacherFeatures] = field(init=False)  # by array of the store
     content: np.ndarray = field(init=False)  # (N,) uint64: the images the teacher saw
 
     def __post_init__(self) -> None:
         self.spec = ViewSpec(**self.store.identity["views"])
-        wanted = dict.fromkeys(name for lesson in self.lessons for name in lesson.method.needs.arrays)
-        least = {True: len(self.plan.local), False: 2 * self.plan.per_step}
-        self.features = {name: Features(self.store, name, least=least[name.startswith("local_")]) for name in wanted}
+        wanted = dict.fromkeys(name for learner in self.learners for name in learner.method.needs.arrays)
+        least = {True: len(self.plan.local), False: 2 * self.plan.views_per_step}
+        self.features = {
+            name: TeacherFeatures(self.store, name, least=least[name.startswith("local_")]) for name in wanted
+        }
         self.content = self.store.table("content")
 
     @property
-    def apprentices(self) -> list[Apprentice]:
+    def students(self) -> list[Student]:
         """All students, lesson by lesson."""
-        return [apprentice for lesson in self.lessons for apprentice in lesson.apprentices]
+        return [student for learner in self.learners for student in learner.students]
 
     @property
     def start(self) -> int:
         """Steps that all lessons have behind them."""
-        return min(lesson.start for lesson in self.lessons)
+        return min(learner.start for learner in self.learners)
 
     @property
     def per_epoch(self) -> float:
         """Steps in an epoch."""
         return len(self.plan.rows) / self.plan.batch
 
-    def introduction(self) -> str:
+    def summary(self) -> str:
         """What is about to be trained, in a line."""
         plan = self.plan
-        methods = ", ".join(dict.fromkeys(lesson.name for lesson in self.lessons))
-        rates = ", ".join(dict.fromkeys(f"{x.training.optimizer} at {x.training.lr:g}" for x in self.lessons))
+        methods = ", ".join(dict.fromkeys(learner.name for learner in self.learners))
+        rates = ", ".join(dict.fromkeys(f"{x.training.optimizer} at {x.training.lr:g}" for x in self.learners))
         shared = f" ({plan.batch // plan.size} on each of {plan.size} ranks)" if plan.size > 1 else ""
         return (
-            f"{counted(len(self.apprentices), 'student')}, {methods}: steps {self.start} to {plan.steps} "
-            f"({plan.steps / self.per_epoch:g} epochs), global batch {plan.batch} images x {plan.per_step} views"
+            f"{pluralize(len(self.students), 'student')}, {methods}: steps {self.start} to {plan.steps} "
+            f"({plan.steps / self.per_epoch:g} epochs), global batch {plan.batch} images x {plan.views_per_step} views"
             f"{shared}, {rates}, on {self.device}"
         )
 
@@ -82,59 +84,59 @@ class Session:
         The end of the run is not part of what it is: it may grow. Nor is the number of ranks, of which
         the first does this. Raises Mismatch.
         """
-        for lesson in self.lessons if collectives.rank() == 0 else []:
-            how = asdict(lesson.training)
-            how["schedule"] |= {"warmup": None, "warmup_epochs": lesson.warmup_epochs}
-            everybody = [_who(apprentice) for apprentice in lesson.apprentices]
-            for apprentice, who in zip(lesson.apprentices, everybody, strict=True):
+        for learner in self.learners if collectives.rank() == 0 else []:
+            how = asdict(learner.training)
+            how["schedule"] |= {"warmup": None, "warmup_epochs": learner.warmup_epochs}
+            everybody = [_who(student) for student in learner.students]
+            for student, who in zip(learner.students, everybody, strict=True):
                 identity = {
                     "store": self.store.fingerprint,
                     "images": len(self.plan.rows),
                     "student": who,
-                    "method": lesson.name,
+                    "method": learner.name,
                     "training": how,
                     "batch_size": self.plan.batch,
                     "pairing": self.plan.pairing,
-                    "views_per_step": self.plan.per_step,
+                    "views_per_step": self.plan.views_per_step,
                     "views": list(self.plan.views),
                 }
-                if len(lesson.apprentices) > 1:
+                if len(learner.students) > 1:
                     identity["peers"] = everybody
-                artifact.claim(Folder(apprentice.folder), "run", identity, self._about(apprentice))
+                artifact.claim(Folder(student.folder), "run", identity, self._about(student))
 
-    def _about(self, apprentice: Apprentice) -> dict[str, Any]:
+    def _about(self, student: Student) -> dict[str, Any]:
         return {
             "store": absolute(str(self.store.storage)),
             "data": self.store.about["data"],
             "views": self.plan.views[-1] + 1,
             "views_spec": self.store.identity["views"],
-            "parameters": sum(p.numel() for p in apprentice.student.backbone.parameters()),
+            "parameters": sum(p.numel() for p in student.model.backbone.parameters()),
             "teacher": self.store.about["teacher"],
-            "name": apprentice.student.name,
+            "name": student.model.name,
         }
 
     def restore(self) -> None:
         """Every lesson goes back to its newest checkpoint; the banks' anchors are read from the store."""
-        for lesson in self.lessons:
-            lesson.restore()
-            lesson.method.fill(self.read)
+        for learner in self.learners:
+            learner.restore()
+            learner.method.refill_banks(self.read)
 
     def read(self, rows: Tensor, views: Tensor, name: str = "embedding") -> Tensor:
         """(n, ...) float32 teacher features of (rows[j], views[j]). Raises UserError for those that are not finite."""
-        features = self.features.get(name) or Features(self.store, name)
+        features = self.features.get(name) or TeacherFeatures(self.store, name)
         i, v = rows.cpu().numpy(), views.cpu().numpy()
         picked = features.rows(i, v)
         self._require_finite(name, picked, i, v)
         return torch.from_numpy(picked)
 
-    def sights(self, workers: int) -> Generator[Sight, None, None]:
+    def load_views(self, workers: int) -> Generator[ViewBatch, None, None]:
         """The pixels of steps start, start + 1, ..."""
-        pieces: Any = replace(self.plan, first=self.start)
+        requests: Any = replace(self.plan, first=self.start)
         sizes, local = self._sizes(_size), self._sizes(self._local_size) if self.plan.has_local else []
-        eyes = Eyes(self.dataset, self.spec, self.store.table("view_key"), sizes, pieces, local)
-        return feed(eyes, workers, pin=self.device.type == "cuda")
+        view_dataset = ViewDataset(self.dataset, self.spec, self.store.table("view_key"), sizes, requests, local)
+        return iterate_views(view_dataset, workers, pin=self.device.type == "cuda")
 
-    def step(self, step: int, sight: Sight, measure: bool) -> Rows:
+    def step(self, step: int, view_batch: ViewBatch, measure: bool) -> Rows:
         """One step of each lesson -> a row of metrics for each of its students.
 
         None for those who have this step behind them or whose lesson is over. `measure` adds what
@@ -142,40 +144,42 @@ class Session:
         Raises UserError for an image that the teacher did not see, Diverged if no lesson is left.
         """
         batch = self.batch(step)
-        self._require_unchanged(batch, sight)
-        collectives.largest()  # nobody begins a step that another cannot take
+        self._require_unchanged(batch, view_batch)
+        collectives.barrier()  # nobody begins a step that another cannot take
         epoch, rows, prepared = round((step + 1) / self.per_epoch, 4), [], _Prepared(self.device)
-        for lesson in self.lessons:
-            made: Sequence[dict[str, float] | None] = [None] * len(lesson.apprentices)
-            if step >= lesson.start and not lesson.over:
-                batch.images, batch.local_images = self._inputs(lesson, sight, prepared)
-                with self.alone(lesson):
-                    made = lesson.step(batch, step / self.plan.steps, measure)
+        for learner in self.learners:
+            made: Sequence[dict[str, float] | None] = [None] * len(learner.students)
+            if step >= learner.start and not learner.failure:
+                batch.images, batch.local_images = self._inputs(learner, view_batch, prepared)
+                with self.isolating_divergence(learner):
+                    made = learner.step(batch, step / self.plan.steps, measure)
             rows += [row and {"step": step + 1, "epoch": epoch, **row} for row in made]
         return rows
 
     @contextmanager
-    def alone(self, lesson: Lesson) -> Iterator[None]:
+    def isolating_divergence(self, learner: Learner) -> Iterator[None]:
         """A lesson that diverges here ends without the others. Raises Diverged if it was the last."""
         try:
             yield
         except Diverged as end:
-            lesson.over = str(end)
-            if all(other.over for other in self.lessons):
+            learner.failure = str(end)
+            if all(other.failure for other in self.learners):
                 raise
 
-    def _inputs(self, lesson: Lesson, sight: Sight, prepared: "_Prepared") -> tuple[list[Tensor], list[Tensor]]:
+    def _inputs(
+        self, learner: Learner, view_batch: ViewBatch, prepared: "_Prepared"
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """(images, local images) of each student of a lesson, prepared on the device."""
-        count, independent = len(lesson.apprentices), lesson.method.needs.independent
+        count, independent = len(learner.students), learner.method.needs.independent
         images, local = [], []
-        for number, apprentice in enumerate(lesson.apprentices):
-            pixels = sight.pixels[self._sizes(_size).index(_size(apprentice))]  # (B, W, 3, S, S)
+        for number, student in enumerate(learner.students):
+            pixels = view_batch.pixels[self._sizes(_size).index(_size(student))]  # (B, W, 3, S, S)
             if independent:
                 pixels = pixels.chunk(count, 1)[number]
-            images.append(prepared(apprentice, pixels, (number, independent and count)))
-            if _local(lesson):
-                small = sight.local[self._sizes(self._local_size).index(self._local_size(apprentice))]
-                local.append(prepared(apprentice, small, (number, "local")))
+            images.append(prepared(student, pixels, (number, independent and count)))
+            if _local(learner):
+                small = view_batch.local[self._sizes(self._local_size).index(self._local_size(student))]
+                local.append(prepared(student, small, (number, "local")))
         return images, local
 
     def batch(self, step: int) -> Batch:
@@ -201,32 +205,32 @@ class Session:
                 "is not finite; find the damage with compress verify"
             )
 
-    def _require_unchanged(self, batch: Batch, sight: Sight) -> None:
+    def _require_unchanged(self, batch: Batch, view_batch: ViewBatch) -> None:
         rows = batch.rows.cpu().numpy()
-        changed = np.flatnonzero((sight.content != self.content[rows]) | (sight.status != GOOD))
+        changed = np.flatnonzero((view_batch.content != self.content[rows]) | (view_batch.status != GOOD))
         if len(changed):
             i = int(rows[changed[0]])
-            why = sight.bad.get(i, "its content differs from what the teacher saw")
+            why = view_batch.bad.get(i, "its content differs from what the teacher saw")
             remedy = getattr(self.dataset, "remedy", "put it back")
             raise UserError(
                 f"image {self.dataset.ids[i]} changed since the export: {why}; {remedy}, or export into a new store"
             )
 
-    def _sizes(self, size: Callable[[Apprentice], tuple[int, str]]) -> list[tuple[int, str]]:
-        return list(dict.fromkeys(size(apprentice) for apprentice in self.apprentices))
+    def _sizes(self, size: Callable[[Student], tuple[int, str]]) -> list[tuple[int, str]]:
+        return list(dict.fromkeys(size(student) for student in self.students))
 
     def require_sizes(self) -> None:
         """Raises UserError if a student cannot take the local crops that its method shows it."""
-        for lesson in self.lessons:
-            if _local(lesson):
-                for apprentice in lesson.apprentices:
-                    apprentice.student.require_size(self._local_size(apprentice)[0], "--image-size")
+        for learner in self.learners:
+            if _local(learner):
+                for student in learner.students:
+                    student.model.require_size(self._local_size(student)[0], "--image-size")
 
-    def _local_size(self, apprentice: Apprentice) -> tuple[int, str]:
+    def _local_size(self, student: Student) -> tuple[int, str]:
         """Local crops are as much smaller than the student's images as they were for the teacher."""
-        wants = apprentice.student.preprocessing
+        wants = student.model.preprocessing
         if (local := self.store.identity.get("local")) is None:
-            return local_size(wants.size), wants.interpolation
+            return default_local_size(wants.size), wants.interpolation
         whole = self.store.identity["teacher"]["preprocessing"]["size"]
         return max(8, 8 * round(wants.size * local["size"] / whole / 8)), wants.interpolation
 
@@ -238,29 +242,29 @@ class _Prepared:
         self.device = device
         self.made: dict[Hashable, tuple[Tensor, int]] = {}
 
-    def __call__(self, apprentice: Apprentice, pixels: Tensor, which: Hashable) -> Tensor:
+    def __call__(self, student: Student, pixels: Tensor, which: Hashable) -> Tensor:
         """(B, W, 3, S, S) uint8 -> (B * W, 3, S, S). which: of the lesson's peers, and of the step's pixels."""
-        student = apprentice.student
-        key = (which, student.preprocessing)
+        model = student.model
+        key = (which, model.preprocessing)
         images, version = self.made.get(key, (None, 0))
         if images is None or images._version != version:  # a student that writes into its input spoils it for itself
-            images = student.prepare(pixels.flatten(0, 1).to(self.device, non_blocking=True))
+            images = model.prepare(pixels.flatten(0, 1).to(self.device, non_blocking=True))
             self.made[key] = images, images._version
         return images
 
 
-def _local(lesson: Lesson) -> bool:
+def _local(learner: Learner) -> bool:
     """Whether its students see local crops."""
-    return any(name.startswith("local_") for name in lesson.method.needs.outputs)
+    return any(name.startswith("local_") for name in learner.method.needs.outputs)
 
 
-def _who(apprentice: Apprentice) -> dict[str, Any]:
+def _who(student: Student) -> dict[str, Any]:
     """What a student is, for a run's identity."""
-    student = apprentice.student
-    looks = student.preprocessing.record()
-    return {"spec": student.spec, "preprocessing": looks, "width": student.width, "initial": student.digest()}
+    model = student.model
+    looks = model.preprocessing.record()
+    return {"spec": model.spec, "preprocessing": looks, "width": model.width, "initial": model.digest()}
 
 
-def _size(apprentice: Apprentice) -> tuple[int, str]:
-    wants = apprentice.student.preprocessing
+def _size(student: Student) -> tuple[int, str]:
+    wants = student.model.preprocessing
     return wants.size, wants.interpolation

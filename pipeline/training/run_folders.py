@@ -9,7 +9,7 @@ from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 
 
-def folders(out: Path, students: Sequence[str], peers: Callable[[], bool]) -> list[Path]:
+def run_folders(out: Path, students: Sequence[str], peers: Callable[[], bool]) -> list[Path]:
     """OUT itself for one student, OUT/NAME for each of several; a peer named twice is NAME and NAME-2.
 
     One that is left of several, or joins them alone, has its run among theirs. peers: whether the method
@@ -24,7 +24,7 @@ def folders(out: Path, students: Sequence[str], peers: Callable[[], bool]) -> li
     return [out / name for name in names]
 
 
-def require(out: Path, students: Sequence[str], places: Sequence[Path], overwrite: bool) -> None:
+def require_run_folders(out: Path, students: Sequence[str], places: Sequence[Path], overwrite: bool) -> None:
     """Raises UserError unless each student has a run folder of its own, new, a run's, or replaceable."""
     taken: dict[Path, str] = {}
     for student, place in zip(students, places, strict=True):

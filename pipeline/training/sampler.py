@@ -16,16 +16,16 @@ from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import Needs
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.formatting import counted
+from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.views.loader import Piece
+from compress_ssl.pipeline.views.loader import ViewRequest
 from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
 
 PAIRINGS = ("same", "fresh", "cross")
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepSampler:
     """The order of a run. rows: the good rows; views: stored views used; B images, W views a step.
 
     local: stored local crops, all of which every step shows; crops: or so many fresh ones of each image.
@@ -36,7 +36,7 @@ class Plan:
     rows: np.ndarray
     views: tuple[int, ...]
     batch: int
-    per_step: int
+    views_per_step: int
     pairing: str
     steps: int
     reads: bool = True  # whether the stored views are looked at, or only their images
@@ -49,12 +49,12 @@ class Plan:
     def __post_init__(self) -> None:
         if self.pairing not in PAIRINGS:
             raise UserError(f"--pairing is {self.pairing}, but must be one of {', '.join(PAIRINGS)}")
-        need = self.per_step + (1 if self.pairing == "cross" and self.per_step == 1 else 0)
+        need = self.views_per_step + (1 if self.pairing == "cross" and self.views_per_step == 1 else 0)
         if len(self.views) < need and (self.reads or self.pairing != "fresh"):
             fresh = "" if self.reads else ", or take --pairing fresh"
             raise UserError(
-                f"{counted(len(self.views), 'view')} to train on, but --pairing {self.pairing} with "
-                f"--views-per-step {self.per_step} needs {need}; give a larger --views if the store has more, "
+                f"{pluralize(len(self.views), 'view')} to train on, but --pairing {self.pairing} with "
+                f"--views-per-step {self.views_per_step} needs {need}; give a larger --views if the store has more, "
                 f"repeat the command that made it with --views {need + 1} or more{fresh}"
             )
 
@@ -62,10 +62,10 @@ class Plan:
         """Steps from `first` to the end, as pieces for the loader."""
         return self.steps - self.first
 
-    def __getitem__(self, number: int) -> Piece:
+    def __getitem__(self, number: int) -> ViewRequest:
         step = self.first + number
         rows, student, _ = self.at(step)
-        return Piece(rows, student, self.local_at(step))
+        return ViewRequest(rows, student, self.local_at(step))
 
     @property
     def has_local(self) -> bool:
@@ -80,7 +80,7 @@ class Plan:
             return None
         return (FRESH | LOCAL) + self._places(step)[0][:, None] * self.crops + np.arange(self.crops)
 
-    def with_crops(self, store: FeatureStore, needs: Sequence[Needs]) -> "Plan":
+    def with_crops(self, store: FeatureStore, needs: Sequence[Needs]) -> "StepSampler":
         """The plan with the local crops that methods look at: the stored ones, or fresh ones.
 
         Raises UserError if stored ones are not there yet, or if methods want different ones.
@@ -112,7 +112,7 @@ class Plan:
 
     def epoch_views(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(student (W,), teacher (W,)) views of an epoch: every stored view in turn, in shuffled rounds."""
-        count, w = len(self.views), self.per_step
+        count, w = len(self.views), self.views_per_step
         turn = epoch * w + np.arange(w)
         places = _turns(self.seed, epoch // count, count, w)[epoch % count]
         stored = np.array(self.views)[places]
@@ -126,10 +126,10 @@ class Plan:
         return stored, np.array(self.views)[(places + shift) % count]
 
 
-def lay_out(
-    store: FeatureStore, views: Sequence[int], *, seed: int, batch: int, per_step: int, pairing: str,
+def make_sampler(
+    store: FeatureStore, views: Sequence[int], *, seed: int, batch: int, views_per_step: int, pairing: str,
     epochs: float, steps: int | None, reads: bool = True,
-) -> Plan:  # fmt: skip
+) -> StepSampler:  # fmt: skip
     """The plan of this rank over the usable images of a store: `steps` of them, or as many as `epochs` take.
 
     batch: of all ranks together; all the usable images if they are fewer. reads: whether the method looks at
@@ -137,7 +137,7 @@ def lay_out(
     there, fewer than two usable images, and a batch that the ranks cannot share evenly.
     """
     store.require_complete(views)
-    rows, size = np.flatnonzero(store.table("status") == GOOD), collectives.size()
+    rows, size = np.flatnonzero(store.table("status") == GOOD), collectives.world_size()
     if len(rows) < 2:
         raise UserError(f"{store.storage} has {len(rows)} usable images; at least 2 are needed to train")
     batch = min(batch, len(rows))
@@ -148,7 +148,9 @@ def lay_out(
             f"{each * size} in all, or start another number of them"
         )
     steps = steps or max(1, round(epochs * len(rows) / batch))
-    return Plan(seed, rows, tuple(views), batch, per_step, pairing, steps, reads, rank=collectives.rank(), size=size)
+    return StepSampler(
+        seed, rows, tuple(views), batch, views_per_step, pairing, steps, reads, rank=collectives.rank(), size=size
+    )
 
 
 @lru_cache(maxsize=2)

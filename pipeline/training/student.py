@@ -10,59 +10,59 @@ import torch
 
 from compress_ssl.pipeline.models import linear_head
 from compress_ssl.pipeline.models.embedder import Embedder
-from compress_ssl.pipeline.models.linear_head import LabelHead
+from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.models.moving_average import copy_buffers, update_ema
-from compress_ssl.pipeline.models.weights import spell
+from compress_ssl.pipeline.models.weights import to_bytes
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training.validation import leave_one_out
 from compress_ssl.pipeline.views.augment import ViewSpec
 
 
-class Apprentice:
+class Student:
     """One student of a run: its folder, its average, what it delivers. `Lesson` has it learn."""
 
-    def __init__(self, folder: Path, student: Embedder, ema: float | None = None):
-        self.folder, self.student, self.ema = folder, student, ema
-        self.average = copy.deepcopy(student).requires_grad_(False) if ema else None
-        self.forward: Any = student.outputs
+    def __init__(self, folder: Path, model: Embedder, ema: float | None = None):
+        self.folder, self.model, self.ema = folder, model, ema
+        self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
+        self.forward: Any = model.forward_outputs
         self.best = -1.0
 
-    def equip(self, outputs: Iterable[str], *, compiled: bool = False) -> None:
+    def enable_outputs(self, outputs: Iterable[str], *, compiled: bool = False) -> None:
         """Have the student give these outputs (`local_` ones too), by torch.compile if asked."""
-        self.student.equip([name.removeprefix("local_") for name in outputs])
+        self.model.enable_outputs([name.removeprefix("local_") for name in outputs])
         if compiled:
-            self.forward = torch.compile(self.student.outputs)
+            self.forward = torch.compile(self.model.forward_outputs)
 
     @property
-    def learned(self) -> Embedder:
+    def final_model(self) -> Embedder:
         """The student that is evaluated and kept: the average where there is one."""
-        return self.average or self.student
+        return self.average or self.model
 
-    def follow(self) -> None:
+    def update_average(self) -> None:
         """Move the average after the student's step."""
         if self.average is not None and self.ema:
-            update_ema(self.average, self.student, self.ema)
-            copy_buffers(self.average, self.student)
+            update_ema(self.average, self.model, self.ema)
+            copy_buffers(self.average, self.model)
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds of it, by name."""
-        return {"student": self.student, "average": self.average, "best": self.best}
+        return {"student": self.model, "average": self.average, "best": self.best}
 
-    def examine(self, val: Any, spec: ViewSpec, device: torch.device, precision: str, workers: int) -> float:
+    def validate(self, val: Any, spec: ViewSpec, device: torch.device, precision: str, workers: int) -> float:
         """Leave-one-out nearest-neighbour accuracy on `val`, view 0, in percent."""
-        return leave_one_out(self.learned, val, spec, device, precision, workers)
+        return leave_one_out(self.final_model, val, spec, device, precision, workers)
 
-    def deliver(self, head: LabelHead | None = None) -> Path:
+    def export(self, head: LinearHead | None = None) -> Path:
         """Write student.safetensors: the bare backbone, as its own library names it, and how to feed it.
 
         head: the classifier that its method delivers besides, as head.safetensors.
         """
-        looks = json.dumps(self.learned.preprocessing.record())
-        said = {"model": self.learned.spec, "preprocessing": looks, "digest": self.learned.digest()}
+        looks = json.dumps(self.final_model.preprocessing.record())
+        said = {"model": self.final_model.spec, "preprocessing": looks, "digest": self.final_model.digest()}
         home, name = Folder(self.folder), "student.safetensors"
-        _put(home, name, spell(self.learned.backbone.state_dict(), {"format": "pt", **said}))
+        _put(home, name, to_bytes(self.final_model.backbone.state_dict(), {"format": "pt", **said}))
         if head:
-            _put(home, "head.safetensors", linear_head.spell(head, {"weights": self.learned.digest()}))
+            _put(home, "head.safetensors", linear_head.to_bytes(head, {"weights": self.final_model.digest()}))
         return self.folder / name
 
 

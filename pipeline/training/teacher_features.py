@@ -7,7 +7,7 @@ import numpy as np
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 
-class Features:
+class TeacherFeatures:
     """Teacher features in memory, one stored view at a time, as the codec keeps them.
 
     The latest views stay until they pass `limit` bytes, scales counted; at least `least` of them always stay.

@@ -50,7 +50,7 @@ POLICIES: dict[str, tuple[Augmentation, ...]] = {
 """By name: random view v uses entry (v - 1) modulo length. crop-flip is CompRess's, moco-v2 is
 Chen et al. 2020, dino is Caron et al. 2021 (its two global crops in turn)."""
 
-LOCALS: dict[str, Augmentation] = {
+LOCAL_POLICIES: dict[str, Augmentation] = {
     "crop-flip": Augmentation(scale=(0.05, 0.14)),
     "moco-v2": Augmentation(**{**POLICIES["moco-v2"][0].__dict__, "scale": (0.05, 0.14)}),
     "dino": Augmentation(**{**_DINO.__dict__, "scale": (0.05, 0.4), "blur_p": 0.5}),
@@ -74,7 +74,7 @@ class ViewSpec:
         return {"policy": self.policy, "seed": self.seed, "crop_ratio": self.crop_ratio}
 
 
-class View(NamedTuple):
+class ResolvedView(NamedTuple):
     """A view resolved for one image: a box in its pixels and what is done to the colours."""
 
     plain: float = 0.0  # crop ratio; 0 for a random view
@@ -89,17 +89,17 @@ class View(NamedTuple):
     solarize: bool = False
 
 
-def draw(seed: int, key: Any, v: Any) -> np.ndarray:
+def draw_variates(seed: int, key: Any, v: Any) -> np.ndarray:
     """Raw variates of views: keys and view numbers broadcast together -> (..., 36) float64 in [0, 1)."""
     return philox.uniform(seed, philox.VIEW, key, v, _COUNT)
 
 
-def resolve(spec: ViewSpec, variates: np.ndarray, v: int, height: int, width: int) -> View:
+def resolve_view(spec: ViewSpec, variates: np.ndarray, v: int, height: int, width: int) -> ResolvedView:
     """The view v that variates (36,) mean for an image of this height and width."""
     recipes = POLICIES[spec.policy]
     if v == 0 or not recipes:
-        return View(plain=spec.crop_ratio)
-    recipe = LOCALS[spec.policy] if v & LOCAL else recipes[(v - 1) % len(recipes)]
+        return ResolvedView(plain=spec.crop_ratio)
+    recipe = LOCAL_POLICIES[spec.policy] if v & LOCAL else recipes[(v - 1) % len(recipes)]
     u = variates.tolist()
     jitter: list[tuple[int, float]] = []
     if u[_JITTER] < recipe.jitter_p:
@@ -112,7 +112,7 @@ def resolve(spec: ViewSpec, variates: np.ndarray, v: int, height: int, width: in
             low = centre - reach if which == 3 else max(0.0, centre - reach)
             jitter.append((which, low + u[_FACTORS + which] * (centre + reach - low)))
     sigma = recipe.sigma[0] + u[_SIGMA] * (recipe.sigma[1] - recipe.sigma[0])
-    return View(
+    return ResolvedView(
         0.0,
         *crop_box(recipe.scale, u, height, width),
         flip=u[_FLIP] < recipe.flip,

@@ -8,13 +8,13 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from compress_ssl.pipeline.views.augment import View, ViewSpec, resolve
+from compress_ssl.pipeline.views.augment import ResolvedView, ViewSpec, resolve_view
 
 BLUR_REFERENCE = 224  # blur sigmas are in pixels of a 224-pixel crop and scale with the size rendered
 _STRIP = 16  # view 0 of a longer strip than 16:1 is that of its middle, which shows the same square
 
 
-def render(image: torch.Tensor, view: View, size: int, interpolation: str) -> torch.Tensor:
+def render_view(image: torch.Tensor, view: ResolvedView, size: int, interpolation: str) -> torch.Tensor:
     """Pixels of a view: image (3, H, W) uint8 -> (3, size, size) uint8, antialiased."""
     how = InterpolationMode(interpolation)
     if view.plain:
@@ -44,12 +44,12 @@ def render(image: torch.Tensor, view: View, size: int, interpolation: str) -> to
 _JITTERS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 
 
-def local_size(size: int) -> int:
+def default_local_size(size: int) -> int:
     """Side of local crops beside global views of `size` pixels: 96 for 224, in multiples of eight."""
     return max(8, 8 * round(size * 3 / 7 / 8))
 
 
-def see(
+def render_views(
     image: np.ndarray, spec: ViewSpec, variates: np.ndarray, views: Sequence[int], sizes: Sequence[tuple[int, str]]
 ) -> list[torch.Tensor]:
     """One decoded image (H, W, 3) in V views, for each (size, interpolation): (V, 3, S, S) uint8.
@@ -58,5 +58,5 @@ def see(
     """
     pixels = torch.from_numpy(image).permute(2, 0, 1)
     height, width = image.shape[:2]
-    resolved = [resolve(spec, u, int(v), height, width) for u, v in zip(variates, views, strict=True)]
-    return [torch.stack([render(pixels, view, size, how) for view in resolved]) for size, how in sizes]
+    resolved = [resolve_view(spec, u, int(v), height, width) for u, v in zip(variates, views, strict=True)]
+    return [torch.stack([render_view(pixels, view, size, how) for view in resolved]) for size, how in sizes]

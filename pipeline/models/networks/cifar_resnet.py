@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress_ssl.pipeline.models.embedder import Network
-from compress_ssl.pipeline.models.factory import Options, entry, safe_name
+from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
 
-@entry()
-def model(asked: Options, depth: int = 20, /, *, width: int = 16, drop_path: float = 0.0) -> Network:
+@model_kind()
+def model(asked: ModelOptions, depth: int = 20, /, *, width: int = 16, drop_path: float = 0.0) -> Network:
     """cifar-resnet:DEPTH, depth 6n + 2 (20, 32, 44, 56, 110); width= of the first stage, drop_path= in [0, 1)."""
     if depth < 8 or depth % 6 != 2:
         near = max(8, round((depth - 2) / 6) * 6 + 2)

@@ -5,13 +5,13 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.models.embedder import Network
-from compress_ssl.pipeline.models.factory import Options, entry
+from compress_ssl.pipeline.models.factory import ModelOptions, model_kind
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
 
-@entry()
-def model(asked: Options, /, *, channels: tuple[int, ...] = (16, 32, 64)) -> Network:
+@model_kind()
+def model(asked: ModelOptions, /, *, channels: tuple[int, ...] = (16, 32, 64)) -> Network:
     """convnet, one 3x3 convolution of stride 2 for each of channels=16+32+64, then a global average pool."""
     if not channels or min(channels) < 1:
         raise UserError(f"convnet needs channels= of at least 1, as 16+32+64, not {'+'.join(map(str, channels))!r}")

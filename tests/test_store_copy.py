@@ -14,9 +14,9 @@ import torch
 from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
 from compress_ssl.pipeline.runtime.storage import Folder, open_storage
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.training.run import Session
+from compress_ssl.pipeline.training.run import TrainingRun
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.loader import Eyes, Piece
+from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
 from compress_ssl.stages import distill, evaluate, export_teacher, store_copy, verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def test_more_views_are_added_to_a_copy_and_nothing_is_copied_twice(source: Path
     copy(source, tmp_path / "copy", views=first)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy/done").iterdir()}
     made = copy(source, tmp_path / "copy")
-    assert made.held == range(8) and all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert made.stored_views == range(8) and all(path.stat().st_mtime_ns == when for path, when in before.items())
     made.require_complete()
     assert files(tmp_path / "copy", "manifest.json") == files(source, "manifest.json")
 
@@ -97,7 +97,7 @@ def test_views_keep_their_numbers_and_rows_their_keys(source: Path, tmp_path: Pa
     src = FeatureStore(Folder(source))
     made = copy(source, tmp_path / "copy", views="4:8", images="1::2")
     rows = np.arange(1, IMAGES, 2)
-    assert made.held == range(4, 8) and made.images == len(rows) and made.fingerprint != src.fingerprint
+    assert made.stored_views == range(4, 8) and made.images == len(rows) and made.fingerprint != src.fingerprint
     assert made.identity["parent"]["store"] == src.fingerprint
     for name in ("sample_id", "label", "view_key", "content", "status"):
         np.testing.assert_array_equal(made.table(name), src.table(name)[rows])
@@ -130,22 +130,22 @@ def test_a_student_of_a_cut_down_store_sees_the_pixels_the_teacher_saw(
     from compress_ssl.pipeline.datasets import DATASETS
 
     src = FeatureStore(Folder(source))
-    everything = DATASETS.order("digits").subset(IMAGES)
-    eyes = Eyes(everything, ViewSpec(**src.identity["views"]), np.arange(IMAGES), [(8, "bilinear")], [])
-    seen, step = [], Session.step
+    everything = DATASETS.build("digits").subset(IMAGES)
+    view_dataset = ViewDataset(everything, ViewSpec(**src.identity["views"]), np.arange(IMAGES), [(8, "bilinear")], [])
+    seen, step = [], TrainingRun.step
 
-    def watch(self: Session, number: int, sight: Any, measure: bool) -> Any:
+    def watch(self: TrainingRun, number: int, view_batch: Any, measure: bool) -> Any:
         rows, student, teacher = self.plan.at(number)
         for j, (row, view) in enumerate(zip(rows.tolist(), student[:, 0].tolist(), strict=True)):
             original = 2 * row + 1
-            shown = eyes.look(Piece(np.array([original]), np.array([[view]])))
-            assert torch.equal(sight.pixels[0][j], shown.pixels[0][0])
+            shown = view_dataset.load(ViewRequest(np.array([original]), np.array([[view]])))
+            assert torch.equal(view_batch.pixels[0][j], shown.pixels[0][0])
             taught = self.read(torch.tensor([row]), torch.from_numpy(teacher[j, :1])).numpy()
             np.testing.assert_array_equal(taught[0], src.read("embedding", view)[original])
             seen.append((original, view))
-        return step(self, number, sight, measure)
+        return step(self, number, view_batch, measure)
 
-    monkeypatch.setattr(Session, "step", watch)
+    monkeypatch.setattr(TrainingRun, "step", watch)
     train(cut, tmp_path / "run", steps=12)
     assert {view for _, view in seen} == {4, 5, 6, 7} and {row for row, _ in seen} == set(range(1, IMAGES, 2))
 
@@ -230,7 +230,7 @@ def test_rows_are_picked_from_their_blocks_alone(source: Path, monkeypatch: pyte
     want, stored = store.read("embedding", 3), FeatureStore.stored
     monkeypatch.setattr(FeatureStore, "stored", lambda *asked: (read.append(asked[3]), stored(*asked))[1])
     for rows in ([0, 7, 41, 49], [25], []):
-        np.testing.assert_array_equal(store.pick("embedding", 3, np.array(rows, int)), want[rows])
+        np.testing.assert_array_equal(store.read_rows("embedding", 3, np.array(rows, int)), want[rows])
     assert read == [slice(0, 20), slice(40, 50), slice(20, 40), slice(0, 20)]
 
 

@@ -14,11 +14,11 @@ from compress_ssl.pipeline.datasets.digits import Digits
 from compress_ssl.pipeline.extraction.features import view_features
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
-from compress_ssl.pipeline.models.weights import spell
-from compress_ssl.pipeline.training.student import Apprentice
+from compress_ssl.pipeline.models.weights import to_bytes
+from compress_ssl.pipeline.training.student import Student
 from compress_ssl.pipeline.training.validation import leave_one_out
-from compress_ssl.pipeline.views.augment import ViewSpec, draw
-from compress_ssl.pipeline.views.render import see
+from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
+from compress_ssl.pipeline.views.render import render_views
 
 SIZE = 8
 PLAIN = ViewSpec("crop-flip", 0, 1.0)
@@ -42,7 +42,10 @@ def test_the_check_on_val_is_leave_one_out_by_cosine_on_the_plain_view() -> None
     digits.label[5] = -1  # unlabelled images do not count, neither as queries nor as neighbours
     net.eval()
     with torch.no_grad():
-        pixels = [see(digits.load(i)[0], PLAIN, draw(0, i, [0]), [0], [(SIZE, "bilinear")])[0] for i in range(60)]
+        pixels = [
+            render_views(digits.load(i)[0], PLAIN, draw_variates(0, i, [0]), [0], [(SIZE, "bilinear")])[0]
+            for i in range(60)
+        ]
         z = unit(net(net.prepare(torch.cat(pixels))))
     known = [i for i in range(60) if digits.label[i] >= 0]
     hits = 0
@@ -76,8 +79,8 @@ def test_features_of_a_view_do_not_depend_on_how_they_are_batched() -> None:
 def test_the_file_of_a_student_is_valid_and_has_one_spelling(tmp_path: Path) -> None:
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor(5), "c": torch.zeros(0)}
     said = {"format": "pt", "model": "ümläut", "preprocessing": '{"size": 8}'}
-    assert len({spell(tensors, said) for _ in range(20)}) == 1
-    (tmp_path / "s.safetensors").write_bytes(spell(tensors, said))
+    assert len({to_bytes(tensors, said) for _ in range(20)}) == 1
+    (tmp_path / "s.safetensors").write_bytes(to_bytes(tensors, said))
     back = safetensors.torch.load_file(tmp_path / "s.safetensors")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
@@ -86,8 +89,8 @@ def test_the_file_of_a_student_is_valid_and_has_one_spelling(tmp_path: Path) -> 
 
 
 def test_delivered_again_it_is_the_same_file_byte_for_byte(tmp_path: Path) -> None:
-    one, seen = Apprentice(tmp_path, student()), set()
+    one, seen = Student(tmp_path, student()), set()
     for _ in range(12):
-        seen.add(one.deliver().read_bytes())
+        seen.add(one.export().read_bytes())
         (tmp_path / "student.safetensors").unlink()
     assert len(seen) == 1

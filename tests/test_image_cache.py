@@ -29,7 +29,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageFolder:
 
 
 def test_every_image_is_what_the_decoder_gives_also_in_another_process(images: ImageFolder, tmp_path: Path) -> None:
-    kept = image_cache.build(images, tmp_path / "decoded")
+    kept = image_cache.build_cache(images, tmp_path / "decoded")
     for one in (kept, pickle.loads(pickle.dumps(kept))):
         assert (len(one), one.ids, one.fingerprint) == (11, images.ids, images.fingerprint)
         for i in range(11):
@@ -42,19 +42,19 @@ def test_every_image_is_what_the_decoder_gives_also_in_another_process(images: I
 
 
 def test_only_what_is_missing_is_decoded(images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert image_cache.pending(images, tmp_path / "decoded") == 11
-    image_cache.build(images, tmp_path / "decoded")
+    assert image_cache.count_pending(images, tmp_path / "decoded") == 11
+    image_cache.build_cache(images, tmp_path / "decoded")
     (tmp_path / "decoded/pixels-000001.bin").unlink()
-    assert image_cache.pending(images, tmp_path / "decoded") == 4
+    assert image_cache.count_pending(images, tmp_path / "decoded") == 4
     asked: list[int] = []
     load = ImageFolder.load
     monkeypatch.setattr(ImageFolder, "load", lambda self, i: (asked.append(i), load(self, i))[1])
-    image_cache.build(images, tmp_path / "decoded")
-    assert sorted(asked) == [4, 5, 6, 7] and image_cache.pending(images, tmp_path / "decoded") == 0
+    image_cache.build_cache(images, tmp_path / "decoded")
+    assert sorted(asked) == [4, 5, 6, 7] and image_cache.count_pending(images, tmp_path / "decoded") == 0
 
 
 def test_a_flipped_bit_is_noticed_and_the_image_named(images: ImageFolder, tmp_path: Path) -> None:
-    kept, file = image_cache.build(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000002.bin"
+    kept, file = image_cache.build_cache(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000002.bin"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
@@ -64,23 +64,23 @@ def test_a_flipped_bit_is_noticed_and_the_image_named(images: ImageFolder, tmp_p
 
 
 def test_a_folder_of_other_images_is_refused(images: ImageFolder, tmp_path: Path) -> None:
-    image_cache.build(images, tmp_path / "decoded")
+    image_cache.build_cache(images, tmp_path / "decoded")
     (tmp_path / "images/00.jpg").unlink()
     with pytest.raises(Mismatch, match="decoded holds other decoded images.* delete it, or name another folder"):
-        image_cache.build(ImageFolder(tmp_path / "images"), tmp_path / "decoded")
+        image_cache.build_cache(ImageFolder(tmp_path / "images"), tmp_path / "decoded")
 
 
 def test_a_folder_laid_out_otherwise_is_refused_not_misread(
     images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image_cache.build(images, tmp_path / "decoded")
+    image_cache.build_cache(images, tmp_path / "decoded")
     monkeypatch.setattr(image_cache, "BLOCK", 3)
     with pytest.raises(Mismatch, match="images_per_file is 4 there, 3 asked.* delete it"):
-        image_cache.build(images, tmp_path / "decoded")
+        image_cache.build_cache(images, tmp_path / "decoded")
 
 
 def test_a_file_cut_short_is_damage(images: ImageFolder, tmp_path: Path) -> None:
-    kept, file = image_cache.build(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000000.bin"
+    kept, file = image_cache.build_cache(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000000.bin"
     for size in (file.stat().st_size - 1, 0):
         os.truncate(file, size)
         with pytest.raises(UserError, match="damaged at image 03.jpg"):
@@ -92,14 +92,14 @@ def test_an_image_that_could_not_be_read_for_a_moment_is_read_when_it_is_back(
 ) -> None:
     file, away = tmp_path / "images/06.jpg", tmp_path / "06.jpg"
     file.rename(away)
-    kept = image_cache.build(images, tmp_path / "decoded")
+    kept = image_cache.build_cache(images, tmp_path / "decoded")
     with pytest.raises(BadImage, match="No such file"):
         kept.load(6)
-    assert image_cache.pending(images, tmp_path / "decoded") == 4, "its block; the others are kept"
+    assert image_cache.count_pending(images, tmp_path / "decoded") == 4, "its block; the others are kept"
     away.rename(file)
     assert np.array_equal(kept.load(6)[0], images.load(6)[0])
-    image_cache.build(images, tmp_path / "decoded")
-    assert image_cache.pending(images, tmp_path / "decoded") == 0
+    image_cache.build_cache(images, tmp_path / "decoded")
+    assert image_cache.count_pending(images, tmp_path / "decoded") == 0
 
 
 def test_an_image_that_was_another_when_it_was_decoded_is_put_right_by_what_the_error_says(
@@ -124,7 +124,7 @@ def test_decoding_keeps_to_the_cores_of_this_process(
     asked, pool = [], image_cache.ThreadPoolExecutor
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5}, raising=False)
     monkeypatch.setattr(image_cache, "ThreadPoolExecutor", lambda threads: asked.append(threads) or pool(threads))
-    image_cache.build(images, tmp_path / "decoded")
+    image_cache.build_cache(images, tmp_path / "decoded")
     assert asked == [3]
 
 

@@ -163,7 +163,7 @@ def test_wrong_places_end_a_command_with_one_sentence(server: Server, tmp_path: 
 
 
 def hydrate(remote: Bucket, cache: Path, views: tuple[int, ...] = (0, 1, 2, 3, 4, 5)) -> FeatureStore:
-    return local_cache.hydrate(FeatureStore(remote), views, cache)
+    return local_cache.fetch(FeatureStore(remote), views, cache)
 
 
 def copy_of(cache: Path) -> Path:

@@ -14,26 +14,26 @@ from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.codecs import CODECS, codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.training.sampler import PAIRINGS, Plan
-from compress_ssl.pipeline.training.teacher_features import Features
+from compress_ssl.pipeline.training.sampler import PAIRINGS, StepSampler
+from compress_ssl.pipeline.training.teacher_features import TeacherFeatures
 from compress_ssl.pipeline.views.numbering import FRESH
 
 ROWS = np.array([0, 1, 2, 4, 5, 7, 8, 11, 12, 13])  # good ones: 3, 6, 9, 10 could not be used
 VIEWS = (1, 2, 3, 4, 5)
 
 
-def plan(**said: Any) -> Plan:
+def plan(**said: Any) -> StepSampler:
     default = {"seed": 3, "rows": ROWS, "views": VIEWS, "batch": 4, "per_step": 1, "pairing": "same", "steps": 100}
-    return Plan(**{**default, **said})
+    return StepSampler(**{**default, **said})
 
 
-def pairs(of: Plan, steps: range) -> list[tuple[int, int, int]]:
+def pairs(of: StepSampler, steps: range) -> list[tuple[int, int, int]]:
     """[(i, v_student, v_teacher), ...]"""
     out = []
     for step in steps:
         rows, student, teacher = of.at(step)
         assert rows.shape == (of.batch,)
-        assert student.shape == teacher.shape == (of.batch, of.per_step)
+        assert student.shape == teacher.shape == (of.batch, of.views_per_step)
         assert {rows.dtype, student.dtype, teacher.dtype} == {np.dtype(np.int64)}
         for i, vs, ts in zip(rows.tolist(), student.tolist(), teacher.tolist(), strict=True):
             out += [(i, v, t) for v, t in zip(vs, ts, strict=True)]
@@ -62,9 +62,9 @@ def test_batches_never_run_short_and_go_on_into_the_next_epoch() -> None:
 def test_a_step_is_a_function_of_seed_and_step_not_of_what_was_asked_before(
     steps: list[int], pairing: str, per_step: int
 ) -> None:
-    kept = plan(pairing=pairing, per_step=per_step)
+    kept = plan(pairing=pairing, views_per_step=per_step)
     for step in steps:
-        fresh = plan(pairing=pairing, per_step=per_step, steps=7, first=step)
+        fresh = plan(pairing=pairing, views_per_step=per_step, steps=7, first=step)
         for one, other in zip(kept.at(step), fresh.at(step), strict=True):
             assert np.array_equal(one, other)
 
@@ -99,7 +99,7 @@ def test_over_as_many_epochs_as_there_are_views_each_is_used_equally(
 ) -> None:
     if per_step > count:
         return
-    of = plan(views=tuple(range(1, count + 1)), per_step=per_step, seed=seed)
+    of = plan(views=tuple(range(1, count + 1)), views_per_step=per_step, seed=seed)
     epochs = [of.epoch_views(epoch)[0].tolist() for epoch in range(cycle * count, (cycle + 1) * count)]
     assert Counter(v for views in epochs for v in views) == dict.fromkeys(range(1, count + 1), per_step)
     assert all(len(set(views)) == per_step for views in epochs), "a view twice in one step"
@@ -107,7 +107,7 @@ def test_over_as_many_epochs_as_there_are_views_each_is_used_equally(
 
 @given(st.integers(1, 4), st.integers(0, 99))
 def test_in_an_epoch_all_images_are_seen_in_the_same_stored_views(per_step: int, seed: int) -> None:
-    of = plan(per_step=per_step, batch=5, seed=seed)
+    of = plan(views_per_step=per_step, batch=5, seed=seed)
     for epoch in range(4):
         views = {v for step in (2 * epoch, 2 * epoch + 1) for v in of.at(step)[1].flatten().tolist()}
         assert views == set(of.epoch_views(epoch)[0].tolist())
@@ -121,12 +121,12 @@ def test_the_turns_of_views_are_shuffled() -> None:
 
 @given(st.integers(0, 99), st.integers(1, 4))
 def test_same_means_the_student_sees_the_very_view_whose_feature_it_gets(seed: int, per_step: int) -> None:
-    assert all(v == t and v in VIEWS for _, v, t in pairs(plan(seed=seed, per_step=per_step), range(30)))
+    assert all(v == t and v in VIEWS for _, v, t in pairs(plan(seed=seed, views_per_step=per_step), range(30)))
 
 
 @given(st.integers(0, 99), st.integers(1, 4))
 def test_fresh_means_a_new_view_each_time_beside_a_stored_feature(seed: int, per_step: int) -> None:
-    seen = pairs(plan(seed=seed, per_step=per_step, pairing="fresh"), range(40))
+    seen = pairs(plan(seed=seed, views_per_step=per_step, pairing="fresh"), range(40))
     assert all(FRESH <= v < 2**32 and t in VIEWS for _, v, t in seen)
     assert len({(i, v) for i, v, _ in seen}) == len(seen), "a fresh view was shown twice"
 
@@ -139,7 +139,7 @@ def test_the_released_cached_setting_is_fresh_pairs_of_the_plain_view() -> None:
 
 @given(st.integers(0, 99), st.integers(1, 4))
 def test_cross_means_two_different_stored_views(seed: int, per_step: int) -> None:
-    seen = pairs(plan(seed=seed, per_step=per_step, pairing="cross"), range(30))
+    seen = pairs(plan(seed=seed, views_per_step=per_step, pairing="cross"), range(30))
     assert all(v != t and v in VIEWS and t in VIEWS for _, v, t in seen)
 
 
@@ -157,7 +157,7 @@ def test_too_few_views_are_refused_with_what_would_do(
 ) -> None:
     words = f"{len(views)} views? .* --pairing {pairing} with --views-per-step {per_step} needs {need}; .* --views"
     with pytest.raises(UserError, match=words):
-        plan(pairing=pairing, views=views, per_step=per_step)
+        plan(pairing=pairing, views=views, views_per_step=per_step)
 
 
 def test_an_unknown_pairing_is_refused() -> None:
@@ -174,7 +174,7 @@ def store_of(folder: Path, kind: str) -> FeatureStore:
     """N images in V views of random features, in shards of 8 rows."""
     identity = {"data": {"images": N}, "arrays": {"embedding": [D]}, "shard_rows": 8, "codec": kind}
     tables = {"sample_id": [f"{i}" for i in range(N)], "label": [0] * N, "view_key": range(N)}
-    store = FeatureStore.make(Folder(folder), identity, {"views": V}, tables)
+    store = FeatureStore.create(Folder(folder), identity, {"views": V}, tables)
     features = np.random.default_rng(0).normal(size=(N, V, D)).astype(np.float32)
     for shard in store.pending():
         n = shard.stop - shard.start
@@ -194,16 +194,16 @@ def test_features_are_what_the_store_reads_for_any_mix_of_rows_and_views(kind: s
     whole = np.stack([store.read("embedding", v) for v in range(V)], 1)  # (N, V, D)
     rng = np.random.default_rng(1)
     rows, views = rng.integers(0, N, 50), rng.integers(0, V, 50)
-    got = Features(store).rows(rows, views)
+    got = TeacherFeatures(store).rows(rows, views)
     assert got.dtype == np.float32
     assert np.array_equal(got, whole[rows, views])
 
 
 def test_features_of_nothing_are_none_but_have_a_width(store: FeatureStore) -> None:
-    assert Features(store).rows(np.empty(0, int), np.empty(0, int)).shape == (0, D)
+    assert TeacherFeatures(store).rows(np.empty(0, int), np.empty(0, int)).shape == (0, D)
 
 
-def ask(features: Features, *views: int) -> None:
+def ask(features: TeacherFeatures, *views: int) -> None:
     features.rows(np.arange(len(views)), np.array(views))
 
 
@@ -217,7 +217,7 @@ def reads(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_view_is_read_once_while_there_is_room(store: FeatureStore, reads: list[int]) -> None:
-    features = Features(store)
+    features = TeacherFeatures(store)
     for _ in range(3):
         for view in range(V):
             ask(features, view, view)
@@ -225,7 +225,7 @@ def test_a_view_is_read_once_while_there_is_room(store: FeatureStore, reads: lis
 
 
 def test_beyond_the_limit_the_view_not_asked_for_longest_goes(store: FeatureStore, reads: list[int]) -> None:
-    features = Features(store, limit=3 * N * (D + 4), least=1)  # int8 and its scales: three views
+    features = TeacherFeatures(store, limit=3 * N * (D + 4), least=1)  # int8 and its scales: three views
     for view in (0, 1, 2, 0, 3):
         ask(features, view)
     assert reads == [0, 1, 2, 3]
@@ -236,7 +236,7 @@ def test_beyond_the_limit_the_view_not_asked_for_longest_goes(store: FeatureStor
 
 
 def test_the_views_of_one_step_stay_however_small_the_limit(store: FeatureStore, reads: list[int]) -> None:
-    features = Features(store, limit=1, least=2)
+    features = TeacherFeatures(store, limit=1, least=2)
     for _ in range(3):
         ask(features, 4, 5)
     assert reads == [4, 5]

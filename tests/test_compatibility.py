@@ -13,7 +13,7 @@ from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.loader import Eyes, Piece
+from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
 from compress_ssl.stages import export_teacher, inspect
 
 FIRST, SECOND = "convnet:channels=4+8,pretrained=false", "convnet:channels=4+12,pretrained=false"
@@ -49,11 +49,13 @@ def test_rows_and_views_of_two_stores_made_alike_are_the_same_pixels(images: Pat
     one, two = FeatureStore(Folder(first)), FeatureStore(Folder(tmp_path / "second"))
     assert f"the same pixels as {first}" in made["summary"] and two.about["like"] == one.fingerprint
     assert two.views == 3 and two.identity["views"] == one.identity["views"] and two.arrays != one.arrays
-    dataset = DATASETS.order(str(images))
+    dataset = DATASETS.build(str(images))
     pixels = []
     for store in (one, two):
-        eyes = Eyes(dataset, ViewSpec(**store.identity["views"]), store.table("view_key"), [(16, "bilinear")], [])
-        pixels.append(eyes.look(Piece(np.arange(12), np.tile(np.arange(3), (12, 1)))).pixels[0].numpy())
+        view_dataset = ViewDataset(
+            dataset, ViewSpec(**store.identity["views"]), store.table("view_key"), [(16, "bilinear")], []
+        )
+        pixels.append(view_dataset.load(ViewRequest(np.arange(12), np.tile(np.arange(3), (12, 1)))).pixels[0].numpy())
     np.testing.assert_array_equal(*pixels)
     np.testing.assert_array_equal(one.table("content"), two.table("content"))
     assert "is complete already" in export(images, tmp_path / "second", SECOND, like=str(first))["summary"]

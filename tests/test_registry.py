@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.registry import Menu, Spec, literal, nearest, parse
+from compress_ssl.pipeline.runtime.registry import Registry, Spec, did_you_mean, literal, parse
 
 
 class Thing:
@@ -49,10 +49,10 @@ def anything(**options: Any) -> Thing:
 
 
 @pytest.fixture
-def menu(monkeypatch: pytest.MonkeyPatch) -> Menu:
+def menu(monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.setitem(sys.modules, "made_up_things", sys.modules[__name__])
     table = {name: f"made_up_things:{name}" for name in ("lamp", "needs", "anything")}
-    return Menu("thing", {**table, "absent": "no_such_package_anywhere:Thing"}, path_means="needs")
+    return Registry("thing", {**table, "absent": "no_such_package_anywhere:Thing"}, path_means="needs")
 
 
 # ---------------------------------------------------------------- reading
@@ -92,27 +92,27 @@ def test_a_key_given_twice_is_refused() -> None:
 # ---------------------------------------------------------------- ordering
 
 
-def test_values_become_what_the_parameter_says(menu: Menu) -> None:
-    made = menu.order("lamp:tall,watts=40,bright=0.1,on=no,colour=green,sizes=3+5+7,shade=none,file=~/x")
+def test_values_become_what_the_parameter_says(menu: Registry) -> None:
+    made = menu.build("lamp:tall,watts=40,bright=0.1,on=no,colour=green,sizes=3+5+7,shade=none,file=~/x")
     assert made.given == ("tall",)
     wanted = {"watts": 40, "bright": 0.1, "on": False, "colour": "green", "sizes": (3, 5, 7), "shade": None, "room": ""}
     assert made.options == {**wanted, "file": Path("~/x").expanduser()}
     assert [type(made.options[key]) for key in ("watts", "bright", "on")] == [int, float, bool]
 
 
-def test_defaults_stand_where_nothing_is_said(menu: Menu) -> None:
-    assert menu.order("lamp").given == ("plain",)
-    assert menu.order("lamp").options["watts"] == 60
+def test_defaults_stand_where_nothing_is_said(menu: Registry) -> None:
+    assert menu.build("lamp").given == ("plain",)
+    assert menu.build("lamp").options["watts"] == 60
 
 
-def test_what_the_caller_gives_is_not_for_users(menu: Menu) -> None:
-    assert menu.order("lamp", room="kitchen").options["room"] == "kitchen"
+def test_what_the_caller_gives_is_not_for_users(menu: Registry) -> None:
+    assert menu.build("lamp", room="kitchen").options["room"] == "kitchen"
     with pytest.raises(UserError, match="has no key 'room'"):
-        menu.order("lamp:room=hall", room="kitchen")
+        menu.build("lamp:room=hall", room="kitchen")
 
 
-def test_a_member_that_takes_any_key_gets_literals(menu: Menu) -> None:
-    made = menu.order("anything:a=1,b=0.5,c=true,d=none,e=text,f=1e-3")
+def test_a_member_that_takes_any_key_gets_literals(menu: Registry) -> None:
+    made = menu.build("anything:a=1,b=0.5,c=true,d=none,e=text,f=1e-3")
     assert made.options == {"a": 1, "b": 0.5, "c": True, "d": None, "e": "text", "f": 0.001}
     assert literal("3+4") == "3+4"
 
@@ -135,15 +135,15 @@ def test_a_member_that_takes_any_key_gets_literals(menu: Menu) -> None:
         ("absent", "thing 'absent' needs the package 'no_such_package_anywhere', which is not installed; pip install "),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_words(menu: Menu, text: str, words: str) -> None:
-    for ask in (menu.order, menu.check):
+def test_what_cannot_be_built_is_refused_in_words(menu: Registry, text: str, words: str) -> None:
+    for ask in (menu.build, menu.check):
         with pytest.raises(UserError) as caught:
             ask(text)
         said = str(caught.value)
         assert all(part in said for part in words.split("..."))
 
 
-def test_checking_builds_nothing(menu: Menu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checking_builds_nothing(menu: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(name: str = "", /, *, watts: int = 0) -> Thing:
         raise AssertionError
 
@@ -151,7 +151,9 @@ def test_checking_builds_nothing(menu: Menu, monkeypatch: pytest.MonkeyPatch) ->
     assert menu.check("lamp:x,watts=3") == Spec("lamp", "x", {"watts": "3"})
 
 
-def test_a_path_alone_is_the_kind_that_paths_mean(menu: Menu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_alone_is_the_kind_that_paths_mean(
+    menu: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "images,size=3").mkdir()
     assert menu.parse(str(tmp_path / "images,size=3")) == Spec("needs", str(tmp_path / "images,size=3"))
     for text in ("./gone", "/gone", "~/gone"):
@@ -165,21 +167,21 @@ def test_a_path_alone_is_the_kind_that_paths_mean(menu: Menu, tmp_path: Path, mo
 
 def test_a_broken_module_of_ours_is_not_called_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModuleNotFoundError, match="compress_ssl.pipeline.nowhere"):
-        Menu("thing", {"x": "compress_ssl.pipeline.nowhere:X"}).order("x")
+        Registry("thing", {"x": "compress_ssl.pipeline.nowhere:X"}).build("x")
 
 
-def test_a_summary_is_the_first_line_of_the_docstring(menu: Menu) -> None:
+def test_a_summary_is_the_first_line_of_the_docstring(menu: Registry) -> None:
     assert menu.summary("lamp") == "A lamp for tests."
     assert menu.summary("anything") == ""
 
 
 def test_the_nearest_is_only_named_if_it_is_near() -> None:
-    assert nearest("resnet81", ["resnet18", "vit"]) == "; did you mean 'resnet18'?"
-    assert nearest("zebra", ["resnet18", "vit"]) == ""
+    assert did_you_mean("resnet81", ["resnet18", "vit"]) == "; did you mean 'resnet18'?"
+    assert did_you_mean("zebra", ["resnet18", "vit"]) == ""
 
 
 def test_a_menu_imports_nothing_until_ordered() -> None:
-    Menu("thing", {"x": "this_is:nowhere"}).parse("x")
+    Registry("thing", {"x": "this_is:nowhere"}).parse("x")
 
 
 def test_a_settled_spec_means_the_same_from_any_working_directory(
@@ -199,4 +201,4 @@ def test_a_settled_spec_means_the_same_from_any_working_directory(
         (DATASETS, "./resnet18", f"folder:{tmp_path}/resnet18"),
         (DATASETS, "digits:split=test", "digits:split=test"),
     ):
-        assert menu.settled(text) == settled
+        assert menu.absolute_spec(text) == settled

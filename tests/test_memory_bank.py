@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress_ssl.pipeline.methods.base import Setting, bank_size, store_rows
+from compress_ssl.pipeline.methods.base import MethodContext, bank_size, initial_rows
 from compress_ssl.pipeline.methods.memory_bank import MemoryBank
-from compress_ssl.pipeline.models.precision import unit
+from compress_ssl.pipeline.models.precision import l2_normalize
 from compress_ssl.pipeline.runtime.artifact import UserError
 
 
@@ -26,8 +26,8 @@ def bank(size: int, seed: int = 0) -> MemoryBank:
 
 def push(into: MemoryBank, rows: list[int], view: int) -> None:
     i, v = torch.tensor(rows), torch.full((len(rows),), view)
-    student = unit(torch.stack([i + 1.0, v + 1.0], 1))
-    into.push(i, v, {"teacher": unit(feature(i, v)), "student": student})
+    student = l2_normalize(torch.stack([i + 1.0, v + 1.0], 1))
+    into.push(i, v, {"teacher": l2_normalize(feature(i, v)), "student": student})
 
 
 def content(of: MemoryBank) -> set[tuple[float, ...]]:
@@ -58,8 +58,8 @@ def test_a_slot_is_the_same_image_and_view_in_every_column(size: int, batches: l
     for view, n in enumerate(batches):
         push(ring, list(range(10 * view, 10 * view + n)), view)
     rows, views = ring.rows[: ring.filled], ring.views[: ring.filled]
-    assert torch.equal(ring["teacher"], unit(feature(rows, views)))
-    assert torch.equal(ring["student"], unit(torch.stack([rows + 1.0, views + 1.0], 1)))
+    assert torch.equal(ring["teacher"], l2_normalize(feature(rows, views)))
+    assert torch.equal(ring["student"], l2_normalize(torch.stack([rows + 1.0, views + 1.0], 1)))
 
 
 def test_a_push_overwrites_the_oldest_slots_and_nothing_else() -> None:
@@ -95,7 +95,7 @@ def test_a_random_start_has_expected_norm_one_and_is_a_function_of_the_seed() ->
 def test_an_empty_start_has_no_anchors() -> None:
     ring = bank(5)
     ring.start("empty")
-    ring.fill(feature)
+    ring.refill(feature)
     assert (len(ring["teacher"]), len(ring["student"])) == (0, 0)
 
 
@@ -103,9 +103,9 @@ def test_a_start_from_the_store_holds_the_features_of_these_rows_in_this_view() 
     ring = MemoryBank(4, {"teacher": 3}, reread={"teacher": "embedding"})
     rows = torch.tensor([9, 2, 7, 4])
     ring.start("store", rows, view=5)
-    ring.fill(feature)
+    ring.refill(feature)
     assert ring.filled == 4
-    assert torch.equal(ring["teacher"], unit(feature(rows, torch.full((4,), 5))))
+    assert torch.equal(ring["teacher"], l2_normalize(feature(rows, torch.full((4,), 5))))
 
 
 # ---------------------------------------------------------------- what is saved
@@ -120,7 +120,7 @@ def test_saved_restored_and_filled_again_it_is_the_same_to_the_bit(start: str, b
     for view, n in enumerate(batches):
         push(ring, list(range(10 * view, 10 * view + n)), view)
     again.load_state_dict(ring.state_dict())
-    again.fill(feature)
+    again.refill_banks(feature)
     for name, tensor in ring.named_buffers():
         assert torch.equal(tensor, dict(again.named_buffers())[name]), name
     assert (again.pointer, again.filled) == (ring.pointer, ring.filled)
@@ -132,7 +132,7 @@ def test_saved_restored_and_filled_again_it_is_the_same_to_the_bit(start: str, b
 @given(st.integers(1, 3), st.integers(1, 700), st.integers(0, 99))
 def test_the_bits_do_not_depend_on_how_many_rows_are_normalised_at_once(block: int, width: int, seed: int) -> None:
     x = torch.randn(17, width, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(torch.cat([unit(part) for part in x.split(block)]), unit(x))
+    assert torch.equal(torch.cat([l2_normalize(part) for part in x.split(block)]), l2_normalize(x))
 
 
 def test_the_checkpoint_names_its_slots_and_leaves_out_what_the_store_holds() -> None:
@@ -152,16 +152,16 @@ def test_it_reads_large_banks_block_by_block() -> None:
         asked.append(len(rows))
         return feature(rows, views)
 
-    ring.fill(read, block=4)
+    ring.refill(read, block=4)
     assert asked == [4, 4, 2]
-    assert torch.equal(ring["teacher"], unit(feature(torch.arange(10), torch.zeros(10))))
+    assert torch.equal(ring["teacher"], l2_normalize(feature(torch.arange(10), torch.zeros(10))))
 
 
 # ---------------------------------------------------------------- its size
 
 
-def setting(images: int, seed: int = 0) -> Setting:
-    return Setting([], {"embedding": (3,)}, np.arange(5, 5 + images), 1, seed)
+def setting(images: int, seed: int = 0) -> MethodContext:
+    return MethodContext([], {"embedding": (3,)}, np.arange(5, 5 + images), 1, seed)
 
 
 def test_its_size_is_the_published_one_where_there_are_images_enough() -> None:
@@ -189,8 +189,8 @@ def test_a_size_beyond_the_data_is_refused_with_one_that_fits(asked: int) -> Non
 
 
 def test_the_rows_it_starts_with_are_distinct_good_ones_and_a_function_of_the_seed() -> None:
-    rows = store_rows(setting(200, seed=1), 150)
+    rows = initial_rows(setting(200, seed=1), 150)
     assert len(rows.unique()) == 150
     assert 5 <= int(rows.min()) <= int(rows.max()) < 205
-    assert torch.equal(rows, store_rows(setting(200, seed=1), 150))
-    assert not torch.equal(rows, store_rows(setting(200, seed=2), 150))
+    assert torch.equal(rows, initial_rows(setting(200, seed=1), 150))
+    assert not torch.equal(rows, initial_rows(setting(200, seed=2), 150))

@@ -15,7 +15,7 @@ import torch
 from distributed import LocalCluster
 from PIL import Image
 
-from compress_ssl.pipeline.extraction.cluster import parse
+from compress_ssl.pipeline.extraction.cluster import parse_scheduler
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -47,12 +47,12 @@ def content(store: Path) -> dict[str, bytes]:
 
 
 def test_what_a_scheduler_may_be_is_checked_at_once() -> None:
-    assert parse("local") == ("local", "")
-    assert parse("processes:3") == ("processes", "3")
-    assert parse("tcp://host:8786") == ("cluster", "tcp://host:8786")
+    assert parse_scheduler("local") == ("local", "")
+    assert parse_scheduler("processes:3") == ("processes", "3")
+    assert parse_scheduler("tcp://host:8786") == ("cluster", "tcp://host:8786")
     for wrong in ("processes:0", "processes:x", "slurm", ""):
         with pytest.raises(UserError, match="must be local, processes:N or tcp"):
-            parse(wrong)
+            parse_scheduler(wrong)
 
 
 def test_worker_processes_write_the_same_bytes_as_one_process(images: Path, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def small_store(where: str) -> FeatureStore:
     data = {"fingerprint": "f", "images": 6}
     identity = {"data": data, "arrays": {"embedding": [4]}, "shard_rows": 6, "codec": "float32"}
     tables = {"sample_id": list("abcdef"), "label": range(6), "view_key": range(6)}
-    store = FeatureStore.make(open_storage(where), identity, {"views": 2}, tables)
+    store = FeatureStore.create(open_storage(where), identity, {"views": 2}, tables)
     features = np.arange(48, dtype="<f4").reshape(6, 2, 4)
     store.write(
         Shard(0, 0, 6, (0, 1)), {"embedding": (features, None)}, np.zeros(6, "u1"), np.arange(6, dtype="<u8"), {}
@@ -241,12 +241,12 @@ def test_a_url_stays_what_it_is_and_a_folder_becomes_absolute(where: str, url: b
 
 
 def test_what_is_in_an_object_store_has_its_neighbour_here() -> None:
-    assert str(artifact.beside("s3://bucket/deep/teacher/", "-evaluation")) == "teacher-evaluation"
+    assert str(artifact.sibling("s3://bucket/deep/teacher/", "-evaluation")) == "teacher-evaluation"
 
 
 def test_overwrite_refuses_what_cannot_be_set_aside(bucket: str) -> None:
     small_store(f"{bucket}/store")
     assert artifact.replaceable(f"{bucket}/empty", "store") is False
     with pytest.raises(UserError, match="sets aside by renaming"):
-        artifact.set_aside(f"{bucket}/store", "store")
+        artifact.move_aside(f"{bucket}/store", "store")
     FeatureStore(open_storage(f"{bucket}/store")).require_complete()

@@ -23,12 +23,12 @@ from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods import dogo
 from compress_ssl.pipeline.runtime import device, launch_env, signals
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.config import words
-from compress_ssl.pipeline.runtime.jsonl import read as read_journal
-from compress_ssl.pipeline.runtime.signals import Interrupt
+from compress_ssl.pipeline.runtime.config import to_flags
+from compress_ssl.pipeline.runtime.jsonl import read_jsonl as read_journal
+from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.training import trainer
 from compress_ssl.pipeline.training.learner import Diverged
-from compress_ssl.pipeline.training.sampler import Plan
+from compress_ssl.pipeline.training.sampler import StepSampler
 from compress_ssl.stages import distill, export_teacher, label_head
 from compress_ssl.stages.distill import Config
 
@@ -47,7 +47,7 @@ BROKEN = """
 from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import Method
 class Broken(Method):
-    def __init__(self, *, setting):
+    def __init__(self, *, context):
         super().__init__()
     def forward(self, batch, outputs):
         loss = outputs[0]["embedding"].pow(2).mean()
@@ -78,7 +78,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def config(home: Path, name: str, **said: Any) -> Config:
     default = {
         "method": "compress-1q:bank=50", "steps": STEPS, "image_size": 8, "lr": 0.2, "schedule": "constant",
-        "workers": 0, "device": "cpu", "batch_size": BATCH // collectives.size(), "peers": 1,
+        "workers": 0, "device": "cpu", "batch_size": BATCH // collectives.world_size(), "peers": 1,
     }  # fmt: skip
     asked = {**default, **said}
     asked["method"] = asked["method"].replace("HOME", str(home))
@@ -89,13 +89,13 @@ def config(home: Path, name: str, **said: Any) -> Config:
 def train(home: Path, name: str, **said: Any) -> None:
     """A run in home/name, every step of it logged; beside it the buffers and weights of each rank."""
 
-    def close(session: Any, what: str) -> Any:
-        (lesson,) = session.lessons
-        states = [lesson.students.state_dict(), dict(lesson.method.named_buffers())]
+    def close(training_run: Any, what: str) -> Any:
+        (learner,) = training_run.learners
+        states = [learner.models.state_dict(), dict(learner.method.named_buffers())]
         torch.save(states, home / f"{name}.{collectives.rank()}")
-        return finish(session, what)
+        return finish(training_run, what)
 
-    finish = distill.close
+    finish = distill.export_students
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "LOG_EVERY", 1)
         patch.setattr(distill, "close", close)
@@ -151,7 +151,7 @@ def _rank(number: int, size: int, port: int, deed: Callable[..., None], argument
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    with collectives.together():
+    with collectives.process_group():
         deed(*arguments)
 
 
@@ -178,11 +178,11 @@ def in_four(home: Path) -> None:
 def gathered(home: Path) -> None:
     """Gradients of an in-batch loss of all ranks' rows, averaged; rows of whole numbers."""
     x, layer = problem()
-    network = collectives.averaged(layer)
-    mine = network(x[collectives.rank() :: collectives.size()])
+    network = collectives.wrap_ddp(layer)
+    mine = network(x[collectives.rank() :: collectives.world_size()])
     in_batch(collectives.gather(mine)).backward()
     assert layer.weight.grad is not None
-    numbers = collectives.gather(torch.arange(6).reshape(6, 1)[collectives.rank() :: collectives.size()])
+    numbers = collectives.gather(torch.arange(6).reshape(6, 1)[collectives.rank() :: collectives.world_size()])
     torch.save([layer.weight.grad, numbers], home / f"gathered.{collectives.rank()}")
 
 
@@ -284,7 +284,7 @@ def test_ranks_that_are_started_again_do_not_meet_those_of_the_attempt_before(la
         with ThreadPoolExecutor(3) as threads:
             meeting = []
             for number in sorted(range(3), key=late.__eq__):
-                meeting.append(threads.submit(collectives.attempt, store, number, 3))
+                meeting.append(threads.submit(collectives.agree_on_attempt, store, number, 3))
                 time.sleep(0.05)
             names.append({each.result(60) for each in meeting})
     assert [len(found) for found in names] == [1, 1, 1] and len(set.union(*names)) == 3
@@ -295,15 +295,15 @@ def test_ranks_that_are_started_again_do_not_meet_those_of_the_attempt_before(la
 
 @pytest.mark.parametrize("local", [{}, {"local": (7, 8)}, {"crops": 3}])
 def test_the_shares_of_all_ranks_are_the_step(local: dict[str, Any]) -> None:
-    whole = Plan(3, np.arange(20), (1, 2, 3), 12, 2, "fresh", 9, **local)
+    whole = StepSampler(3, np.arange(20), (1, 2, 3), 12, 2, "fresh", 9, **local)
     for step in range(9):
         parts = [replace(whole, rank=rank, size=3) for rank in range(3)]
         for rank, part in enumerate(parts):
             for mine, all_of_it in zip(part.at(step), whole.at(step), strict=True):
                 assert np.array_equal(mine, all_of_it[rank::3])
-            crops, piece = whole.local_at(step), part[step]
-            assert np.array_equal(piece.rows, part.at(step)[0])
-            assert crops is None if piece.local is None else np.array_equal(piece.local, crops[rank::3])
+            crops, request = whole.local_at(step), part[step]
+            assert np.array_equal(request.rows, part.at(step)[0])
+            assert crops is None if request.local is None else np.array_equal(request.local, crops[rank::3])
 
 
 @pytest.mark.parametrize(
@@ -324,22 +324,22 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_nearest_that_can(
     store = FeatureStore(Folder(home / "store"))
     monkeypatch.setattr(collectives, "size", lambda: size)
     if 120 % size == 0 and each:
-        assert distill.plan_of(asked, store).batch == 120
+        assert distill.build_sampler(asked, store).batch == 120
         return
     with pytest.raises(UserError, match=said):
-        distill.plan_of(asked, store)
+        distill.build_sampler(asked, store)
 
 
 def test_ranks_of_a_machine_have_a_gpu_each_and_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    assert device.choose("auto", 1) == device.choose("cuda", 1) == torch.device("cuda", 1)
-    assert device.choose("cpu", 1) == torch.device("cpu")
+    assert device.choose_device("auto", 1) == device.choose_device("cuda", 1) == torch.device("cuda", 1)
+    assert device.choose_device("cpu", 1) == torch.device("cpu")
     with pytest.raises(UserError, match="process 2 of this machine has no CUDA device: 2 are there"):
-        device.choose("auto", 2)
+        device.choose_device("auto", 2)
     with pytest.raises(UserError, match="--device cuda:0 is one device"):
-        device.choose("cuda:0", 1)
+        device.choose_device("cuda:0", 1)
     assert device.loader_workers(None, torch.device("cuda"), beside=4) == 3
     assert device.loader_workers(5, torch.device("cuda"), beside=4) == 5
 
@@ -351,11 +351,11 @@ def test_synchronised_batch_norm_keeps_names_and_activations_and_is_refused_on_t
 
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), BatchNormAct2d(4))
     names = list(network.state_dict())
-    assert collectives.synchronised(network, torch.device("cpu")) is network  # one process needs none
+    assert collectives.convert_sync_batchnorm(network, torch.device("cpu")) is network  # one process needs none
     monkeypatch.setattr(collectives, "size", lambda: 2)
     with pytest.raises(UserError, match="--sync-bn needs CUDA"):
-        collectives.synchronised(network, torch.device("cpu"))
-    made = collectives.synchronised(network, torch.device("cuda"))
+        collectives.convert_sync_batchnorm(network, torch.device("cpu"))
+    made = collectives.convert_sync_batchnorm(network, torch.device("cuda"))
     assert list(made.state_dict()) == names
     assert all(isinstance(made[n], nn.SyncBatchNorm) for n in (1, 2)) and isinstance(made[2].act, nn.ReLU)
 
@@ -367,7 +367,7 @@ def test_the_flags_of_a_config_make_it_again(tmp_path: Path, monkeypatch: pytest
     asked = Config("store", students, "seed", tmp_path, norm_decay=False, overwrite=True, epochs=0.5)
     made = []
     monkeypatch.setattr(distill, "run", lambda config: made.append(config) or {})
-    monkeypatch.setattr(sys, "argv", ["compress", "distill", *words(asked)])
+    monkeypatch.setattr(sys, "argv", ["compress", "distill", *to_flags(asked)])
     assert cli.app(standalone_mode=False) in (None, 0)
     assert made == [asked]
 
@@ -492,9 +492,9 @@ def test_a_signal_to_the_command_saves_once_and_ends_all(signum: int, status: in
 
 
 def test_a_rank_takes_the_echo_of_a_signal_for_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in launch_env.TOLD:
+    for name in launch_env.LAUNCHER_VARIABLES:
         monkeypatch.setenv(name, "2")
-    with Interrupt() as stop:
+    with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum == signal.SIGTERM

@@ -14,9 +14,9 @@ from compress_ssl.pipeline.methods.base import Batch, Method, Needs
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.training.diagnostics import agreement, spread
-from compress_ssl.pipeline.training.learner import Diverged, Lesson, Training
+from compress_ssl.pipeline.training.learner import Diverged, Learner, TrainingSettings
 from compress_ssl.pipeline.training.schedule import Schedule
-from compress_ssl.pipeline.training.student import Apprentice
+from compress_ssl.pipeline.training.student import Student
 
 B, SIZE = 6, 8
 
@@ -31,12 +31,12 @@ class Squares(Method):
         return [outputs[0]["embedding"].float().pow(2).mean()]
 
 
-def training(**said: Any) -> Training:
+def training(**said: Any) -> TrainingSettings:
     default = {
         "optimizer": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "norm_decay": True,
         "schedule": Schedule("constant"), "clip": None, "ema": None, "precision": "fp32", "seed": 0,
     }  # fmt: skip
-    return Training(**{**default, **said})
+    return TrainingSettings(**{**default, **said})
 
 
 def student(spec: str = "convnet:channels=4+5") -> Embedder:
@@ -50,34 +50,34 @@ def batch(step: int = 0) -> Batch:
     return Batch(step, torch.arange(B), numbers, numbers, {"embedding": images.flatten(1)[:, None, :7]}, [images])
 
 
-def lesson(folder: Path, spec: str = "convnet:channels=4+5", **said: Any) -> Lesson:
+def learner(folder: Path, spec: str = "convnet:channels=4+5", **said: Any) -> Learner:
     how = training(**said)
-    return Lesson([Apprentice(folder, student(spec), how.ema)], Squares(), how)
+    return Learner([Student(folder, student(spec), how.ema)], Squares(), how)
 
 
 # ---------------------------------------------------------------- a step
 
 
 def test_a_step_at_a_part_of_the_run_uses_the_schedules_rate(tmp_path: Path) -> None:
-    one = lesson(tmp_path, schedule=Schedule("cosine"))
+    one = learner(tmp_path, schedule=Schedule("cosine"))
     assert one.step(batch(), 0.5, measure=True)[0]["lr"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 def test_a_gradient_longer_than_the_clip_is_cut_to_it_and_a_shorter_one_is_not(clip: float, tmp_path: Path) -> None:
-    clipped, free = (lesson(tmp_path, clip=value, momentum=0.0, weight_decay=0.0) for value in (clip, None))
-    before = nn.utils.parameters_to_vector(clipped.students.parameters()).detach().clone()
+    clipped, free = (learner(tmp_path, clip=value, momentum=0.0, weight_decay=0.0) for value in (clip, None))
+    before = nn.utils.parameters_to_vector(clipped.models.parameters()).detach().clone()
     moves = []
     for one in (clipped, free):
         one.step(batch(), 0.0)
-        moves.append(before - nn.utils.parameters_to_vector(one.students.parameters()).detach())
+        moves.append(before - nn.utils.parameters_to_vector(one.models.parameters()).detach())
     length = float(moves[1].norm()) / 0.5  # lr
     torch.testing.assert_close(moves[0], moves[1] * min(1.0, clip / length), rtol=1e-3, atol=1e-7)
 
 
 def test_the_randomness_of_a_step_is_a_function_of_seed_step_and_student(tmp_path: Path) -> None:
     def drawn(step: int, **said: Any) -> float:
-        one = lesson(tmp_path, **said)
+        one = learner(tmp_path, **said)
         torch.manual_seed(99)
         one.step(batch(step), 0.0)
         return float(torch.rand(()))
@@ -96,14 +96,14 @@ def test_a_method_draws_the_same_whatever_its_students_drew_and_not_what_they_dr
             return super().forward(batch, outputs)
 
     for drop_path in (0.0, 0.5):
-        one = Apprentice(tmp_path, student(f"cifar-resnet:8,width=2,drop_path={drop_path}"))
+        one = Student(tmp_path, student(f"cifar-resnet:8,width=2,drop_path={drop_path}"))
 
         def looks(images: Tensor, names: list[str], give: Any = one.forward) -> Any:
             drawn.append(float(torch.rand(())))
             return give(images, names)
 
         one.forward = looks
-        taught = Lesson([one], Draws(), training())
+        taught = Learner([one], Draws(), training())
         taught.seed = 5  # the student's name is part of it
         taught.step(batch(), 0.0)
     (look, draw), again = drawn[:2], drawn[2:]
@@ -111,29 +111,29 @@ def test_a_method_draws_the_same_whatever_its_students_drew_and_not_what_they_dr
 
 
 def test_the_average_moves_by_one_minus_its_decay_and_copies_batch_norm_statistics(tmp_path: Path) -> None:
-    one = lesson(tmp_path, ema=0.75)
-    (apprentice,) = one.apprentices
-    assert apprentice.learned is apprentice.average
-    want = [p.detach().clone() for p in apprentice.student.parameters()]
+    one = learner(tmp_path, ema=0.75)
+    (student,) = one.students
+    assert student.final_model is student.average
+    want = [p.detach().clone() for p in student.model.parameters()]
     for step in range(3):
         one.step(batch(step), 0.0)
-        moved = zip(want, apprentice.student.parameters(), strict=True)
+        moved = zip(want, student.model.parameters(), strict=True)
         want = [0.75 * old + 0.25 * new.detach() for old, new in moved]
-    for got, expected in zip(apprentice.learned.parameters(), want, strict=True):
+    for got, expected in zip(student.final_model.parameters(), want, strict=True):
         torch.testing.assert_close(got, expected)
-    for got, theirs in zip(apprentice.learned.buffers(), apprentice.student.buffers(), strict=True):
+    for got, theirs in zip(student.final_model.buffers(), student.model.buffers(), strict=True):
         assert torch.equal(got, theirs)
 
 
 def test_without_an_average_the_student_itself_is_kept(tmp_path: Path) -> None:
-    (apprentice,) = lesson(tmp_path).apprentices
-    assert apprentice.learned is apprentice.student and apprentice.parts()["average"] is None
+    (student,) = learner(tmp_path).students
+    assert student.final_model is student.model and student.parts()["average"] is None
 
 
 def test_bf16_steps_keep_the_weights_in_single_precision(tmp_path: Path) -> None:
-    one = lesson(tmp_path, precision="bf16")
+    one = learner(tmp_path, precision="bf16")
     (row,) = one.step(batch(), 0.0, measure=True)
-    assert {p.dtype for p in one.students.parameters()} == {torch.float32}
+    assert {p.dtype for p in one.models.parameters()} == {torch.float32}
     assert all(math.isfinite(value) for value in row.values())
 
 
@@ -150,10 +150,10 @@ class Rivals(Method):
         return [(a - b.detach()).pow(2).mean(), (b - a.detach()).pow(2).mean()]
 
 
-def rivals(home: Path) -> Lesson:
+def rivals(home: Path) -> Learner:
     students = [student("convnet:channels=4+5"), student("convnet:channels=3+5")]
-    apprentices = [Apprentice(home / str(n), each) for n, each in enumerate(students)]
-    return Lesson(apprentices, Rivals(), training(lr=0.05))
+    students = [Student(home / str(n), each) for n, each in enumerate(students)]
+    return Learner(students, Rivals(), training(lr=0.05))
 
 
 def both(step: int) -> Batch:
@@ -171,20 +171,20 @@ def test_peers_stopped_between_their_saves_go_back_to_the_step_they_share(tmp_pa
         if step == 1:
             cut.save(2)
     cut.save(3)
-    (cut.apprentices[1].folder / "checkpoints" / "step-00000003.pt").unlink()  # killed before the second was saved
+    (cut.students[1].folder / "checkpoints" / "step-00000003.pt").unlink()  # killed before the second was saved
     again = rivals(tmp_path / "cut")
     again.restore()
     assert again.start == 2
     for step in range(2, 4):
         again.step(both(step), 0.0)
-    for mine, theirs in zip(again.students.parameters(), whole.students.parameters(), strict=True):
+    for mine, theirs in zip(again.models.parameters(), whole.models.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
 def test_peers_fail_together(tmp_path: Path) -> None:
     pair = rivals(tmp_path)
     with torch.no_grad():
-        next(pair.students[1].parameters()).fill_(float("nan"))
+        next(pair.models[1].parameters()).fill_(float("nan"))
     with pytest.raises(Diverged, match=r"0 and .*1: the loss is nan at step 0"):
         pair.step(both(0), 0.0)
 

@@ -1,0 +1,46 @@
+"""Base classes for methods that users wrote for the first version: `from pipeline.method import Method`.
+
+Then a subclass overrode `named`, `suit`, `delivers` and `fill`. `runtime/old_names.py` leads the old imports here.
+"""
+
+from collections.abc import Container
+
+from compress_ssl.pipeline.methods import base, memory_bank
+from compress_ssl.pipeline.models.linear_head import LinearHead
+
+
+class Method(base.Method):
+    """`base.Method` with the first version's names for what a subclass may override."""
+
+    @classmethod
+    def for_spec(cls, argument: str) -> type[base.Method]:
+        return cls.named(argument)
+
+    @classmethod
+    def named(cls, argument: str) -> type[base.Method]:
+        return super().for_spec(argument)
+
+    def exported_head(self) -> LinearHead | None:
+        return self.delivers()
+
+    def delivers(self) -> LinearHead | None:
+        return super().exported_head()
+
+    def check_inputs(self, name: str, arrays: Container[str], pairing: str) -> None:
+        self.suit(name, arrays, pairing)
+
+    def suit(self, name: str, arrays: Container[str], pairing: str) -> None:
+        super().check_inputs(name, arrays, pairing)
+
+    def refill_banks(self, read: memory_bank.Read) -> None:
+        self.fill(read)
+
+    def fill(self, read: memory_bank.Read) -> None:
+        super().refill_banks(read)
+
+
+class MemoryBank(memory_bank.MemoryBank):
+    """`memory_bank.MemoryBank`, whose `refill` was called `fill`."""
+
+    def fill(self, read: memory_bank.Read, block: int = 8192) -> None:
+        self.refill(read, block)
