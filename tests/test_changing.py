@@ -123,7 +123,7 @@ def test_while_the_export_runs(
             change(data, name)
         return call(self, *batch)
 
-    monkeypatch.setattr(embedding.FeatureExtractor, "launch", forward)
+    monkeypatch.setattr(embedding.FeatureExtractor, "start", forward)
     unseen = name == LATE and change in (replace, move_over, cut)
     if unseen:  # what was embedded is what lies there now: nothing is wrong, or it is a bad image like any other
         made = export(data, tmp_path / "store")
@@ -173,7 +173,7 @@ def test_a_disk_that_goes_away_stops_the_export_and_spoils_no_row(
         return call(self, *batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(embedding.FeatureExtractor, "launch", forward)
+        patched.setattr(embedding.FeatureExtractor, "start", forward)
         with pytest.raises(
             UserError, match="none of the images of rows 16 to 31 can be read.*is their disk still there"
         ):

@@ -431,7 +431,7 @@ def test_a_crash_after_the_last_step_still_delivers_the_student(run: Callable[..
     from compress_ssl.pipeline.training.student import Student
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(Student, "deliver", crash)
+        patch.setattr(Student, "export", crash)
         run()
     assert not (tmp_path / "run/student.safetensors").exists()
     run()

@@ -98,7 +98,7 @@ def train(home: Path, name: str, **said: Any) -> None:
     finish = distill.export_students
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "LOG_EVERY", 1)
-        patch.setattr(distill, "close", close)
+        patch.setattr(distill, "export_students", close)
         patch.setattr(dogo, "projection", lambda width, out: nn.Linear(width, out))  # the real one has batch norm
         distill.run(config(home, name, **said))
 
@@ -322,7 +322,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_nearest_that_can(
 
     asked = config(home, "never", method="crd", batch_size=each)  # published with 64 images
     store = FeatureStore(Folder(home / "store"))
-    monkeypatch.setattr(collectives, "size", lambda: size)
+    monkeypatch.setattr(collectives, "world_size", lambda: size)
     if 120 % size == 0 and each:
         assert distill.build_sampler(asked, store).batch == 120
         return
@@ -352,7 +352,7 @@ def test_synchronised_batch_norm_keeps_names_and_activations_and_is_refused_on_t
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), BatchNormAct2d(4))
     names = list(network.state_dict())
     assert collectives.convert_sync_batchnorm(network, torch.device("cpu")) is network  # one process needs none
-    monkeypatch.setattr(collectives, "size", lambda: 2)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     with pytest.raises(UserError, match="--sync-bn needs CUDA"):
         collectives.convert_sync_batchnorm(network, torch.device("cpu"))
     made = collectives.convert_sync_batchnorm(network, torch.device("cuda"))
@@ -498,7 +498,7 @@ def test_a_rank_takes_the_echo_of_a_signal_for_the_signal(monkeypatch: pytest.Mo
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum == signal.SIGTERM
-        monkeypatch.setattr(signals, "ECHO", 0.0)
+        monkeypatch.setattr(signals, "REPEAT_WINDOW", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
 

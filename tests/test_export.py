@@ -290,7 +290,7 @@ def test_the_same_command_again_computes_and_writes_nothing(
 ) -> None:
     export(images, tmp_path / "store")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*")}
-    monkeypatch.setattr(embedding.FeatureExtractor, "launch", lambda *_: pytest.fail("a forward was run"))
+    monkeypatch.setattr(embedding.FeatureExtractor, "start", lambda *_: pytest.fail("a forward was run"))
     made = export_teacher.run(config(images, tmp_path / "store"))
     assert made["summary"] == f"{tmp_path / 'store'} is complete already: 37 images, 5 views"
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*")} == before
@@ -307,7 +307,7 @@ def test_only_what_is_pending_is_computed(
     calls: list[int] = []
     call = embedding.FeatureExtractor.start
     monkeypatch.setattr(
-        embedding.FeatureExtractor, "launch", lambda self, *x: (calls.append(len(x[0])), call(self, *x))[1]
+        embedding.FeatureExtractor, "start", lambda self, *x: (calls.append(len(x[0])), call(self, *x))[1]
     )
     export(images, out)
     views = {name: int(name[-4:]) - int(name[-9:-5]) for name in lost}

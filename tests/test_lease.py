@@ -133,7 +133,7 @@ def test_a_damaged_lease_is_nobodys(storage: Storage) -> None:
 def test_a_holder_gives_signs_of_life_and_notices_its_successor(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "BEAT", 0.05)
+    monkeypatch.setattr(lease, "RENEW_INTERVAL", 0.05)
     with Lease(storage) as held:
         first, until = lease.read(storage), time.monotonic() + 20
         while lease.read(storage) == first and time.monotonic() < until:
@@ -258,9 +258,9 @@ def test_a_copy_that_was_superseded_stops(tmp_path: Path, monkeypatch: pytest.Mo
             time.sleep(0.01)
         return fault(*asked)
 
-    monkeypatch.setattr(lease, "BEAT", 0.02)
+    monkeypatch.setattr(lease, "RENEW_INTERVAL", 0.02)
     monkeypatch.setattr(Lease, "__enter__", lambda self: (held.append(self), enter(self))[1])
-    monkeypatch.setattr(integrity, "fault", superseded)
+    monkeypatch.setattr(integrity, "find_fault", superseded)
     with pytest.raises(UserError, match="was taken over by process 7 on far"):
         store_copy.run(store_copy.Config(str(source), str(tmp_path / "copy")))
     assert looked == [0]

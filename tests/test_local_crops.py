@@ -269,7 +269,7 @@ def test_verify_reads_every_digest_of_theirs_and_embeds_some_again(whole: Path) 
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         pick = FeatureStore.read_rows
-        patch.setattr(FeatureStore, "pick", lambda *asked: (drawn.append(asked[2]), pick(*asked))[1])
+        patch.setattr(FeatureStore, "read_rows", lambda *asked: (drawn.append(asked[2]), pick(*asked))[1])
         verify.run(verify.Config(store=str(whole), sample=1.0))
     assert any(view & LOCAL for view in drawn) and any(not view & LOCAL for view in drawn)
 
