@@ -982,7 +982,9 @@ def test_a_student_that_writes_into_its_input_spoils_it_for_no_other(run: Callab
 
 def test_a_gpus_pixels_come_in_pinned_memory(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training_run, asked = session_of(config(store, tmp_path / "run")), []
-    monkeypatch.setattr("compress_ssl.pipeline.training.run.feed", lambda view_dataset, workers, pin: asked.append(pin))
+    monkeypatch.setattr(
+        "compress_ssl.pipeline.training.run.iterate_views", lambda view_dataset, workers, pin: asked.append(pin)
+    )
     training_run.load_views(2)
     training_run.device = torch.device("cuda")
     training_run.load_views(2)
