@@ -452,6 +452,38 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_where_one_proces
     assert last[0]["loss"] == pytest.approx(last[1]["loss"], rel=1e-3)
 
 
+BUSY = """
+import os, signal, time
+from compress_ssl.pipeline.methods.regression import Regression
+class Busy(Regression):
+    def forward(self, batch, outputs):
+        if batch.step == 2:
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(2)
+        return super().forward(batch, outputs)
+"""
+"""A method that kills rank 1 while rank 0 computes, and cannot notice the lost connection."""
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_while_the_others_compute_is_named(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "busy.py").write_text(BUSY)
+    words = [
+        *flags(home, tmp_path / "run"),
+        "--devices",
+        2,
+        "--steps",
+        9,
+        "--method",
+        f"python:{tmp_path}/busy.py:Busy",
+    ]
+    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=240)
+    (line,) = errors(done.stderr)
+    assert "rank 1 was killed by SIGKILL; repeat the command" in line
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
 DYING = """
 import os, signal
 from compress_ssl.pipeline.methods.regression import Regression
@@ -473,6 +505,31 @@ def test_torchrun_starts_the_ranks_again_and_they_go_on_from_the_last_checkpoint
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{tmp_path / 'run'}: 9 steps, student.safetensors"
     assert [f"steps {start} to 9" in done.stderr for start in (0, 5)] == [True, True]
+
+
+@pytest.mark.slow
+def test_torchrun_ends_the_other_ranks_without_a_second_message(pictures: Path) -> None:
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(pictures / "pictures" / "03.png")
+    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
+    words = command(*flags(pictures, pictures / "run", each=5), "--steps", 4)
+    done = subprocess.run([*started, *words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and "stopped:" not in done.stderr, done.stderr
+    assert ["image 03.png changed" in line for line in errors(done.stderr)] == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.5])
+def test_a_signal_while_ranks_are_starting_ends_all_with_one_line(delay: float, home: Path, tmp_path: Path) -> None:
+    words = [*flags(home, tmp_path / "run"), "--devices", 2, "--steps", 100_000]
+    running = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    while len(pids := children.read_text().split()) < 2:
+        time.sleep(0.001)
+    time.sleep(delay)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=120)  # until no rank holds stderr any more
+    assert (running.returncode, said) == (143, "stopped: repeat the command to continue\n")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Ranks: processes that train together. Rank r of N has images r, r + N, ... of every step.
 
 Without torch.distributed there is one rank, and everything here is the identity. Tensors go over
-NCCL on CUDA; numbers go over gloo, also between GPUs, because gloo notices at once when a rank is gone.
+NCCL on CUDA; numbers go over gloo, also between GPUs, because gloo raises an error at once when a rank has ended.
 """
 
 import os
@@ -23,17 +23,17 @@ from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.device import choose_device
 from compress_ssl.pipeline.runtime.signals import Interrupted, StopRequest
 
-TIMEOUT = timedelta(hours=2)  # others wait while rank 0 saves or looks at --val; who is gone is noticed otherwise
-ERROR_GRACE = 3.0  # seconds for the rank that failed to say why, before another says that it is gone
+TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 saves or evaluates --val; gloo detects a lost rank sooner
+REPORT_DELAY = 3.0  # seconds that a rank with a lost connection leaves to the rank that failed to report its error
 
 
 def world_size() -> int:
-    """Processes that train together; 1 without torch.distributed."""
+    """How many processes train together; 1 without torch.distributed."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process among them. Rank 0 is the one that writes."""
+    """The number of this process among them. Only rank 0 writes files."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
@@ -44,7 +44,7 @@ def gather(rows: Tensor) -> Tensor:
     """The (B, ...) rows of the whole step from each rank's (B / N, ...), in the order of one process, with gradients.
 
     A gradient is the sum over the ranks' losses. If each of them computes the loss of the whole step,
-    averaging the gradients of weights over ranks, as `averaged` does, makes it that loss's.
+    averaging the gradients of weights over ranks, as `wrap_ddp` does, gives the gradient of that loss.
     """
     if world_size() == 1:
         return rows
@@ -66,7 +66,7 @@ class _Gather(torch.autograd.Function):
 
 
 def wrap_ddp(module: nn.Module) -> nn.Module:
-    """The module, whose backward pass leaves the mean gradient over ranks; buffers are each rank's own.
+    """The module, wrapped so that its backward pass averages gradients over ranks; buffers are not synchronised.
 
     A parameter that no rank uses has no gradient, as in one process.
     """
@@ -83,7 +83,7 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> Any:
         return module
     if device.type != "cuda":
         raise UserError("--sync-bn needs CUDA devices: torch has no synchronised batch norm for the CPU; leave it out")
-    from timm.layers import convert_sync_batchnorm  # knows batch norms that hold an activation, too
+    from timm.layers import convert_sync_batchnorm  # also converts timm's batch norms with an activation
 
     return convert_sync_batchnorm(module)
 
@@ -92,7 +92,7 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> Any:
 
 
 def all_reduce_mean(values: Sequence[float]) -> list[float]:
-    """The mean of each number over ranks; not finite on all of them if it is not on one."""
+    """The mean of each number over ranks. If a number is not finite on one rank, its mean is not finite on all."""
     if world_size() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
@@ -101,12 +101,12 @@ def all_reduce_mean(values: Sequence[float]) -> list[float]:
 
 
 def all_reduce_max(value: int) -> int:
-    """Maximum over ranks. Also a barrier: fails if a rank has ended."""
+    """The largest number of any rank. All ranks must call this; it raises RuntimeError if one of them has ended."""
     if world_size() == 1:
         return value
-    told = torch.tensor([value])
-    distributed.all_reduce(told, distributed.ReduceOp.MAX)
-    return int(told)
+    number = torch.tensor([value])
+    distributed.all_reduce(number, distributed.ReduceOp.MAX)
+    return int(number)
 
 
 def barrier() -> None:
@@ -115,17 +115,17 @@ def barrier() -> None:
 
 
 def broadcast(value: int) -> int:
-    """Rank 0's number."""
+    """The number that rank 0 passed; all ranks must call this."""
     if world_size() == 1:
         return value
-    said = torch.tensor([value])
-    distributed.broadcast(said, 0)
-    return int(said)
+    number = torch.tensor([value])
+    distributed.broadcast(number, 0)
+    return int(number)
 
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """For files that ranks share: the block runs in rank 0, then in the first of each other machine, then in all."""
+    """Run the block in rank 0, then in the first rank of each other machine, then in the rest: for files they share."""
     turn = 0 if rank() == 0 else 1 if launch_env.local_rank() == 0 else 2
     for _ in range(turn):
         barrier()
@@ -134,16 +134,17 @@ def rank_zero_first() -> Iterator[None]:
         barrier()
 
 
-class StopOfAnyRank:
-    """What a signal to any of the ranks asks of all."""
+class SharedStopRequest:
+    """Makes all ranks stop at the same step when any of them received a signal."""
 
-    def __init__(self, interrupt: StopRequest):
-        self.interrupt, self.parent = interrupt, os.getppid()
+    def __init__(self, request: StopRequest):
+        self.request, self.parent = request, os.getppid()
 
-    def asked(self) -> int:
-        """The signal's number, on all ranks the same; 0 for none. To be asked by all at the same step."""
-        orphan = world_size() > 1 and os.getppid() != self.parent  # the next to repeat the command must be alone
-        return all_reduce_max(self.interrupt.signum or (signal.SIGTERM if orphan else 0))
+    def signum(self) -> int:
+        """The signal's number, the same on all ranks; 0 for none. All ranks must call this at the same step."""
+        # When the launcher was killed, its ranks must end, so that the repeated command is the only one that trains.
+        is_orphan = world_size() > 1 and os.getppid() != self.parent
+        return all_reduce_max(self.request.signum or (signal.SIGTERM if is_orphan else 0))
 
 
 # ---------------------------------------------------------------- beginning and end
@@ -151,30 +152,34 @@ class StopOfAnyRank:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The processes that were started together are ranks while the block runs; one alone stays alone.
+    """While the block runs, processes that were started together are ranks. A process started alone is not changed.
 
-    What ends one of them ends all. The first to fail raises what it is; the others raise SystemExit,
-    so that it is said once.
+    An exception in one rank ends all of them. The rank that fails first raises its exception; the others raise
+    SystemExit, so that the error is printed once.
     """
     if not launch_env.is_launched() or distributed.is_initialized():
         yield
         return
     common, number, count = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    voice = distributed.TCPStore(address, port, is_master=False)  # the same store; torchrun may put its own names on it
+    # The same store, without the prefix that torchrun may put before the names of keys in `common`.
+    store = distributed.TCPStore(address, port, is_master=False)
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=distributed.PrefixStore(agree_on_attempt(common, number, count), common), rank=number, world_size=count,
         timeout=TIMEOUT,
     )  # fmt: skip
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, launch.SIGNALS)  # blocked by `launch_ranks` until now
         yield
     except BaseException as end:
         lost = isinstance(end, RuntimeError) and any(word in str(end) for word in ("gloo", "NCCL", "Connection"))
         if lost:
-            time.sleep(ERROR_GRACE)
-        if not _first(voice):
-            raise SystemExit(128 + end.signum if isinstance(end, Interrupted) else 2) from None
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the other ranks when one has failed
+            time.sleep(REPORT_DELAY)
+        if not _claim_report(store):
+            signum = end.signum if isinstance(end, Interrupted) else isinstance(end, KeyboardInterrupt) * signal.SIGINT
+            raise SystemExit(128 + signum if signum else 2) from None
         if lost:
             raise UserError(
                 f"rank {number} lost the connection to another, which ended; repeat the command to go on from the last "
@@ -185,35 +190,37 @@ def process_group() -> Iterator[None]:
 
 
 def agree_on_attempt(common: distributed.Store, number: int, count: int) -> str:
-    """A name that all ranks agree on and no earlier attempt had.
+    """A name that is the same on all ranks and that no earlier attempt had.
 
-    torchrun's store outlives the ranks that it starts again, with the addresses of the dead in it. Its count of
-    restarts will not do: on a machine that lost no rank it stays.
+    When torchrun starts ranks again, it keeps its store, which still has the addresses of the ranks that ended.
+    TORCHELASTIC_RESTART_COUNT cannot be the name: it does not change on a machine whose ranks did not fail.
     """
     mine = uuid.uuid4().hex
     common.set(f"here-{number}", mine)
     if number == 0:
-        while common.add(mine, 0) < count - 1:  # an entry may be a dead one's: until each has found itself
+        while common.add(mine, 0) < count - 1:  # repeat until each rank found its own entry: others may be old
             common.set("roll", " ".join(common.get(f"here-{n}").decode() for n in range(count)))
             time.sleep(0.02)
         return mine
-    while mine not in (roll := common.get("roll").decode().split()):
+    roll = common.get("roll").decode().split()
+    while mine not in roll:
         time.sleep(0.02)
+        roll = common.get("roll").decode().split()
     common.add(roll[0], 1)
     return roll[0]
 
 
-def _first(voice: distributed.Store) -> bool:
-    """Whether no other rank has said why it ends."""
+def _claim_report(store: distributed.Store) -> bool:
+    """Whether this rank is the one that prints the error: no other rank has claimed it before."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        return voice.add(launch.ERROR_REPORTED + restarts, 1) == 1
-    except RuntimeError:  # its host was killed, or is rank 0, which was heard
+        return store.add(launch.ERROR_REPORTED + restarts, 1) == 1
+    except RuntimeError:  # the process with the store has ended: the launcher, or rank 0 after it reported its error
         return launch_env.is_main_process()
 
 
 def rank_device(name: str) -> torch.device:
-    """The device of this rank: of several on a machine each has its own GPU, or they share the CPU."""
+    """The device of this rank. Several ranks on a machine have a GPU each, or share the CPU."""
     chosen = choose_device(name, launch_env.local_rank() if world_size() > 1 else None)
     if world_size() > 1 and chosen.type == "cuda":
         torch.cuda.set_device(chosen)

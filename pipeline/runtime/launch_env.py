@@ -6,20 +6,20 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or `start`, started this process as one of several."""
+    """Whether torchrun, or `distributed.launch.launch_ranks`, started this process as one of several."""
     return all(name in os.environ for name in LAUNCHER_VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks: rank 0, or the only one."""
+    """Whether this process prints progress and results: it is rank 0, or the only process."""
     return not is_launched() or os.environ["RANK"] == "0"
 
 
 def local_rank() -> int:
-    """The number of this process on its machine."""
+    """The number of this process among the ranks on its machine."""
     return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
 
 
 def local_world_size() -> int:
-    """Processes of this run on this machine."""
+    """How many processes of this run are on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1

@@ -94,7 +94,7 @@ _NEW_NAMES = {
     "ranks": (
         "size=world_size averaged=wrap_ddp synchronised=convert_sync_batchnorm mean=all_reduce_mean "
         "largest=all_reduce_max told=broadcast in_turn=rank_zero_first together=process_group "
-        "attempt=agree_on_attempt device=rank_device Stop=StopOfAnyRank PATIENCE=TIMEOUT "
+        "attempt=agree_on_attempt device=rank_device Stop=SharedStopRequest PATIENCE=TIMEOUT "
         "LAST_WORDS=ERROR_GRACE"
     ),
     "weights": "Dialect=CheckpointFormat Choice=Selection spell=to_bytes",

@@ -37,7 +37,7 @@ class Trainer:
         """
         training_run, steps = self.training_run, self.training_run.plan.steps
         with ExitStack() as stack:
-            stop = collectives.StopOfAnyRank(stack.enter_context(StopRequest()))
+            stop = collectives.SharedStopRequest(stack.enter_context(StopRequest()))
             folders = [student.folder for student in training_run.students] if collectives.rank() == 0 else []
             leases = [stack.enter_context(Lease(Folder(folder))) for folder in folders]
             echo(training_run.summary())
@@ -60,7 +60,7 @@ class Trainer:
                 bar.advance(1, f"loss {losses}  {rate:.0f} images/s  data wait {waited / passed:.0%}")
                 for lease in leases:
                     lease.check()
-                self._end_of_step(step + 1, stop.asked())
+                self._end_of_step(step + 1, stop.signum())
                 clock = time.monotonic()
 
     def _log(self, rows: Rows, speed: dict[str, float]) -> None:
