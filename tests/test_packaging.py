@@ -212,6 +212,26 @@ def test_the_packages_of_pyproject_are_those_of_the_tree() -> None:
     assert sorted(listed) == sorted(packages())
 
 
+def test_settings_that_name_our_modules_name_modules_that_exist() -> None:
+    """A tool passes over a name that leads nowhere without a word."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    for place in tools["ruff"]["lint"]["flake8-bugbear"]["extend-immutable-calls"]:
+        module, _, name = place.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name)), place
+    assert tools["ruff"]["lint"]["isort"]["known-first-party"] == ["compress_ssl"]
+    for package, patterns in tools["setuptools"]["package-data"].items():
+        for pattern in patterns:
+            assert list(packages()[package].glob(pattern)), f"{package}: {pattern}"
+    filters = [line.split(":") for line in tools["pytest"]["ini_options"]["filterwarnings"]]
+    for action, _, category, module in filters:
+        assert action == "error" and category.endswith("Warning")
+        for name in ("compress_ssl.cli", "compress_ssl.pipeline.store.layout", "compress_ssl.stages.distill"):
+            assert re.match(module, name), f"{module} does not match {name}"
+    assert "ignore_missing_imports" not in tools["mypy"]
+    for override in tools["mypy"]["overrides"]:
+        assert not [name for name in override["module"] if name.startswith("compress_ssl")]
+
+
 def test_every_public_name_can_be_imported() -> None:
     import compress_ssl
 
