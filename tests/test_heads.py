@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from compress_ssl.pipeline.methods.base import MethodContext
 from compress_ssl.pipeline.models import build, heads
-from compress_ssl.pipeline.models.embedder import Embedder, Network
+from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import teacher_heads

@@ -18,11 +18,12 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from compress_ssl.pipeline.models import build, weights
+from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models import timm as timm_kind
 from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.models.selection import CheckpointFormat, Selection, matches
 from compress_ssl.pipeline.models.torchvision import resized
-from compress_ssl.pipeline.models.weights import CheckpointFormat, Selection, load, read
+from compress_ssl.pipeline.models.weights import load, read
 from compress_ssl.pipeline.runtime.artifact import UserError
 
 CNN = "torchvision:shufflenet_v2_x0_5"
@@ -223,8 +224,8 @@ def test_timms_filter_is_found_without_a_download_and_timm_stays_as_it_is(
         monkeypatch.setattr(f"timm.models._builder.{loader}", asked)
     before = dict(vars(sys.modules["timm.models._builder"]))
     with torch.device("meta"):
-        timm_kind._create(name, None, asked := timm_kind._Pretrained(), {}, classes=1000)
-    found: Any = asked.filter
+        timm_kind._create(name, None, recorder := timm_kind._FilterRecorder(), {}, classes=1000)
+    found: Any = recorder.filter
     assert vars(sys.modules["timm.models._builder"]) == before
     assert getattr(found, "keywords", {}) == bound
     assert getattr(found, "func", found) is (pkgutil.resolve_name(f"timm.models.{function}") if function else None)
@@ -262,21 +263,21 @@ def test_a_refused_file_leaves_the_module_as_it_was(tmp_path: Path) -> None:
 def test_what_may_be_left_over_is_still_used_where_it_is_wanted(tmp_path: Path) -> None:
     module = nn.Linear(3, 2)
     content = {"weight": torch.zeros(2, 3), "bias": torch.ones(2), "weight_norm": torch.ones(1)}
-    load(module, save(tmp_path / "f.pth", content), name="linear", choice=Selection(drop=("weight*",)))
+    load(module, save(tmp_path / "f.pth", content), name="linear", selection=Selection(drop=("weight*",)))
     assert not module.weight.any()
 
 
 def test_a_pattern_is_a_dotted_beginning_or_a_glob() -> None:
-    assert weights.matches("fc.0.weight", ["fc"])
-    assert weights.matches("fc.0.weight", ["head", "fc."])
-    assert weights.matches("module.queue", ["*queue*"])
-    assert not weights.matches("fc_norm.weight", ["fc"])
+    assert matches("fc.0.weight", ["fc"])
+    assert matches("fc.0.weight", ["head", "fc."])
+    assert matches("module.queue", ["*queue*"])
+    assert not matches("fc_norm.weight", ["fc"])
 
 
 def test_a_head_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     file = save(tmp_path / "plain.pth", nn.Linear(3, 2).state_dict())
     with pytest.raises(UserError, match="nothing matches head=fc"):
-        load(nn.Linear(3, 2), file, name="linear", choice=Selection(head=("fc",)))
+        load(nn.Linear(3, 2), file, name="linear", selection=Selection(head=("fc",)))
 
 
 def test_files_from_before_batches_were_counted_load(tmp_path: Path) -> None:
