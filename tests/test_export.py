@@ -217,7 +217,7 @@ def by_embed(images: Path, out: Path, first_key: int = 0, codec: str = "int8", *
 
 
 def stop_after(count: int) -> Callable[[], bool]:
-    """A function for `stopped`, which is asked once per batch: true from call number `count` on."""
+    """A function for `stopped`, which is called once per batch: it returns true from call number `count` on."""
     calls = itertools.count()
     return lambda: next(calls) >= count
 

@@ -236,12 +236,7 @@ def pixels(body: Any, x: Tensor) -> Tensor:
     ("spec", "size", "shape", "reference"),
     [
         ("timm:vit_tiny_patch16_224,depth=1", 32, (4, 192), patches),
-        (
-            "timm:vit_small_patch14_reg4_dinov2,depth=1",
-            28,
-            (4, 384),
-            patches,
-        ),  # its four register tokens are no regions
+        ("timm:vit_small_patch14_reg4_dinov2,depth=1", 28, (4, 384), patches),  # 4 register tokens are no regions
         ("timm:swin_tiny_patch4_window7_224", 64, (4, 768), cells),
         ("torchvision:resnet18", 64, (4, 512), pixels),
     ],

@@ -218,7 +218,7 @@ def tree(store: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(forge: Any, images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed(forkserver: Any, images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of an export that was not interrupted."""
     run = Export(forkserver, images, tmp_path_factory.mktemp("undisturbed"), seconds=0)
     run.finish()
@@ -318,13 +318,13 @@ def test_partial_files_of_killed_writers_are_deleted_and_those_of_running_ones_a
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     host = os.uname().nodename
     (run.out / "done").mkdir(parents=True)
-    mine = run.out / f"done/.0000000.json.01234567.{os.getpid()}.{host}{PART}"
-    for part in (mine, run.out / f"done/.0000001.json.89abcdef.{dead.stdout.strip()}.{host}{PART}"):
+    of_running = run.out / f"done/.0000000.json.01234567.{os.getpid()}.{host}{PART}"
+    for part in (of_running, run.out / f"done/.0000001.json.89abcdef.{dead.stdout.strip()}.{host}{PART}"):
         part.write_bytes(b"half")
     run.finish()
     run.finish()  # an export deletes partial files when it finds an earlier store
-    assert [*run.out.rglob(f"*{PART}")] == [mine]
-    mine.unlink()
+    assert [*run.out.rglob(f"*{PART}")] == [of_running]
+    of_running.unlink()
     assert_same_files(run, undisturbed)
 
 
@@ -372,7 +372,7 @@ def test_an_export_killed_fifty_times_at_random_moments_ends_with_the_same_bytes
         average = sum(k * n for k, n in waste.items()) / sum(waste.values())
         print(f"\n{scheduler}: {dict(sent)}; {number + 1} stores; forward passes lost per stop: at most {max(waste)},")
         print(f"{average:.1f} on average, {FORWARDS_PER_SHARD} in a shard;")
-        print(f"more than one shard's in {whole} of {sum(waste.values())}")
+        print(f"more than one shard in {whole} of {sum(waste.values())}")
 
 
 @pytest.mark.soak

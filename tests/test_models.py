@@ -282,7 +282,7 @@ def test_a_python_factory_that_fails_is_reported_with_its_line(tmp_path: Path) -
         f"python:{file}:other,size=8": "returned a int",
         f"python:{file}:Pair,size=8": "returns a tuple, not one tensor",
         f"python:{file}:Tokens,size=8": "say pool=cls or pool=avg",
-        "python:torch.nn:Flatten": "the image size of",
+        "python:torch.nn:Flatten": "the image size of python:torch.nn:Flatten is unknown",
         "python:no.such.module:net": "ModuleNotFoundError",
         f"python:{tmp_path}/nowhere.py:net": "does not exist",
         "python:nets": "must be python:MODULE:NAME",
@@ -298,7 +298,7 @@ def test_a_torchscript_program_returns_what_its_module_returned(tmp_path: Path) 
     images = torch.randn(2, 3, 8, 8)
     assert torch.allclose(model(images), module(images).mean((2, 3)), atol=1e-6)
     assert (model.width, model.name) == (7, "torchscript-net")
-    assert "the image size of" in refusal(f"torchscript:{tmp_path / 'net.pt'}")
+    assert "net.pt is unknown; add size=" in refusal(f"torchscript:{tmp_path / 'net.pt'}")
     assert "no key 'weights'" in refusal(f"torchscript:{tmp_path / 'net.pt'},weights=x")
 
 

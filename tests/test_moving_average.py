@@ -28,13 +28,13 @@ def test_an_average_has_the_bits_of_lerp_in_its_own_precision(
     decay: float, slow: torch.dtype, fast: torch.dtype
 ) -> None:
     average, source = network(0, slow), network(1, fast)
-    want, theirs = tensors(average), tensors(source)
-    for mine, other in zip(want, theirs, strict=True):
-        mine.lerp_(other.to(slow), 1.0 - decay)
+    want, before = tensors(average), tensors(source)
+    for reference, other in zip(want, before, strict=True):
+        reference.lerp_(other.to(slow), 1.0 - decay)
     update_ema(average, source, decay)
     for got, expected in zip(average.parameters(), want, strict=True):
         assert got.dtype == slow and torch.equal(got, expected)
-    for got, expected in zip(source.parameters(), theirs, strict=True):
+    for got, expected in zip(source.parameters(), before, strict=True):
         assert got.dtype == fast and torch.equal(got, expected)
 
 

@@ -63,8 +63,8 @@ def embed(
     number of views of the store.
 
     workers: loader processes, or threads if `threads`; 0: load in this thread. progress: called with numbers of
-    images that were computed. stopped: asked before each batch; if true, the shard in progress is not written.
-    Raises UserError if a shard cannot be written.
+    images that were computed. stopped: called before each batch; if it returns true, the shard in progress is not
+    written. Raises UserError if a shard cannot be written.
     """
     batches = _split_into_batches(store, extractor, store.pending() if shards is None else shards)
     view_dataset = _view_dataset(store, dataset, spec, extractor, batches)
@@ -88,9 +88,9 @@ def embed(
                 writer.wait()
             else:
                 writer.raise_error()
-            asked = time.monotonic()
+            waiting_since = time.monotonic()
             loaded = [next(view_batches) for _ in batch.requests]
-            cost.waited += time.monotonic() - asked
+            cost.waited += time.monotonic() - waiting_since
             in_progress.append((batch, _start_batch(store, extractor, batch.requests, loaded)))
             if len(in_progress) > extractor.batches_ahead:
                 finish_oldest()

@@ -49,7 +49,7 @@ class ExportWorker:
     ) -> Cost:
         """Compute shards and write them. threads: decode in threads, because a dask worker cannot have child processes.
 
-        progress: called with numbers of images. stopped: asked before each batch.
+        progress: called with numbers of images. stopped: called before each batch.
         """
         return embed(
             self.store, self.dataset, self.spec, self.extractor, shards=shards,

@@ -15,7 +15,7 @@ _ADVICE = {2: "leave pool= out", 3: "say pool=cls or pool=avg"}  # by number of 
 def pool_output(out: Tensor, pool: Pool) -> Tensor:
     """Pool a map (B, C, H, W), tokens (B, T, C) or a vector (B, d) to (B, d).
 
-    Raises UserError if the output has another shape, or if `auto` meets tokens: neither the class token nor
+    Raises UserError if the output has another shape, or is tokens and pool is `auto`: neither the class token nor
     the mean is the right choice for every model.
     """
     if pool == "none" or (out.dim() == 2 and pool == "auto"):

@@ -131,12 +131,12 @@ def describe_misfit(
     if not fits:
         return f"{file} holds no tensors by name, so nothing fits {name}; is it a checkpoint?"
     nearest = min(fits.values(), key=lambda fit: (len(fit.missing) + len(fit.reshaped), len(fit.left_over)))
-    asked = f" with {selection}" if str(selection) else ""
+    chosen = f" with {selection}" if str(selection) else ""
     suggestions = _suggest(tables, wanted, selection, checkpoint_format)
     advice = "No key=, prefix= or drop= fits: another network?"
     if suggestions:
         advice = f"Try {' or '.join(map(str, suggestions))}"
-    return f"{file} does not fit {name}{asked}: {_describe_fit(nearest, wanted)}. Nothing was loaded. {advice}"
+    return f"{file} does not fit {name}{chosen}: {_describe_fit(nearest, wanted)}. Nothing was loaded. {advice}"
 
 
 def _describe_fit(fit: Fit, wanted: Mapping[str, Tensor]) -> str:
