@@ -46,9 +46,10 @@ class ShardWriter:
         self._thread.shutdown()
 
     def add(self, shard: Shard, rows: EncodedRows, *, last: bool) -> None:
-        """Append rows of a shard; with the last ones, start writing it."""
+        """Append rows of a shard; with the last ones, wait for the shard before it and start writing this one."""
         self._rows.append(rows)
         if last:
+            self.wait()  # else the error of the shard before would be lost
             self._writing = self._thread.submit(write_shard, self._store, shard, self._rows)
             self._rows = []
 

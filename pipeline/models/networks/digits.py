@@ -22,7 +22,7 @@ def model(options: ModelOptions, /) -> Network:
     module = DigitsNet()
     if options.pretrained:
         weights.load(module, WEIGHTS, name="digits-teacher")
-    # 16 pixels; mean and std of the grey values of the training split, as in training
+    # 16 pixels; the mean and standard deviation, for grey values in [0, 1], that were used in training
     preprocessing = Preprocessing(16, (0.3,) * 3, (0.37,) * 3, "bilinear", 1.0)
     return Network(module, "digits-teacher", preprocessing, trained=bool(options.pretrained))
 

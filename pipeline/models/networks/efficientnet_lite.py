@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from compress_ssl.pipeline.models import weights
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.models.network import Network
+from compress_ssl.pipeline.models.selection import CheckpointFormat
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
@@ -27,7 +28,7 @@ def model(options: ModelOptions, variant: int, /) -> Network:
     module = EfficientNet.from_name(name, image_size=size)  # its "same" padding is computed for one image size
     layer, classifier = module._fc, frozenset(f"_fc.{key}" for key in module._fc.state_dict())
     module._fc = nn.Identity()
-    checkpoint_format = functools.partial(weights.CheckpointFormat, classifier)
+    checkpoint_format = functools.partial(CheckpointFormat, classifier)
     if options.pretrained:
         weights.load(module, _weights_file(variant), name=name, checkpoint_format=checkpoint_format())
     return Network(
