@@ -82,11 +82,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 class Fit:
     """Result of comparing the selected tensors with the names and shapes of a module; true if they can be loaded."""
 
-    state: State
-    head: State
-    missing: list[str] = field(default_factory=list)
-    left_over: list[str] = field(default_factory=list)
-    reshaped: list[str] = field(default_factory=list)
+    state: State  # tensors for the module
+    head: State  # tensors that the patterns of head= match
+    missing: list[str] = field(default_factory=list)  # names in the module only
+    left_over: list[str] = field(default_factory=list)  # names in the file only, which no pattern allows
+    reshaped: list[str] = field(default_factory=list)  # names whose shapes are different
 
     def __bool__(self) -> bool:
         return not (self.missing or self.left_over or self.reshaped)
