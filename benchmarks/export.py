@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.photographs import photographs
 from compress_ssl.pipeline.datasets import DATASETS
-from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
+from compress_ssl.pipeline.extraction.embed import embed
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.pipeline.runtime.storage import Folder

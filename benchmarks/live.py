@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.photographs import photographs
-from compress_ssl.pipeline.extraction.embed import FeatureExtractor
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.device import choose_device
 from compress_ssl.stages import distill, export_teacher

@@ -15,7 +15,7 @@ import torch
 from benchmarks.export import BATCH, SIZE, TEACHER, VIEWS
 from benchmarks.photographs import photographs
 from compress_ssl.pipeline.datasets import DATASETS
-from compress_ssl.pipeline.extraction.embed import FeatureExtractor
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
 from compress_ssl.pipeline.views.render import render_views

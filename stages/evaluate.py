@@ -205,7 +205,8 @@ def splits(
 
 def embed_set(config: Config, subject: "ScoredModel", dataset: "Dataset", folder: Path) -> "FeatureStore":
     """View 0 of a data set through the subject, as a store of one exact view."""
-    from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
+    from compress_ssl.pipeline.extraction.embed import embed
+    from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
     from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.store.shards import shard_rows

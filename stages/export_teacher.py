@@ -74,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from compress_ssl.pipeline.extraction.embed import FeatureExtractor
+    from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
     from compress_ssl.pipeline.extraction.worker import ExportWorker
     from compress_ssl.pipeline.models import build
     from compress_ssl.pipeline.runtime import lease
@@ -150,7 +150,7 @@ def fill(
 
         if store.untrained():
             echo(f"training {config.codec} on a sample of the images")
-            work.learn(stopped)
+            work.train_codebooks(stopped)
         cost = work.compute(pending, bar.advance, stopped)
         lease.check()
         store.append_history(history_event(cost, device))
@@ -210,10 +210,9 @@ def build_worker(config: Config, threads: int | None, command: str) -> "ExportWo
     import torch
 
     from compress_ssl.pipeline.extraction import cluster as scheduler
-    from compress_ssl.pipeline.extraction.embed import FeatureExtractor
-    from compress_ssl.pipeline.extraction.teacher import live_teacher
+    from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
+    from compress_ssl.pipeline.extraction.teacher import load_live_teacher
     from compress_ssl.pipeline.extraction.worker import ExportWorker
-    from compress_ssl.pipeline.models import build
     from compress_ssl.pipeline.runtime.device import choose_device
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.views.augment import ViewSpec
@@ -225,7 +224,7 @@ def build_worker(config: Config, threads: int | None, command: str) -> "ExportWo
     device = choose_device(config.device)
     if device == torch.device("cuda"):  # worker k takes GPU k of those it sees
         device = torch.device("cuda", scheduler.worker_number() % torch.cuda.device_count())
-    embedder = live_teacher(store, build, config.teacher)
+    embedder = load_live_teacher(store, config.teacher)
     if dataset.fingerprint != store.identity["data"]["fingerprint"]:
         raise UserError(f"{config.data} holds other images on this worker than where the command was given")
     forward = FeatureExtractor(embedder, device, config.precision, config.batch_size, outputs_to_keep(config))

@@ -238,14 +238,13 @@ def embed_again(
     """(rows (n,), view) -> (n, D) features by the live teacher, in batches of the exported size."""
     import numpy as np
 
-    from compress_ssl.pipeline.extraction.embed import FeatureExtractor
-    from compress_ssl.pipeline.extraction.teacher import live_teacher
-    from compress_ssl.pipeline.models import build
+    from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
+    from compress_ssl.pipeline.extraction.teacher import load_live_teacher
     from compress_ssl.pipeline.runtime.device import choose_device
     from compress_ssl.pipeline.views.augment import ViewSpec
     from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
 
-    identity, embedder = store.identity, live_teacher(store, build, config.teacher)
+    identity, embedder = store.identity, load_live_teacher(store, config.teacher)
     batch = config.batch_size or identity["batch_size"]
     forward = FeatureExtractor(embedder, choose_device(config.device), config.precision or identity["precision"], batch)
     size, how = embedder.preprocessing.size, embedder.preprocessing.interpolation

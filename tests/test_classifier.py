@@ -164,7 +164,7 @@ def damage(kind: str, whole: bytes, file: Path) -> None:
         ("of all but a folder", "it is a folder"),
         ("of its end", "[Hh]eader"),
         ("of sense", "[Hh]eader"),
-        ("of the names", "it says nothing of classes"),
+        ("of the names", "its metadata has no classes"),
         ("of the weight", "weight"),
         ("of a bias", r"shapes \(\(8, 6\), \(2,\)\)"),
         ("of a name", "7 names for 8 classes"),

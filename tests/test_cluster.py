@@ -1,4 +1,4 @@
-"""Exports spread over worker processes by dask are the exports of one process."""
+"""An export by dask workers writes the same bytes as an export in one process."""
 
 import os
 import signal
@@ -41,12 +41,12 @@ def export(images: Path, out: Path, scheduler: str = "local", teacher: str = TEA
 
 
 def content(store: Path) -> dict[str, bytes]:
-    """Every byte that says something about features."""
+    """{file: content} of the features, their done records and the manifest."""
     keys = [p for part in ("features.zarr", "done") for p in (store / part).rglob("*") if p.is_file()]
     return {str(p.relative_to(store)): p.read_bytes() for p in [*keys, store / "manifest.json"]}
 
 
-def test_what_a_scheduler_may_be_is_checked_at_once() -> None:
+def test_a_wrong_scheduler_is_refused_before_anything_starts() -> None:
     assert parse_scheduler("local") == ("local", "")
     assert parse_scheduler("processes:3") == ("processes", "3")
     assert parse_scheduler("tcp://host:8786") == ("cluster", "tcp://host:8786")
@@ -76,7 +76,7 @@ class Net(torch.nn.Module):
 
 
 def test_workers_of_this_machine_compute_with_as_many_threads_as_one_process(images: Path, tmp_path: Path) -> None:
-    """How a sum is split over threads decides its last bits; dask gives its workers one."""
+    """The last bits of a sum depend on how it is split over threads; the default of dask is one thread per worker."""
     (tmp_path / "counting.py").write_text(COUNTING)
     teacher = f"python:{tmp_path}/counting.py:Net"
     before = torch.get_num_threads()
@@ -89,23 +89,23 @@ def test_workers_of_this_machine_compute_with_as_many_threads_as_one_process(ima
     assert content(tmp_path / "spread") == content(tmp_path / "local")
 
 
-def test_workers_that_do_not_start_are_tried_again_and_then_named(
+def test_workers_that_do_not_start_are_tried_three_times_and_then_reported(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = []
+    attempts = []
 
-    def died(**how: object) -> None:
-        tried.append(how)
+    def fail_to_start(**how: object) -> None:
+        attempts.append(how)
         raise RuntimeError("Nanny failed to start.")
 
-    monkeypatch.setattr("dask.distributed.LocalCluster", died)
+    monkeypatch.setattr("dask.distributed.LocalCluster", fail_to_start)
     with pytest.raises(UserError, match=r"processes of --scheduler processes:2 do not start \(Nanny failed"):
         export(images, tmp_path / "store", "processes:2")
-    assert len(tried) == 3
+    assert len(attempts) == 3
 
 
 @pytest.mark.slow
-def test_workers_end_with_the_command_that_was_killed(images: Path, tmp_path: Path) -> None:
+def test_workers_end_when_their_command_is_killed(images: Path, tmp_path: Path) -> None:
     flags = {"data": images, "teacher": TEACHER, "out": tmp_path / "store", "views": 8, "image-size": 16,
              "batch-size": 4, "shard-size": 8, "scheduler": "processes:2"}  # fmt: skip
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
@@ -115,13 +115,13 @@ def test_workers_end_with_the_command_that_was_killed(images: Path, tmp_path: Pa
         time.sleep(0.05)
     running.kill()
     running.wait()
-    assert len(children) >= 3, "two workers and what tracks their resources"
+    assert len(children) >= 3, "two workers and the resource tracker"
     _, left = psutil.wait_procs(children, timeout=30)
     assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_workers_that_outlive_a_command_compute_with_the_teacher_of_the_next(images: Path, tmp_path: Path) -> None:
-    """The same command, and its file of weights has changed since: running workers must not know it as it was."""
+def test_workers_that_outlive_a_command_use_the_teacher_of_the_next_command(images: Path, tmp_path: Path) -> None:
+    """The same command is run again after its teacher has changed: running workers must not keep the old one."""
     own = tmp_path / "own.py"
     text = (
         "import torch\nclass Net(torch.nn.Module):\n"
@@ -134,7 +134,7 @@ def test_workers_that_outlive_a_command_compute_with_the_teacher_of_the_next(ima
         stores = []
         for factor in ("1.0", "2.0"):
             own.write_text(text.replace("FACTOR", factor))
-            os.utime(own, (0, float(factor)))  # compiled files go by time
+            os.utime(own, (0, float(factor)))  # Python recompiles a file when its time has changed
             export(images, tmp_path / "store", cluster.scheduler_address, f"python:{own}:net")
             stores.append(tmp_path / f"store-{factor}")
             (tmp_path / "store").rename(stores[-1])
@@ -142,13 +142,13 @@ def test_workers_that_outlive_a_command_compute_with_the_teacher_of_the_next(ima
     assert not np.allclose(one, two)
 
 
-def test_a_scheduler_that_does_not_answer_is_refused_in_words(images: Path, tmp_path: Path) -> None:
+def test_a_scheduler_that_does_not_answer_is_an_error_with_its_address(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dask scheduler answers"):
         export(images, tmp_path / "store", "tcp://127.0.0.1:1")
 
 
-def test_a_worker_killed_in_the_middle_changes_nothing(images: Path, tmp_path: Path) -> None:
-    """A scheduler and two workers as programs of their own; one dies by SIGKILL once shards appear."""
+def test_a_worker_that_is_killed_during_an_export_changes_no_byte(images: Path, tmp_path: Path) -> None:
+    """A scheduler and two workers are separate programs; one worker gets SIGKILL after the first shard."""
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     address, programs = "tcp://127.0.0.1:18786", []
     dask = [sys.executable, "-m", "dask"]
@@ -161,12 +161,12 @@ def test_a_worker_killed_in_the_middle_changes_nothing(images: Path, tmp_path: P
             programs.append(subprocess.Popen(worker, **quiet))  # type: ignore[call-overload]
         _wait_for_workers(address, 2)
 
-        def kill() -> None:
+        def kill_after_first_shard() -> None:
             while not list((tmp_path / "spread" / "done").glob("*.json")):
                 time.sleep(0.01)
             programs[1].send_signal(signal.SIGKILL)
 
-        killer = threading.Thread(target=kill, daemon=True)
+        killer = threading.Thread(target=kill_after_first_shard, daemon=True)
         killer.start()
         export(images, tmp_path / "spread", address)
         killer.join(timeout=10)

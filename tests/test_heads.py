@@ -1,4 +1,4 @@
-"""Frozen heads: what a file of tensors says is the module it was saved from; kept, stored, and used."""
+"""Frozen heads: built from tensors they equal the module that was saved; exports store and use them."""
 
 import itertools
 from collections import OrderedDict
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from compress_ssl.pipeline.methods.base import MethodContext
 from compress_ssl.pipeline.models import build, heads
-from compress_ssl.pipeline.models.embedder import Embedder, Network
+from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import teacher_heads
@@ -28,7 +29,7 @@ D = 8
 
 
 def saved(module: nn.Module, name: str, seed: int = 0) -> dict[str, Tensor]:
-    """A head's state dict as it lies in a checkpoint, its batch norms having seen something."""
+    """A head's state dict as in a checkpoint, with random weights and random statistics of batch norm."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in itertools.chain(module.parameters(), module.buffers()):
@@ -67,21 +68,24 @@ MOCO = HEADS["moco"]
         ("one layer", "fc"),
     ],
 )
-def test_a_projection_is_the_module_its_tensors_come_from(kind: str, name: str) -> None:
+def test_a_projection_head_equals_the_module_its_tensors_come_from(kind: str, name: str) -> None:
     module = HEADS[kind]()
     tensors = saved(module, name)
     ((stem, group),) = heads.group_by_head(tensors).items()
     assert stem == name
-    made, x = heads.ProjectionHead(group), torch.randn(7, D)
-    torch.testing.assert_close(made(x), module.eval()(x))
-    made.train()
-    torch.testing.assert_close(made(x), module(x), msg="frozen, also as part of what is trained")
-    assert not any(p.requires_grad for p in made.parameters())
+    head, x = heads.ProjectionHead(group), torch.randn(7, D)
+    torch.testing.assert_close(head(x), module.eval()(x))
+    head.train()
+    torch.testing.assert_close(head(x), module(x), msg="a head must stay frozen in training mode")
+    assert not any(p.requires_grad for p in head.parameters())
     assert heads.prototypes(group) is None
 
 
 class DinoHead(nn.Module):
-    """Linear - GELU - Linear - GELU - Linear, unit length, weight-normed prototypes; with batch norm if asked."""
+    """Linear, GELU, Linear, GELU, Linear, unit length, then weight-normalised prototypes; `norm`: with batch norm.
+
+    old: weight normalisation as torch.nn.utils.weight_norm stores it, else as torch.nn.utils.parametrizations does.
+    """
 
     def __init__(self, norm: bool, old: bool):
         super().__init__()
@@ -102,7 +106,7 @@ class DinoHead(nn.Module):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
 @pytest.mark.parametrize("old", [True, False])
-def test_a_dino_head_gives_its_bottleneck_and_its_prototypes_in_either_spelling(old: bool, norm: bool) -> None:
+def test_a_dino_head_gives_bottleneck_and_prototypes_for_both_kinds_of_weight_norm(old: bool, norm: bool) -> None:
     view, dense = DinoHead(norm, old), DinoHead(norm, old)
     tensors = saved(view, "head") | saved(dense, "head_dense", 1) | {"dino_loss.center": torch.ones(1, 11)}
     assert any(("weight_g" in key) == old for key in tensors if "last_layer" in key)
@@ -116,13 +120,13 @@ def test_a_dino_head_gives_its_bottleneck_and_its_prototypes_in_either_spelling(
         torch.testing.assert_close(made(x) @ prototypes.T, module(x))
 
 
-def test_plain_prototypes_are_taken_as_they_are() -> None:
+def test_prototypes_without_weight_norm_are_returned_unchanged() -> None:
     weight = torch.randn(11, 6)
     kept = heads.group_by_head({"head.mlp.0.weight": torch.randn(6, D), "head.last_layer.weight": weight})
     assert heads.prototypes(kept["head"]) is weight
 
 
-def test_what_is_neither_linear_nor_a_norm_is_refused_in_words() -> None:
+def test_a_layer_that_is_neither_linear_nor_a_norm_is_refused_with_its_shapes() -> None:
     with pytest.raises(UserError, match=r"layer 0 of the head is neither linear nor a norm \(weight \(4, 3, 1, 1\)\)"):
         heads.ProjectionHead({"0.weight": torch.zeros(4, 3, 1, 1)})
 
@@ -134,9 +138,9 @@ BARE = "convnet:channels=4+8"
 
 @pytest.fixture
 def file(tmp_path: Path) -> Callable[..., str]:
-    """file(**{"fc": module}) -> the spec of a teacher whose checkpoint holds these heads too."""
+    """file(**{"fc": module}) -> the spec of a teacher whose checkpoint also holds these heads."""
 
-    def made(**modules: nn.Module) -> str:
+    def save_teacher(**modules: nn.Module) -> str:
         torch.manual_seed(3)
         state = OrderedDict(build(BARE, image_size=8).backbone.state_dict())
         for name, module in modules.items():
@@ -144,7 +148,7 @@ def file(tmp_path: Path) -> Callable[..., str]:
         torch.save(state, tmp_path / "teacher.pth")
         return f"{BARE},weights={tmp_path / 'teacher.pth'}"
 
-    return made
+    return save_teacher
 
 
 def images() -> Tensor:
@@ -163,22 +167,22 @@ def test_a_teacher_projects_and_classifies_with_the_heads_of_its_file(file: Call
     torch.testing.assert_close(made["logits"], fc(made["embedding"]))
 
 
-def test_a_pretrained_classifier_is_asked_for_only_when_logits_are_kept() -> None:
-    asked: list[int] = []
+def test_the_pretrained_classifier_is_built_only_when_logits_are_enabled() -> None:
+    builds: list[int] = []
     layer = nn.Linear(8, 4)
     body = build(BARE, image_size=8).backbone
-    network = Network(body, "known", replace(IMAGENET, size=8), classifier=lambda: (asked.append(1), layer)[1])
+    network = Network(body, "known", replace(IMAGENET, size=8), classifier=lambda: (builds.append(1), layer)[1])
     embedder = Embedder(network)
-    assert not asked
+    assert not builds
     made = embedder.enable_outputs(("logits",)).eval().forward_outputs(images(), ("embedding", "logits"))
     torch.testing.assert_close(made["logits"], layer(made["embedding"]))
-    assert asked == [1]
+    assert builds == [1]
     assert {name: tuple(t.shape) for name, t in embedder.head_tensors().items()} == {
         "logits.weight": (4, 8), "logits.bias": (4,)
     }  # fmt: skip
 
 
-def test_a_projector_of_the_model_itself_is_its_projection_and_is_kept_beside() -> None:
+def test_a_projector_of_the_model_itself_is_its_projection_and_its_tensors_are_kept() -> None:
     body = build(BARE, image_size=8).backbone
     body.projector = MOCO()
     embedder = Embedder(Network(body, "own", replace(IMAGENET, size=8))).enable_outputs(("projection",)).eval()
@@ -189,7 +193,7 @@ def test_a_projector_of_the_model_itself_is_its_projection_and_is_kept_beside() 
 
 
 @pytest.mark.parametrize(
-    ("modules", "options", "asked", "words"),
+    ("modules", "options", "output", "message"),
     [
         ({}, "", "projection", "has no one projection: no head was set aside; .* as in weights=FILE,head=fc"),
         ({"fc": MOCO(), "g": MOCO()}, ",head=fc+g", "projection", r"head= set 2 heads aside \(fc, g\)"),
@@ -203,62 +207,62 @@ def test_a_projector_of_the_model_itself_is_its_projection_and_is_kept_beside() 
         ({}, "", "colours", "a model has no output 'colours'. Known: embedding, projection, logits, regions"),
     ],
 )
-def test_what_a_teacher_has_not_is_refused_with_what_would_name_it(
-    modules: dict[str, nn.Module], options: str, asked: str, words: str, file: Callable[..., str]
+def test_an_output_that_a_teacher_lacks_is_refused_with_a_remedy(
+    modules: dict[str, nn.Module], options: str, output: str, message: str, file: Callable[..., str]
 ) -> None:
-    with pytest.raises(UserError, match=words):
-        build(file(**modules) + options, image_size=8).enable_outputs((asked,))
+    with pytest.raises(UserError, match=message):
+        build(file(**modules) + options, image_size=8).enable_outputs((output,))
 
 
 def patches(body: Any, x: Tensor) -> Tensor:
-    """A timm ViT's patch tokens of the last layer, by its own interface."""
+    """Patch tokens of the last layer of a timm ViT, from timm's own interface."""
     return body.get_intermediate_layers(x, n=1, norm=True)[0]
 
 
 def cells(body: Any, x: Tensor) -> Tensor:
-    """A timm Swin's last map (B, h, w, c), cell by cell."""
+    """Cells of the last map (B, h, w, c) of a timm Swin, one by one."""
     grid = body.forward_features(x)
     return torch.stack([grid[:, row, column] for row in range(grid.shape[1]) for column in range(grid.shape[2])], 1)
 
 
 def pixels(body: Any, x: Tensor) -> Tensor:
-    """A ResNet's last map (B, c, h, w), pixel by pixel."""
+    """Cells of the last map (B, c, h, w) of a ResNet, one by one."""
     for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
         x = getattr(body, name)(x)
     return torch.stack([x[:, :, row, column] for row in range(x.shape[2]) for column in range(x.shape[3])], 1)
 
 
 @pytest.mark.parametrize(
-    ("spec", "size", "shape", "truth"),
+    ("spec", "size", "shape", "reference"),
     [
         ("timm:vit_tiny_patch16_224,depth=1", 32, (4, 192), patches),
-        ("timm:vit_small_patch14_reg4_dinov2,depth=1", 28, (4, 384), patches),  # four registers, no regions
+        ("timm:vit_small_patch14_reg4_dinov2,depth=1", 28, (4, 384), patches),  # 4 register tokens are no regions
         ("timm:swin_tiny_patch4_window7_224", 64, (4, 768), cells),
         ("torchvision:resnet18", 64, (4, 512), pixels),
     ],
 )
 def test_regions_are_the_tokens_of_patches_or_the_cells_of_the_last_map(
-    spec: str, size: int, shape: tuple[int, int], truth: Callable[..., Tensor]
+    spec: str, size: int, shape: tuple[int, int], reference: Callable[..., Tensor]
 ) -> None:
     embedder = build(spec, image_size=size, pretrained_default=False).enable_outputs(("regions",)).eval()
     x = torch.rand(2, 3, size, size)
     with torch.no_grad():
         made = embedder.forward_outputs(x, ("embedding", "regions"))
-        torch.testing.assert_close(made["regions"], truth(embedder.backbone, x))
+        torch.testing.assert_close(made["regions"], reference(embedder.backbone, x))
         torch.testing.assert_close(made["embedding"], embedder(x))
     assert embedder.shapes["regions"] == shape
 
 
-# ---------------------------------------------------------------- through the corridor
+# ---------------------------------------------------------------- exported and stored
 
 
-def export(teacher: str, out: Path, **said: Any) -> FeatureStore:
+def export(teacher: str, out: Path, **flags: Any) -> FeatureStore:
     default = {"views": 2, "image_size": 8, "limit": 24, "batch_size": 8, "workers": 0, "device": "cpu"}
-    export_teacher.run(export_teacher.Config("digits", teacher, out, **{**default, **said}))
+    export_teacher.run(export_teacher.Config("digits", teacher, out, **{**default, **flags}))
     return FeatureStore(Folder(out))
 
 
-def test_the_stored_projection_is_the_head_on_the_stored_embedding_and_the_head_lies_beside(
+def test_the_stored_projection_is_the_stored_head_applied_to_the_stored_embedding(
     file: Callable[..., str], tmp_path: Path
 ) -> None:
     module = HEADS["swav"]()
@@ -278,7 +282,7 @@ def test_the_stored_projection_is_the_head_on_the_stored_embedding_and_the_head_
                 np.testing.assert_allclose(head(torch.from_numpy(embedding)).numpy(), projection, rtol=1e-4, atol=1e-5)
 
 
-def test_damaged_heads_are_noticed_and_mended(file: Callable[..., str], tmp_path: Path) -> None:
+def test_damaged_heads_are_detected_and_repaired(file: Callable[..., str], tmp_path: Path) -> None:
     store = export(f"{file(fc=MOCO())},head=fc", tmp_path / "store", keep="embedding,projection")
     kept, path = teacher_heads.load_heads(store), tmp_path / "store/heads.safetensors"
     whole = path.read_bytes()
@@ -290,7 +294,7 @@ def test_damaged_heads_are_noticed_and_mended(file: Callable[..., str], tmp_path
         assert path.read_bytes() == whole and teacher_heads.load_heads(store).keys() == kept.keys()
 
 
-def test_a_recoded_part_keeps_local_crops_and_heads_and_its_runs_find_them(
+def test_a_partial_copy_with_another_codec_keeps_local_crops_and_heads_and_a_run_finds_them(
     file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = f"{file(head=DinoHead(False, False))},head=head"
@@ -304,11 +308,11 @@ def test_a_recoded_part_keeps_local_crops_and_heads_and_its_runs_find_them(
         assert (F.cosine_similarity(torch.from_numpy(want), torch.from_numpy(got), dim=-1) > 0.99).all()
     found: list[Any] = []
 
-    def noted(*parts: Any, **more: Any) -> MethodContext:
+    def record_context(*parts: Any, **more: Any) -> MethodContext:
         found.append(MethodContext(*parts, **more))
         return found[-1]
 
-    monkeypatch.setattr("compress_ssl.pipeline.methods.base.MethodContext", noted)
+    monkeypatch.setattr("compress_ssl.pipeline.methods.base.MethodContext", record_context)
     run = {"steps": 2, "batch_size": 4, "image_size": 16, "workers": 0, "device": "cpu"}
     distill.run(distill.Config(str(tmp_path / "part"), (BARE,), "esvit:crops=0", tmp_path / "run", **run))  # type: ignore[arg-type]
     kept = teacher_heads.load_heads(source)
@@ -327,7 +331,7 @@ def test_logits_and_regions_are_kept_and_pool_to_the_embedding(file: Callable[..
     np.testing.assert_allclose(store.read("regions", 1).mean(1), embedding.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_another_head_is_another_store(file: Callable[..., str], tmp_path: Path) -> None:
+def test_a_changed_head_makes_another_store(file: Callable[..., str], tmp_path: Path) -> None:
     module = MOCO()
     export(f"{file(fc=module)},head=fc", tmp_path / "store", keep="embedding,projection")
     with torch.no_grad():
@@ -339,16 +343,16 @@ def test_another_head_is_another_store(file: Callable[..., str], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("keep", "words"),
+    ("keep", "message"),
     [
         ("embedding,projection", "no head was set aside; .* weights=FILE,head=fc"),
         ("embedding,logits", "has no classifier"),
         ("embedding,projections", "there is no output 'projections'; did you mean 'projection'"),
     ],
 )
-def test_keeping_what_a_teacher_has_not_is_refused_and_nothing_is_written(
-    keep: str, words: str, tmp_path: Path
+def test_keeping_an_output_that_a_teacher_lacks_is_refused_and_nothing_is_written(
+    keep: str, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         export(f"{BARE},pretrained=false", tmp_path / "store", keep=keep)
     assert not (tmp_path / "store").exists()

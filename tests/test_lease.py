@@ -157,7 +157,7 @@ import contextlib, os, sys, time
 import torch
 torch.set_num_threads(1)
 from compress_ssl.pipeline.runtime import lease
-from compress_ssl.pipeline.extraction.embed import FeatureExtractor
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.stages import export_teacher
 out, data, mode, start = sys.argv[1:5]
 honest = FeatureExtractor.__call__

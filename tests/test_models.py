@@ -1,4 +1,4 @@
-"""Models by name: what they take, what they give, and what is said when they cannot."""
+"""Models built from specs: their outputs, their preprocessing, and the errors for wrong specs."""
 
 import copy
 import inspect
@@ -17,7 +17,7 @@ import torchvision
 from torch import nn
 
 from compress_ssl.pipeline.models import MODELS, build
-from compress_ssl.pipeline.models.embedder import pool_output
+from compress_ssl.pipeline.models.pooling import pool_output
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def refusal(spec: str, **how: Any) -> str:
+    """The text of the UserError that building the spec raises."""
     with pytest.raises(UserError) as caught:
         build(spec, **how)
     return str(caught.value)
@@ -36,15 +37,15 @@ def python_file(folder: Path, text: str) -> Path:
     return file
 
 
-def test_the_menu_imports_neither_torch_nor_its_members() -> None:
-    modules = ", ".join(f"compress_ssl.pipeline.{name}" for name in ("models", "teachers", "students"))
+def test_importing_the_registry_imports_neither_torch_nor_its_members() -> None:
+    modules = ", ".join(f"compress_ssl.pipeline.{name}" for name in ("models", "models.networks"))
     code = f"import sys, {modules}; print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "False"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("kind", MODELS.entries)
-def test_every_entry_resolves_and_says_what_it_is(kind: str) -> None:
+def test_every_kind_can_be_imported_and_has_a_summary(kind: str) -> None:
     if kind == "efficientnet-lite":
         pytest.importorskip("efficientnet_lite_pytorch")
     assert MODELS.summary(kind)
@@ -68,14 +69,14 @@ def test_every_entry_resolves_and_says_what_it_is(kind: str) -> None:
         ("convnet:channels=4+6", None, 6, "convnet"),
     ],
 )
-def test_the_width_is_what_a_forward_gives(spec: str, size: int | None, width: int, name: str) -> None:
+def test_the_width_is_that_of_a_forward_pass(spec: str, size: int | None, width: int, name: str) -> None:
     model = build(spec, image_size=size)
     pixels = torch.randint(0, 256, (3, 3, model.preprocessing.size, model.preprocessing.size), dtype=torch.uint8)
     assert model.eval()(model.prepare(pixels)).shape == (3, width)
     assert (model.width, model.name, model.spec) == (width, name, spec)
 
 
-def test_probing_leaves_statistics_and_modes_as_they_were(tmp_path: Path) -> None:
+def test_measuring_the_width_changes_neither_statistics_nor_modes(tmp_path: Path) -> None:
     file = python_file(tmp_path, "def net():\n    return nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval())\n")
     model = build(f"python:{file}:net,size=4")
     fresh = nn.BatchNorm2d(3)
@@ -103,7 +104,7 @@ def test_a_timm_backbone_loads_strictly_into_timms_model_without_classifier() ->
 
 @pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
 @pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
-def test_classifiers_on_the_way_are_gone_so_that_training_gives_one_tensor(name: str) -> None:
+def test_auxiliary_classifiers_are_removed_so_that_training_returns_one_tensor(name: str) -> None:
     model = build(f"torchvision:{name},init_weights=false", image_size=96).train()
     assert model(torch.randn(2, 3, 96, 96)).shape == (2, model.width)
     assert not any("aux" in key.lower() for key in model.backbone.state_dict())
@@ -117,18 +118,18 @@ def test_preprocessing_is_read_from_the_models_own_configuration() -> None:
     assert build("convnet").preprocessing == Preprocessing(32, IMAGENET.mean, IMAGENET.std, "bilinear", 1.0)
 
 
-def test_what_the_spec_says_wins_over_the_configuration() -> None:
+def test_options_of_the_spec_override_the_configuration() -> None:
     spec = "timm:resnet10t,size=64,mean=0.1+0.2+0.3,std=1+2+4,interpolation=nearest,crop=0.5"
-    said = Preprocessing(64, (0.1, 0.2, 0.3), (1.0, 2.0, 4.0), "nearest", 0.5)
-    assert build(spec).preprocessing == said
+    expected = Preprocessing(64, (0.1, 0.2, 0.3), (1.0, 2.0, 4.0), "nearest", 0.5)
+    assert build(spec).preprocessing == expected
     assert build(spec, image_size=32).preprocessing.size == 32
 
 
-def test_a_preprocessing_survives_its_record() -> None:
+def test_a_preprocessing_can_be_restored_from_its_record() -> None:
     assert Preprocessing.of(json.loads(json.dumps(IMAGENET.record()))) == IMAGENET
 
 
-def test_prepare_normalises_and_keeps_memory_format_and_input() -> None:
+def test_prepare_normalises_and_changes_neither_memory_format_nor_input() -> None:
     model = build("convnet:mean=0.1+0.2+0.3,std=1+2+4")
     pixels = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8).to(memory_format=torch.channels_last)
     before = pixels.clone()
@@ -140,7 +141,7 @@ def test_prepare_normalises_and_keeps_memory_format_and_input() -> None:
     assert torch.equal(pixels, before)
 
 
-def test_the_digest_stands_for_the_weights_and_not_for_their_layout() -> None:
+def test_the_digest_depends_on_the_weights_and_not_on_their_memory_format() -> None:
     model = build("convnet")
     digest = model.digest()
     assert copy.deepcopy(model).to(memory_format=torch.channels_last).digest() == digest
@@ -158,7 +159,7 @@ def test_an_embedder_can_be_copied_and_pickled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "size", "said"),
+    ("spec", "size", "message"),
     [
         ("timm:vit_small_patch14_dinov2,depth=1", 32, "vit_small_patch14_dinov2 .* 14 pixels, .*32 .*use 28, 42"),
         ("torchvision:vit_b_32", 40, "vit_b_32 cannot be built for images of 40 pixels.*choose another size"),
@@ -166,12 +167,12 @@ def test_an_embedder_can_be_copied_and_pickled() -> None:
         ("timm:vit_tiny_patch16_224,depth=1,dynamic_img_size=true", 40, "cannot take images of 40 pixels"),
     ],
 )
-def test_an_impossible_image_size_is_refused_in_words(spec: str, size: int, said: str) -> None:
-    assert re.search(said, refusal(spec, image_size=size))
+def test_an_impossible_image_size_is_refused_with_a_remedy(spec: str, size: int, message: str) -> None:
+    assert re.search(message, refusal(spec, image_size=size))
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("tim:resnet18", "did you mean 'timm'"),
         ("timm:resnt18", "did you mean 'resnet18'"),
@@ -187,7 +188,7 @@ def test_an_impossible_image_size_is_refused_in_words(spec: str, size: int, said
         ("cifar-resnet:20,drop_path=1", "drop_path in \\[0, 1\\)"),
         ("convnet:channels=0", "at least 1"),
         ("convnet:mean=0.5", "three numbers"),
-        ("convnet:std=1+0+1", "three numbers"),
+        ("convnet:std=1+0+1", "three positive numbers"),
         ("convnet:size=0", "no image size"),
         ("convnet:crop=2", "\\(0, 1\\]"),
         ("convnet:pool=max", "leave pool= out"),
@@ -195,16 +196,16 @@ def test_an_impossible_image_size_is_refused_in_words(spec: str, size: int, said
         ("timm:resnet10t,pool=cls", "no pool=cls"),
     ],
 )
-def test_a_wrong_name_key_or_value_is_refused_in_words(spec: str, said: str) -> None:
-    assert re.search(said, refusal(spec))
+def test_a_wrong_name_key_or_value_is_refused_with_a_remedy(spec: str, message: str) -> None:
+    assert re.search(message, refusal(spec))
 
 
-def test_a_teacher_never_has_random_weights_unasked() -> None:
+def test_a_teacher_has_random_weights_only_with_pretrained_false() -> None:
     assert "without trained weights; give weights=FILE" in refusal("cifar-resnet:8", pretrained_default=True)
     assert build("cifar-resnet:8,pretrained=false", pretrained_default=True).width == 64
 
 
-def test_a_file_of_weights_wins_over_published_ones(tmp_path: Path) -> None:
+def test_a_file_of_weights_overrides_published_weights(tmp_path: Path) -> None:
     student = build("cifar-resnet:8")
     torch.save(student.backbone.state_dict(), tmp_path / "student.pth")
     teacher = build(f"cifar-resnet:8,weights={tmp_path / 'student.pth'}", pretrained_default=True)
@@ -212,18 +213,18 @@ def test_a_file_of_weights_wins_over_published_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("library", [timm, torchvision.models])
-def test_a_download_that_fails_is_refused_in_words(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_an_error_with_a_remedy(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> None:
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(library, "create_model" if library is timm else "get_model", offline)
     kind = library.__name__.partition(".")[0]
-    said = refusal(f"{kind}:resnet18", pretrained_default=True)
-    assert f"the weights of {kind}:resnet18 could not be fetched" in said
-    assert "give weights=FILE" in said
+    message = refusal(f"{kind}:resnet18", pretrained_default=True)
+    assert f"the weights of {kind}:resnet18 could not be fetched" in message
+    assert "give weights=FILE" in message
 
 
-def test_pooling_of_maps_tokens_and_vectors() -> None:
+def test_maps_tokens_and_vectors_are_pooled_as_documented() -> None:
     out = torch.randn(2, 5, 3, 3)
     assert torch.equal(pool_output(out, "auto"), out.mean((2, 3)))
     assert torch.equal(pool_output(out, "max"), out.amax((2, 3)))
@@ -235,7 +236,7 @@ def test_pooling_of_maps_tokens_and_vectors() -> None:
         pool_output(tokens, "auto")
 
 
-def test_pool_reaches_timms_own_pooling() -> None:
+def test_the_option_pool_sets_timms_own_pooling() -> None:
     images, size = torch.randn(2, 3, 32, 32), 32
     spec = "timm:vit_tiny_patch16_224,depth=1"
     mean, cls = build(f"{spec},pool=avg", image_size=size).eval(), build(spec, image_size=size).eval()
@@ -247,7 +248,7 @@ def test_pool_reaches_timms_own_pooling() -> None:
     assert build("timm:resnet10t,pool=none", image_size=64).width == 512 * 2 * 2
 
 
-def test_a_python_factory_gets_its_keys_and_may_say_its_preprocessing(tmp_path: Path) -> None:
+def test_a_python_factory_gets_its_keys_and_may_define_its_preprocessing(tmp_path: Path) -> None:
     text = (
         "class Net(nn.Conv2d):\n    preprocessing = {'size': 12, 'crop_ratio': 0.75}\n\n"
         "def net(width, bias=True):\n    return Net(3, width, 3, bias=bias)\n"
@@ -274,47 +275,47 @@ def test_a_python_factory_that_fails_is_reported_with_its_line(tmp_path: Path) -
     text += "    def forward(self, x):\n        return x, x\n\nclass Tokens(nn.Module):\n"
     text += "    def forward(self, x):\n        return x.flatten(2)\n"
     file = python_file(tmp_path, text)
-    for spec, said in {
+    for spec, message in {
         f"python:{file}:net,size=8": "failed: ValueError: too wide (nets.py, line 5)",
         f"python:{file}:nett,size=8": "no function or class 'nett'; did you mean 'net'?",
         f"python:{file}:net,widht=8": "did you mean 'width'? Keys of the factory: width",
         f"python:{file}:other,size=8": "returned a int",
         f"python:{file}:Pair,size=8": "returns a tuple, not one tensor",
         f"python:{file}:Tokens,size=8": "say pool=cls or pool=avg",
-        "python:torch.nn:Flatten": "does not say its image size",
+        "python:torch.nn:Flatten": "the image size of python:torch.nn:Flatten is unknown",
         "python:no.such.module:net": "ModuleNotFoundError",
         f"python:{tmp_path}/nowhere.py:net": "does not exist",
         "python:nets": "must be python:MODULE:NAME",
     }.items():
-        assert said in refusal(spec)
+        assert message in refusal(spec)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")  # about torch.jit.script, which we do not call
-def test_a_torchscript_program_gives_what_its_module_gave(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")  # about torch.jit.script, which only this test calls
+def test_a_torchscript_program_returns_what_its_module_returned(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7)).eval()
     torch.jit.script(module).save(str(tmp_path / "net.pt"))
     model = build(f"torchscript:{tmp_path / 'net.pt'},size=8", pretrained_default=True).eval()
     images = torch.randn(2, 3, 8, 8)
     assert torch.allclose(model(images), module(images).mean((2, 3)), atol=1e-6)
     assert (model.width, model.name) == (7, "torchscript-net")
-    assert "does not say its image size" in refusal(f"torchscript:{tmp_path / 'net.pt'}")
+    assert "net.pt is unknown; add size=" in refusal(f"torchscript:{tmp_path / 'net.pt'}")
     assert "no key 'weights'" in refusal(f"torchscript:{tmp_path / 'net.pt'},weights=x")
 
 
-def test_a_missing_or_foreign_torchscript_file_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_missing_or_foreign_torchscript_file_is_refused_with_the_reason(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "state.pth")
     assert "no TorchScript program" in refusal(f"torchscript:{tmp_path / 'state.pth'},size=8")
     assert "does not exist" in refusal(f"torchscript:{tmp_path / 'nowhere.pt'},size=8")
 
 
-def test_cifar_resnet_20_has_the_papers_size() -> None:
+def test_cifar_resnet_20_has_as_many_parameters_as_in_the_paper() -> None:
     model = build("cifar-resnet:20")
     parameters = sum(p.numel() for p in model.backbone.parameters())
     assert parameters + 64 * 10 + 10 == 269_722  # 0.27 million in He et al. 2016, table 6, with ten classes
     assert sum(isinstance(layer, nn.Conv2d) for layer in model.modules()) == 19
 
 
-def test_drop_path_works_in_training_only() -> None:
+def test_drop_path_changes_outputs_only_in_training() -> None:
     model = build("cifar-resnet:8,width=4,drop_path=0.9")
     images = torch.randn(4, 3, 32, 32)
     assert torch.equal(model.eval()(images), model(images))
@@ -334,15 +335,17 @@ def test_efficientnet_lite_is_its_packages_network_before_the_classifier() -> No
     assert build("efficientnet-lite:0", image_size=33, pretrained_default=True).width == 1280
 
 
-def test_an_efficientnet_lite_without_its_weights_says_which_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_efficientnet_lite_without_its_weights_is_an_error_that_names_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     monkeypatch.setitem(sys.modules, "efficientnet_lite4_pytorch_model", None)
-    said = refusal("efficientnet-lite:4", pretrained_default=True)
-    assert "pip install efficientnet_lite4_pytorch_model" in said
+    message = refusal("efficientnet-lite:4", pretrained_default=True)
+    assert "pip install efficientnet_lite4_pytorch_model" in message
     assert "choose 0 to 4" in refusal("efficientnet-lite:5")
 
 
 def test_the_signature_a_user_sees_has_no_inner_parameters() -> None:
     names = inspect.signature(MODELS.resolve("cifar-resnet")).parameters
     assert list(names)[:3] == ["depth", "width", "drop_path"]
-    assert not {"asked", "image_size", "pretrained_default"} & set(names)
+    assert not {"options", "image_size", "pretrained_default"} & set(names)

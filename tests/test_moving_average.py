@@ -1,4 +1,4 @@
-"""The moving averages: the bits that the formula gives, and which tensors they touch."""
+"""Moving averages: they have exactly the bits of the formula, and change only the tensors they should."""
 
 import copy
 
@@ -10,7 +10,7 @@ from compress_ssl.pipeline.models.moving_average import copy_buffers, move, upda
 
 
 def network(seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """With statistics of batch norm, and parameters that are not contiguous."""
+    """A network with statistics of batch norm, and with parameters that are not contiguous."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 4))
     net(torch.randn(6, 3, 4, 4))
@@ -28,24 +28,24 @@ def test_an_average_has_the_bits_of_lerp_in_its_own_precision(
     decay: float, slow: torch.dtype, fast: torch.dtype
 ) -> None:
     average, source = network(0, slow), network(1, fast)
-    want, theirs = tensors(average), tensors(source)
-    for mine, other in zip(want, theirs, strict=True):
-        mine.lerp_(other.to(slow), 1.0 - decay)
+    want, before = tensors(average), tensors(source)
+    for reference, other in zip(want, before, strict=True):
+        reference.lerp_(other.to(slow), 1.0 - decay)
     update_ema(average, source, decay)
     for got, expected in zip(average.parameters(), want, strict=True):
         assert got.dtype == slow and torch.equal(got, expected)
-    for got, expected in zip(source.parameters(), theirs, strict=True):
+    for got, expected in zip(source.parameters(), before, strict=True):
         assert got.dtype == fast and torch.equal(got, expected)
 
 
 def test_one_tensor_moves_in_place_and_without_a_graph() -> None:
-    centre, said = torch.zeros(3), torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
-    place = centre.data_ptr()
-    move(centre, said * 2, 0.75)
-    assert centre.tolist() == [0.5, 1.0, 2.0] and centre.data_ptr() == place and not centre.requires_grad
+    centre, source = torch.zeros(3), torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+    address = centre.data_ptr()
+    move(centre, source * 2, 0.75)
+    assert centre.tolist() == [0.5, 1.0, 2.0] and centre.data_ptr() == address and not centre.requires_grad
 
 
-def test_buffers_stay_unless_they_are_asked_for() -> None:
+def test_buffers_change_only_in_copy_buffers() -> None:
     average, source = network(0), network(1)
     before = [buffer.clone() for buffer in average.buffers()]
     update_ema(average, source, 0.5)
@@ -56,14 +56,14 @@ def test_buffers_stay_unless_they_are_asked_for() -> None:
     assert all(map(torch.equal, average.parameters(), after))
 
 
-def test_networks_that_differ_are_refused() -> None:
+def test_networks_with_different_numbers_of_tensors_are_refused() -> None:
     wider = nn.Sequential(network(0), nn.BatchNorm1d(4))
-    for follow in (lambda: update_ema(network(0), wider, 0.5), lambda: copy_buffers(network(0), wider)):
+    for update in (lambda: update_ema(network(0), wider, 0.5), lambda: copy_buffers(network(0), wider)):
         with pytest.raises(ValueError, match="longer"):
-            follow()
+            update()
 
 
-def test_an_average_learns_nothing_by_itself() -> None:
+def test_an_average_gets_no_gradients() -> None:
     source = network(1)
     average = copy.deepcopy(source).requires_grad_(False)
     source(torch.randn(6, 3, 4, 4)).sum().backward()

@@ -17,7 +17,8 @@ from compress_ssl.pipeline.datasets.base import Subset
 from compress_ssl.pipeline.datasets.decode import GOOD, BadImage, decode
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 from compress_ssl.pipeline.datasets.folder import escape
-from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
+from compress_ssl.pipeline.extraction.embed import embed
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore

@@ -1,4 +1,4 @@
-"""Checkpoints as other projects write them: read without running code, loaded whole or not at all."""
+"""Checkpoints as other projects write them: read without running code, loaded completely or not at all."""
 
 import argparse
 import functools
@@ -18,11 +18,12 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from compress_ssl.pipeline.models import build, weights
+from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models import timm as timm_kind
 from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.models.selection import CheckpointFormat, Selection, matches
 from compress_ssl.pipeline.models.torchvision import resized
-from compress_ssl.pipeline.models.weights import CheckpointFormat, Selection, load, read
+from compress_ssl.pipeline.models.weights import load, read
 from compress_ssl.pipeline.runtime.artifact import UserError
 
 CNN = "torchvision:shufflenet_v2_x0_5"
@@ -66,11 +67,12 @@ def assert_holds(model: Embedder, state: dict[str, Tensor]) -> None:
 
 
 def advice(text: str) -> list[str]:
-    """The options an error tells the user to try."""
+    """The options that an error text suggests."""
     return re.sub(r".*Try ", "", text).split(" or ")
 
 
 def refused(spec: str) -> list[str]:
+    """The options that the error suggests when a spec is refused."""
     with pytest.raises(UserError, match="Nothing was loaded") as caught:
         build(spec, image_size=32)
     return advice(str(caught.value))
@@ -102,7 +104,7 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("dino") / "dino_full_checkpoint.pth", checkpoint)
 
 
-def test_a_moco_checkpoint_is_refused_whole_and_the_advice_then_loads_it(moco: Path) -> None:
+def test_a_moco_checkpoint_is_refused_and_the_suggested_options_load_it(moco: Path) -> None:
     query, key = refused(f"{CNN},weights={moco}")
     assert query == "key=state_dict,prefix=module.encoder_q.,drop=fc"
     assert key == "key=state_dict,prefix=module.encoder_k.,drop=fc"
@@ -111,17 +113,17 @@ def test_a_moco_checkpoint_is_refused_whole_and_the_advice_then_loads_it(moco: P
         assert_holds(model, headless(cnn(seed)))
 
 
-def test_a_two_layer_head_is_not_taken_for_the_librarys_classifier(moco: Path) -> None:
+def test_a_two_layer_head_is_not_mistaken_for_the_librarys_classifier(moco: Path) -> None:
     assert "drop=fc" in refused(f"{CNN},weights={moco},prefix=module.encoder_q.")[0]
 
 
-def test_head_patterns_put_the_projection_head_aside(moco: Path) -> None:
+def test_tensors_that_match_head_are_returned_separately(moco: Path) -> None:
     model = build(f"{CNN},weights={moco},prefix=module.encoder_q.,head=fc", image_size=32)
     assert_holds(model, headless(cnn(0)))
     assert sorted(model.keys_in_head) == ["fc.0.bias", "fc.0.weight", "fc.2.bias", "fc.2.weight"]
 
 
-def test_a_dino_checkpoint_is_refused_whole_and_the_advice_then_loads_it(dino: Path) -> None:
+def test_a_dino_checkpoint_is_refused_and_the_suggested_options_load_it(dino: Path) -> None:
     student, teacher = refused(f"{VIT},weights={dino}")
     assert teacher == "key=teacher,prefix=backbone."
     assert student == "key=student,prefix=module.backbone."
@@ -136,12 +138,12 @@ def test_a_head_beside_the_backbone_is_found_by_its_full_name(dino: Path) -> Non
     assert all(key.startswith("head.mlp.") for key in model.keys_in_head)
 
 
-def test_a_near_miss_of_a_key_is_named(dino: Path) -> None:
+def test_a_misspelt_key_is_refused_with_the_nearest_one(dino: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'teacher'"):
         build(f"{VIT},weights={dino},key=techer", image_size=32)
 
 
-def test_a_simsiam_checkpoint_is_refused_whole_and_the_advice_then_loads_it(tmp_path: Path) -> None:
+def test_a_simsiam_checkpoint_is_refused_and_the_suggested_options_load_it(tmp_path: Path) -> None:
     encoder = under("module.encoder.", headless(cnn(3)) | mlp("fc", (0, 1, 3, 4, 6)))
     state = encoder | under("module.predictor.", mlp("0", (0, 3)))
     file = save(tmp_path / "simsiam.pth.tar", {"state_dict": state, "epoch": 99})
@@ -159,7 +161,7 @@ def test_a_plain_torchvision_state_dict_loads_with_its_file_alone(tmp_path: Path
 
 def test_a_plain_timm_state_dict_loads_with_its_file_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    state = timm.create_model("levit_128s").state_dict()  # its classifiers are batch norm and linear, twice
+    state = timm.create_model("levit_128s").state_dict()  # it has two classifiers of batch norm and a linear layer
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     model = build(f"timm:levit_128s,weights={tmp_path / 'model.safetensors'}")
     bare = timm.create_model("levit_128s", num_classes=0)
@@ -184,7 +186,7 @@ def test_a_torchvision_vit_is_resized_by_torchvisions_own_function(tmp_path: Pat
     assert torch.equal(large.conv_proj.weight, small.conv_proj.weight)
 
 
-def test_a_filter_that_renames_is_the_one_of_the_architecture(tmp_path: Path) -> None:
+def test_an_old_checkpoint_is_translated_by_the_filter_of_its_architecture(tmp_path: Path) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"depth": 1, "embed_dim": 32, "num_heads": 2}
     state = timm.create_model("deit3_small_patch16_224", **options).state_dict()
@@ -203,7 +205,7 @@ def test_a_filter_that_renames_is_the_one_of_the_architecture(tmp_path: Path) ->
         ("regnety_002", "regnet._filter_fn", {}),
         ("vit_tiny_patch16_224", "vision_transformer.checkpoint_filter_fn", {}),
         ("vit_tiny_patch16_224.augreg_in21k", "vision_transformer.checkpoint_filter_fn", {}),
-        ("vit_small_resnet26d_224", "vision_transformer_hybrid.checkpoint_filter_fn", {}),  # its backbone has none
+        ("vit_small_resnet26d_224", "vision_transformer_hybrid.checkpoint_filter_fn", {}),  # its backbone has no filter
         ("vitamin_small_224", "vision_transformer.checkpoint_filter_fn", {}),
         ("deit3_small_patch16_224", "vision_transformer.checkpoint_filter_fn", {"adapt_layer_scale": True}),
         (
@@ -213,44 +215,44 @@ def test_a_filter_that_renames_is_the_one_of_the_architecture(tmp_path: Path) ->
         ),
     ],
 )
-def test_timms_filter_is_found_without_a_download_and_timm_stays_as_it_is(
+def test_timms_filter_is_found_without_a_download_and_without_changing_timm(
     name: str, function: str | None, bound: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked(*_: Any, **__: Any) -> None:
-        raise AssertionError("a download was asked for")
+    def refuse_download(*_: Any, **__: Any) -> None:
+        raise AssertionError("timm tried to download weights")
 
     for loader in ("load_state_dict_from_url", "load_state_dict_from_hf", "download_cached_file"):
-        monkeypatch.setattr(f"timm.models._builder.{loader}", asked)
+        monkeypatch.setattr(f"timm.models._builder.{loader}", refuse_download)
     before = dict(vars(sys.modules["timm.models._builder"]))
     with torch.device("meta"):
-        timm_kind._create(name, None, asked := timm_kind._Pretrained(), {}, classes=1000)
-    found: Any = asked.filter
+        timm_kind._create(name, None, recorder := timm_kind._FilterRecorder(), {}, classes=1000)
+    found: Any = recorder.filter
     assert vars(sys.modules["timm.models._builder"]) == before
     assert getattr(found, "keywords", {}) == bound
     assert getattr(found, "func", found) is (pkgutil.resolve_name(f"timm.models.{function}") if function else None)
 
 
-def test_a_data_parallel_prefix_must_be_asked_for(tmp_path: Path) -> None:
+def test_a_data_parallel_prefix_is_removed_only_with_prefix(tmp_path: Path) -> None:
     file = save(tmp_path / "ddp.pth", under("module.", cnn(0)))
     assert refused(f"{CNN},weights={file}") == ["prefix=module."]
     assert_holds(build(f"{CNN},weights={file},prefix=module.", image_size=32), headless(cnn(0)))
     assert_holds(build(f"{CNN},weights={file},prefix=module", image_size=32), headless(cnn(0)))
 
 
-def test_of_two_sets_of_weights_that_fit_the_user_chooses(tmp_path: Path) -> None:
+def test_a_file_with_two_sets_of_weights_that_fit_is_refused_with_their_keys(tmp_path: Path) -> None:
     file = save(tmp_path / "both.pth", {"state_dict": cnn(0), "state_dict_ema": cnn(1)})
     with pytest.raises(UserError, match="key=state_dict, key=state_dict_ema"):
         build(f"{CNN},weights={file}", image_size=32)
     assert_holds(build(f"{CNN},weights={file},key=state_dict_ema", image_size=32), headless(cnn(1)))
 
 
-def test_another_network_is_refused_with_shapes_and_no_advice(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_network_is_refused_with_shapes_and_without_suggestions(tmp_path: Path) -> None:
     file = save(tmp_path / "wide.pth", torchvision.models.shufflenet_v2_x1_0().state_dict())
     with pytest.raises(UserError, match=r"have another shape \(.* there, .* wanted, .*another network\?"):
         build(f"{CNN},weights={file}", image_size=32)
 
 
-def test_a_refused_file_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+def test_a_refused_file_does_not_change_the_module(tmp_path: Path) -> None:
     module = nn.Linear(3, 2)
     before = module.weight.clone()
     file = save(tmp_path / "half.pth", {"weight": torch.zeros(2, 3)})
@@ -259,38 +261,40 @@ def test_a_refused_file_leaves_the_module_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(module.weight, before)
 
 
-def test_what_may_be_left_over_is_still_used_where_it_is_wanted(tmp_path: Path) -> None:
+def test_a_tensor_that_drop_matches_is_still_loaded_if_the_module_has_it(tmp_path: Path) -> None:
     module = nn.Linear(3, 2)
     content = {"weight": torch.zeros(2, 3), "bias": torch.ones(2), "weight_norm": torch.ones(1)}
-    load(module, save(tmp_path / "f.pth", content), name="linear", choice=Selection(drop=("weight*",)))
+    load(module, save(tmp_path / "f.pth", content), name="linear", selection=Selection(drop=("weight*",)))
     assert not module.weight.any()
 
 
-def test_a_pattern_is_a_dotted_beginning_or_a_glob() -> None:
-    assert weights.matches("fc.0.weight", ["fc"])
-    assert weights.matches("fc.0.weight", ["head", "fc."])
-    assert weights.matches("module.queue", ["*queue*"])
-    assert not weights.matches("fc_norm.weight", ["fc"])
+def test_a_pattern_is_the_beginning_of_a_name_up_to_a_dot_or_a_glob() -> None:
+    assert matches("fc.0.weight", ["fc"])
+    assert matches("fc.0.weight", ["head", "fc."])
+    assert matches("module.queue", ["*queue*"])
+    assert not matches("fc_norm.weight", ["fc"])
 
 
 def test_a_head_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     file = save(tmp_path / "plain.pth", nn.Linear(3, 2).state_dict())
     with pytest.raises(UserError, match="nothing matches head=fc"):
-        load(nn.Linear(3, 2), file, name="linear", choice=Selection(head=("fc",)))
+        load(nn.Linear(3, 2), file, name="linear", selection=Selection(head=("fc",)))
 
 
-def test_files_from_before_batches_were_counted_load(tmp_path: Path) -> None:
+def test_files_without_num_batches_tracked_can_be_loaded(tmp_path: Path) -> None:
     state = {key: value for key, value in cnn(0).items() if not key.endswith("num_batches_tracked")}
     model = build(f"{CNN},weights={save(tmp_path / 'old.pth', state)}", image_size=32)
     assert torch.equal(model.backbone.state_dict()["conv1.0.weight"], state["conv1.0.weight"])
 
 
-def test_selecting_without_a_file_is_refused() -> None:
+def test_selecting_tensors_without_a_file_is_refused() -> None:
     with pytest.raises(UserError, match="prefix=module. selects from a file of weights, and none is given"):
         build(f"{CNN},prefix=module.", image_size=32)
 
 
-class Evil:
+class CodeInPickle:
+    """Its pickle makes a folder when it is loaded."""
+
     def __init__(self, mark: Path):
         self.mark = mark
 
@@ -300,8 +304,8 @@ class Evil:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
-def test_a_pickle_that_wants_to_run_code_is_refused_in_words(tmp_path: Path, how: str) -> None:
-    file, content = tmp_path / "evil.pth", {"weight": torch.zeros(2), "extra": Evil(tmp_path / "mark")}
+def test_a_pickle_that_would_run_code_is_refused_without_running_it(tmp_path: Path, how: str) -> None:
+    file, content = tmp_path / "evil.pth", {"weight": torch.zeros(2), "extra": CodeInPickle(tmp_path / "mark")}
     if how == "pickle":
         file.write_bytes(pickle.dumps(content))
     else:
@@ -311,14 +315,14 @@ def test_a_pickle_that_wants_to_run_code_is_refused_in_words(tmp_path: Path, how
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_whole_module_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_pickled_module_is_refused_with_its_class(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="torch.nn.modules.linear.Linear"):
         read(save(tmp_path / "module.pth", nn.Linear(1, 1)))
 
 
 @pytest.mark.parametrize("name", ["f.pth", "f.safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 0.99])
-def test_a_truncated_file_is_refused_in_words(tmp_path: Path, name: str, share: float) -> None:
+def test_a_truncated_file_is_refused_as_damaged(tmp_path: Path, name: str, share: float) -> None:
     file, state = tmp_path / name, {"weight": torch.randn(1000)}
     if name.endswith("pth"):
         torch.save(state, file)
@@ -331,16 +335,16 @@ def test_a_truncated_file_is_refused_in_words(tmp_path: Path, name: str, share: 
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-def test_files_that_are_no_checkpoint_are_refused_in_words(tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoint_are_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("not a checkpoint\n" * 9)
     torch.jit.script(nn.Linear(1, 1)).save(str(tmp_path / "script.pt"))
-    for name, said in {
+    for name, message in {
         "nowhere.pth": "does not exist",
         ".": "cannot be read: Is a directory",
         "text.pth": "is damaged",
         "script.pt": "name it as the model: torchscript:",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             read(tmp_path / name)
     with pytest.raises(UserError, match="holds a list"):
         read(save(tmp_path / "list.pth", [1, 2]))
@@ -348,6 +352,6 @@ def test_files_that_are_no_checkpoint_are_refused_in_words(tmp_path: Path) -> No
         load(nn.Linear(1, 1), save(tmp_path / "empty.pth", {"epoch": 3}), name="linear")
 
 
-def test_safetensors_are_known_by_content_and_not_by_name(tmp_path: Path) -> None:
+def test_safetensors_files_are_recognised_by_content_and_not_by_name(tmp_path: Path) -> None:
     safetensors.torch.save_file({"weight": torch.ones(2)}, tmp_path / "model.bin")
     assert read(tmp_path / "model.bin")["weight"].sum() == 2

@@ -10,7 +10,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from compress_ssl.pipeline.extraction.teacher import live_teacher
+from compress_ssl.pipeline.extraction.teacher import load_live_teacher
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
@@ -95,7 +95,7 @@ def from_store(store: FeatureStore, build: Build) -> ScoredModel:
         teacher["weights"],
         teacher["preprocessing"],
         ViewSpec(**store.identity["views"]),
-        cache(partial(live_teacher, store, build)),
+        cache(partial(load_live_teacher, store)),
         artifact.sibling(where, "-evaluation"),
         about["data"],
         store=store if 0 in store.stored_views else None,

@@ -1,1 +1,9 @@
-"""A frozen model over views, into a store: here or on a cluster of workers."""
+"""Extraction: a frozen model over views into a store, in this process or on a cluster of workers.
+
+Ways to run a model over views of images, and what each is for:
+
+    embed.embed                  every export: all pending shards of a store, written to disk
+    codebook.train_codebooks     `embed` on a sample into a temporary store, to train codecs
+    features.view_features       one view of some rows, kept in memory: validation and augmented probes
+    FeatureExtractor             one batch of pixels: what `embed` and `compress verify` call
+"""

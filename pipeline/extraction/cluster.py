@@ -1,7 +1,7 @@
-"""Tasks on this machine or on a cluster: dask schedules, the caller says what a task does.
+"""Running tasks on dask workers, of this machine or of a cluster.
 
-A task must be idempotent: a worker that is lost has its tasks computed elsewhere, and one that only
-seemed lost computes them twice.
+A task must be idempotent. dask runs the tasks of a lost worker on other workers, and a worker that only seemed to be
+lost then computes the same task as well.
 """
 
 import os
@@ -14,14 +14,26 @@ from typing import Any, TypeVar
 from compress_ssl.pipeline.runtime.artifact import UserError
 
 T = TypeVar("T")
-RETRIES = 2  # times a failing task is tried again, on whichever worker is free
-POLL_INTERVAL = 0.1  # seconds between looks for ended tasks and for a request to stop
-ALLOWED_FAILURES = 5  # workers that may die under one task before it is given up
+
+RETRIES = 2
+"""Further attempts at a task that raised an exception, on whichever worker is free."""
+
+POLL_INTERVAL = 0.1
+"""Seconds between checks for ended tasks and for a request to stop."""
+
+ALLOWED_FAILURES = 5
+"""Workers that may be lost while they compute a task before dask gives that task up."""
+
+CONNECT_TIMEOUT = 15
+"""Seconds to wait for an answer of the scheduler."""
+
+SILENT = 50
+"""Level of logging.CRITICAL: the only messages of started workers that are shown."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One task that ended: its result, or why it failed after all tries."""
+    """A task that has ended: its result, or the exception of its last attempt."""
 
     task: Any
     result: Any = None
@@ -29,77 +41,100 @@ class Outcome:
 
 
 def parse_scheduler(text: str) -> tuple[str, str]:
-    """`local`, `processes:N`, `tcp://HOST:PORT` -> (kind, argument). Raises UserError."""
+    """`local`, `processes:N` or `tcp://HOST:PORT` -> (kind, argument). Raises UserError for anything else."""
     if text == "local":
         return "local", ""
-    if text.startswith("processes:") and text.partition(":")[2].isdecimal() and int(text.partition(":")[2]) > 0:
-        return "processes", text.partition(":")[2]
+    kind, _, argument = text.partition(":")
+    if kind == "processes" and argument.isdecimal() and int(argument) > 0:
+        return "processes", argument
     if text.startswith(("tcp://", "tls://", "ws://", "wss://", "ucx://")):
         return "cluster", text
     raise UserError(f"--scheduler is {text}, but must be local, processes:N or tcp://HOST:PORT")
 
 
+# ---------------------------------------------------------------- running tasks
+
+
 def run_tasks(
     tasks: Sequence[T], work: Callable[[T], Any], scheduler: str, stopped: Callable[[], bool]
 ) -> Iterator[Outcome]:
-    """Run tasks on a dask cluster, outcomes as they come. When `stopped` the rest is cancelled.
+    """Compute work(task) for all tasks and yield outcomes as they end. If `stopped`, the other tasks are cancelled.
 
-    Raises UserError if the scheduler cannot be reached or every worker is gone.
+    scheduler: `processes:N` or an address. Raises UserError if the scheduler cannot be reached, if it has no workers,
+    or if the connection to it ends.
     """
     from dask.distributed import as_completed
 
-    with _client(scheduler) as client:
-        futures = {
-            client.submit(work, task, key=f"task-{os.getpid()}-{n}", pure=False, retries=RETRIES, priority=-n): task
-            for n, task in enumerate(tasks)
-        }
+    with _connect(scheduler) as client:
+        futures = {}
+        for number, task in enumerate(tasks):
+            key = f"task-{os.getpid()}-{number}"
+            future = client.submit(work, task, key=key, pure=False, retries=RETRIES, priority=-number)
+            futures[future] = task
         ended = as_completed(list(futures), loop=client.loop)
         left = len(futures)
         while left and not stopped():
             if not ended.has_ready():
-                _require_scheduler(client, scheduler)
+                _require_connection(client, scheduler)
                 time.sleep(POLL_INTERVAL)
                 continue
             future = next(ended)
-            if future.status in ("pending", "lost"):  # its worker died with the result: it is computed elsewhere
+            if future.status in ("pending", "lost"):  # its worker was lost with the result: dask computes it again
                 ended.add(future)
                 continue
             left -= 1
-            if future.status == "finished":
-                yield Outcome(futures[future], future.result())
-            elif future.status == "error":
-                yield Outcome(futures[future], error=future.exception())
-            else:
-                yield Outcome(futures[future], error=RuntimeError(f"task {future.status} by the scheduler"))
+            yield _outcome(futures[future], future)
             future.release()
         client.cancel(list(futures))
 
 
+def _outcome(task: Any, future: Any) -> Outcome:
+    if future.status == "finished":
+        return Outcome(task, future.result())
+    if future.status == "error":
+        return Outcome(task, error=future.exception())
+    return Outcome(task, error=RuntimeError(f"task {future.status} by the scheduler"))
+
+
+# ---------------------------------------------------------------- connecting
+
+
 @contextmanager
-def _client(scheduler: str) -> Iterator[Any]:
-    """A client of the cluster; one of `processes:N` is started here and ends here."""
+def _connect(scheduler: str) -> Iterator[Any]:
+    """A dask client. For `processes:N` a cluster of N processes is started, and ended afterwards."""
     import dask
-    from dask.distributed import Client
 
     kind, argument = parse_scheduler(scheduler)
     dask.config.set({"distributed.scheduler.allowed-failures": ALLOWED_FAILURES})
-    if kind == "cluster":
-        try:
-            client = Client(argument, timeout=15, set_as_default=False)
-        except (OSError, TimeoutError) as problem:
-            why = f"no dask scheduler answers at {argument} ({problem}); start one, or check the address"
-            raise UserError(why) from None
-        with client:
-            if not client.scheduler_info()["workers"]:
-                raise UserError(f"the dask scheduler at {argument} has no workers; start some: dask worker {argument}")
-            yield client
-        return
-    with _workers(int(argument)) as cluster, Client(cluster, set_as_default=False) as client:
+    connect = _connect_to_cluster if kind == "cluster" else _start_processes
+    with connect(argument) as client:
         yield client
 
 
-def _workers(count: int) -> Any:
-    """A cluster of processes on this machine. Raises UserError if they do not start, tried as often as a task is."""
+@contextmanager
+def _connect_to_cluster(address: str) -> Iterator[Any]:
+    from dask.distributed import Client
+
+    try:
+        client = Client(address, timeout=CONNECT_TIMEOUT, set_as_default=False)
+    except (OSError, TimeoutError) as error:
+        raise UserError(f"no dask scheduler answers at {address} ({error}); start one, or check the address") from None
+    with client:
+        if not client.scheduler_info()["workers"]:
+            raise UserError(f"the dask scheduler at {address} has no workers; start some: dask worker {address}")
+        yield client
+
+
+@contextmanager
+def _start_processes(count: str) -> Iterator[Any]:
+    from dask.distributed import Client
+
+    with _local_cluster(int(count)) as cluster, Client(cluster, set_as_default=False) as client:
+        yield client
+
+
+def _local_cluster(count: int) -> Any:
+    """A dask cluster of processes on this machine. Raises UserError if they do not start in RETRIES + 1 attempts."""
     from dask.distributed import LocalCluster
 
     why = ""
@@ -109,25 +144,29 @@ def _workers(count: int) -> Any:
                 n_workers=count,
                 threads_per_worker=1,
                 processes=True,
-                silence_logs=50,
-                dashboard_address="127.0.0.1:0",  # any free port: two exports on one machine do not meet
+                silence_logs=SILENT,
+                dashboard_address="127.0.0.1:0",  # any free port, so that two exports on one machine do not collide
             )
-        except RuntimeError as problem:  # one of them died before it was a worker
-            why = str(problem.__cause__ or problem)
+        except RuntimeError as error:  # dask's error for a process that ended before it was a worker
+            why = str(error.__cause__ or error)
     raise UserError(f"the processes of --scheduler processes:{count} do not start ({why}); is memory short? Try fewer")
 
 
-def _require_scheduler(client: Any, scheduler: str) -> None:
+def _require_connection(client: Any, scheduler: str) -> None:
     if client.status != "running":
-        raise UserError(f"the dask scheduler {scheduler} is gone; what is done is kept, repeat the command to continue")
+        raise UserError(
+            f"the connection to the dask scheduler {scheduler} has ended; what is done is kept, repeat the command to "
+            "continue"
+        )
 
 
 def worker_number() -> int:
-    """The number in this worker's name, 0 where there is none: which of the GPUs it sees is its own."""
+    """The number in the name of the dask worker that runs this task, 0 if there is none: it selects the GPU."""
     from dask.distributed import get_worker
 
     try:
-        digits = "".join(c for c in str(get_worker().name).rpartition("-")[2] if c.isdigit())
-    except ValueError:
+        name = str(get_worker().name)
+    except ValueError:  # not in a task
         return 0
+    digits = "".join(character for character in name.rpartition("-")[2] if character.isdigit())
     return int(digits or 0)

@@ -1,4 +1,4 @@
-"""What a store tells about its making, outside every digest: who made it, and which images could not be used."""
+"""How a store was made, in files outside every digest: history.jsonl and bad-images.tsv."""
 
 import os
 import platform
@@ -9,11 +9,12 @@ from typing import Any
 from compress_ssl.pipeline.extraction.embed import Cost
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 
-PACKAGES = ("torch", "torchvision", "pillow", "zarr", "numpy")  # whose versions may change a feature's last bits
+PACKAGES = ("torch", "torchvision", "pillow", "zarr", "numpy")
+"""Packages whose versions are recorded, because they may change the last bits of a feature or how it is stored."""
 
 
 def history_event(cost: Cost, device: str) -> dict[str, Any]:
-    """A line of history.jsonl: who, when, with what, at what cost."""
+    """A line of history.jsonl: which process on which host computed how much, when, with which versions."""
     return {
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
@@ -28,7 +29,7 @@ def history_event(cost: Cost, device: str) -> dict[str, Any]:
 
 
 def write_bad_images(store: FeatureStore) -> list[tuple[int, str, str]]:
-    """Write bad-images.tsv if there are any: [(row, name, reason), ...], each one a cell of a table."""
+    """Write bad-images.tsv if there are bad images. Returns [(row, id, reason), ...], escaped as in the file."""
     bad = [(i, escape_cell(name), escape_cell(why)) for i, name, why in store.bad_images()]
     if bad:
         lines = ["row\tid\treason", *(f"{i}\t{name}\t{why}" for i, name, why in bad)]
@@ -37,5 +38,5 @@ def write_bad_images(store: FeatureStore) -> list[tuple[int, str, str]]:
 
 
 def escape_cell(text: str) -> str:
-    """Text that cannot break a table of tabs and lines: a file's name may hold either."""
+    """Escape tabs, line ends and backslashes, which the name of a file may contain, for a cell of a .tsv file."""
     return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

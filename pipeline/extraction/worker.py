@@ -1,40 +1,44 @@
-"""Where shards are computed: a store, its images and the teacher, in this process or in each worker of a cluster.
+"""Where shards are computed: `ExportWorker` in this process, `DaskExport` on the workers of a dask scheduler.
 
-A worker makes a workshop of its own by a function of the command's and keeps it, so the teacher is built once per
-worker and lives on that worker's device.
+Both have the methods `train_codebooks` and `compute`. Each dask worker builds an ExportWorker of its own and keeps
+it, so the teacher is built once per worker and stays on that worker's device.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.extraction import cluster
 from compress_ssl.pipeline.extraction.cluster import Outcome
 from compress_ssl.pipeline.extraction.codebook import train_codebooks
-from compress_ssl.pipeline.extraction.embed import Cost, FeatureExtractor, embed
+from compress_ssl.pipeline.extraction.embed import Cost, embed
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.runtime.device import loader_workers
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard
 from compress_ssl.pipeline.views.augment import ViewSpec
 
+# ---------------------------------------------------------------- in one process
+
 
 @dataclass
 class ExportWorker:
-    """All that computing a shard takes. One is built per process."""
+    """Everything that is needed to compute a shard. One is built per process."""
 
     store: FeatureStore
-    dataset: Any
+    dataset: Dataset
     spec: ViewSpec
-    forward: FeatureExtractor
-    workers: int | None  # loaders asked for
+    extractor: FeatureExtractor
+    workers: int | None  # loader processes or threads, as --workers; None: chosen by the number of cores
 
-    def learn(self, stopped: Callable[[], bool] = lambda: False, threads: bool = False) -> None:
-        """Train the codecs that need it. threads: decode in threads, as a worker may have no child processes."""
+    def train_codebooks(self, stopped: Callable[[], bool] = lambda: False, threads: bool = False) -> None:
+        """Train the codecs of the store that have no codebook yet. threads: see `compute`."""
         train_codebooks(
-            self.store, self.dataset, self.spec, self.forward, workers=self._loaders(), threads=threads, stopped=stopped
-        )
+            self.store, self.dataset, self.spec, self.extractor,
+            workers=self._loader_count(), threads=threads, stopped=stopped,
+        )  # fmt: skip
 
     def compute(
         self,
@@ -43,37 +47,44 @@ class ExportWorker:
         stopped: Callable[[], bool] = lambda: False,
         threads: bool = False,
     ) -> Cost:
-        """Compute shards and write them."""
+        """Compute shards and write them. threads: decode in threads, because a dask worker cannot have child processes.
+
+        progress: called with numbers of images. stopped: called before each batch.
+        """
         return embed(
-            self.store, self.dataset, self.spec, self.forward, shards=shards, workers=self._loaders(), threads=threads,
-            progress=progress, stopped=stopped,
+            self.store, self.dataset, self.spec, self.extractor, shards=shards,
+            workers=self._loader_count(), threads=threads, progress=progress, stopped=stopped,
         )  # fmt: skip
 
-    def _loaders(self) -> int:
-        return loader_workers(self.workers, self.forward.device)
+    def _loader_count(self) -> int:
+        return loader_workers(self.workers, self.extractor.device)
 
 
-Build = Callable[[], ExportWorker]  # in a worker: makes the workshop the first time
+# ---------------------------------------------------------------- on a cluster
+
+BuildWorker = Callable[[], ExportWorker]
+"""Called in a dask worker for each task: builds an ExportWorker the first time and returns the same one afterwards."""
 
 
 @dataclass(frozen=True)
 class DaskExport:
-    """Workers of a dask scheduler that do what a `Workshop` does here."""
+    """The workers of a dask scheduler, with the methods of an ExportWorker."""
 
-    scheduler: str
-    build: Build
-    failed: Callable[[Outcome], None]  # is told of a shard that failed after all tries
+    scheduler: str  # as --scheduler
+    build: BuildWorker
+    failed: Callable[[Outcome], None]  # called with each shard that failed after all attempts
 
-    def learn(self, stopped: Callable[[], bool]) -> None:
-        """One of them trains the codecs."""
-        for outcome in cluster.run_tasks(["codebook"], partial(_learn, self.build), self.scheduler, stopped):
+    def train_codebooks(self, stopped: Callable[[], bool]) -> None:
+        """Let one worker train the codecs of the store. Raises that worker's exception."""
+        task = partial(_train_codebooks, self.build)
+        for outcome in cluster.run_tasks(["codebook"], task, self.scheduler, stopped):
             if outcome.error is not None:
                 raise outcome.error
 
     def compute(self, shards: Sequence[Shard], progress: Callable[[int], None], stopped: Callable[[], bool]) -> Cost:
-        """Compute shards on whichever of them is free."""
+        """Compute shards, each on whichever worker is free. Returns the sum of their costs, in real seconds."""
         total, began = Cost(), time.monotonic()
-        for outcome in cluster.run_tasks(shards, partial(_compute, self.build), self.scheduler, stopped):
+        for outcome in cluster.run_tasks(shards, partial(_compute_shard, self.build), self.scheduler, stopped):
             if outcome.error is None:
                 total += outcome.result
                 progress(outcome.task.stop - outcome.task.start)
@@ -83,12 +94,14 @@ class DaskExport:
         return total
 
 
-def _learn(build: Build, _: str) -> None:
-    build().learn(threads=True)
+def _train_codebooks(build: BuildWorker, _: str) -> None:
+    """The task that trains codecs; it runs in a dask worker."""
+    build().train_codebooks(threads=True)
 
 
-def _compute(build: Build, shard: Shard) -> Cost:
-    work = build()
-    if work.store.is_done(shard):  # by a worker that was lost before it could say so
+def _compute_shard(build: BuildWorker, shard: Shard) -> Cost:
+    """The task that computes one shard; it runs in a dask worker."""
+    worker = build()
+    if worker.store.is_done(shard):  # a worker wrote it and was lost before it could report the result
         return Cost()
-    return work.compute([shard], threads=True)
+    return worker.compute([shard], threads=True)

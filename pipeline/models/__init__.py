@@ -1,4 +1,8 @@
-"""Models: whatever turns pixels into an embedding, as teacher or as student. One line per kind."""
+"""Models: networks that turn pixels into an embedding, as teacher or as student.
+
+`build` makes an Embedder from a spec such as `timm:resnet18,pretrained=true`. A new kind of model is one file
+here or in networks/, and one line in MODELS.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -24,9 +28,11 @@ MODELS = Registry(
 
 
 def build(spec_text: str, *, image_size: int | None = None, pretrained_default: bool = False) -> "Embedder":
-    """The model a spec names. Its input size is `image_size`, else its size=, else its own.
+    """Build the model that a spec names.
 
-    Raises UserError for whatever the user can mend: names, keys, files, sizes.
+    The side of its input, in pixels, is `image_size`, else size= of the spec, else the model's own.
+    `pretrained_default`: load published weights if the spec has neither pretrained= nor weights=; True for
+    teachers. Raises UserError for errors of the user: unknown names and keys, unreadable files, impossible sizes.
     """
     spec = MODELS.parse(spec_text)
     if "image_size" in spec.options:
@@ -37,9 +43,9 @@ def build(spec_text: str, *, image_size: int | None = None, pretrained_default: 
 
 
 def names() -> list[str]:
-    """Every model of timm and torchvision, as a spec."""
+    """Specs of all models of timm and torchvision, for example `timm:resnet18`."""
     import timm
     import torchvision
 
-    theirs = torchvision.models.list_models(module=torchvision.models)
-    return [f"timm:{name}" for name in timm.list_models()] + [f"torchvision:{name}" for name in theirs]
+    of_torchvision = torchvision.models.list_models(module=torchvision.models)
+    return [f"timm:{name}" for name in timm.list_models()] + [f"torchvision:{name}" for name in of_torchvision]

@@ -1,105 +1,144 @@
-"""Frozen heads of a teacher, built from nothing but their tensors: projections, classifiers, prototypes.
+"""Frozen heads of a teacher, built from their tensors alone: projection heads, classifiers, prototypes.
 
-Self-supervised checkpoints hold their heads as numbered layers of a sequence (MoCo's `fc.0`, `fc.2`;
-SwAV's `projection_head.0`, `.1`, `.3`; DINO's `head.mlp.0`, ..., `head.last_layer`), so names and
-shapes say what the layers are; a number that is left out is an activation.
+Self-supervised checkpoints hold a head as numbered layers of an nn.Sequential, for example
+
+    MoCo    fc.0, fc.2
+    SwAV    projection_head.0, projection_head.1, projection_head.3
+    DINO    head.mlp.0, head.mlp.2, head.mlp.4, head.last_layer
+
+Names and shapes of the tensors determine the layers. A number that is missing is an activation, since
+activations have no tensors.
 """
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress_ssl.pipeline.runtime.artifact import UserError
 
-if TYPE_CHECKING:
-    pass
-
 Tensors = Mapping[str, Tensor]
-_LAYER = re.compile(r"^(?:(?P<stem>.*?)\.)?(?:mlp\.)?(?P<number>\d+)\.(?P<kind>[a-z_]+)$")
-_SINGLE = re.compile(r"^(?:(?P<stem>.*)\.)?(?P<kind>weight|bias)$")
+_LAYER = re.compile(r"^(?:(?P<head>.*?)\.)?(?:mlp\.)?(?P<number>\d+)\.(?P<kind>[a-z_]+)$")  # `fc.0.weight`
+_SINGLE_LAYER = re.compile(r"^(?:(?P<head>.*)\.)?(?P<kind>weight|bias)$")  # `fc.weight`
+_PROTOTYPES = ".last_layer."  # DINO's and EsViT's name for the layer of prototypes
+
+
+# ---------------------------------------------------------------- tensors of a checkpoint
 
 
 def group_by_head(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
-    """The heads in a table of tensors, by the names they begin with, prototypes (`last_layer`) with their head.
+    """Group a table of tensors by head: {head: {"NUMBER.KIND" or "last_layer.KIND": tensor}}.
 
-    {"fc.0.weight": ..., "fc.2.weight": ...} is one head, "fc", of tensors {"0.weight", "2.weight"}.
+    {"fc.0.weight": ..., "fc.2.weight": ...} is one head "fc" of the tensors {"0.weight": ..., "2.weight": ...}.
+    Prototypes (`last_layer`) belong to the head whose name they begin with. Groups without a matrix are
+    left out: they are no heads.
     """
-    out: dict[str, dict[str, Tensor]] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if ".last_layer." in f".{name}":
-            stem, _, rest = f".{name}".rpartition(".last_layer.")
-            out.setdefault(stem.strip("."), {})[f"last_layer.{rest}"] = tensor
-        elif found := _LAYER.match(name):
-            out.setdefault(found["stem"] or "", {})[f"{found['number']}.{found['kind']}"] = tensor
-        elif found := _SINGLE.match(name):
-            out.setdefault(found["stem"] or "", {})[f"0.{found['kind']}"] = tensor
-    return {stem: layers for stem, layers in out.items() if any(t.ndim == 2 for t in layers.values())}
+        head_and_key = _split_name(name)
+        if head_and_key:
+            head, key = head_and_key
+            groups.setdefault(head, {})[key] = tensor
+    return {head: layers for head, layers in groups.items() if any(t.ndim == 2 for t in layers.values())}
 
 
-class ProjectionHead(nn.Sequential):
-    """A head in evaluation mode: (n, D) -> (n, P). DINO's ends in unit vectors, as its prototypes expect them."""
-
-    def __init__(self, tensors: Tensors):
-        """tensors: one of `groups`. Activations are GELU in a head with prototypes, as DINO's, else ReLU.
-
-        Raises UserError if the tensors are no sequence of linear and norm layers.
-        """
-        layers: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            place, _, kind = name.partition(".")
-            if place != "last_layer":
-                layers.setdefault(int(place), {})[kind] = tensor
-        dino = any(name.startswith("last_layer.") for name in tensors)
-        modules: list[nn.Module] = []
-        before = min(layers)
-        for number in sorted(layers):
-            if number > before + 1:
-                modules.append(nn.GELU() if dino else nn.ReLU())
-            modules.append(_layer(number, layers[number]))
-            before = number
-        super().__init__(*modules)
-        self.unit = dino
-        self.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "ProjectionHead":
-        """It stays frozen, whatever it is part of."""
-        return super().train(False)
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        out = super().forward(embedding)
-        return F.normalize(out, dim=-1) if self.unit else out
+def _split_name(name: str) -> tuple[str, str] | None:
+    """`fc.2.weight` -> (`fc`, `2.weight`), `fc.weight` -> (`fc`, `0.weight`); None for other tensors."""
+    if _PROTOTYPES in f".{name}":
+        head, _, kind = f".{name}".rpartition(_PROTOTYPES)
+        return head.strip("."), f"last_layer.{kind}"
+    numbered = _LAYER.match(name)
+    if numbered:
+        return numbered["head"] or "", f"{numbered['number']}.{numbered['kind']}"
+    single = _SINGLE_LAYER.match(name)
+    if single:
+        return single["head"] or "", f"0.{single['kind']}"
+    return None
 
 
 def prototypes(tensors: Tensors) -> Tensor | None:
-    """(C, P) prototype vectors of a DINO head, weight normalisation resolved; None if it has none."""
-    if (direction := tensors.get("last_layer.weight_v")) is not None:
+    """Prototype vectors (C, P) of one head's tensors (see `group_by_head`); None if the head has none.
+
+    Weight normalisation is resolved: g * v / |v|, stored as weight_g and weight_v by torch.nn.utils.weight_norm
+    and as original0 and original1 by torch.nn.utils.parametrizations.weight_norm.
+    """
+    direction = tensors.get("last_layer.weight_v")
+    if direction is not None:
         return F.normalize(direction, dim=1) * tensors["last_layer.weight_g"].reshape(-1, 1)
-    if (direction := tensors.get("last_layer.parametrizations.weight.original1")) is not None:
+    direction = tensors.get("last_layer.parametrizations.weight.original1")
+    if direction is not None:
         return F.normalize(direction, dim=1) * tensors["last_layer.parametrizations.weight.original0"].reshape(-1, 1)
     return tensors.get("last_layer.weight")
 
 
-def _layer(number: int, tensors: Tensors) -> nn.Module:
-    weight = tensors.get("weight")
-    made: nn.Module
+# ---------------------------------------------------------------- modules
+
+
+class ProjectionHead(nn.Sequential):
+    """A frozen head in evaluation mode: embedding (n, D) -> projection (n, P).
+
+    The projection of a head with prototypes (DINO, arXiv 2104.14294) has unit length, because the prototypes
+    are applied to unit vectors.
+    """
+
+    def __init__(self, tensors: Tensors):
+        """tensors: one group of `group_by_head`. Activations are GELU in a head with prototypes, as in DINO, else ReLU.
+
+        Raises UserError if a layer is neither linear nor a norm.
+        """
+        has_prototypes = any(name.startswith("last_layer.") for name in tensors)
+        layers = _group_by_number(tensors)
+        modules: list[nn.Module] = []
+        previous = min(layers)
+        for number in sorted(layers):
+            if number > previous + 1:
+                modules.append(nn.GELU() if has_prototypes else nn.ReLU())
+            modules.append(_build_layer(number, layers[number]))
+            previous = number
+        super().__init__(*modules)
+        self.unit = has_prototypes
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "ProjectionHead":
+        """Do nothing: the head stays in evaluation mode when a module that contains it is trained."""
+        return super().train(False)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """(n, D) -> (n, P)"""
+        out = super().forward(embedding)
+        return F.normalize(out, dim=-1) if self.unit else out
+
+
+def _group_by_number(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
+    """{number of a layer: {kind: tensor}}, without the prototypes."""
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, _, kind = name.partition(".")
+        if number != "last_layer":
+            layers.setdefault(int(number), {})[kind] = tensor
+    return layers
+
+
+def _build_layer(number: int, tensors: Tensors) -> nn.Module:
+    """The layer that has these tensors: Linear, BatchNorm1d or LayerNorm. Raises UserError for others."""
+    weight, running_mean = tensors.get("weight"), tensors.get("running_mean")
+    layer: nn.Module
     if weight is not None and weight.ndim == 2:
-        made = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors)
-    elif (mean := tensors.get("running_mean")) is not None:
-        made = nn.BatchNorm1d(len(mean), affine=weight is not None)
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors)
+    elif running_mean is not None:
+        layer = nn.BatchNorm1d(len(running_mean), affine=weight is not None)
     elif weight is not None and weight.ndim == 1:
-        made = nn.LayerNorm(len(weight))
+        layer = nn.LayerNorm(len(weight))
     else:
         shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in tensors.items())
         raise UserError(f"layer {number} of the head is neither linear nor a norm ({shapes}); name another head=")
-    made.load_state_dict({**made.state_dict(), **tensors})
-    return made
+    layer.load_state_dict({**layer.state_dict(), **tensors})
+    return layer
 
 
 def frozen_classifier(layer: nn.Module) -> nn.Linear:
-    """A frozen copy of a linear layer. Raises UserError for anything else."""
+    """A frozen copy of a linear layer. Raises UserError if `layer` is not nn.Linear."""
     if not isinstance(layer, nn.Linear):
         raise UserError(f"the classifier is a {type(layer).__name__}, not one linear layer; keep embedding only")
     copy = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)

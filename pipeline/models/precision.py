@@ -1,4 +1,4 @@
-"""Floating-point types of a forward pass, and unit vectors in float32 at least."""
+"""Floating-point types of a forward pass, and L2 normalisation that is never done in 16 bits."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -7,20 +7,24 @@ import torch
 from torch import Tensor
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Value of --precision: the type of torch.autocast; None: no autocast."""
+
+MIN_NORM = 1e-12
+"""Smallest divisor in `l2_normalize`, as in torch.nn.functional.normalize, so that a zero vector stays zero."""
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The autocast context of a precision; fp32 is none at all."""
+    """The autocast context of a precision; for fp32 a context that does nothing."""
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """In float32 at least: what mixed precision has halved is raised, doubles stay."""
+    """Convert float16 and bfloat16 to float32; float32 and float64 are returned unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Rows of length 1, in float32 at least: (..., d) -> (..., d)."""
+    """Divide vectors (..., d) by their length, in float32 or float64."""
     x = at_least_float32(x)
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(MIN_NORM)

@@ -1,1 +1,1 @@
-"""Small networks of our own, and ready teachers whose trained weights come as a package."""
+"""Small networks written here, and teachers whose trained weights are in this folder or in an optional package."""

@@ -1,4 +1,4 @@
-"""The ResNets for small images of He et al. 2016, section 4.2."""
+"""The kind `cifar-resnet`: the ResNets for small images of He et al. 2016, section 4.2 (arXiv 1512.03385)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress_ssl.pipeline.models.embedder import Network
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
+from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
 
 @model_kind()
-def model(asked: ModelOptions, depth: int = 20, /, *, width: int = 16, drop_path: float = 0.0) -> Network:
+def model(options: ModelOptions, depth: int = 20, /, *, width: int = 16, drop_path: float = 0.0) -> Network:
     """cifar-resnet:DEPTH, depth 6n + 2 (20, 32, 44, 56, 110); width= of the first stage, drop_path= in [0, 1)."""
     if depth < 8 or depth % 6 != 2:
         near = max(8, round((depth - 2) / 6) * 6 + 2)
@@ -26,10 +26,11 @@ def model(asked: ModelOptions, depth: int = 20, /, *, width: int = 16, drop_path
 
 
 class CifarResNet(nn.Module):
-    """3x3 stem, three stages of n basic blocks at 1, 1/2, 1/4 of the side, global average pool.
+    """A 3x3 stem, three stages of n basic blocks at 1, 1/2 and 1/4 of the side, global average pooling.
 
-    Shortcuts are the paper's option A: a change of shape is subsampling and zero channels, without
-    parameters. `drop_path` grows linearly with depth to its full value (Huang et al. 2016).
+    Shortcuts are the paper's option A, without parameters: where the shape changes, the input is subsampled and
+    zero channels are appended. The rate of stochastic depth grows linearly with depth from 0 to `drop_path`
+    (Huang et al. 2016, arXiv 1603.09382). `width`: channels of the first stage.
     """
 
     def __init__(self, n: int, width: int = 16, drop_path: float = 0.0):
@@ -49,7 +50,10 @@ class CifarResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions around an identity; `rate` is the chance that a sample skips them in training."""
+    """A basic block: two 3x3 convolutions and a shortcut around them.
+
+    rate: probability that an image skips the convolutions in a training step (stochastic depth).
+    """
 
     def __init__(self, channels: int, out: int, stride: int, rate: float):
         super().__init__()
@@ -57,19 +61,20 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
-        self.stride, self.grown, self.rate = stride, out - channels, rate
+        self.stride, self.added_channels, self.rate = stride, out - channels, rate
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out, H / stride, W / stride)"""
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.training and self.rate:
             kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.rate
-            residual = residual * kept / (1 - self.rate)
-        if self.stride > 1 or self.grown:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.grown))
+            residual = residual * kept / (1 - self.rate)  # the expectation does not change
+        if self.stride > 1 or self.added_channels:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added_channels))
         return F.relu(x + residual)
 
 
 def _stage(channels: int, out: int, stride: int, rates: Sequence[float]) -> nn.Sequential:
+    """One block per rate; only the first one changes channels and side."""
     first = Block(channels, out, stride, rates[0])
     return nn.Sequential(first, *(Block(out, out, 1, rate) for rate in rates[1:]))

