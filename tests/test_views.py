@@ -15,7 +15,6 @@ from torchvision.transforms.v2 import functional as tv
 
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.augment import (
-    BLUR_REFERENCE,
     POLICIES,
     ResolvedView,
     ViewSpec,
@@ -24,7 +23,7 @@ from compress_ssl.pipeline.views.augment import (
     resolve_view,
 )
 from compress_ssl.pipeline.views.numbering import FRESH
-from compress_ssl.pipeline.views.render import render_view, render_views
+from compress_ssl.pipeline.views.render import BLUR_REFERENCE, render_view, render_views
 
 COUNT = 36
 SHAPES = [(1, 1), (1, 900), (900, 1), (2, 3), (333, 500), (500, 333), (64, 64), (37, 1000)]
