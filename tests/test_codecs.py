@@ -246,7 +246,7 @@ def test_what_product_quantisation_cannot_do_is_refused_in_words() -> None:
         UserError, match="keeps 64 bytes of a vector that has only 24 numbers; use pq:24 or less, or int8"
     ):
         codec("pq:64").shape((24,))
-    with pytest.raises(UserError, match="nothing to learn from: every sampled feature is zero"):
+    with pytest.raises(UserError, match="cannot be trained: every sampled feature is zero"):
         codec("pq:2").train(np.zeros((9, 24), np.float32))
     with pytest.raises(UserError, match="has no codebook yet"):
         codec("pq:2").encode(np.ones((9, 24), np.float32))
