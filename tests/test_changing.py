@@ -83,7 +83,9 @@ def said(words: str, name: str) -> str:
 
 
 @EACH
-def test_between_a_kill_and_the_next_start(data: Path, tmp_path: Path, change: Any, words: str) -> None:
+def test_images_that_change_between_a_kill_and_the_next_start(
+    data: Path, tmp_path: Path, change: Any, words: str
+) -> None:
     out = tmp_path / "store"
     export(data, out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
@@ -100,7 +102,9 @@ def test_between_a_kill_and_the_next_start(data: Path, tmp_path: Path, change: A
 
 
 @EACH
-def test_between_two_views_passes(data: Path, tmp_path: Path, change: Any, words: str) -> None:
+def test_images_that_change_between_the_exports_of_two_views(
+    data: Path, tmp_path: Path, change: Any, words: str
+) -> None:
     out = tmp_path / "store"
     export(data, out)
     change(data, LATE)
@@ -111,7 +115,7 @@ def test_between_two_views_passes(data: Path, tmp_path: Path, change: Any, words
 
 @EACH
 @pytest.mark.parametrize("name", [EARLY, LATE], ids=["embedded-already", "not-yet-embedded"])
-def test_while_the_export_runs(
+def test_images_that_change_while_the_export_runs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, words: str, name: str
 ) -> None:
     """The change comes when the second shard is at work: the first is embedded, the last not yet looked at."""
@@ -141,14 +145,14 @@ def test_while_the_export_runs(
             export(data, tmp_path / "store")
 
 
-def test_files_that_were_only_touched_are_read_again_and_found_the_same(data: Path, tmp_path: Path) -> None:
+def test_touched_files_with_the_same_content_are_read_again_and_accepted(data: Path, tmp_path: Path) -> None:
     export(data, tmp_path / "store")
     for file in data.rglob("*.png"):
         file.write_bytes(file.read_bytes())
     assert "complete already" in export(data, tmp_path / "store")["summary"]
 
 
-def test_only_what_was_touched_since_is_read_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_files_touched_since_the_export_are_read_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = ImageFolder(data)
     content = np.array([content_hash((data / name).read_bytes()) for name in dataset.ids], np.uint64)
     content[7] = 0  # a bad image: nothing to compare
@@ -161,7 +165,7 @@ def test_only_what_was_touched_since_is_read_again(data: Path, monkeypatch: pyte
     assert few.changed_rows(np.array([1, 0, 1, 1, 0], np.uint64), 0) == [0, 2, 3]
 
 
-def test_a_disk_that_goes_away_stops_the_export_and_spoils_no_row(
+def test_a_disk_that_disappears_stops_the_export_and_marks_no_row_as_bad(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, calls = embedding.FeatureExtractor.start, []

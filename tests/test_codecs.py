@@ -32,7 +32,7 @@ def test_float32_is_exact(x: np.ndarray) -> None:
 
 
 @given(features(65504))
-def test_float16_is_off_by_at_most_one_part_in_2048(x: np.ndarray) -> None:
+def test_the_relative_error_of_float16_is_at_most_one_in_2048(x: np.ndarray) -> None:
     stored, scale = codec("float16").encode(x)
     back = codec("float16").decode(stored, None)
     assert scale is None and stored.dtype == np.dtype("<f2") and back.dtype == np.float32
@@ -40,7 +40,7 @@ def test_float16_is_off_by_at_most_one_part_in_2048(x: np.ndarray) -> None:
 
 
 @given(features(2.0**126))
-def test_int8_is_off_by_at_most_half_a_step_of_its_row(x: np.ndarray) -> None:
+def test_the_error_of_int8_is_at_most_half_the_scale_of_its_row(x: np.ndarray) -> None:
     stored, scale = codec("int8").encode(x)
     assert scale is not None
     assert stored.dtype == np.int8 and scale.dtype == np.dtype("<f4") and scale.shape == x.shape[:-1]
@@ -66,7 +66,7 @@ def test_int8_keeps_every_sign_and_the_largest_of_a_row(x: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", CODECS)
 @given(x=features(65504))
-def test_what_was_decoded_encodes_to_itself(name: str, x: np.ndarray) -> None:
+def test_decoded_features_encode_to_the_same_codes(name: str, x: np.ndarray) -> None:
     kind = codec(name)
     x = np.where(np.abs(x).max(-1, keepdims=True, initial=0) < 1000 * NORMAL, np.float32(0), x)
     once = kind.decode(*kind.encode(x))
@@ -86,7 +86,7 @@ def test_zero_rows_stay_zero(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_a_row_is_encoded_alone(name: str) -> None:
+def test_the_encoding_of_a_row_does_not_depend_on_other_rows(name: str) -> None:
     x = np.random.default_rng(0).normal(size=(6, 4, 8)).astype(np.float32) * 10.0 ** np.arange(-3, 3)[:, None, None]
     x = x.astype(np.float32)
     stored, scale = codec(name).encode(x)
@@ -97,14 +97,14 @@ def test_a_row_is_encoded_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_directions_survive(name: str) -> None:
+def test_decoded_features_keep_their_direction(name: str) -> None:
     x = np.random.default_rng(0).normal(size=(200, 256)).astype(np.float32)
     back = codec(name).decode(*codec(name).encode(x))
     cosine = (x * back).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(back, axis=1)
     assert cosine.min() > 0.9998
 
 
-def test_limits_are_the_largest_magnitudes_that_come_back_finite() -> None:
+def test_the_limit_of_a_codec_is_the_largest_magnitude_that_decodes_to_a_finite_value() -> None:
     for name in CODECS:
         kind = codec(name)
         largest = np.float32(min(kind.limit, 1e38))
@@ -153,10 +153,10 @@ def quantiser() -> Codec:
     return trained(12, clustered(3000))
 
 
-def test_product_quantisation_takes_the_nearest_centroid_of_every_part(quantiser: Codec) -> None:
+def test_product_quantisation_chooses_the_nearest_centroid_of_every_part(quantiser: Codec) -> None:
     x = clustered(70, seed=2)
     codes, scale = quantiser.encode(x)
-    book = safetensors.numpy.load(quantiser._fetch())  # type: ignore[attr-defined]
+    book = safetensors.numpy.load(quantiser._load_codebook())  # type: ignore[attr-defined]
     assert codes.dtype == np.uint8 and codes.shape == (70, 12) and scale is not None and scale.dtype == np.dtype("<f4")
     for i in range(70):  # as the paper writes it, a row and a part at a time, in float64
         turned = book["rotation"].astype(float) @ (
@@ -183,7 +183,7 @@ def test_product_quantisation_keeps_norms_exact_directions_close_and_zeros_zero(
     assert cosine.mean() > 0.97 and cosine.min() > 0.85
 
 
-def test_more_bytes_are_closer() -> None:
+def test_more_bytes_per_row_give_a_smaller_error() -> None:
     sample, x = clustered(3000), clustered(300, seed=3)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
 
@@ -195,7 +195,7 @@ def test_more_bytes_are_closer() -> None:
     assert errors[0] > 1.5 * errors[1] > 2 * errors[2] and errors[2] < 0.002
 
 
-def test_the_turned_axes_do_better_than_parts_of_neighbouring_numbers() -> None:
+def test_the_rotation_gives_a_smaller_error_than_parts_of_neighbouring_dimensions() -> None:
     import faiss
 
     mixed = np.linalg.qr(np.random.default_rng(5).normal(size=(24, 24)))[0]
@@ -207,7 +207,7 @@ def test_the_turned_axes_do_better_than_parts_of_neighbouring_numbers() -> None:
     assert ours < 0.8 * np.square(x - plain.decode(plain.compute_codes(x))).sum(1).mean()
 
 
-def test_a_row_of_a_quantiser_is_encoded_alone(quantiser: Codec) -> None:
+def test_product_codes_of_a_row_do_not_depend_on_other_rows(quantiser: Codec) -> None:
     x = clustered(130, seed=4).reshape(26, 5, 24)
     codes, scale = quantiser.encode(x)
     assert scale is not None and codes.shape == (26, 5, 12) and scale.shape == (26, 5)
@@ -221,9 +221,9 @@ def test_a_row_of_a_quantiser_is_encoded_alone(quantiser: Codec) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["Haswell", "Sandybridge"])
-def test_a_row_of_a_quantiser_is_encoded_and_decoded_alone_with_every_kernel_of_openblas(kernel: str) -> None:
+def test_product_codes_of_a_row_do_not_depend_on_other_rows_with_any_kernel_of_openblas(kernel: str) -> None:
     program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_codecs as here\n"
-    program += "here.test_a_row_of_a_quantiser_is_encoded_alone(here.trained(12, here.clustered(600)))"
+    program += "here.test_product_codes_of_a_row_do_not_depend_on_other_rows(here.trained(12, here.clustered(600)))"
     environment = {**os.environ, "OPENBLAS_CORETYPE": kernel}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -235,13 +235,13 @@ def test_training_again_gives_the_same_codebook() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 5, 255])
-def test_a_set_smaller_than_the_codebook_is_learnt_by_heart(n: int) -> None:
+def test_a_set_smaller_than_the_codebook_is_reproduced_closely(n: int) -> None:
     x = clustered(n)
     kind = trained(24, x)
     assert np.allclose(kind.decode(*kind.encode(x)), x, rtol=1e-3, atol=1e-3 * np.abs(x).max())
 
 
-def test_what_product_quantisation_cannot_do_is_refused_in_words() -> None:
+def test_unsuitable_features_for_product_quantisation_are_refused_with_an_explanation() -> None:
     with pytest.raises(
         UserError, match="keeps 64 bytes of a vector that has only 24 numbers; use pq:24 or less, or int8"
     ):
@@ -253,5 +253,5 @@ def test_what_product_quantisation_cannot_do_is_refused_in_words() -> None:
 
 
 @pytest.mark.parametrize(("name", "bytes_"), [("float32", 96), ("float16+zstd", 48), ("int8", 28), ("pq:12", 16)])
-def test_a_codec_knows_its_bytes_per_vector(name: str, bytes_: int) -> None:
+def test_a_codec_reports_its_bytes_per_vector(name: str, bytes_: int) -> None:
     assert codec(name).size((24,)) == bytes_ and codec(name).size((5, 24)) == 5 * bytes_

@@ -42,7 +42,9 @@ def first(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_rows_and_views_of_two_stores_made_alike_are_the_same_pixels(images: Path, first: Path, tmp_path: Path) -> None:
+def test_rows_and_views_of_a_store_exported_with_like_mean_the_same_pixels(
+    images: Path, first: Path, tmp_path: Path
+) -> None:
     from compress_ssl.pipeline.datasets import DATASETS
 
     made = export(images, tmp_path / "second", SECOND, like=str(first))
@@ -70,7 +72,7 @@ def test_rows_and_views_of_two_stores_made_alike_are_the_same_pixels(images: Pat
         ({"limit": 6}, "the images are not those of --like .*: 6 are gone"),
     ],
 )
-def test_what_cannot_agree_is_refused_before_anything_is_written(
+def test_incompatible_stores_are_refused_before_anything_is_written(
     said: dict[str, Any], words: str, images: Path, first: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
@@ -85,7 +87,7 @@ def test_an_image_that_changed_since_the_first_export_is_named(images: Path, fir
         export(tmp_path / "images", tmp_path / "second", SECOND, like=str(first))
 
 
-def test_inspect_tells_cost_and_savings_as_numbers(first: Path) -> None:
+def test_inspect_reports_cost_and_savings_as_numbers(first: Path) -> None:
     made = inspect.run(inspect.Config(str(first), students=2, epochs=10))
     assert made["stored_forwards"] == 36 and made["live_forwards"] == 240 and made["break_even_epochs"] == 3
     assert made["device_seconds"] > 0 and made["views_per_s"] == pytest.approx(3 * made["images_per_s"])

@@ -28,7 +28,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageFolder:
     return ImageFolder(tmp_path / "images")
 
 
-def test_every_image_is_what_the_decoder_gives_also_in_another_process(images: ImageFolder, tmp_path: Path) -> None:
+def test_cached_images_equal_decoded_ones_also_after_pickling(images: ImageFolder, tmp_path: Path) -> None:
     kept = image_cache.build_cache(images, tmp_path / "decoded")
     for one in (kept, pickle.loads(pickle.dumps(kept))):
         assert (len(one), one.ids, one.fingerprint) == (11, images.ids, images.fingerprint)
@@ -41,7 +41,7 @@ def test_every_image_is_what_the_decoder_gives_also_in_another_process(images: I
             assert np.array_equal(pixels, wanted) and content == theirs
 
 
-def test_only_what_is_missing_is_decoded(images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_missing_blocks_are_decoded(images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert image_cache.count_pending(images, tmp_path / "decoded") == 11
     image_cache.build_cache(images, tmp_path / "decoded")
     (tmp_path / "decoded/pixels-000001.bin").unlink()
@@ -53,7 +53,7 @@ def test_only_what_is_missing_is_decoded(images: ImageFolder, tmp_path: Path, mo
     assert sorted(asked) == [4, 5, 6, 7] and image_cache.count_pending(images, tmp_path / "decoded") == 0
 
 
-def test_a_flipped_bit_is_noticed_and_the_image_named(images: ImageFolder, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_an_error_that_names_the_image(images: ImageFolder, tmp_path: Path) -> None:
     kept, file = image_cache.build_cache(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000002.bin"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -63,14 +63,14 @@ def test_a_flipped_bit_is_noticed_and_the_image_named(images: ImageFolder, tmp_p
         kept.load(10)
 
 
-def test_a_folder_of_other_images_is_refused(images: ImageFolder, tmp_path: Path) -> None:
+def test_a_cache_of_other_images_is_refused(images: ImageFolder, tmp_path: Path) -> None:
     image_cache.build_cache(images, tmp_path / "decoded")
     (tmp_path / "images/00.jpg").unlink()
     with pytest.raises(Mismatch, match="decoded holds other decoded images.* delete it, or name another folder"):
         image_cache.build_cache(ImageFolder(tmp_path / "images"), tmp_path / "decoded")
 
 
-def test_a_folder_laid_out_otherwise_is_refused_not_misread(
+def test_a_cache_with_another_block_size_is_refused(
     images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image_cache.build_cache(images, tmp_path / "decoded")
@@ -79,7 +79,7 @@ def test_a_folder_laid_out_otherwise_is_refused_not_misread(
         image_cache.build_cache(images, tmp_path / "decoded")
 
 
-def test_a_file_cut_short_is_damage(images: ImageFolder, tmp_path: Path) -> None:
+def test_a_truncated_cache_file_is_reported_as_damage(images: ImageFolder, tmp_path: Path) -> None:
     kept, file = image_cache.build_cache(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000000.bin"
     for size in (file.stat().st_size - 1, 0):
         os.truncate(file, size)
@@ -87,7 +87,7 @@ def test_a_file_cut_short_is_damage(images: ImageFolder, tmp_path: Path) -> None
             kept.load(3)
 
 
-def test_an_image_that_could_not_be_read_for_a_moment_is_read_when_it_is_back(
+def test_an_image_that_was_unreadable_for_a_while_is_decoded_once_it_is_readable_again(
     images: ImageFolder, tmp_path: Path
 ) -> None:
     file, away = tmp_path / "images/06.jpg", tmp_path / "06.jpg"
@@ -102,9 +102,7 @@ def test_an_image_that_could_not_be_read_for_a_moment_is_read_when_it_is_back(
     assert image_cache.count_pending(images, tmp_path / "decoded") == 0
 
 
-def test_an_image_that_was_another_when_it_was_decoded_is_put_right_by_what_the_error_says(
-    images: ImageFolder, tmp_path: Path
-) -> None:
+def test_the_remedy_in_the_error_repairs_a_cache_of_a_changed_image(images: ImageFolder, tmp_path: Path) -> None:
     how = {"store": export(images, tmp_path), "student": ("convnet:channels=4+6",), "method": "regression"}
     how |= {"image_size": 16, "steps": 4, "batch_size": 4, "workers": 0, "cache_images": tmp_path / "decoded"}
     file, folder = tmp_path / "images/03.jpg", tmp_path / "decoded"  # no probe
@@ -118,7 +116,7 @@ def test_an_image_that_was_another_when_it_was_decoded_is_put_right_by_what_the_
     distill.run(distill.Config(out=tmp_path / "run", **how))  # type: ignore[arg-type]
 
 
-def test_decoding_keeps_to_the_cores_of_this_process(
+def test_decoding_uses_only_the_cores_of_this_process(
     images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, pool = [], image_cache.ThreadPoolExecutor
@@ -135,7 +133,7 @@ def export(images: ImageFolder, home: Path) -> Path:
     return home / "store"
 
 
-def test_a_run_on_decoded_images_is_the_run_without_them_to_the_bit(images: ImageFolder, tmp_path: Path) -> None:
+def test_a_run_with_cached_images_equals_the_run_without_to_the_bit(images: ImageFolder, tmp_path: Path) -> None:
     how = {"store": export(images, tmp_path), "student": ("convnet:channels=4+6",), "method": "regression"}
     how |= {"image_size": 16, "steps": 4, "batch_size": 4, "workers": 0}
     distill.run(distill.Config(out=tmp_path / "plain", **how))  # type: ignore[arg-type]

@@ -106,7 +106,7 @@ def test_each_nasty_file_gets_its_status_and_every_bad_one_a_reason(
     assert {line[1] for line in lines[1:] if "\\" not in line[1]} <= {*ids}
 
 
-def test_among_nasty_files_no_row_shifts(
+def test_nasty_files_do_not_shift_the_rows_of_others(
     mixed: tuple[Path, dict[str, int]], store: FeatureStore, tmp_path: Path
 ) -> None:
     rows = np.flatnonzero(store.table("status") == GOOD)
@@ -120,7 +120,7 @@ def test_among_nasty_files_no_row_shifts(
 
 
 @pytest.mark.parametrize("how", [{"workers": 2}, {"workers": 3, "threads": True}], ids=["processes", "threads"])
-def test_loader_processes_and_threads_see_nasty_files_alike(
+def test_loader_processes_and_threads_treat_nasty_files_alike(
     mixed: tuple[Path, dict[str, int]], store: FeatureStore, tmp_path: Path, how: dict
 ) -> None:
     config = settings(mixed[0], tmp_path / "store", workers=0)
@@ -135,7 +135,7 @@ def test_loader_processes_and_threads_see_nasty_files_alike(
     assert done and {key: made.storage.get(key) for key in done} == {key: store.storage.get(key) for key in done}
 
 
-def test_decoding_in_threads_leaves_other_peoples_warnings_alone() -> None:
+def test_decoding_in_threads_leaves_other_warning_filters_unchanged() -> None:
     files = [data for data in (*bad_files().values(), *odd_files().values()) if len(data) < 3000]
 
     def attempt(data: bytes) -> None:

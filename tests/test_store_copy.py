@@ -58,7 +58,7 @@ def files(folder: Path, *but: str) -> dict[str, bytes]:
 # ---------------------------------------------------------------- the same store elsewhere
 
 
-def test_a_copy_of_all_is_the_same_store_to_the_byte(source: Path, tmp_path: Path) -> None:
+def test_a_copy_of_everything_equals_its_source_to_the_byte(source: Path, tmp_path: Path) -> None:
     made = copy(source, tmp_path / "copy")
     assert made.fingerprint == FeatureStore(Folder(source)).fingerprint
     assert files(tmp_path / "copy", "manifest.json") == files(source, "manifest.json")
@@ -66,13 +66,13 @@ def test_a_copy_of_all_is_the_same_store_to_the_byte(source: Path, tmp_path: Pat
     assert "is complete already" in export(tmp_path / "copy")["summary"]
 
 
-def test_pushed_to_a_bucket_and_pulled_again_it_is_the_same(source: Path, bucket: str, tmp_path: Path) -> None:
+def test_a_store_copied_to_a_bucket_and_back_is_the_same(source: Path, bucket: str, tmp_path: Path) -> None:
     copy(source, f"{bucket}/there")
     copy(f"{bucket}/there", tmp_path / "back")
     assert files(tmp_path / "back", "manifest.json") == files(source, "manifest.json")
 
 
-def test_fewer_views_are_the_same_store_which_the_export_completes(source: Path, tmp_path: Path) -> None:
+def test_a_copy_of_fewer_views_can_be_completed_by_the_export(source: Path, tmp_path: Path) -> None:
     made = copy(source, tmp_path / "copy", views=":6")
     assert made.views == 6 and made.fingerprint == FeatureStore(Folder(source)).fingerprint
     made.require_complete()
@@ -81,7 +81,9 @@ def test_fewer_views_are_the_same_store_which_the_export_completes(source: Path,
 
 
 @pytest.mark.parametrize("first", ["4:8", ":4"])
-def test_more_views_are_added_to_a_copy_and_nothing_is_copied_twice(source: Path, tmp_path: Path, first: str) -> None:
+def test_more_views_can_be_added_to_a_copy_without_copying_anything_twice(
+    source: Path, tmp_path: Path, first: str
+) -> None:
     copy(source, tmp_path / "copy", views=first)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy/done").iterdir()}
     made = copy(source, tmp_path / "copy")
@@ -124,7 +126,7 @@ def train(store: Path, out: Path, **said: Any) -> dict[str, Any]:
     return distill.run(distill.Config(str(store), ("convnet:channels=4+8",), "compress-1q", out, **how))
 
 
-def test_a_student_of_a_cut_down_store_sees_the_pixels_the_teacher_saw(
+def test_a_student_of_a_partial_copy_sees_the_pixels_that_the_teacher_saw(
     source: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from compress_ssl.pipeline.datasets import DATASETS
@@ -150,7 +152,7 @@ def test_a_student_of_a_cut_down_store_sees_the_pixels_the_teacher_saw(
     assert {view for _, view in seen} == {4, 5, 6, 7} and {row for row, _ in seen} == set(range(1, IMAGES, 2))
 
 
-def test_verify_and_evaluate_know_a_cut_down_store(cut: Path, tmp_path: Path) -> None:
+def test_verify_and_evaluate_accept_a_partial_copy(cut: Path, tmp_path: Path) -> None:
     made = verify.run(verify.Config(str(cut), sample=1.0, device="cpu"))
     assert made["cosine"] > 0.999 > made["wrong_view"]
     train(cut, tmp_path / "run")
@@ -161,7 +163,7 @@ def test_verify_and_evaluate_know_a_cut_down_store(cut: Path, tmp_path: Path) ->
     assert teacher["metrics"]["data"]["train_images"] == IMAGES // 2
 
 
-def test_images_are_chosen_by_a_file_of_sample_ids(source: Path, tmp_path: Path) -> None:
+def test_images_can_be_chosen_by_a_file_of_sample_ids(source: Path, tmp_path: Path) -> None:
     src = FeatureStore(Folder(source))
     ids = src.table("sample_id")
     (tmp_path / "ids").write_text("".join(f"{ids[i]}\n" for i in (7, 3, 33)))
@@ -171,7 +173,7 @@ def test_images_are_chosen_by_a_file_of_sample_ids(source: Path, tmp_path: Path)
     train(tmp_path / "copy", tmp_path / "run", batch_size=3)
 
 
-def test_a_part_of_a_part_says_so(cut: Path, source: Path, tmp_path: Path) -> None:
+def test_a_copy_of_a_partial_copy_records_its_parent(cut: Path, source: Path, tmp_path: Path) -> None:
     made = copy(cut, tmp_path / "copy", images=":5")
     assert made.identity["parent"]["store"] == FeatureStore(Folder(cut)).fingerprint
     assert made.table("view_key").tolist() == [1, 3, 5, 7, 9]
@@ -197,7 +199,7 @@ def test_bad_images_are_bad_in_the_copy_with_their_reasons(tmp_path: Path) -> No
 # ---------------------------------------------------------------- another codec
 
 
-def test_another_codec_holds_the_decoded_values(source: Path, tmp_path: Path) -> None:
+def test_a_copy_in_another_codec_encodes_the_decoded_features(source: Path, tmp_path: Path) -> None:
     src = FeatureStore(Folder(source))
     made = copy(source, tmp_path / "copy", codec="float32", views="4:6")
     for view in (4, 5):
@@ -225,7 +227,7 @@ def test_the_source_is_listed_once_however_many_shards_there_are(
     assert sorted(asked) == ["bad_images", "done"]
 
 
-def test_rows_are_picked_from_their_blocks_alone(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_row_blocks_of_the_chosen_rows_are_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, read = FeatureStore(Folder(source)), []
     want, stored = store.read("embedding", 3), FeatureStore.stored
     monkeypatch.setattr(FeatureStore, "stored", lambda *asked: (read.append(asked[3]), stored(*asked))[1])
@@ -238,7 +240,7 @@ def test_rows_are_picked_from_their_blocks_alone(source: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("how", [{}, {"images": "::2"}, {"codec": "float16", "views": ":6"}])
-def test_a_copy_stopped_anywhere_is_continued_to_the_same_bytes(
+def test_an_interrupted_copy_is_continued_to_the_same_bytes(
     how: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy(source, tmp_path / "whole", **how)
@@ -259,7 +261,7 @@ def test_a_copy_stopped_anywhere_is_continued_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("how", [{}, {"images": "::2"}, {"codec": "float16"}])
-def test_damage_in_the_source_is_named_and_not_copied(how: dict[str, str], source: Path, tmp_path: Path) -> None:
+def test_damage_in_the_source_is_reported_and_not_copied(how: dict[str, str], source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "source")
     file = tmp_path / "source/features.zarr/embedding_scale/c/1/1"
     data = bytearray(file.read_bytes())
@@ -284,7 +286,7 @@ def test_damage_in_the_source_is_named_and_not_copied(how: dict[str, str], sourc
         ({"codec": "int7"}, "unknown codec"),
     ],
 )
-def test_what_cannot_be_copied_is_refused_before_anything_is_written(
+def test_impossible_copies_are_refused_before_anything_is_written(
     how: dict[str, str], words: str, source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
@@ -292,7 +294,7 @@ def test_what_cannot_be_copied_is_refused_before_anything_is_written(
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_copy_is_not_mistaken_for_another(source: Path, cut: Path, tmp_path: Path) -> None:
+def test_a_copy_into_another_store_or_onto_itself_is_refused(source: Path, cut: Path, tmp_path: Path) -> None:
     shutil.copytree(cut, tmp_path / "cut")
     with pytest.raises(Mismatch, match="made with other settings"):
         copy(source, tmp_path / "cut", images=":10")
@@ -302,7 +304,7 @@ def test_a_copy_is_not_mistaken_for_another(source: Path, cut: Path, tmp_path: P
         export(tmp_path / "cut")
 
 
-def test_the_command_is_spelled_store_copy(source: Path, tmp_path: Path) -> None:
+def test_the_command_is_called_store_copy(source: Path, tmp_path: Path) -> None:
     words = [
         sys.executable,
         "-m",

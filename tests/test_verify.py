@@ -122,7 +122,7 @@ def flip(config: export_teacher.Config, name: str, before: Mapping[str, bytes], 
     return noticed
 
 
-def test_a_whole_store_passes_and_its_features_are_the_live_teachers(export: export_teacher.Config) -> None:
+def test_an_intact_store_passes_and_its_features_are_those_of_the_live_teacher(export: export_teacher.Config) -> None:
     made = verify.run(verify.Config(store=str(export.out), sample=1.0))
     assert made["damaged"] == [] and made["pending"] == 0
     assert made["cosine"] > 0.9999
@@ -131,7 +131,7 @@ def test_a_whole_store_passes_and_its_features_are_the_live_teachers(export: exp
     assert made["exact"] == 23  # the same device and precision give the same bits
 
 
-def test_what_a_coarse_codec_loses_is_not_taken_for_another_teacher(
+def test_the_error_of_a_coarse_codec_is_not_mistaken_for_another_teacher(
     export: export_teacher.Config, tmp_path: Path
 ) -> None:
     coarse = dataclasses.replace(export, out=tmp_path / "store", codec="pq:2+zstd")
@@ -140,7 +140,7 @@ def test_what_a_coarse_codec_loses_is_not_taken_for_another_teacher(
     assert made["exact"] == 23 and made["wrong_view"] < made["cosine"] < 0.9999
 
 
-def test_a_bit_flipped_anywhere_is_found_and_healed_to_the_same_bytes(damaged: export_teacher.Config) -> None:
+def test_a_bit_flipped_anywhere_is_detected_and_repaired_to_the_same_bytes(damaged: export_teacher.Config) -> None:
     before, random = files(damaged.out), np.random.default_rng(1)
     by_kind: dict[str, list[str]] = {}
     for name in sorted([*before, *OUTSIDE]):
@@ -151,7 +151,7 @@ def test_a_bit_flipped_anywhere_is_found_and_healed_to_the_same_bytes(damaged: e
 
 
 @pytest.mark.soak
-def test_two_hundred_bits_flipped_at_random_places_are_found_and_healed(
+def test_two_hundred_bits_flipped_at_random_are_detected_and_repaired(
     damaged: export_teacher.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, random = files(damaged.out), np.random.default_rng(2)
@@ -171,7 +171,7 @@ def test_two_hundred_bits_flipped_at_random_places_are_found_and_healed(
         print(*(f"\n{what}: {n} bits flipped, {noticed[what]} noticed by readers" for what, n in count.items()))
 
 
-def test_a_history_that_is_no_text_any_more_is_passed_over(damaged: export_teacher.Config) -> None:
+def test_a_history_that_is_not_text_is_ignored(damaged: export_teacher.Config) -> None:
     history = Path(damaged.out) / "history.jsonl"
     history.write_bytes(history.read_bytes().replace(b"seconds", b"sec\xf3nds"))
     assert inspect.run(inspect.Config(path=str(damaged.out)))["kind"] == "store"
@@ -204,27 +204,27 @@ def rewrite(config: export_teacher.Config, change: Callable[[np.ndarray], np.nda
     store.write(Shard(0, start, stop, (0, 1, 2, 3)), {"embedding": encoded}, status, content, {})
 
 
-def test_features_of_another_view_are_told_from_other_arithmetic(damaged: export_teacher.Config) -> None:
+def test_features_of_another_view_are_distinguished_from_other_arithmetic(damaged: export_teacher.Config) -> None:
     rewrite(damaged, lambda features: features[:, [3, 0, 1, 2]])
     moved = r"not this teacher's feature: that of \(row (\d), view (\d)\) is stored as \(row \1, view (?!\2)\d\)"
     with pytest.raises(UserError, match=moved):
         verify.run(verify.Config(store=str(damaged.out), sample=1.0))
 
 
-def test_features_of_another_image_are_told_from_other_arithmetic(damaged: export_teacher.Config) -> None:
+def test_features_of_another_image_are_distinguished_from_other_arithmetic(damaged: export_teacher.Config) -> None:
     rewrite(damaged, lambda features: np.roll(features, -1, axis=0))
     moved = r"not this teacher's feature: that of \(row (\d), view (\d)\) is stored as \(row (?!\1)\d, view \2\)"
     with pytest.raises(UserError, match=moved):
         verify.run(verify.Config(store=str(damaged.out), sample=1.0))
 
 
-def test_other_arithmetic_is_told_from_other_pixels(damaged: export_teacher.Config) -> None:
+def test_other_arithmetic_is_distinguished_from_other_pixels(damaged: export_teacher.Config) -> None:
     rewrite(damaged, lambda features: -features)
     with pytest.raises(UserError, match="pixels were checked first, so the arithmetic differs"):
         verify.run(verify.Config(store=str(damaged.out), sample=1.0))
 
 
-def test_changed_pixels_are_found_before_any_arithmetic(
+def test_changed_pixels_are_detected_before_any_feature_is_computed(
     export: export_teacher.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(export.data, tmp_path / "images")
@@ -235,7 +235,7 @@ def test_changed_pixels_are_found_before_any_arithmetic(
         verify.run(verify.Config(store=str(export.out), data=str(tmp_path / "images"), sample=1.0))
 
 
-def test_an_image_that_is_no_probe_is_named_too(export: export_teacher.Config, tmp_path: Path) -> None:
+def test_a_changed_image_that_is_no_probe_is_named_too(export: export_teacher.Config, tmp_path: Path) -> None:
     shutil.copytree(export.data, tmp_path / "images")
     Image.new("RGB", (24, 20)).save(tmp_path / "images/0/02.png")
     with pytest.raises(UserError, match="image 0/02.png changed since"):
@@ -269,7 +269,7 @@ def linear(weight: float = 0.0):
         ("ACTIVATION", "torch.ones_like", "the arithmetic differs|proves nothing"),
     ],
 )
-def test_what_a_changed_teacher_is_called(
+def test_the_error_of_a_changed_teacher_says_what_changed(
     export: export_teacher.Config, tmp_path: Path, before: str, after: str, words: str
 ) -> None:
     file = tmp_path / "linear.py"
@@ -282,7 +282,7 @@ def test_what_a_changed_teacher_is_called(
         verify.run(verify.Config(store=str(mine.out), sample=1.0))
 
 
-def test_a_teacher_that_moved_is_found_where_it_is_said_to_be(export: export_teacher.Config, tmp_path: Path) -> None:
+def test_a_moved_teacher_is_loaded_from_the_given_path(export: export_teacher.Config, tmp_path: Path) -> None:
     file = tmp_path / "linear.py"
     file.write_text(LINEAR.replace("ACTIVATION", "torch.tanh"))
     mine = dataclasses.replace(export, teacher=f"python:{file}:linear", out=tmp_path / "store")
@@ -293,7 +293,7 @@ def test_a_teacher_that_moved_is_found_where_it_is_said_to_be(export: export_tea
     assert verify.run(verify.Config(store=str(mine.out), sample=1.0, teacher=f"python:{moved}:linear"))["exact"] == 23
 
 
-def test_a_teacher_that_says_the_same_of_everything_proves_nothing(
+def test_a_teacher_with_constant_features_is_refused_because_it_proves_nothing(
     export: export_teacher.Config, tmp_path: Path
 ) -> None:
     (tmp_path / "linear.py").write_text(LINEAR.replace("ACTIVATION", "torch.ones_like"))
@@ -303,13 +303,13 @@ def test_a_teacher_that_says_the_same_of_everything_proves_nothing(
         verify.run(verify.Config(store=str(mine.out), sample=1.0))
 
 
-def test_another_precision_passes_by_tolerance_and_is_named(export: export_teacher.Config) -> None:
+def test_another_precision_passes_within_the_tolerance_and_is_reported(export: export_teacher.Config) -> None:
     made = verify.run(verify.Config(store=str(export.out), sample=1.0, precision="bf16", device="cpu"))
     assert made["cosine"] >= 0.999 and made["exact"] < 23
     assert "on cpu in bf16 (stored in fp32)" in made["summary"]
 
 
-def test_the_sample_is_as_large_as_asked_and_skips_what_is_pending(damaged: export_teacher.Config) -> None:
+def test_the_sample_has_the_requested_size_and_skips_pending_shards(damaged: export_teacher.Config) -> None:
     def count(**how: Any) -> str:
         return verify.run(verify.Config(store=str(damaged.out), **how))["summary"]
 
