@@ -157,7 +157,7 @@ def test_only_files_touched_since_the_export_are_read_again(data: Path, monkeypa
     content = np.array([content_hash((data / name).read_bytes()) for name in dataset.ids], np.uint64)
     content[7] = 0  # a bad image: nothing to compare
     read: list[int] = []
-    monkeypatch.setattr(ImageFolder, "_bytes", lambda self, i: (read.append(i), b"other")[1])
+    monkeypatch.setattr(ImageFolder, "_read_file", lambda self, i: (read.append(i), b"other")[1])
     assert dataset.changed_rows(content, time.time() + 60) == [] and read == []
     everything = [i for i in range(COUNT) if i != 7]
     assert dataset.changed_rows(content, 0) == everything and read == everything

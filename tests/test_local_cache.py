@@ -269,7 +269,7 @@ def test_the_local_copy_is_updated_when_the_remote_store_has_grown(folder: Path,
 def test_a_shard_that_another_process_has_fetched_meanwhile_is_left_as_it_is(
     remote: Bucket, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, delete, others, deleted = local_cache._block, Folder.delete, [], []
+    block, delete, others, deleted = local_cache._fetch_block, Folder.delete, [], []
 
     def late(*asked: Any) -> int:
         if not others:  # the other one begins after we have looked around and ends before our first shard
@@ -280,7 +280,7 @@ def test_a_shard_that_another_process_has_fetched_meanwhile_is_left_as_it_is(
         return block(*asked)
 
     monkeypatch.setattr(local_cache, "CONNECTIONS", 1)
-    monkeypatch.setattr(local_cache, "_block", late)
+    monkeypatch.setattr(local_cache, "_fetch_block", late)
     monkeypatch.setattr(Folder, "delete", lambda self, key: (deleted.append(key), delete(self, key))[1])
     hydrate(remote, tmp_path).require_complete()
     assert others and not deleted
