@@ -1,4 +1,4 @@
-"""Each codec gives back what it promises, for any features."""
+"""Each codec keeps its documented error bounds for all features."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def features(largest: float) -> st.SearchStrategy[np.ndarray]:
-    """(..., D) float32, with zero rows, denormals and rows of one value among them."""
+    """(..., D) float32, with zero rows, denormals and rows with one value among them."""
     number = st.floats(-largest, largest, width=32)
     return arrays(np.float32, array_shapes(min_dims=1, max_dims=3, max_side=6), elements=number)
 
@@ -135,7 +135,7 @@ def test_golden_bytes() -> None:
 
 
 def clustered(n: int, d: int = 24, seed: int = 0) -> np.ndarray:
-    """(n, d) float32, lengths from 0.1 to 10: a few directions, noise, and a mean, as teachers' features have."""
+    """(n, d) float32 with lengths from 0.1 to 10: a few directions plus noise and a mean, like a teacher's features."""
     random = np.random.default_rng(seed)
     centre = np.random.default_rng(1).normal(size=(8, d))[random.integers(8, size=n)]
     x = 1 + centre + random.normal(size=(n, d)) * np.linspace(0.05, 1, d)
@@ -143,31 +143,31 @@ def clustered(n: int, d: int = 24, seed: int = 0) -> np.ndarray:
 
 
 def trained(parts: int, sample: np.ndarray) -> Codec:
-    book = codec(f"pq:{parts}").train(sample)
-    return codec(f"pq:{parts}", lambda: book)
+    codebook = codec(f"pq:{parts}").train(sample)
+    return codec(f"pq:{parts}", lambda: codebook)
 
 
 @pytest.fixture(scope="module")
 def quantiser() -> Codec:
-    """12 bytes for 24 numbers, in parts of 2."""
+    """A quantiser with 12 bytes for 24 numbers, in parts of 2."""
     return trained(12, clustered(3000))
 
 
 def test_product_quantisation_chooses_the_nearest_centroid_of_every_part(quantiser: Codec) -> None:
     x = clustered(70, seed=2)
     codes, scale = quantiser.encode(x)
-    book = safetensors.numpy.load(quantiser._load_codebook())  # type: ignore[attr-defined]
+    codebook = safetensors.numpy.load(quantiser._load_codebook())  # type: ignore[attr-defined]
     assert codes.dtype == np.uint8 and codes.shape == (70, 12) and scale is not None and scale.dtype == np.dtype("<f4")
-    for i in range(70):  # as the paper writes it, a row and a part at a time, in float64
-        turned = book["rotation"].astype(float) @ (
-            x[i].astype(float) / np.linalg.norm(x[i].astype(float)) - book["mean"]
+    for i in range(70):  # as in the paper: one row and one part at a time, in float64
+        turned = codebook["rotation"].astype(float) @ (
+            x[i].astype(float) / np.linalg.norm(x[i].astype(float)) - codebook["mean"]
         )
-        said = []
+        chosen = []
         for part in range(12):
-            distance = np.square(book["centroids"][part] - turned[2 * part : 2 * part + 2]).sum(1)
+            distance = np.square(codebook["centroids"][part] - turned[2 * part : 2 * part + 2]).sum(1)
             assert distance[codes[i, part]] <= distance.min() + 1e-6
-            said.append(book["centroids"][part][codes[i, part]])
-        direction = np.concatenate(said) @ book["rotation"] + book["mean"]
+            chosen.append(codebook["centroids"][part][codes[i, part]])
+        direction = np.concatenate(chosen) @ codebook["rotation"] + codebook["mean"]
         wanted = direction / np.linalg.norm(direction) * np.linalg.norm(x[i])
         assert np.allclose(quantiser.decode(codes[i], scale[i]), wanted, rtol=1e-4, atol=1e-5 * np.linalg.norm(x[i]))
 

@@ -1,4 +1,4 @@
-"""Two teachers over the same pixels: a store made like another one agrees with it, row by row and view by view."""
+"""Stores of two teachers: with --like, row i and view v mean the same pixels in both."""
 
 import json
 import shutil
@@ -30,8 +30,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def export(images: Path, out: Path, teacher: str = FIRST, **said: Any) -> dict[str, Any]:
-    how = {"image_size": 16, "batch_size": 4, "workers": 0, "device": "cpu", "codec": "float32", **said}
+def export(images: Path, out: Path, teacher: str = FIRST, **options: Any) -> dict[str, Any]:
+    how = {"image_size": 16, "batch_size": 4, "workers": 0, "device": "cpu", "codec": "float32", **options}
     return export_teacher.run(export_teacher.Config(str(images), teacher, str(out), **how))
 
 
@@ -64,7 +64,7 @@ def test_rows_and_views_of_a_store_exported_with_like_mean_the_same_pixels(
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("options", "words"),
     [
         ({"views": 5}, "--views 5 was asked, but .* has 3"),
         ({"policy": "dino"}, "--policy dino was asked, but .* has moco-v2"),
@@ -73,10 +73,10 @@ def test_rows_and_views_of_a_store_exported_with_like_mean_the_same_pixels(
     ],
 )
 def test_incompatible_stores_are_refused_before_anything_is_written(
-    said: dict[str, Any], words: str, images: Path, first: Path, tmp_path: Path
+    options: dict[str, Any], words: str, images: Path, first: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
-        export(images, tmp_path / "second", SECOND, like=str(first), **said)
+        export(images, tmp_path / "second", SECOND, like=str(first), **options)
     assert not (tmp_path / "second").exists()
 
 

@@ -1,4 +1,4 @@
-"""What row i is: names, labels and their order, from folders, digits and torchvision's sets."""
+"""Data sets: ids, labels and their order, from folders, the digits and torchvision."""
 
 import hashlib
 import io
@@ -30,7 +30,7 @@ def picture(seed: int = 0) -> bytes:
 
 
 def plant(root: Path, *names: str | bytes) -> Path:
-    """A folder with a picture under each name, each of its own."""
+    """A folder with a different image under each name."""
     for number, name in enumerate(names):
         file = os.path.join(os.fsencode(root), os.fsencode(name))
         os.makedirs(os.path.dirname(file), exist_ok=True)
@@ -218,7 +218,7 @@ def test_a_fingerprint_depends_on_names_and_labels_but_not_on_path_or_contents(t
 
 
 class Named(Dataset):
-    """Names and labels alone."""
+    """A data set with ids and labels but no pixels."""
 
     def __init__(self, ids: list[str], label: list[int], classes: tuple[str, ...]):
         self.ids, self.label, self.classes = ids, np.array(label, np.int64), classes
@@ -315,7 +315,7 @@ def test_a_split_of_digits_that_does_not_exist_is_refused() -> None:
 
 
 def cifar(root: Path) -> Path:
-    """CIFAR-10 as its makers pack it, four images a batch; torchvision checks sums, so theirs become ours."""
+    """CIFAR-10 in its original format with four images per batch. torchvision checks MD5 sums, so they are replaced."""
     rng, folder = np.random.default_rng(0), root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for name in [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]:

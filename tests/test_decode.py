@@ -1,4 +1,4 @@
-"""Whatever a file holds becomes RGB in the one documented way, or is refused with the right status."""
+"""Every file decodes to RGB in the documented way, or raises BadImage with the right status."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from compress_ssl.pipeline.datasets.decode import BROKEN, MAX_PIXELS, NOT_AN_IMAGE, REASONS, TOO_LARGE, BadImage, decode
 
 BEST: dict[str, dict[str, Any]] = {"JPEG": {"quality": 98}, "WEBP": {"lossless": True}, "ICO": {"sizes": [(16, 16)]}}
-"""By format, what keeps the pixels as they are."""
+"""Options of `Image.save`, by format, with the smallest loss."""
 
 
 def file(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -30,14 +30,14 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarr
 
 
 def smooth(height: int = 24, width: int = 40) -> Image.Image:
-    """A picture that JPEG keeps to within a few levels: red falls, green grows, blue is a corner."""
+    """An image that JPEG stores to within a few levels: red decreases, green increases, blue is a corner."""
     rows, columns = np.mgrid[:height, :width]
     red, green = 255 * rows / height, 255 * columns / width
     return Image.fromarray(np.stack([255 - red, green, (red + green) / 3], -1).astype(np.uint8))
 
 
 def png(header: bytes, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file put together by hand: Pillow does not write all it can read."""
+    """A PNG file assembled from chunks, because Pillow cannot write everything that it can read."""
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     body = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts)
     return b"\x89PNG\r\n\x1a\n" + body
@@ -182,7 +182,9 @@ def test_the_first_frame_of_an_animation_is_decoded(form: str) -> None:
 
 # ---------------------------------------------------------------- orientation
 
-TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF 2.3: where the 0th row and column are
+TURNED: dict[
+    int, Callable[[np.ndarray], np.ndarray]
+] = {  # EXIF 2.3: the sides of the image at which its first row and column are shown
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -267,7 +269,7 @@ def test_a_png_with_a_wrong_checksum_is_broken() -> None:
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that says it is side x side pixels."""
+    """A PNG of a few bytes whose header claims side x side pixels."""
     return png(struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"")
 
 
@@ -282,7 +284,7 @@ def test_an_image_that_pillow_only_warns_about_is_not_too_large() -> None:
     side = 9_600  # 92 million pixels: beyond Pillow's warning, below our limit
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert refused(bomb(side)).status == BROKEN  # there is nothing in it
+        assert refused(bomb(side)).status == BROKEN  # it contains no pixel data
 
 
 def test_the_largest_photographs_are_accepted() -> None:

@@ -1,4 +1,4 @@
-"""Decoded images kept in files are those the decoder gave."""
+"""The cache of decoded images returns exactly what the decoder returned."""
 
 import os
 import pickle
@@ -29,8 +29,8 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageFolder:
 
 
 def test_cached_images_equal_decoded_ones_also_after_pickling(images: ImageFolder, tmp_path: Path) -> None:
-    kept = image_cache.build_cache(images, tmp_path / "decoded")
-    for one in (kept, pickle.loads(pickle.dumps(kept))):
+    cached = image_cache.build_cache(images, tmp_path / "decoded")
+    for one in (cached, pickle.loads(pickle.dumps(cached))):
         assert (len(one), one.ids, one.fingerprint) == (11, images.ids, images.fingerprint)
         for i in range(11):
             if i == 5:
@@ -46,21 +46,21 @@ def test_only_missing_blocks_are_decoded(images: ImageFolder, tmp_path: Path, mo
     image_cache.build_cache(images, tmp_path / "decoded")
     (tmp_path / "decoded/pixels-000001.bin").unlink()
     assert image_cache.count_pending(images, tmp_path / "decoded") == 4
-    asked: list[int] = []
+    decoded: list[int] = []
     load = ImageFolder.load
-    monkeypatch.setattr(ImageFolder, "load", lambda self, i: (asked.append(i), load(self, i))[1])
+    monkeypatch.setattr(ImageFolder, "load", lambda self, i: (decoded.append(i), load(self, i))[1])
     image_cache.build_cache(images, tmp_path / "decoded")
-    assert sorted(asked) == [4, 5, 6, 7] and image_cache.count_pending(images, tmp_path / "decoded") == 0
+    assert sorted(decoded) == [4, 5, 6, 7] and image_cache.count_pending(images, tmp_path / "decoded") == 0
 
 
 def test_a_flipped_bit_is_an_error_that_names_the_image(images: ImageFolder, tmp_path: Path) -> None:
-    kept, file = image_cache.build_cache(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000002.bin"
+    cached, file = image_cache.build_cache(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000002.bin"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    kept.load(8)
+    cached.load(8)
     with pytest.raises(UserError, match="damaged at image 10.jpg; delete the folder"):
-        kept.load(10)
+        cached.load(10)
 
 
 def test_a_cache_of_other_images_is_refused(images: ImageFolder, tmp_path: Path) -> None:
@@ -80,11 +80,11 @@ def test_a_cache_with_another_block_size_is_refused(
 
 
 def test_a_truncated_cache_file_is_reported_as_damage(images: ImageFolder, tmp_path: Path) -> None:
-    kept, file = image_cache.build_cache(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000000.bin"
+    cached, file = image_cache.build_cache(images, tmp_path / "decoded"), tmp_path / "decoded/pixels-000000.bin"
     for size in (file.stat().st_size - 1, 0):
         os.truncate(file, size)
         with pytest.raises(UserError, match="damaged at image 03.jpg"):
-            kept.load(3)
+            cached.load(3)
 
 
 def test_an_image_that_was_unreadable_for_a_while_is_decoded_once_it_is_readable_again(
@@ -92,12 +92,14 @@ def test_an_image_that_was_unreadable_for_a_while_is_decoded_once_it_is_readable
 ) -> None:
     file, away = tmp_path / "images/06.jpg", tmp_path / "06.jpg"
     file.rename(away)
-    kept = image_cache.build_cache(images, tmp_path / "decoded")
+    cached = image_cache.build_cache(images, tmp_path / "decoded")
     with pytest.raises(BadImage, match="No such file"):
-        kept.load(6)
-    assert image_cache.count_pending(images, tmp_path / "decoded") == 4, "its block; the others are kept"
+        cached.load(6)
+    assert image_cache.count_pending(images, tmp_path / "decoded") == 4, (
+        "the images of its block; the other blocks are cached"
+    )
     away.rename(file)
-    assert np.array_equal(kept.load(6)[0], images.load(6)[0])
+    assert np.array_equal(cached.load(6)[0], images.load(6)[0])
     image_cache.build_cache(images, tmp_path / "decoded")
     assert image_cache.count_pending(images, tmp_path / "decoded") == 0
 
@@ -105,7 +107,7 @@ def test_an_image_that_was_unreadable_for_a_while_is_decoded_once_it_is_readable
 def test_the_remedy_in_the_error_repairs_a_cache_of_a_changed_image(images: ImageFolder, tmp_path: Path) -> None:
     how = {"store": export(images, tmp_path), "student": ("convnet:channels=4+6",), "method": "regression"}
     how |= {"image_size": 16, "steps": 4, "batch_size": 4, "workers": 0, "cache_images": tmp_path / "decoded"}
-    file, folder = tmp_path / "images/03.jpg", tmp_path / "decoded"  # no probe
+    file, folder = tmp_path / "images/03.jpg", tmp_path / "decoded"  # not a probe image
     right = file.read_bytes()
     Image.new("RGB", (8, 8)).save(file)
     for _ in range(2):
@@ -119,11 +121,11 @@ def test_the_remedy_in_the_error_repairs_a_cache_of_a_changed_image(images: Imag
 def test_decoding_uses_only_the_cores_of_this_process(
     images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, pool = [], image_cache.ThreadPoolExecutor
+    pool_sizes, pool = [], image_cache.ThreadPoolExecutor
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5}, raising=False)
-    monkeypatch.setattr(image_cache, "ThreadPoolExecutor", lambda threads: asked.append(threads) or pool(threads))
+    monkeypatch.setattr(image_cache, "ThreadPoolExecutor", lambda threads: pool_sizes.append(threads) or pool(threads))
     image_cache.build_cache(images, tmp_path / "decoded")
-    assert asked == [3]
+    assert pool_sizes == [3]
 
 
 def export(images: ImageFolder, home: Path) -> Path:
@@ -137,6 +139,6 @@ def test_a_run_with_cached_images_equals_the_run_without_to_the_bit(images: Imag
     how = {"store": export(images, tmp_path), "student": ("convnet:channels=4+6",), "method": "regression"}
     how |= {"image_size": 16, "steps": 4, "batch_size": 4, "workers": 0}
     distill.run(distill.Config(out=tmp_path / "plain", **how))  # type: ignore[arg-type]
-    distill.run(distill.Config(out=tmp_path / "kept", cache_images=tmp_path / "decoded", **how))  # type: ignore[arg-type]
-    names = [tmp_path / run / "student.safetensors" for run in ("plain", "kept")]
+    distill.run(distill.Config(out=tmp_path / "cached", cache_images=tmp_path / "decoded", **how))  # type: ignore[arg-type]
+    names = [tmp_path / run / "student.safetensors" for run in ("plain", "cached")]
     assert names[0].read_bytes() == names[1].read_bytes()

@@ -1,4 +1,4 @@
-"""Local crops: drawn, exported, stored, checked and shown to students as the teacher saw them."""
+"""Local crops: how they are drawn, exported, stored, verified and shown to students."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 smooth pictures of odd sizes."""
+    """20 smooth images of odd sizes."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i in range(IMAGES):
         small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
@@ -40,13 +40,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(images: Path, out: Path, **said: Any) -> export_teacher.Config:
+def config(images: Path, out: Path, **options: Any) -> export_teacher.Config:
     how = {"teacher": TEACHER, "views": 3, "local_views": 6, "image_size": SIZE, "batch_size": 4, "shard_size": 8}
-    return export_teacher.Config(data=str(images), out=out, **{**how, "workers": 0, "device": "cpu", **said})
+    return export_teacher.Config(data=str(images), out=out, **{**how, "workers": 0, "device": "cpu", **options})
 
 
-def export(images: Path, out: Path, **said: Any) -> FeatureStore:
-    export_teacher.run(config(images, out, **said))
+def export(images: Path, out: Path, **options: Any) -> FeatureStore:
+    export_teacher.run(config(images, out, **options))
     return FeatureStore(Folder(out))
 
 
@@ -111,7 +111,7 @@ def test_the_default_side_of_local_crops_is_3_sevenths_of_the_views_in_multiples
 
 
 def test_a_local_crop_shows_the_same_box_at_every_size() -> None:
-    ramp = np.zeros((90, 120, 3), np.uint8)  # red grows along the width, green along the height
+    ramp = np.zeros((90, 120, 3), np.uint8)  # red increases along the width, green along the height
     ramp[..., 0], ramp[..., 1] = np.arange(120)[None] * 2, np.arange(90)[:, None] * 2
     spec, numbers = ViewSpec("crop-flip", 0, 0.875), LOCAL + np.arange(6)
     variates = draw_variates(0, 4, numbers)
@@ -184,7 +184,10 @@ def test_an_export_with_local_crops_killed_at_any_write_and_repeated_leaves_the_
 
     monkeypatch.setattr(Folder, "put", dying)
     out, kills, lacks = tmp_path / "store", 0, set()
-    for allowed in (range(3, 60, 5), range(1, 60)):  # until the store is laid out, then in the midst of its shards
+    for allowed in (
+        range(3, 60, 5),
+        range(1, 60),
+    ):  # first while the store is created, then while its shards are written
         for count in allowed:
             left[0] = count
             try:
@@ -271,7 +274,7 @@ def test_verify_checks_all_digests_of_local_crops_and_embeds_some_again(whole: P
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         pick = FeatureStore.read_rows
-        patch.setattr(FeatureStore, "read_rows", lambda *asked: (drawn.append(asked[2]), pick(*asked))[1])
+        patch.setattr(FeatureStore, "read_rows", lambda *arguments: (drawn.append(arguments[2]), pick(*arguments))[1])
         verify.run(verify.Config(store=str(whole), sample=1.0))
     assert any(view & LOCAL for view in drawn) and any(not view & LOCAL for view in drawn)
 
@@ -308,7 +311,7 @@ def test_inspect_shows_the_local_crops(whole: Path) -> None:
     assert made["local crops"] == "6 of 8 pixels" and "local_embedding 8" in made["arrays"]
 
 
-# ---------------------------------------------------------------- seen by students
+# ---------------------------------------------------------------- in training
 
 WITNESS = """
 from compress_ssl.pipeline.methods.base import Method, Needs
@@ -335,8 +338,8 @@ def test_a_student_equal_to_the_teacher_reproduces_the_stored_features_of_every_
     def worst(shift: int) -> float:
         out = tmp_path / f"run-{shift}"
         method = f"python:{tmp_path / 'witness.py'}:Witness,shift={shift}"
-        said = {"steps": 2, "batch_size": 10, "image_size": SIZE, "lr": 1e-9, "workers": 0, "device": "cpu"}
-        distill.run(distill.Config(store=tmp_path / "store", student=(net,), method=method, out=out, **said))  # type: ignore
+        options = {"steps": 2, "batch_size": 10, "image_size": SIZE, "lr": 1e-9, "workers": 0, "device": "cpu"}
+        distill.run(distill.Config(store=tmp_path / "store", student=(net,), method=method, out=out, **options))  # type: ignore
         return max(row["loss"] for row in read_journal(out / "metrics.jsonl"))
 
     assert worst(0) < 1e-5
@@ -346,14 +349,14 @@ def test_a_student_equal_to_the_teacher_reproduces_the_stored_features_of_every_
 def test_a_student_that_cannot_take_crops_is_refused_before_the_first_step(whole: Path, tmp_path: Path) -> None:
     student = network(tmp_path, refused="(8,)")
     with pytest.raises(UserError, match="cannot take images of 8 pixels .* choose another --image-size"):
-        said = {"steps": 1, "image_size": SIZE, "workers": 0, "device": "cpu"}
-        distill.run(distill.Config(whole, (student,), "seed:bank=5", tmp_path / "run", **said))  # type: ignore
+        options = {"steps": 1, "image_size": SIZE, "workers": 0, "device": "cpu"}
+        distill.run(distill.Config(whole, (student,), "seed:bank=5", tmp_path / "run", **options))  # type: ignore
     assert not (tmp_path / "run").exists()
 
 
 def test_every_step_uses_all_stored_crops_or_as_many_fresh_ones() -> None:
-    def plan(**said: Any) -> StepSampler:
-        return StepSampler(3, np.arange(10), (1, 2), 4, 1, "same", 100, **said)
+    def plan(**options: Any) -> StepSampler:
+        return StepSampler(3, np.arange(10), (1, 2), 4, 1, "same", 100, **options)
 
     assert plan().local_at(0) is None and not plan().has_local
     stored = tuple(range(LOCAL, LOCAL + 6))

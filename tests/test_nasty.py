@@ -30,7 +30,7 @@ VIEWS = 3
 
 @pytest.fixture(autouse=True)
 def bounded() -> Iterator[None]:
-    """A file that makes a reader wait for ever ends as a failure."""
+    """Turn an endless wait for a file into a failure."""
 
     def hangs(signum: int, frame: FrameType | None) -> None:
         raise TimeoutError("nasty files took more than a minute")
@@ -68,7 +68,7 @@ def store(mixed: tuple[Path, dict[str, int]], tmp_path_factory: pytest.TempPathF
 
 
 def good_ones_alone(dataset: ImageFolder, rows: np.ndarray, data: Path, out: Path) -> FeatureStore:
-    """The export of nothing but the good images, each with the view key it has among the nasty ones."""
+    """An export of the good images alone, each with the view key that it has among the nasty ones."""
     config = settings(data, out, workers=0)
     torch.manual_seed(0)
     model = build(TEACHER, image_size=16, pretrained_default=True)
@@ -82,7 +82,7 @@ def good_ones_alone(dataset: ImageFolder, rows: np.ndarray, data: Path, out: Pat
 
 def test_there_are_at_least_sixty_nasty_files_all_different(mixed: tuple[Path, dict[str, int]]) -> None:
     contents = [*bad_files().values(), *odd_files().values()]
-    assert len({*contents}) == len(contents) - 1  # one is good but for its name
+    assert len({*contents}) == len(contents) - 1  # one file is good and has a nasty name only
     nasty = [name for name in mixed[1] if name.startswith("nasty/")]
     assert len(nasty) >= 90
     assert sum(status != GOOD for name, status in mixed[1].items()) >= 45
@@ -153,4 +153,4 @@ def test_decoding_in_threads_leaves_other_warning_filters_unchanged() -> None:
         assert warnings.filters[len(added) :] == before
         assert {entry[3].pattern for entry in added if entry[3]} == {"PIL"}
         with pytest.raises(UserWarning):
-            warnings.warn("others are heard as before", stacklevel=2)
+            warnings.warn("a warning of other code", stacklevel=2)

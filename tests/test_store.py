@@ -1,4 +1,4 @@
-"""features[i, v] on disk: what is written is read, killed writers cost a shard at most, growth leaves no trace."""
+"""The feature store: it reads what was written, a killed writer costs one shard at most, growth leaves no trace."""
 
 import contextlib
 import itertools
@@ -32,18 +32,18 @@ Bad = dict[tuple[int, int], tuple[int, str]]
 """{(i, v): (status, reason)}: image i is found bad in view v."""
 
 
-class PowerCut(BaseException):
-    """The machine stops here."""
+class PowerFailure(BaseException):
+    """Raised where the machine is to stop."""
 
 
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody pulls the plug of the real machine: tests/test_storage.py sees to it that data is synced."""
+    """Skip fsync to save time; tests/test_storage.py checks that data are synced."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-class Frail(Folder):
-    """A folder whose machine stops before its n-th change."""
+class FailingFolder(Folder):
+    """A folder whose machine stops before the n-th change of a file."""
 
     def __init__(self, path: Path, changes: int):
         super().__init__(path)
@@ -52,7 +52,7 @@ class Frail(Folder):
     def _spend(self) -> None:
         self.left -= 1
         if self.left < 0:
-            raise PowerCut
+            raise PowerFailure
 
     def put(self, key: str, data: bytes) -> None:
         self._spend()
@@ -83,7 +83,7 @@ def make(where: Path | Folder, views: int, codec: str = "int8", images: int = N,
 
 
 def features(start: int, stop: int, views: Sequence[int]) -> np.ndarray:
-    """(n, V, D): what the teacher says of (i, v), whoever asks and whenever."""
+    """(n, V, D) float32: the teacher's features, a function of i and v alone."""
     out = [[np.random.default_rng([i, v]).normal(size=D) for v in views] for i in range(start, stop)]
     return np.array(out, np.float32).reshape(stop - start, len(views), D)
 
@@ -93,7 +93,7 @@ def content(start: int, stop: int) -> np.ndarray:
 
 
 def write(store: FeatureStore, shard: Shard, bad: Bad | None = None) -> None:
-    """What an export does with a shard: bad rows are zero in the views of this call, the first reason counts."""
+    """Write a shard as an export does: bad rows are zero in the views of this call; the first reason is kept."""
     x, status = features(shard.start, shard.stop, shard.views), np.zeros(shard.stop - shard.start, np.uint8)
     reasons = {}
     for (i, v), (why, words) in sorted((bad or {}).items(), reverse=True):
@@ -143,7 +143,7 @@ def test_compressed_arrays_are_lossless_readable_by_plain_zarr_and_chunked_by_vi
 
 @pytest.mark.parametrize("codec", ["int8", "float32", "int8+zstd", "float16+zstd"])
 def test_our_shard_reader_returns_what_zarr_returns(tmp_path: Path, codec: str) -> None:
-    """Shards of two chunks, a ragged last one, a chunk and a shard of nothing but zeros, any span of rows."""
+    """Shards of two chunks, a shorter last shard, a chunk and a shard of nothing but zeros; several spans of rows."""
     rows, images = 1500, 4000  # chunks of 750 rows
     store = make(tmp_path, 5, codec=codec, images=images, rows=rows)
     for shard in store.pending():
@@ -162,7 +162,7 @@ def test_our_shard_reader_returns_what_zarr_returns(tmp_path: Path, codec: str) 
 
 
 def train(store: FeatureStore, seed: int = 0) -> np.ndarray:
-    """Train the codec of the embedding -> the sample (400, D)."""
+    """Train the codec of the embedding and return the sample (400, D)."""
     sample = np.random.default_rng(seed).normal(size=(400, D)).astype(np.float32)
     store.train("embedding", sample)
     return sample
@@ -177,7 +177,7 @@ def test_a_codebook_is_part_of_the_store_and_is_never_replaced(tmp_path: Path) -
     assert store.untrained() == [] == FeatureStore(Folder(tmp_path)).untrained()
     book = (tmp_path / "codebook/embedding.safetensors").read_bytes()
     assert (tmp_path / "copy/codebook/embedding.safetensors").read_bytes() == book
-    train(make(tmp_path, 2, codec="pq:3"), seed=1)  # a second export at the same time: the first one's stays
+    train(make(tmp_path, 2, codec="pq:3"), seed=1)  # a second export at the same time keeps the first codebook
     assert (tmp_path / "codebook/embedding.safetensors").read_bytes() == book
     grown = export(tmp_path, 6, codec="pq:3")
     assert (tmp_path / "codebook/embedding.safetensors").read_bytes() == book
@@ -202,10 +202,10 @@ def test_product_codes_are_decoded_as_documented(tmp_path: Path) -> None:
 def test_a_kill_while_training_leaves_the_same_codebook(tmp_path: Path, changes: int) -> None:
     whole = make(tmp_path / "whole", 2, codec="pq:2")
     train(whole)
-    frail = Frail(tmp_path / "cut", 10**6)
-    store = make(frail, 2, codec="pq:2")
-    frail.left = changes
-    with contextlib.suppress(PowerCut):
+    failing = FailingFolder(tmp_path / "cut", 10**6)
+    store = make(failing, 2, codec="pq:2")
+    failing.left = changes
+    with contextlib.suppress(PowerFailure):
         train(store)
     store = make(tmp_path / "cut", 2, codec="pq:2")
     if store.untrained():
@@ -395,7 +395,7 @@ def test_batches_cover_a_shard_and_never_cross_it() -> None:
     assert list(batch_spans(Shard(1, 8, 15, (0,)), 3)) == [(8, 11), (11, 14), (14, 15)]
 
 
-# ---------------------------------------------------------------- what is there and what is not
+# ---------------------------------------------------------------- done and pending shards
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 11), st.data())
@@ -435,11 +435,11 @@ def test_the_done_record_is_written_after_the_data(tmp_path: Path, monkeypatch: 
 def test_a_shard_without_its_done_record_is_pending_and_rewritten(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     export(whole, 3)
-    frail = Frail(tmp_path / "cut", 10**6)
-    store = make(frail, 3)
+    failing = FailingFolder(tmp_path / "cut", 10**6)
+    store = make(failing, 3)
     first = store.pending()[0]
-    frail.left = 4  # embedding, scale, status, content: the next is the done record
-    with pytest.raises(PowerCut):
+    failing.left = 4  # embedding, scale, status, content: the next is the done record
+    with pytest.raises(PowerFailure):
         write(store, first)
     assert (tmp_path / "cut/features.zarr/embedding/c/0/0/0").exists()
     assert store.done() == {} and store.pending()[0] == first
@@ -496,7 +496,7 @@ def test_complete_views_can_be_required_while_others_are_pending(tmp_path: Path)
         store.require_complete()
 
 
-# ---------------------------------------------------------------- who may continue a store
+# ---------------------------------------------------------------- continuing a store
 
 
 def test_a_store_with_other_settings_is_refused_and_the_error_lists_the_differences(tmp_path: Path) -> None:
@@ -526,12 +526,12 @@ def test_opening_a_folder_that_is_no_store_is_an_error(tmp_path: Path) -> None:
 
 PATHS = [(1, 8), (3, 5, 8), (4, 8), (2, 3, 4, 9)]
 BAD: Bad = {
-    (1, 0): (BROKEN, "truncated"),  # bad in every view: it is the file
+    (1, 0): (BROKEN, "truncated"),  # bad in every view, because the file is
     **{(1, v): (BROKEN, "truncated") for v in range(1, 9)},
-    (4, 2): (NOT_FINITE, "not finite"),  # found out early
-    (6, 4): (NOT_FINITE, "not finite"),  # found out by the second block of views
+    (4, 2): (NOT_FINITE, "not finite"),  # detected in an early view
+    (6, 4): (NOT_FINITE, "not finite"),  # detected in the second view block
     (6, 7): (NOT_FINITE, "not finite"),
-    (9, 7): (NOT_FINITE, "not finite"),  # found out late
+    (9, 7): (NOT_FINITE, "not finite"),  # detected in a late view
 }
 
 
@@ -587,18 +587,18 @@ def test_a_changed_image_is_detected_at_growth(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-# ---------------------------------------------------------------- killed at any moment
+# ---------------------------------------------------------------- interruptions at any change
 
 
 def changes(work: Callable[[Folder], Any], folder: Path) -> int:
-    """How many changes to the folder `work` makes."""
-    frail = Frail(folder, 10**6)
-    work(frail)
-    return 10**6 - frail.left
+    """Number of changes to the folder that `work` makes."""
+    failing = FailingFolder(folder, 10**6)
+    work(failing)
+    return 10**6 - failing.left
 
 
-def survives(work: Callable[[Folder], Any], before: Path | None, scratch: Path) -> None:
-    """Stopped before its n-th change, for every n, then repeated, `work` leaves what it leaves undisturbed."""
+def check_every_interruption(work: Callable[[Folder], Any], before: Path | None, scratch: Path) -> None:
+    """Check that `work`, stopped before its n-th change for every n and then repeated, leaves the same files."""
 
     def start(name: str) -> Path:
         if before:
@@ -610,8 +610,8 @@ def survives(work: Callable[[Folder], Any], before: Path | None, scratch: Path) 
     assert total > 10
     for n in range(total):
         folder = start(f"cut-{n}")
-        with pytest.raises(PowerCut):
-            work(Frail(folder, n))
+        with pytest.raises(PowerFailure):
+            work(FailingFolder(folder, n))
         work(Folder(folder))
         assert tree(folder) == wanted, f"stopped before change {n} of {total}"
         shutil.rmtree(folder)
@@ -627,7 +627,7 @@ FEW_BAD: Bad = {
 def test_an_export_killed_before_any_of_its_changes_and_repeated_leaves_the_same_files(
     tmp_path: Path, images: int
 ) -> None:
-    survives(lambda folder: export(folder, 5, FEW_BAD, images=images), None, tmp_path)
+    check_every_interruption(lambda folder: export(folder, 5, FEW_BAD, images=images), None, tmp_path)
 
 
 @pytest.mark.parametrize("images", [4, pytest.param(7, marks=pytest.mark.soak)])
@@ -635,7 +635,7 @@ def test_a_growth_killed_before_any_of_its_changes_and_repeated_leaves_the_same_
     tmp_path: Path, images: int
 ) -> None:
     export(tmp_path / "before", 5, FEW_BAD, images=images)
-    survives(lambda folder: export(folder, 7, FEW_BAD, images=images), tmp_path / "before", tmp_path)
+    check_every_interruption(lambda folder: export(folder, 7, FEW_BAD, images=images), tmp_path / "before", tmp_path)
     export(tmp_path / "fresh", 7, FEW_BAD, images=images)
     assert tree(tmp_path / "whole") == tree(tmp_path / "fresh")
 
@@ -643,8 +643,8 @@ def test_a_growth_killed_before_any_of_its_changes_and_repeated_leaves_the_same_
 def test_a_store_killed_during_creation_can_be_grown(tmp_path: Path) -> None:
     export(tmp_path / "fresh", 8, images=4)
     for n in range(1, changes(lambda folder: make(folder, 3, images=4), tmp_path / "whole"), 3):
-        with pytest.raises(PowerCut):
-            make(Frail(tmp_path / f"cut-{n}", n), 3, images=4)
+        with pytest.raises(PowerFailure):
+            make(FailingFolder(tmp_path / f"cut-{n}", n), 3, images=4)
         export(tmp_path / f"cut-{n}", 8, images=4)
         assert tree(tmp_path / f"cut-{n}") == tree(tmp_path / "fresh")
 
@@ -660,8 +660,8 @@ def test_a_growth_killed_twice_and_repeated_leaves_the_same_files(tmp_path: Path
         folder = shutil.copytree(tmp_path / "before", tmp_path / "cut")
         for n in (first, second):
             try:
-                work(Frail(folder, n))
-            except PowerCut:
+                work(FailingFolder(folder, n))
+            except PowerFailure:
                 continue
         work(Folder(folder))
         assert tree(folder) == wanted
@@ -697,7 +697,7 @@ def test_unwritten_rows_are_not_bad_images(tmp_path: Path) -> None:
 
 
 def damaged(file: Path, change: Callable[[bytes], bytes], read: Callable[[], Any], wanted: Any) -> bool:
-    """Whether a change to a file is noticed. That it is neither noticed nor harmless is a failure."""
+    """Whether a change to a file is detected. A change that is neither detected nor harmless is a failure."""
     whole = file.read_bytes()
     file.write_bytes(change(whole))
     try:
@@ -757,7 +757,7 @@ def test_damaged_metadata_is_detected(tmp_path: Path, key: str, junk: bytes) -> 
     export(tmp_path, 2)
     read = lambda: FeatureStore(Folder(tmp_path)).read("embedding", 0)  # noqa: E731
     noticed = damaged(tmp_path / "features.zarr" / key, lambda _: junk, read, read())
-    assert noticed or (key, junk) == ("zarr.json", b"{}")  # Zarr takes it for a group, and it is one
+    assert noticed or (key, junk) == ("zarr.json", b"{}")  # Zarr reads it as the metadata of a group, which is right
 
 
 @pytest.mark.parametrize("key", ["zarr.json", "embedding/zarr.json", "label/zarr.json"])

@@ -1,4 +1,4 @@
-"""A copied, cut down or recoded store says what it is part of, and (i, v) in it is the (i, v) of its source."""
+"""Copies of a store: a partial or recoded copy records its parent, and its rows and views mean the same pixels."""
 
 import json
 import shutil
@@ -29,20 +29,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 digits, 8 views, row blocks of 20."""
+    """A store of 50 digits and 8 views with row blocks of 20."""
     out = tmp_path_factory.mktemp("transfer") / "source"
     export(out)
     return out
 
 
-def export(out: Path, **said: Any) -> dict[str, Any]:
+def export(out: Path, **options: Any) -> dict[str, Any]:
     default = {"views": 8, "image_size": 8, "limit": IMAGES, "batch_size": 10, "shard_size": 20}
-    how = {**default, "workers": 0, "device": "cpu", **said}
+    how = {**default, "workers": 0, "device": "cpu", **options}
     return export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **how))
 
 
-def copy(source: Path | str, out: Path | str, **said: Any) -> FeatureStore:
-    store_copy.run(store_copy.Config(str(source), str(out), **said))
+def copy(source: Path | str, out: Path | str, **options: Any) -> FeatureStore:
+    store_copy.run(store_copy.Config(str(source), str(out), **options))
     return FeatureStore(open_storage(str(out)))
 
 
@@ -115,14 +115,14 @@ def test_views_keep_their_numbers_and_rows_their_keys(source: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def cut(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Views 4 to 7 of every second image, from the second on."""
+    """A copy with views 4 to 7 of every second image, starting with the second."""
     out = tmp_path_factory.mktemp("cut") / "cut"
     copy(source, out, views="4:8", images="1::2")
     return out
 
 
-def train(store: Path, out: Path, **said: Any) -> dict[str, Any]:
-    how = {"steps": 4, "batch_size": 10, "image_size": 8, "workers": 0, "device": "cpu", "lr": 0.2, **said}
+def train(store: Path, out: Path, **options: Any) -> dict[str, Any]:
+    how = {"steps": 4, "batch_size": 10, "image_size": 8, "workers": 0, "device": "cpu", "lr": 0.2, **options}
     return distill.run(distill.Config(str(store), ("convnet:channels=4+8",), "compress-1q", out, **how))
 
 
@@ -159,7 +159,9 @@ def test_verify_and_evaluate_accept_a_partial_copy(cut: Path, tmp_path: Path) ->
     how: dict[str, Any] = {"val": "digits:split=test", "protocol": ("nn",), "workers": 0, "device": "cpu"}
     scored = evaluate.run(evaluate.Config(run=tmp_path / "run", **how))
     assert scored["metrics"]["data"]["train_images"] == IMAGES // 2
-    teacher = evaluate.run(evaluate.Config(store=str(cut), out=tmp_path / "teacher", **how))  # no view 0: live
+    teacher = evaluate.run(
+        evaluate.Config(store=str(cut), out=tmp_path / "teacher", **how)
+    )  # the copy lacks view 0, so the teacher embeds the images
     assert teacher["metrics"]["data"]["train_images"] == IMAGES // 2
 
 
@@ -230,7 +232,7 @@ def test_the_source_is_listed_once_however_many_shards_there_are(
 def test_only_the_row_blocks_of_the_chosen_rows_are_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, read = FeatureStore(Folder(source)), []
     want, stored = store.read("embedding", 3), FeatureStore.stored
-    monkeypatch.setattr(FeatureStore, "stored", lambda *asked: (read.append(asked[3]), stored(*asked))[1])
+    monkeypatch.setattr(FeatureStore, "stored", lambda *arguments: (read.append(arguments[3]), stored(*arguments))[1])
     for rows in ([0, 7, 41, 49], [25], []):
         np.testing.assert_array_equal(store.read_rows("embedding", 3, np.array(rows, int)), want[rows])
     assert read == [slice(0, 20), slice(40, 50), slice(20, 40), slice(0, 20)]

@@ -1,4 +1,4 @@
-"""`compress verify`: damage is found, named, and mended to the same bytes."""
+"""`compress verify`: damage is detected, named, and repaired to the same bytes."""
 
 import dataclasses
 import shutil
@@ -40,22 +40,22 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> export_teacher.Config:
 
 @pytest.fixture
 def damaged(export: export_teacher.Config, tmp_path: Path) -> export_teacher.Config:
-    """A copy of the store, to be damaged."""
+    """A copy of the store that a test may damage."""
     shutil.copytree(export.out, tmp_path / "store")
     return dataclasses.replace(export, out=tmp_path / "store")
 
 
-OUTSIDE = ("history.jsonl", "bad-images.tsv")  # of every digest: nothing that is computed comes from them
+WITHOUT_DIGEST = ("history.jsonl", "bad-images.tsv")  # files that no digest covers, because no result depends on them
 
 
 def files(store: Path) -> dict[str, bytes]:
-    found = [p for p in store.rglob("*") if p.is_file() and p.name not in OUTSIDE]
+    found = [p for p in store.rglob("*") if p.is_file() and p.name not in WITHOUT_DIGEST]
     return {str(p.relative_to(store)): p.read_bytes() for p in found}
 
 
 def kind(name: str) -> str:
-    """What a file of a store is."""
-    if name in OUTSIDE or name in ("manifest.json", "copy/manifest.json"):
+    """The kind of a file of a store."""
+    if name in WITHOUT_DIGEST or name in ("manifest.json", "copy/manifest.json"):
         return name
     if name.startswith("done/"):
         return "done records"
@@ -67,7 +67,7 @@ def kind(name: str) -> str:
 
 
 def values(out: Path) -> dict[str, bytes]:
-    """All that distill and evaluate could read of a store. Raises UserError where they would."""
+    """Everything that distill and evaluate can read of a store. Raises UserError if reading does."""
     store = FeatureStore(Folder(out))
     store.require_complete()
     read = {name: store.table(name) for name in ("sample_id", "label", "view_key", "content", "status")}
@@ -77,7 +77,7 @@ def values(out: Path) -> dict[str, bytes]:
 
 
 def damage(out: Path, name: str, random: np.random.Generator) -> str:
-    """Flip one bit at a random place of a file; where."""
+    """Flip a random bit of a file and return a description of its position."""
     data = bytearray((out / name).read_bytes())
     place, bit = int(random.integers(len(data))), int(random.integers(8))
     data[place] ^= 1 << bit
@@ -86,7 +86,7 @@ def damage(out: Path, name: str, random: np.random.Generator) -> str:
 
 
 def noticed_by_readers(out: Path, whole: Mapping[str, bytes]) -> bool:
-    """Whether reading says so; if it does not, nothing that was read may differ."""
+    """Whether reading a damaged store is an error. If not, all values must be the undamaged ones."""
     try:
         assert values(out) == whole
     except UserError as problem:
@@ -95,8 +95,8 @@ def noticed_by_readers(out: Path, whole: Mapping[str, bytes]) -> bool:
     return False
 
 
-def heal(config: export_teacher.Config, where: str) -> None:
-    """What verify says of a damaged store, and what --repair and the same export command do about it."""
+def repair_store(config: export_teacher.Config, where: str) -> None:
+    """Check that verify reports the damage, then repair it with --repair and the same export command."""
     with pytest.raises(UserError, match="is damaged in"):
         verify.run(verify.Config(store=str(config.out), sample=0))
         pytest.fail(f"{where} was not found")
@@ -105,11 +105,11 @@ def heal(config: export_teacher.Config, where: str) -> None:
 
 
 def flip(config: export_teacher.Config, name: str, before: Mapping[str, bytes], random: np.random.Generator) -> bool:
-    """Flip a bit of a file, see it found and healed to the same bytes: whether readers noticed it too."""
+    """Flip a bit of a file and check that it is repaired to the same bytes; return whether readers noticed it too."""
     values_before = values(config.out)
     where = damage(config.out, name, random)
     noticed = noticed_by_readers(config.out, values_before)
-    if name in OUTSIDE:
+    if name in WITHOUT_DIGEST:
         assert not noticed, where
         verify.run(verify.Config(store=str(config.out), sample=0))
         inspect.run(inspect.Config(path=config.out))
@@ -117,7 +117,7 @@ def flip(config: export_teacher.Config, name: str, before: Mapping[str, bytes], 
         assert "complete already" in export_teacher.run(config)["summary"]
     else:
         assert noticed or kind(name).startswith(("done", "second", "copy")), f"{where} was read as if it were whole"
-        heal(config, where)
+        repair_store(config, where)
     assert files(config.out) == before, where
     return noticed
 
@@ -143,7 +143,7 @@ def test_the_error_of_a_coarse_codec_is_not_mistaken_for_another_teacher(
 def test_a_bit_flipped_anywhere_is_detected_and_repaired_to_the_same_bytes(damaged: export_teacher.Config) -> None:
     before, random = files(damaged.out), np.random.default_rng(1)
     by_kind: dict[str, list[str]] = {}
-    for name in sorted([*before, *OUTSIDE]):
+    for name in sorted([*before, *WITHOUT_DIGEST]):
         by_kind.setdefault(kind(name), []).append(name)
     assert len(by_kind) == 10
     for names in by_kind.values():
@@ -155,9 +155,9 @@ def test_two_hundred_bits_flipped_at_random_are_detected_and_repaired(
     damaged: export_teacher.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, random = files(damaged.out), np.random.default_rng(2)
-    kept = {name: (damaged.out / name).read_bytes() for name in OUTSIDE}
+    kept = {name: (damaged.out / name).read_bytes() for name in WITHOUT_DIGEST}
     by_kind: dict[str, list[str]] = {}
-    for name in sorted([*before, *OUTSIDE]):
+    for name in sorted([*before, *WITHOUT_DIGEST]):
         by_kind.setdefault(kind(name), []).append(name)
     count: Counter[str] = Counter()
     noticed: Counter[str] = Counter()
@@ -193,7 +193,7 @@ def test_repair_marks_exactly_the_damaged_shard(damaged: export_teacher.Config) 
 
 
 def rewrite(config: export_teacher.Config, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Put other features, (rows, views, D), into the first shard of a store, with digests that fit them."""
+    """Replace the features (rows, views, D) of the first shard, with digests that fit the new ones."""
     store = FeatureStore(Folder(config.out))
     start, stop = store.span(0)
     rows = slice(start, stop)
@@ -229,7 +229,7 @@ def test_changed_pixels_are_detected_before_any_feature_is_computed(
 ) -> None:
     shutil.copytree(export.data, tmp_path / "images")
     names = sorted((tmp_path / "images").rglob("*.png"))
-    monkeypatch.setattr(verify, "embed_again", lambda *_: pytest.fail("the teacher was asked"))
+    monkeypatch.setattr(verify, "embed_again", lambda *_: pytest.fail("the teacher was run"))
     Image.new("RGB", (24, 20)).save(names[0])
     with pytest.raises(UserError, match="probe images do not look as they did to the teacher, the first is 0/00.png"):
         verify.run(verify.Config(store=str(export.out), data=str(tmp_path / "images"), sample=1.0))

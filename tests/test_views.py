@@ -1,4 +1,4 @@
-"""A view is a pure function of (seed, key, v), is what its recipe says, and looks the same at every size."""
+"""A view is a pure function of (seed, key, v), follows its augmentation, and shows the same at every size."""
 
 import itertools
 import math
@@ -276,7 +276,7 @@ def test_any_image_renders_at_any_size(policy: str, size: int) -> None:
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
-    """Red says the column, green the row, blue nothing; at most 256 of each."""
+    """An image whose red channel is the column and whose green channel is the row, at most 256 of each; blue is 0."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([columns, rows, np.zeros_like(rows)], -1).astype(np.uint8)
 
@@ -292,8 +292,8 @@ def test_renderings_at_two_sizes_show_the_same_region(v: int) -> None:
         centre = (np.arange(size) + 0.5) / size
         columns, rows = left + centre * w - 0.5, top + centre * h - 0.5
         columns = columns[::-1] if view.flip else columns
-        inner = slice(1, -1)  # the border pixels of an antialiased resize lean inwards
-        near = h / size if v == 0 else 2  # a centre crop begins at a whole pixel of the resized image
+        inner = slice(1, -1)  # an antialiased resize shifts the border pixels inwards
+        near = h / size if v == 0 else 2  # a centre crop starts at a whole pixel of the resized image
         assert np.abs(pixels[0, 0, inner, inner].numpy() - columns[None, inner]).max() < near
         assert np.abs(pixels[0, 1, inner, inner].numpy() - rows[inner, None]).max() < near
 
@@ -305,7 +305,7 @@ def test_renderings_at_two_sizes_have_the_same_colours() -> None:
             image, spec(policy), draw_variates(0, 4, range(8)), range(8), [(48, "bilinear"), (16, "bilinear")]
         )
         assert (large[:, :, 8, 8].int() - small[:, :, 8, 8].int()).abs().max() <= 1
-        assert len(np.unique(large[:, :, 8, 8].numpy(), axis=0)) > 4  # and they do differ between views
+        assert len(np.unique(large[:, :, 8, 8].numpy(), axis=0)) > 4  # the views do differ
 
 
 @pytest.mark.parametrize("policy", ["crop-flip", "moco-v2", "dino"])
@@ -394,7 +394,7 @@ def test_the_jitters_are_applied_in_the_drawn_order_then_grey_then_blur_then_sol
 
 
 def edge_width(size: int, sigma: float) -> float:
-    """Standard deviation, in pixels, of what a blur of a step from black to white spreads."""
+    """Standard deviation, in pixels, of the slope of a blurred step from black to white."""
     step = torch.zeros(3, size, size, dtype=torch.uint8)
     step[:, :, size // 2 :] = 255
     row = render_view(step, ResolvedView(height=size, width=size, sigma=sigma), size, "bilinear")[0, size // 2].double()

@@ -62,7 +62,7 @@ def fetch(remote: FeatureStore, views: Sequence[int], cache: Path | None = None)
     pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch")
     try:
         tasks = [pool.submit(_fetch_block, remote, local, b, spans) for b, spans in blocks.items()]
-        with progress_bar("hydrate", len(tasks), "row blocks") as bar:
+        with progress_bar("fetch", len(tasks), "row blocks") as bar:
             for task in tasks:
                 fetched += task.result()
                 bar.advance(1, format_bytes(fetched))
