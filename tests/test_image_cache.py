@@ -41,6 +41,18 @@ def test_cached_images_equal_decoded_ones_also_after_pickling(images: ImageFolde
             assert np.array_equal(pixels, wanted) and content == theirs
 
 
+def test_a_cache_has_everything_else_from_its_data_set(images: ImageFolder, tmp_path: Path) -> None:
+    cached = image_cache.build_cache(images, tmp_path / "decoded")
+    assert cached.classes == images.classes and np.array_equal(cached.label, images.label)
+    assert cached.describe_difference(images.ids[1:]) == images.describe_difference(images.ids[1:])
+    wrong = np.full(11, 1, np.uint64)
+    assert cached.changed_rows(wrong, 0) == images.changed_rows(wrong, 0) == list(range(11))
+    part = cached.subset(3)
+    assert part.ids == images.subset(3).ids
+    (tmp_path / "images/00.jpg").unlink()
+    assert np.array_equal(part.load(0)[0], cached.load(0)[0]), "a subset reads from the cache too"
+
+
 def test_only_missing_blocks_are_decoded(images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert image_cache.count_pending(images, tmp_path / "decoded") == 11
     image_cache.build_cache(images, tmp_path / "decoded")

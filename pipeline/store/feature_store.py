@@ -140,16 +140,27 @@ class FeatureStore(StoreReader):
             digests[views] = self._write_view_block(shard, views, features, status == GOOD)
         self._put_chunk("status", (shard.block,), status)
         self._put_chunk("content", (shard.block,), content)
-        rows = {"rows": [shard.start, shard.stop], "bad": {str(i): why for i, why in sorted(bad.items())}}
-        rows |= {"status": artifact.digest(status.tobytes()), "content": artifact.digest(content.tobytes())}
         # After the data: a crash in between costs a shard, but no done record describes data that are not there.
+        rows = {
+            "rows": [shard.start, shard.stop],
+            "bad": {str(i): why for i, why in sorted(bad.items())},
+            "status": artifact.digest(status.tobytes()),
+            "content": artifact.digest(content.tobytes()),
+        }
         for views, digest in digests.items():
-            record = artifact.sealed({**rows, "views": [views.start, views.stop], "digest": digest})
-            self.storage.put(done_key(shard.block, views.start, views.stop), artifact.canonical(record) + b"\n")
-            for old in earlier:
-                if old[0] == views.start and old[1] != views.stop:
-                    self.storage.delete(done_key(shard.block, *old))
+            record = {**rows, "views": [views.start, views.stop], "digest": digest}
+            self._put_done_record(shard.block, views, record, earlier)
         return [(views.start, views.stop) for views in digests]
+
+    def _put_done_record(
+        self, block: int, views: range, record: Mapping[str, Any], earlier: Sequence[tuple[int, int]]
+    ) -> None:
+        """Write a done record, then delete the earlier records of the same view block with another number of views."""
+        sealed = artifact.sealed(record)
+        self.storage.put(done_key(block, views.start, views.stop), artifact.canonical(sealed) + b"\n")
+        for first, stop in earlier:
+            if first == views.start and stop != views.stop:
+                self.storage.delete(done_key(block, first, stop))
 
     def _write_view_block(
         self, shard: Shard, views: range, features: Mapping[str, Stored], good: np.ndarray

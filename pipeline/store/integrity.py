@@ -33,7 +33,7 @@ class Damage:
 
 def read_manifest(storage: Storage) -> dict[str, Any]:
     """The manifest of a store, or its second copy. Raises UserError if neither is intact."""
-    return _intact_manifest(storage, {key: _get(storage, key) for key in MANIFESTS})
+    return _intact_manifest(storage, {key: _get_or_none(storage, key) for key in MANIFESTS})
 
 
 def _intact_manifest(storage: Storage, raw: Mapping[str, bytes | None]) -> dict[str, Any]:
@@ -49,12 +49,12 @@ def _intact_manifest(storage: Storage, raw: Mapping[str, bytes | None]) -> dict[
 
 def check_small_files(storage: Storage) -> list[Damage]:
     """Damage to the small files and to their second copies. Raises UserError if no manifest is intact."""
-    raw = {key: _get(storage, key) for key in MANIFESTS}
+    raw = {key: _get_or_none(storage, key) for key in MANIFESTS}
     manifest = _intact_manifest(storage, raw)
     expected = artifact.to_bytes(manifest)  # compared as bytes: \u00e9 and \u00E9 parse to the same text
     damages = [_restorable(storage, key, expected) for key in MANIFESTS if raw[key] != expected]
     for name, digest in manifest["about"]["small"].items():
-        found = {key: _get(storage, key) for key in (name, f"{COPY}/{name}")}
+        found = {key: _get_or_none(storage, key) for key in (name, f"{COPY}/{name}")}
         intact = {key: data for key, data in found.items() if data is not None and artifact.digest(data) == digest}
         source = next(iter(intact.values()), None)
         damages += [_restorable(storage, key, source) for key in found if key not in intact]
@@ -71,7 +71,7 @@ def _parse_manifest(data: bytes, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _get(storage: Storage, key: str) -> bytes | None:
+def _get_or_none(storage: Storage, key: str) -> bytes | None:
     try:
         return storage.get(key)
     except FileNotFoundError:

@@ -55,10 +55,10 @@ class StoreReader(ShardIndex):
     def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
         """One view as it lies on disk: ((n, ...) in the codec's dtype, (n, ...) float32 scale or None)."""
         column = view_column(view)
-        if isinstance(folder := self.storage, Folder):
+        if isinstance(self.storage, Folder):
             self.array(name)  # checks the metadata of the array, which `read_view` does not look at
             start, stop, _ = rows.indices(self.images)
-            path = folder.path / GROUP / name
+            path = self.storage.path / GROUP / name
             stored = self._report_damage(name, lambda: read_view(path, self.layouts[name], column, start, stop))
         else:
             stored = self._read_array(name, (rows, column))

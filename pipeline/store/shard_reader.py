@@ -58,11 +58,10 @@ def _read_shard(path: Path, layout: ArrayLayout, column: int, skip: int, out: np
 
 def _read_chunk(file: int, layout: ArrayLayout, offset: int, size: int, skip: int, out: np.ndarray) -> None:
     """Fill `out` with rows of the chunk at `offset` of a file, starting at row `skip` of the chunk."""
+    entire = size == out.nbytes + _CRC_BYTES and not layout.compressor
     if offset == _EMPTY:
         out[...] = layout.fill
-    elif (
-        size == out.nbytes + _CRC_BYTES and not layout.compressor
-    ):  # the whole chunk is wanted: read it straight into `out`
+    elif entire:  # `out` takes all rows of the chunk: read them into it without a copy
         checksum = bytearray(_CRC_BYTES)
         got = os.preadv(file, [out.data.cast("B"), checksum], offset)
         if got != size or google_crc32c.value(out) != int.from_bytes(checksum, "little"):

@@ -100,7 +100,8 @@ class ShardIndex:
         """{row block: [(first view, one past the last), ...]}, read from the names of the done records."""
         out: dict[int, list[tuple[int, int]]] = {}
         for key in self.storage.list("done"):
-            if match := _DONE.match(key):
+            match = _DONE.match(key)
+            if match:
                 block, first, stop = map(int, match.groups())
                 out.setdefault(block, []).append((first, stop))
         return out

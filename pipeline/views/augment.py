@@ -18,8 +18,9 @@ from compress_ssl.pipeline.views.numbering import LOCAL
 
 _LOG_RATIO = 0.2876820724517809  # ln(4/3): the aspect ratio of a crop is between 3:4 and 4:3
 _TRIES = 10  # attempts at a random crop box before the fallback, as in torchvision
-_COUNT = 36  # variates per view; stores depend on this number and on the positions below
-# Positions 0 to 19 are (area, aspect ratio) of the ten attempts. _ORDER has three values, _FACTORS four, 35 is unused.
+_COUNT = 36  # variates per view
+# Positions of the variates. The views of existing stores depend on them: never change one. Positions 0 to 19 are
+# (area, aspect ratio) of the ten attempts; _ORDER has three values, _FACTORS four; 35 is unused.
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER, _FACTORS, _GREY, _BLUR, _SIGMA, _SOLARIZE = 20, 21, 22, 23, 24, 27, 31, 32, 33, 34
 
 
