@@ -308,7 +308,7 @@ for line in sys.stdin:
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
         os.environ["DIE"] = order["die"]
         sys.argv = ["compress", *order["line"]]
-        compress_ssl.cli.main()
+        cli.main()
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -322,7 +322,7 @@ IMPORTED = [
 
 
 class Warm:
-    """The program with its imports behind it: every `start` is a process of its own that runs compress_ssl.cli.main."""
+    """The program with its imports behind it: every `start` is a process of its own that runs cli.main."""
 
     def __init__(self, folder: Path):
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -81,10 +81,8 @@ def forge() -> Iterator[Any]:
     }
     context = multiprocessing.get_context("forkserver")
     loaded = ["torch", "torchvision.transforms.v2", "zarr", "distributed", "compress_ssl.stages.export_teacher"]
-    loaded += [
-        f"compress_ssl.pipeline.{name}"
-        for name in ("embed", "models", "models.python", "pixels", "scheduler", "datasets.folder")
-    ]
+    packages = ("extraction.embed", "models", "models.python", "store.render_probe", "extraction.cluster")
+    loaded += [f"compress_ssl.pipeline.{name}" for name in (*packages, "datasets.folder")]
     context.set_forkserver_preload([*loaded, "test_kills"])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
@@ -285,7 +283,7 @@ def leave(code):
 
 sys.exit = leave
 sys.argv = ["compress", "methods"]
-compress_ssl.cli.main()
+cli.main()
 """
 
 

@@ -23,7 +23,15 @@ VIEWS = (1, 2, 3, 4, 5)
 
 
 def plan(**said: Any) -> StepSampler:
-    default = {"seed": 3, "rows": ROWS, "views": VIEWS, "batch": 4, "per_step": 1, "pairing": "same", "steps": 100}
+    default = {
+        "seed": 3,
+        "rows": ROWS,
+        "views": VIEWS,
+        "batch": 4,
+        "views_per_step": 1,
+        "pairing": "same",
+        "steps": 100,
+    }
     return StepSampler(**{**default, **said})
 
 
@@ -60,11 +68,11 @@ def test_batches_never_run_short_and_go_on_into_the_next_epoch() -> None:
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=8), st.sampled_from(PAIRINGS), st.integers(1, 3))
 def test_a_step_is_a_function_of_seed_and_step_not_of_what_was_asked_before(
-    steps: list[int], pairing: str, per_step: int
+    steps: list[int], pairing: str, views_per_step: int
 ) -> None:
-    kept = plan(pairing=pairing, views_per_step=per_step)
+    kept = plan(pairing=pairing, views_per_step=views_per_step)
     for step in steps:
-        fresh = plan(pairing=pairing, views_per_step=per_step, steps=7, first=step)
+        fresh = plan(pairing=pairing, views_per_step=views_per_step, steps=7, first=step)
         for one, other in zip(kept.at(step), fresh.at(step), strict=True):
             assert np.array_equal(one, other)
 
@@ -95,19 +103,19 @@ def test_as_pieces_for_the_loader_it_runs_from_its_first_step_to_the_last() -> N
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 999), st.integers(0, 4))
 def test_over_as_many_epochs_as_there_are_views_each_is_used_equally(
-    count: int, per_step: int, seed: int, cycle: int
+    count: int, views_per_step: int, seed: int, cycle: int
 ) -> None:
-    if per_step > count:
+    if views_per_step > count:
         return
-    of = plan(views=tuple(range(1, count + 1)), views_per_step=per_step, seed=seed)
+    of = plan(views=tuple(range(1, count + 1)), views_per_step=views_per_step, seed=seed)
     epochs = [of.epoch_views(epoch)[0].tolist() for epoch in range(cycle * count, (cycle + 1) * count)]
-    assert Counter(v for views in epochs for v in views) == dict.fromkeys(range(1, count + 1), per_step)
-    assert all(len(set(views)) == per_step for views in epochs), "a view twice in one step"
+    assert Counter(v for views in epochs for v in views) == dict.fromkeys(range(1, count + 1), views_per_step)
+    assert all(len(set(views)) == views_per_step for views in epochs), "a view twice in one step"
 
 
 @given(st.integers(1, 4), st.integers(0, 99))
-def test_in_an_epoch_all_images_are_seen_in_the_same_stored_views(per_step: int, seed: int) -> None:
-    of = plan(views_per_step=per_step, batch=5, seed=seed)
+def test_in_an_epoch_all_images_are_seen_in_the_same_stored_views(views_per_step: int, seed: int) -> None:
+    of = plan(views_per_step=views_per_step, batch=5, seed=seed)
     for epoch in range(4):
         views = {v for step in (2 * epoch, 2 * epoch + 1) for v in of.at(step)[1].flatten().tolist()}
         assert views == set(of.epoch_views(epoch)[0].tolist())
@@ -120,13 +128,13 @@ def test_the_turns_of_views_are_shuffled() -> None:
 
 
 @given(st.integers(0, 99), st.integers(1, 4))
-def test_same_means_the_student_sees_the_very_view_whose_feature_it_gets(seed: int, per_step: int) -> None:
-    assert all(v == t and v in VIEWS for _, v, t in pairs(plan(seed=seed, views_per_step=per_step), range(30)))
+def test_same_means_the_student_sees_the_very_view_whose_feature_it_gets(seed: int, views_per_step: int) -> None:
+    assert all(v == t and v in VIEWS for _, v, t in pairs(plan(seed=seed, views_per_step=views_per_step), range(30)))
 
 
 @given(st.integers(0, 99), st.integers(1, 4))
-def test_fresh_means_a_new_view_each_time_beside_a_stored_feature(seed: int, per_step: int) -> None:
-    seen = pairs(plan(seed=seed, views_per_step=per_step, pairing="fresh"), range(40))
+def test_fresh_means_a_new_view_each_time_beside_a_stored_feature(seed: int, views_per_step: int) -> None:
+    seen = pairs(plan(seed=seed, views_per_step=views_per_step, pairing="fresh"), range(40))
     assert all(FRESH <= v < 2**32 and t in VIEWS for _, v, t in seen)
     assert len({(i, v) for i, v, _ in seen}) == len(seen), "a fresh view was shown twice"
 
@@ -138,8 +146,8 @@ def test_the_released_cached_setting_is_fresh_pairs_of_the_plain_view() -> None:
 
 
 @given(st.integers(0, 99), st.integers(1, 4))
-def test_cross_means_two_different_stored_views(seed: int, per_step: int) -> None:
-    seen = pairs(plan(seed=seed, views_per_step=per_step, pairing="cross"), range(30))
+def test_cross_means_two_different_stored_views(seed: int, views_per_step: int) -> None:
+    seen = pairs(plan(seed=seed, views_per_step=views_per_step, pairing="cross"), range(30))
     assert all(v != t and v in VIEWS and t in VIEWS for _, v, t in seen)
 
 
@@ -149,15 +157,17 @@ def test_cross_pairs_every_view_with_every_other_in_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairing", "views", "per_step", "need"),
+    ("pairing", "views", "views_per_step", "need"),
     [("same", (1, 2), 3, 3), ("fresh", (0,), 2, 2), ("cross", (1,), 1, 2), ("cross", (1, 2), 3, 3)],
 )
 def test_too_few_views_are_refused_with_what_would_do(
-    pairing: str, views: tuple[int, ...], per_step: int, need: int
+    pairing: str, views: tuple[int, ...], views_per_step: int, need: int
 ) -> None:
-    words = f"{len(views)} views? .* --pairing {pairing} with --views-per-step {per_step} needs {need}; .* --views"
+    words = (
+        f"{len(views)} views? .* --pairing {pairing} with --views-per-step {views_per_step} needs {need}; .* --views"
+    )
     with pytest.raises(UserError, match=words):
-        plan(pairing=pairing, views=views, views_per_step=per_step)
+        plan(pairing=pairing, views=views, views_per_step=views_per_step)
 
 
 def test_an_unknown_pairing_is_refused() -> None:
