@@ -11,7 +11,7 @@ from types import FrameType
 import numpy as np
 import pytest
 import torch
-from nasty import bad_files, encoded, furnish, noise, odd_files
+from nasty import bad_files, encoded, noise, odd_files, write_nasty_files
 
 from compress_ssl.pipeline.datasets.base import Subset
 from compress_ssl.pipeline.datasets.decode import GOOD, BadImage, decode
@@ -51,7 +51,7 @@ def settings(data: Path, out: Path, workers: int) -> export_teacher.Config:
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     """(a folder of nasty files among good ones, {sample id: the status it should get})."""
     root = tmp_path_factory.mktemp("mixed")
-    expected = {escape(os.fsencode(name)): status for name, status in furnish(root).items()}
+    expected = {escape(os.fsencode(name)): status for name, status in write_nasty_files(root).items()}
     for folder in ("a", "z"):  # before and after the nasty ones
         (root / folder).mkdir()
         for number in range(12):
@@ -82,7 +82,7 @@ def good_ones_alone(dataset: ImageFolder, rows: np.ndarray, data: Path, out: Pat
 
 def test_there_are_at_least_sixty_nasty_files_all_different(mixed: tuple[Path, dict[str, int]]) -> None:
     contents = [*bad_files().values(), *odd_files().values()]
-    assert len({*contents}) == len(contents) - 1  # one file is good and has a nasty name only
+    assert len({*contents}) == len(contents) - 1  # two files have the same content and differ only in their names
     nasty = [name for name in mixed[1] if name.startswith("nasty/")]
     assert len(nasty) >= 90
     assert sum(status != GOOD for name, status in mixed[1].items()) >= 45
