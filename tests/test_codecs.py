@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.store.codecs import CODECS, Codec, codec
+from compress_ssl.pipeline.store.codecs import CODECS, Codec, build_codec
 
 NORMAL = float(np.finfo(np.float32).tiny)
 
@@ -26,25 +26,25 @@ def features(largest: float) -> st.SearchStrategy[np.ndarray]:
 
 @given(features(float(np.finfo(np.float32).max)))
 def test_float32_is_exact(x: np.ndarray) -> None:
-    stored, scale = codec("float32").encode(x)
+    stored, scale = build_codec("float32").encode(x)
     assert scale is None and stored.dtype == np.dtype("<f4")
-    assert codec("float32").decode(stored, None).tobytes() == x.tobytes()
+    assert build_codec("float32").decode(stored, None).tobytes() == x.tobytes()
 
 
 @given(features(65504))
 def test_the_relative_error_of_float16_is_at_most_one_in_2048(x: np.ndarray) -> None:
-    stored, scale = codec("float16").encode(x)
-    back = codec("float16").decode(stored, None)
+    stored, scale = build_codec("float16").encode(x)
+    back = build_codec("float16").decode(stored, None)
     assert scale is None and stored.dtype == np.dtype("<f2") and back.dtype == np.float32
     assert np.all(np.abs(back - x) <= np.maximum(np.abs(x) * 2.0**-11, 2.0**-25))  # below 2**-14: half a step of 2**-24
 
 
 @given(features(2.0**126))
 def test_the_error_of_int8_is_at_most_half_the_scale_of_its_row(x: np.ndarray) -> None:
-    stored, scale = codec("int8").encode(x)
+    stored, scale = build_codec("int8").encode(x)
     assert scale is not None
     assert stored.dtype == np.int8 and scale.dtype == np.dtype("<f4") and scale.shape == x.shape[:-1]
-    back = codec("int8").decode(stored, scale)
+    back = build_codec("int8").decode(stored, scale)
     assert back.dtype == np.float32 and back.shape == x.shape
     largest = np.abs(x).max(-1, keepdims=True).astype(np.float64)
     half = largest / 127 / 2 * (1 + 1e-5)
@@ -56,7 +56,7 @@ def test_the_error_of_int8_is_at_most_half_the_scale_of_its_row(x: np.ndarray) -
 @given(features(2.0**126))
 @example(np.array([190, -190, 3], np.float32) * np.float32(2.0**-149))
 def test_int8_keeps_every_sign_and_the_largest_of_a_row(x: np.ndarray) -> None:
-    stored, scale = codec("int8").encode(x)
+    stored, scale = build_codec("int8").encode(x)
     assert scale is not None
     assert stored.min(initial=0) >= -127
     assert np.all((np.sign(stored) == np.sign(x)) | (stored == 0))
@@ -67,7 +67,7 @@ def test_int8_keeps_every_sign_and_the_largest_of_a_row(x: np.ndarray) -> None:
 @pytest.mark.parametrize("name", CODECS)
 @given(x=features(65504))
 def test_decoded_features_encode_to_the_same_codes(name: str, x: np.ndarray) -> None:
-    kind = codec(name)
+    kind = build_codec(name)
     x = np.where(np.abs(x).max(-1, keepdims=True, initial=0) < 1000 * NORMAL, np.float32(0), x)
     once = kind.decode(*kind.encode(x))
     twice = kind.decode(*kind.encode(once))
@@ -81,7 +81,7 @@ def test_decoded_features_encode_to_the_same_codes(name: str, x: np.ndarray) -> 
 def test_zero_rows_stay_zero(name: str) -> None:
     x = np.zeros((3, 5), np.float32)
     x[1] = [1, -2, 3, 0, 0.5]
-    back = codec(name).decode(*codec(name).encode(x))
+    back = build_codec(name).decode(*build_codec(name).encode(x))
     assert not back[[0, 2]].any() and back[1].any() and np.isfinite(back).all()
 
 
@@ -89,9 +89,9 @@ def test_zero_rows_stay_zero(name: str) -> None:
 def test_the_encoding_of_a_row_does_not_depend_on_other_rows(name: str) -> None:
     x = np.random.default_rng(0).normal(size=(6, 4, 8)).astype(np.float32) * 10.0 ** np.arange(-3, 3)[:, None, None]
     x = x.astype(np.float32)
-    stored, scale = codec(name).encode(x)
+    stored, scale = build_codec(name).encode(x)
     for i, v in np.ndindex(6, 4):
-        alone, its = codec(name).encode(x[i, v])
+        alone, its = build_codec(name).encode(x[i, v])
         assert np.array_equal(stored[i, v], alone)
         assert scale is None or scale[i, v] == its
 
@@ -99,36 +99,36 @@ def test_the_encoding_of_a_row_does_not_depend_on_other_rows(name: str) -> None:
 @pytest.mark.parametrize("name", CODECS)
 def test_decoded_features_keep_their_direction(name: str) -> None:
     x = np.random.default_rng(0).normal(size=(200, 256)).astype(np.float32)
-    back = codec(name).decode(*codec(name).encode(x))
+    back = build_codec(name).decode(*build_codec(name).encode(x))
     cosine = (x * back).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(back, axis=1)
     assert cosine.min() > 0.9998
 
 
 def test_the_limit_of_a_codec_is_the_largest_magnitude_that_decodes_to_a_finite_value() -> None:
     for name in CODECS:
-        kind = codec(name)
+        kind = build_codec(name)
         largest = np.float32(min(kind.limit, 1e38))
         assert np.isfinite(kind.decode(*kind.encode(np.array([[largest, -largest, 1]], np.float32)))).all()
-    assert codec("float16").limit == np.finfo(np.float16).max
+    assert build_codec("float16").limit == np.finfo(np.float16).max
 
 
 def test_an_unknown_codec_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="unknown codec 'int4'. Known: int8, float16, float32, pq:BYTES, each also"):
-        codec("int4")
+        build_codec("int4")
     for wrong in ("pq", "pq:0", "pq:x", ""):
         with pytest.raises(UserError, match="unknown codec"):
-            codec(wrong)
+            build_codec(wrong)
     with pytest.raises(UserError, match="unknown compression 'lz4' of --codec int8.lz4. Known: zstd"):
-        codec("int8+lz4")
+        build_codec("int8+lz4")
 
 
 def test_golden_bytes() -> None:
     x = np.array([[1, -2, 0.3, 100]], np.float32)
-    stored, scale = codec("int8").encode(x)
+    stored, scale = build_codec("int8").encode(x)
     assert scale is not None
     assert (stored.tobytes().hex(), scale.tobytes().hex()) == ("01fd007f", "2693493f")
-    assert codec("float16").encode(x)[0].tobytes().hex() == "003c00c0cd344056"
-    assert codec("float32").encode(x)[0].tobytes().hex() == "0000803f000000c09a99993e0000c842"
+    assert build_codec("float16").encode(x)[0].tobytes().hex() == "003c00c0cd344056"
+    assert build_codec("float32").encode(x)[0].tobytes().hex() == "0000803f000000c09a99993e0000c842"
 
 
 # ---------------------------------------------------------------- product quantisation
@@ -143,8 +143,8 @@ def clustered(n: int, d: int = 24, seed: int = 0) -> np.ndarray:
 
 
 def trained(parts: int, sample: np.ndarray) -> Codec:
-    codebook = codec(f"pq:{parts}").train(sample)
-    return codec(f"pq:{parts}", lambda: codebook)
+    codebook = build_codec(f"pq:{parts}").train(sample)
+    return build_codec(f"pq:{parts}", lambda: codebook)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_product_codes_of_a_row_do_not_depend_on_other_rows_with_any_kernel_of_o
 
 def test_training_again_gives_the_same_codebook() -> None:
     sample = clustered(700)
-    assert codec("pq:6").train(sample) == codec("pq:6").train(sample.copy())
+    assert build_codec("pq:6").train(sample) == build_codec("pq:6").train(sample.copy())
 
 
 @pytest.mark.parametrize("n", [1, 5, 255])
@@ -245,13 +245,13 @@ def test_unsuitable_features_for_product_quantisation_are_refused_with_an_explan
     with pytest.raises(
         UserError, match="keeps 64 bytes of a vector that has only 24 numbers; use pq:24 or less, or int8"
     ):
-        codec("pq:64").shape((24,))
+        build_codec("pq:64").shape((24,))
     with pytest.raises(UserError, match="cannot be trained: every sampled feature is zero"):
-        codec("pq:2").train(np.zeros((9, 24), np.float32))
+        build_codec("pq:2").train(np.zeros((9, 24), np.float32))
     with pytest.raises(UserError, match="has no codebook yet"):
-        codec("pq:2").encode(np.ones((9, 24), np.float32))
+        build_codec("pq:2").encode(np.ones((9, 24), np.float32))
 
 
 @pytest.mark.parametrize(("name", "bytes_"), [("float32", 96), ("float16+zstd", 48), ("int8", 28), ("pq:12", 16)])
 def test_a_codec_reports_its_bytes_per_vector(name: str, bytes_: int) -> None:
-    assert codec(name).size((24,)) == bytes_ and codec(name).size((5, 24)) == 5 * bytes_
+    assert build_codec(name).size((24,)) == bytes_ and build_codec(name).size((5, 24)) == 5 * bytes_

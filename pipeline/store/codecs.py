@@ -234,7 +234,7 @@ COMPRESSORS = ("zstd",)
 KNOWN = f"{', '.join(CODECS)}, pq:BYTES, each also with +{' or +'.join(COMPRESSORS)}"
 
 
-def codec(name: str, codebook: Callable[[], bytes] | None = None) -> Codec:
+def build_codec(name: str, codebook: Callable[[], bytes] | None = None) -> Codec:
     """Build the codec of a name such as `int8`, `pq:64` or `float16+zstd`.
 
     codebook: returns the bytes of a trained codec's codebook. Raises UserError for an unknown name.

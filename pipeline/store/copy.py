@@ -16,7 +16,7 @@ from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Storage, absolute
 from compress_ssl.pipeline.store import integrity
-from compress_ssl.pipeline.store.codecs import codec
+from compress_ssl.pipeline.store.codecs import build_codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK
 from compress_ssl.pipeline.store.shards import Shard, done_key
@@ -54,7 +54,7 @@ def small_files(source: FeatureStore, form: str) -> dict[str, bytes]:
     """{key: bytes} of the heads, and of the codebooks if the copy keeps the codec. Raises UserError for damage."""
     same_codec = _without_compression(form) == _without_compression(source.identity["codec"])
     keys = [key for key in source.about["small"] if not key.startswith(f"{GROUP}/")]
-    return {key: source.small(key) for key in keys if same_codec or not key.startswith("codebook/")}
+    return {key: source.read_small_file(key) for key in keys if same_codec or not key.startswith("codebook/")}
 
 
 def copy_shards(
@@ -182,7 +182,7 @@ def _without_compression(form: str) -> str:
     return form.partition("+")[0]
 
 
-def learn_codecs(source: FeatureStore, target: FeatureStore, rows: np.ndarray) -> None:
+def train_codecs(source: FeatureStore, target: FeatureStore, rows: np.ndarray) -> None:
     """Train the codecs of the copy that have no codebook, on up to SAMPLE rows spread evenly over the copy."""
     for name in target.untrained():
         views = [view for view in target.all_views if name in target.arrays_of(view)][:VIEW_BLOCK]
@@ -241,4 +241,4 @@ def parse_images(text: str | None, read: Callable[[str], str], ids: Sequence[str
 
 def codec_of(source: FeatureStore, given: str | None) -> str:
     """Name of the copy's codec: the one given, or else the source's. Raises UserError for an unknown codec."""
-    return codec(given).name if given else source.identity["codec"]
+    return build_codec(given).name if given else source.identity["codec"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from compress_ssl.pipeline.runtime.formatting import format_bytes
 from compress_ssl.pipeline.runtime.storage import is_url
-from compress_ssl.pipeline.store.codecs import Codec, codec
+from compress_ssl.pipeline.store.codecs import Codec, build_codec
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK
 from compress_ssl.pipeline.store.shards import Shard, is_local
 from compress_ssl.pipeline.views.numbering import LOCAL
@@ -19,7 +19,7 @@ def estimate(identity: Mapping[str, Any], views: int, out: str, pending: Sequenc
     identity: that of the store; views: number of global views; out: folder or URL of the store;
     pending: shards that an existing store lacks, None for a new store.
     """
-    n, rows, kind = identity["data"]["images"], identity["shard_rows"], codec(identity["codec"])
+    n, rows, kind = identity["data"]["images"], identity["shard_rows"], build_codec(identity["codec"])
     crops = identity.get("local", {}).get("views", 0)
     all_views = (*range(views), *range(LOCAL, LOCAL + crops))
     all_shards = [Shard(b, b * rows, min(n, (b + 1) * rows), all_views) for b in range(-(-n // rows))]

@@ -30,14 +30,14 @@ def probe_digests(dataset: Dataset, spec: ViewSpec, preprocessing: Preprocessing
     rows = range(len(dataset))
     for candidates in (rows[:NEAR], rows[len(rows) // 2 :][:NEAR], rows[::-1][:NEAR]):
         for i in candidates:
-            digest = view_digest_of(dataset, spec, preprocessing, i, i)
+            digest = digest_probe_views(dataset, spec, preprocessing, i, i)
             if digest is not None:
                 digests[str(i)] = digest
                 break
     return digests
 
 
-def view_digest_of(dataset: Dataset, spec: ViewSpec, preprocessing: Preprocessing, i: int, key: int) -> str | None:
+def digest_probe_views(dataset: Dataset, spec: ViewSpec, preprocessing: Preprocessing, i: int, key: int) -> str | None:
     """Digest of the probe views of image i, whose view key is `key`; None for a bad image."""
     try:
         image, _ = dataset.load(i)
@@ -65,7 +65,7 @@ def require_same_rendering(
     different = [
         i
         for i, digest in recorded.items()
-        if view_digest_of(dataset, spec, preprocessing, int(i), int(keys[int(i)])) != digest
+        if digest_probe_views(dataset, spec, preprocessing, int(i), int(keys[int(i)])) != digest
     ]
     if not different:
         return ""

@@ -17,7 +17,7 @@ import numpy as np
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Storage
-from compress_ssl.pipeline.store.codecs import Codec, codec
+from compress_ssl.pipeline.store.codecs import Codec, build_codec
 from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK, ArrayLayout, array_layouts
 from compress_ssl.pipeline.views.numbering import LOCAL
 
@@ -221,7 +221,7 @@ class ShardIndex:
             return None
         return data if artifact.digest(data) == self.about["small"][key] else None
 
-    def small(self, key: str) -> bytes:
+    def read_small_file(self, key: str) -> bytes:
         """A small file: Zarr metadata, table, codebook or heads. Raises UserError if it does not fit its digest."""
         data = self.read_if_intact(key)
         if data is None:
@@ -235,12 +235,12 @@ class ShardIndex:
             self.about = artifact.read(self.storage, "store")["about"]
         if key not in self.about["small"]:
             raise UserError(f"{self.storage} has no {key} yet; repeat the command that made it")
-        return self.small(key)
+        return self.read_small_file(key)
 
 
 def array_codecs(identity: Mapping[str, Any], codebook: Callable[[str], bytes] | None = None) -> dict[str, Codec]:
     """{name of a feature array: its codec}; `codebook` returns the codebook of a named array."""
-    return {name: codec(identity["codec"], codebook and partial(codebook, name)) for name in identity["arrays"]}
+    return {name: build_codec(identity["codec"], codebook and partial(codebook, name)) for name in identity["arrays"]}
 
 
 def codebook_key(name: str) -> str:

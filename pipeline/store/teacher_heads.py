@@ -24,4 +24,4 @@ def load_heads(store: ShardIndex) -> dict[str, Tensor]:
     """The tensors of the teacher's heads; {} if the store has none. Raises UserError if the file is damaged."""
     if HEADS_FILE not in store.about["small"]:
         return {}
-    return safetensors.torch.load(store.small(HEADS_FILE))
+    return safetensors.torch.load(store.read_small_file(HEADS_FILE))
