@@ -34,8 +34,8 @@ def data(tmp_path: Path) -> Path:
 
 
 def export(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    how = {"views": 2, "image_size": 16, "batch_size": 8, "shard_size": 16, "workers": 0, "device": "cpu"}
-    return run(Config(data=str(data), teacher=TEACHER, out=out, **{**how, **changes}))  # type: ignore[arg-type]
+    settings = {"views": 2, "image_size": 16, "batch_size": 8, "shard_size": 16, "workers": 0, "device": "cpu"}
+    return run(Config(data=str(data), teacher=TEACHER, out=out, **{**settings, **changes}))  # type: ignore[arg-type]
 
 
 def forget(out: Path, block: int) -> None:

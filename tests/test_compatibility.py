@@ -31,8 +31,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(images: Path, out: Path, teacher: str = FIRST, **options: Any) -> dict[str, Any]:
-    how = {"image_size": 16, "batch_size": 4, "workers": 0, "device": "cpu", "codec": "float32", **options}
-    return export_teacher.run(export_teacher.Config(str(images), teacher, str(out), **how))
+    settings = {"image_size": 16, "batch_size": 4, "workers": 0, "device": "cpu", "codec": "float32", **options}
+    return export_teacher.run(export_teacher.Config(str(images), teacher, str(out), **settings))
 
 
 @pytest.fixture(scope="module")

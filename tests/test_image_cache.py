@@ -117,17 +117,17 @@ def test_an_image_that_was_unreadable_for_a_while_is_decoded_once_it_is_readable
 
 
 def test_the_remedy_in_the_error_repairs_a_cache_of_a_changed_image(images: ImageFolder, tmp_path: Path) -> None:
-    how = {"store": export(images, tmp_path), "student": ("convnet:channels=4+6",), "method": "regression"}
-    how |= {"image_size": 16, "steps": 4, "batch_size": 4, "workers": 0, "cache_images": tmp_path / "decoded"}
+    settings = {"store": export(images, tmp_path), "student": ("convnet:channels=4+6",), "method": "regression"}
+    settings |= {"image_size": 16, "steps": 4, "batch_size": 4, "workers": 0, "cache_images": tmp_path / "decoded"}
     file, folder = tmp_path / "images/03.jpg", tmp_path / "decoded"  # not a probe image
     right = file.read_bytes()
     Image.new("RGB", (8, 8)).save(file)
     for _ in range(2):
         with pytest.raises(UserError, match=f"03.jpg changed .* put it back and delete {folder}, which keeps"):
-            distill.run(distill.Config(out=tmp_path / "run", **how))  # type: ignore[arg-type]
+            distill.run(distill.Config(out=tmp_path / "run", **settings))  # type: ignore[arg-type]
         file.write_bytes(right)
     shutil.rmtree(folder)
-    distill.run(distill.Config(out=tmp_path / "run", **how))  # type: ignore[arg-type]
+    distill.run(distill.Config(out=tmp_path / "run", **settings))  # type: ignore[arg-type]
 
 
 def test_decoding_uses_only_the_cores_of_this_process(
@@ -142,15 +142,15 @@ def test_decoding_uses_only_the_cores_of_this_process(
 
 def export(images: ImageFolder, home: Path) -> Path:
     teacher = "convnet:channels=4+8,pretrained=false"
-    how = {"views": 3, "image_size": 16, "workers": 0}
-    export_teacher.run(export_teacher.Config(data=str(images.path), teacher=teacher, out=home / "store", **how))  # type: ignore[arg-type]
+    settings = {"views": 3, "image_size": 16, "workers": 0}
+    export_teacher.run(export_teacher.Config(data=str(images.path), teacher=teacher, out=home / "store", **settings))  # type: ignore[arg-type]
     return home / "store"
 
 
 def test_a_run_with_cached_images_equals_the_run_without_to_the_bit(images: ImageFolder, tmp_path: Path) -> None:
-    how = {"store": export(images, tmp_path), "student": ("convnet:channels=4+6",), "method": "regression"}
-    how |= {"image_size": 16, "steps": 4, "batch_size": 4, "workers": 0}
-    distill.run(distill.Config(out=tmp_path / "plain", **how))  # type: ignore[arg-type]
-    distill.run(distill.Config(out=tmp_path / "cached", cache_images=tmp_path / "decoded", **how))  # type: ignore[arg-type]
+    settings = {"store": export(images, tmp_path), "student": ("convnet:channels=4+6",), "method": "regression"}
+    settings |= {"image_size": 16, "steps": 4, "batch_size": 4, "workers": 0}
+    distill.run(distill.Config(out=tmp_path / "plain", **settings))  # type: ignore[arg-type]
+    distill.run(distill.Config(out=tmp_path / "cached", cache_images=tmp_path / "decoded", **settings))  # type: ignore[arg-type]
     names = [tmp_path / run / "student.safetensors" for run in ("plain", "cached")]
     assert names[0].read_bytes() == names[1].read_bytes()

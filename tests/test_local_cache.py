@@ -29,13 +29,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def export(out: Path | str, **options: Any) -> dict[str, Any]:
     default = {"views": 6, "image_size": 8, "limit": IMAGES, "batch_size": 10, "shard_size": 20}
-    how = {**default, "workers": 0, "device": "cpu", **options}
-    return export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **how))
+    settings = {**default, "workers": 0, "device": "cpu", **options}
+    return export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **settings))
 
 
 def train(store: Path | str, out: Path, method: str = "compress-1q", **options: Any) -> Path:
-    how = {"steps": 6, "batch_size": 20, "image_size": 8, "lr": 0.2, "workers": 0, "device": "cpu", **options}
-    distill.run(distill.Config(str(store), ("convnet:channels=4+8",), method, out, **how))
+    settings = {"steps": 6, "batch_size": 20, "image_size": 8, "lr": 0.2, "workers": 0, "device": "cpu", **options}
+    distill.run(distill.Config(str(store), ("convnet:channels=4+8",), method, out, **settings))
     return out
 
 
@@ -194,18 +194,20 @@ def test_intact_shards_are_not_fetched_again(remote: Bucket, tmp_path: Path, ser
 
 
 @pytest.mark.parametrize("what", ["embedding/c/1/0/0", "embedding_scale/c/2/1", "content/c/1", "sample_id/c/0"])
-@pytest.mark.parametrize("how", ["flipped", "short", "gone", "empty"])
+@pytest.mark.parametrize("kind_of_damage", ["flipped", "short", "gone", "empty"])
 def test_only_damaged_shards_of_the_copy_are_fetched_again(
-    what: str, how: str, remote: Bucket, tmp_path: Path, server: Server
+    what: str, kind_of_damage: str, remote: Bucket, tmp_path: Path, server: Server
 ) -> None:
     fetch(remote, tmp_path)
     whole = files(tmp_path)
     file = copy_of(tmp_path) / "features.zarr" / what
     data = file.read_bytes()
-    if how == "gone":
+    if kind_of_damage == "gone":
         file.unlink()
     else:
-        file.write_bytes({"flipped": data[:3] + bytes([data[3] ^ 4]) + data[4:], "short": data[:-2], "empty": b""}[how])
+        file.write_bytes(
+            {"flipped": data[:3] + bytes([data[3] ^ 4]) + data[4:], "short": data[:-2], "empty": b""}[kind_of_damage]
+        )
     server.calm()
     fetch(remote, tmp_path)
     assert files(tmp_path) == whole

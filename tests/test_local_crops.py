@@ -41,8 +41,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(images: Path, out: Path, **options: Any) -> export_teacher.Config:
-    how = {"teacher": TEACHER, "views": 3, "local_views": 6, "image_size": SIZE, "batch_size": 4, "shard_size": 8}
-    return export_teacher.Config(data=str(images), out=out, **{**how, "workers": 0, "device": "cpu", **options})
+    settings = {"teacher": TEACHER, "views": 3, "local_views": 6, "image_size": SIZE, "batch_size": 4, "shard_size": 8}
+    return export_teacher.Config(data=str(images), out=out, **{**settings, "workers": 0, "device": "cpu", **options})
 
 
 def export(images: Path, out: Path, **options: Any) -> FeatureStore:
@@ -159,11 +159,11 @@ def test_local_crops_have_their_own_arrays_shards_and_done_records(whole: Path) 
     assert all(not np.allclose(apart[0], other) for other in apart[1:])
 
 
-@pytest.mark.parametrize("how", [{"workers": 2}, {"scheduler": "processes:2"}])
+@pytest.mark.parametrize("settings", [{"workers": 2}, {"scheduler": "processes:2"}])
 def test_the_stored_bytes_of_local_crops_do_not_depend_on_the_kind_of_worker(
-    how: dict[str, Any], images: Path, whole: Path, tmp_path: Path
+    settings: dict[str, Any], images: Path, whole: Path, tmp_path: Path
 ) -> None:
-    export(images, tmp_path / "store", **how)
+    export(images, tmp_path / "store", **settings)
     assert files(tmp_path / "store") == files(whole)
 
 

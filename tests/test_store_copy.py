@@ -37,8 +37,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export(out: Path, **options: Any) -> dict[str, Any]:
     default = {"views": 8, "image_size": 8, "limit": IMAGES, "batch_size": 10, "shard_size": 20}
-    how = {**default, "workers": 0, "device": "cpu", **options}
-    return export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **how))
+    settings = {**default, "workers": 0, "device": "cpu", **options}
+    return export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **settings))
 
 
 def copy(source: Path | str, out: Path | str, **options: Any) -> FeatureStore:
@@ -122,8 +122,8 @@ def cut(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(store: Path, out: Path, **options: Any) -> dict[str, Any]:
-    how = {"steps": 4, "batch_size": 10, "image_size": 8, "workers": 0, "device": "cpu", "lr": 0.2, **options}
-    return distill.run(distill.Config(str(store), ("convnet:channels=4+8",), "compress-1q", out, **how))
+    settings = {"steps": 4, "batch_size": 10, "image_size": 8, "workers": 0, "device": "cpu", "lr": 0.2, **options}
+    return distill.run(distill.Config(str(store), ("convnet:channels=4+8",), "compress-1q", out, **settings))
 
 
 def test_a_student_of_a_partial_copy_sees_the_pixels_that_the_teacher_saw(
@@ -156,11 +156,11 @@ def test_verify_and_evaluate_accept_a_partial_copy(cut: Path, tmp_path: Path) ->
     made = verify.run(verify.Config(str(cut), sample=1.0, device="cpu"))
     assert made["cosine"] > 0.999 > made["wrong_view"]
     train(cut, tmp_path / "run")
-    how: dict[str, Any] = {"val": "digits:split=test", "protocol": ("nn",), "workers": 0, "device": "cpu"}
-    scored = evaluate.run(evaluate.Config(run=tmp_path / "run", **how))
+    settings: dict[str, Any] = {"val": "digits:split=test", "protocol": ("nn",), "workers": 0, "device": "cpu"}
+    scored = evaluate.run(evaluate.Config(run=tmp_path / "run", **settings))
     assert scored["metrics"]["data"]["train_images"] == IMAGES // 2
     teacher = evaluate.run(
-        evaluate.Config(store=str(cut), out=tmp_path / "teacher", **how)
+        evaluate.Config(store=str(cut), out=tmp_path / "teacher", **settings)
     )  # the copy lacks view 0, so the teacher embeds the images
     assert teacher["metrics"]["data"]["train_images"] == IMAGES // 2
 
@@ -191,8 +191,8 @@ def test_bad_images_are_bad_in_the_copy_with_their_reasons(tmp_path: Path) -> No
     for number in range(12):
         Image.fromarray(random.integers(0, 256, (12, 12, 3), np.uint8)).save(tmp_path / f"images/{number:02d}.png")
     (tmp_path / "images/05.png").write_bytes(b"junk")
-    how: dict[str, Any] = {"views": 2, "image_size": 8, "batch_size": 4, "workers": 0, "device": "cpu"}
-    export_teacher.run(export_teacher.Config(str(tmp_path / "images"), TEACHER, str(tmp_path / "store"), **how))
+    settings: dict[str, Any] = {"views": 2, "image_size": 8, "batch_size": 4, "workers": 0, "device": "cpu"}
+    export_teacher.run(export_teacher.Config(str(tmp_path / "images"), TEACHER, str(tmp_path / "store"), **settings))
     made = copy(tmp_path / "store", tmp_path / "copy", images="4:8")
     ((row, name, why),) = made.bad_images()
     assert (row, name) == (1, "05.png") and why == FeatureStore(Folder(tmp_path / "store")).bad_images()[0][2]
@@ -210,9 +210,9 @@ def test_a_copy_in_another_codec_encodes_the_decoded_features(source: Path, tmp_
     assert whole(tmp_path / "copy")
 
 
-@pytest.mark.parametrize("how", [{"images": "::2"}, {"codec": "float32"}, {}])
+@pytest.mark.parametrize("settings", [{"images": "::2"}, {"codec": "float32"}, {}])
 def test_the_source_is_listed_once_however_many_shards_there_are(
-    how: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
     for name in ("done", "bad_images"):
@@ -225,7 +225,7 @@ def test_the_source_is_listed_once_however_many_shards_there_are(
 
         monkeypatch.setattr(FeatureStore, name, note)
     monkeypatch.setattr(FeatureStore, "require_complete", lambda *_: None)
-    copy(source, tmp_path / "copy", **how)
+    copy(source, tmp_path / "copy", **settings)
     assert sorted(asked) == ["bad_images", "done"]
 
 
@@ -241,11 +241,11 @@ def test_only_the_row_blocks_of_the_chosen_rows_are_read(source: Path, monkeypat
 # ---------------------------------------------------------------- stopped, damaged, refused
 
 
-@pytest.mark.parametrize("how", [{}, {"images": "::2"}, {"codec": "float16", "views": ":6"}])
+@pytest.mark.parametrize("settings", [{}, {"images": "::2"}, {"codec": "float16", "views": ":6"}])
 def test_an_interrupted_copy_is_continued_to_the_same_bytes(
-    how: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy(source, tmp_path / "whole", **how)
+    copy(source, tmp_path / "whole", **settings)
     want, put = files(tmp_path / "whole"), Folder.put
     for stop in (0, 3, len(want) // 3, len(want) // 2, len(want) - 1):
         count, out = iter(range(stop)), tmp_path / f"stop{stop}"
@@ -257,26 +257,28 @@ def test_an_interrupted_copy_is_continued_to_the_same_bytes(
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Folder, "put", cut_off)
-            copy(source, out, **how)
-        copy(source, out, **how)
+            copy(source, out, **settings)
+        copy(source, out, **settings)
         assert files(out) == want
 
 
-@pytest.mark.parametrize("how", [{}, {"images": "::2"}, {"codec": "float16"}])
-def test_damage_in_the_source_is_reported_and_not_copied(how: dict[str, str], source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"images": "::2"}, {"codec": "float16"}])
+def test_damage_in_the_source_is_reported_and_not_copied(
+    settings: dict[str, str], source: Path, tmp_path: Path
+) -> None:
     shutil.copytree(source, tmp_path / "source")
     file = tmp_path / "source/features.zarr/embedding_scale/c/1/1"
     data = bytearray(file.read_bytes())
     data[9] ^= 2
     file.write_bytes(bytes(data))
     with pytest.raises(UserError, match=r"source is damaged, done/0000001.0004-0008.json: .*verify --repair"):
-        copy(tmp_path / "source", tmp_path / "copy", **how)
+        copy(tmp_path / "source", tmp_path / "copy", **settings)
     shutil.copyfile(source / "features.zarr/embedding_scale/c/1/1", file)
-    copy(tmp_path / "source", tmp_path / "copy", **how).require_complete()
+    copy(tmp_path / "source", tmp_path / "copy", **settings).require_complete()
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("settings", "words"),
     [
         ({"views": "1:4"}, "views are stored in blocks of 4; ask for 0:4"),
         ({"views": "4:9"}, "holds views 0 to 7"),
@@ -289,10 +291,10 @@ def test_damage_in_the_source_is_reported_and_not_copied(how: dict[str, str], so
     ],
 )
 def test_impossible_copies_are_refused_before_anything_is_written(
-    how: dict[str, str], words: str, source: Path, tmp_path: Path
+    settings: dict[str, str], words: str, source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
-        copy(source, tmp_path / "copy", **how)
+        copy(source, tmp_path / "copy", **settings)
     assert not (tmp_path / "copy").exists()
 
 

@@ -32,8 +32,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> export_teacher.Config:
         big = Image.fromarray(pixels).resize((24, 20), Image.Resampling.BICUBIC)
         big.save(top / "images" / str(number % 2) / f"{number:02d}.png")
     (top / "images/1/23.png").write_bytes(b"no image")
-    how = {"views": 5, "image_size": 16, "batch_size": 4, "shard_size": 8, "workers": 0}
-    config = export_teacher.Config(data=str(top / "images"), teacher=TEACHER, out=top / "store", **how)  # type: ignore
+    settings = {"views": 5, "image_size": 16, "batch_size": 4, "shard_size": 8, "workers": 0}
+    config = export_teacher.Config(data=str(top / "images"), teacher=TEACHER, out=top / "store", **settings)  # type: ignore
     export_teacher.run(config)
     return config
 
@@ -310,8 +310,8 @@ def test_another_precision_passes_within_the_tolerance_and_is_reported(export: e
 
 
 def test_the_sample_has_the_requested_size_and_skips_pending_shards(damaged: export_teacher.Config) -> None:
-    def count(**how: Any) -> str:
-        return verify.run(verify.Config(store=str(damaged.out), **how))["summary"]
+    def count(**settings: Any) -> str:
+        return verify.run(verify.Config(store=str(damaged.out), **settings))["summary"]
 
     assert "; 16 features embedded again" in count(sample=0.01)
     assert "; 20 features embedded again" in count(sample=20 / 24)
