@@ -18,7 +18,7 @@ from numcodecs import Zstd
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.search.exact import normalize
-from compress_ssl.pipeline.store.codecs import Codec, codec
+from compress_ssl.pipeline.store.codecs import Codec, build_codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import CHUNK_ROWS, ZSTD_LEVEL
 
@@ -49,10 +49,10 @@ def _halves(store: FeatureStore, good: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _row(name: str, sample: np.ndarray, queries: np.ndarray, anchors: np.ndarray) -> dict[str, Any]:
-    kind, trained = codec(name), 0.0
+    kind, trained = build_codec(name), 0.0
     if kind.trained:
         book, trained = _timed(lambda: kind.train(sample))
-        kind = codec(name, lambda: book)
+        kind = build_codec(name, lambda: book)
     (coded, packed), encode = _timed(lambda: _encode(kind, anchors))
     back, decode = _timed(lambda: _decode(kind, coded, packed))
     seen = kind.decode(*kind.encode(queries))

@@ -214,12 +214,9 @@ def recipe_of(config: Config) -> "Recipe":
 
 def open_images(config: Config, store: "FeatureStore") -> "Dataset":
     """The images of the store, from where they are now."""
-    from compress_ssl.pipeline.datasets import DATASETS
     from compress_ssl.pipeline.store import source_images
 
-    dataset, unlike = source_images.open_store_images(
-        store, DATASETS.build, config.data, allow_other_pixels=config.allow_other_pixels
-    )
+    dataset, unlike = source_images.open_store_images(store, config.data, allow_other_pixels=config.allow_other_pixels)
     if unlike:
         echo(f"warning: {unlike}")
     return dataset

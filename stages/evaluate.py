@@ -153,7 +153,7 @@ def open_sets(config: Config, subject: "ScoredModel") -> tuple["Dataset", "Datas
         assert subject.data
         of = str(config.run or config.store)
         ids = subject.ids or tuple
-        train = source_images.open_recorded(subject.data, ids, DATASETS.build, given=None, flag="--train", of=of)
+        train = source_images.open_recorded(subject.data, ids, given=None, flag="--train", of=of)
     val = DATASETS.build(config.val)
     unknown = [name for name in val.classes if name not in train.classes]
     if unknown and (train.label >= 0).any():

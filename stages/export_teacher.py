@@ -15,7 +15,7 @@ from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder, absolute, open_storage
-from compress_ssl.pipeline.store.codecs import KNOWN, codec
+from compress_ssl.pipeline.store.codecs import KNOWN, build_codec
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
@@ -262,7 +262,7 @@ def check(config: Config) -> None:
             "policy": one_of("crop-flip", "moco-v2", "dino", "none"),
         },
     )
-    codec(config.codec)
+    build_codec(config.codec)
     parse_scheduler(config.scheduler)
     outputs_to_keep(config)
     if config.policy == "none" and (config.views > 1 or config.local_views):
@@ -324,7 +324,7 @@ def describe(
     from compress_ssl.pipeline.views.render import default_local_size
 
     arrays, heads = arrays_of(config, embedder), embedder.head_tensors()
-    kind = codec(config.codec)
+    kind = build_codec(config.codec)
     stored = {name: kind.shape(tuple(shape)) for name, shape in arrays.items()}
     rows = config.shard_size or shard_rows(len(dataset), config.batch_size, stored, kind.dtype.itemsize)
     identity: dict[str, Any] = {

@@ -45,7 +45,7 @@ def run(config: Config) -> dict[str, Any]:
     artifact.claimed(storage, "store")  # before anything is written there
     with Lease(storage) as held:
         target = FeatureStore.create(storage, identity, about, tables, copy.small_files(source, identity["codec"]))
-        copy.learn_codecs(source, target, rows)
+        copy.train_codecs(source, target, rows)
         done = target.images - sum(shard.stop - shard.start for shard in target.pending())
         with progress_bar("copy", target.images, "images", done) as bar:
             copy.copy_shards(source, target, rows, bar.advance, lambda: held.lost)

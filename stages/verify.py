@@ -113,14 +113,11 @@ def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
     """
     import numpy as np
 
-    from compress_ssl.pipeline.datasets import DATASETS
     from compress_ssl.pipeline.datasets.decode import GOOD
     from compress_ssl.pipeline.runtime import philox
     from compress_ssl.pipeline.store import source_images
 
-    dataset, _ = source_images.open_store_images(
-        store, DATASETS.build, config.data
-    )  # the same pixels, before any arithmetic
+    dataset, _ = source_images.open_store_images(store, config.data)  # the same pixels, before any arithmetic
     rows = np.flatnonzero(store.table("status") == GOOD)
     rows = rows[~np.isin(rows // store.rows, [shard.block for shard in store.pending()])]
     count = min(len(rows), max(MIN_SAMPLE, round(config.sample * store.images)))

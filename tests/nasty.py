@@ -1,7 +1,7 @@
-"""Nasty image files, as they turn up in real folders: small, and always the same bytes.
+"""Nasty image files of the kinds that occur in real folders: small, and always with the same bytes.
 
-`bad_files` no program can use; `odd_files` look wrong and are good. `furnish` puts both into a folder, with
-what is no file of bytes: pipes, links that lead nowhere, names that break tables.
+`bad_files` cannot be decoded; `odd_files` look damaged but can. `write_nasty_files` writes both to a folder, together
+with named pipes, dangling symbolic links and names with special characters.
 """
 
 import io
@@ -18,7 +18,7 @@ from compress_ssl.pipeline.datasets.decode import GOOD, NOT_AN_IMAGE, TOO_LARGE,
 
 
 def noise(seed: int = 0, side: int = 16, tint: int = 0) -> np.ndarray:
-    """(side, side, 3) uint8: dark noise with one bright channel, so that classes can be told apart."""
+    """(side, side, 3) uint8: dark noise with one bright channel, which makes classes separable."""
     pixels = np.random.default_rng(seed).integers(0, 90, (side, side, 3))
     pixels[..., tint % 3] += 120
     return pixels.astype(np.uint8)
@@ -38,36 +38,36 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 2, *chunks: bytes) -> bytes:
-    """A PNG put together by hand, with claims that need not be true."""
+    """A PNG assembled from chunks. Its header may contradict its pixel data."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     parts = [header, *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few hundred bytes that claims width x height pixels."""
+    """A PNG of a few hundred bytes whose header claims width x height pixels."""
     return png(width, height, bytes(999))
 
 
 def flipped(data: bytes, place: int) -> bytes:
-    """One byte is not what it was."""
+    """The data with the bits of one byte inverted."""
     return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
 
 
 def bad_files() -> dict[str, bytes]:
-    """{name: bytes} that no program can use, one for each way to be bad."""
+    """{name: bytes} of files that cannot be decoded, one for each kind of damage."""
     jpeg, png_ = encoded(noise(1, 64), "JPEG"), encoded(noise(1, 64))
     progressive = encoded(noise(1, 64), "JPEG", progressive=True)
     gif, webp = encoded(noise(1, 64), "GIF"), encoded(noise(1, 64), "WEBP", lossless=True)
     bmp, tiff = encoded(noise(1, 64), "BMP"), encoded(noise(1, 64), "TIFF")
     files = {
-        "bomb.png": bomb(60_000, 60_000),  # beyond Pillow's own limit
-        "bomb-small.png": bomb(12_000, 12_000),  # beyond ours only
+        "bomb.png": bomb(60_000, 60_000),  # above Pillow's own limit
+        "bomb-small.png": bomb(12_000, 12_000),  # above our limit only
         "bomb-thin.png": bomb(2**31 - 1, 1),
         "bomb.gif": b"GIF89a\xff\xff\xff\xff" + gif[10:],
         "bomb.bmp": bmp[:18] + struct.pack("<ii", 50_000, 50_000) + bmp[26:],
         "bomb.ppm": b"P5 99999 99999 255\n" + bytes(99),
-        "huge-claim.png": bomb(9_000, 9_000),  # within the limit, and nothing in it
+        "huge-claim.png": bomb(9_000, 9_000),  # within the limit, but without pixel data
         "cut.gif": gif[: len(gif) // 2],
         "cut.webp": webp[: len(webp) // 2],
         "cut.bmp": bmp[: len(bmp) // 2],
@@ -81,13 +81,13 @@ def bad_files() -> dict[str, bytes]:
         "zeros.png": bytes(5000),
         "noise.jpg": b"\xff\xd8\xff\xe0" + np.random.default_rng(2).bytes(3000),
         "pointer.png": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n",
-        "line-ends.png": png_.replace(b"\r\n", b"\n"),  # went through a text-mode transfer
+        "line-ends.png": png_.replace(b"\r\n", b"\n"),  # as after a transfer in text mode
         "crc-of-header.png": flipped(png_, 20),
         "crc-of-pixels.png": flipped(png_, len(png_) // 2),
         "no-pixels.png": png(16, 16, b""),
         "zero-wide.png": png(0, 16, bytes(16)),
         "nothing-inside.tiff": b"II*\0\x08\0\0\0\0\0\0\0\0\0",
-        "circular.tiff": b"II*\0\x08\0\0\0\0\0\x08\0\0\0",  # the next directory is this one
+        "circular.tiff": b"II*\0\x08\0\0\0\0\0\x08\0\0\0",  # the offset of the next directory is that of this one
     }
     for percent in (0, 1, 5, 10, 25, 50, 75, 90, 99):
         files[f"cut-{percent:02d}.jpg"] = jpeg[: max(2, len(jpeg) * percent // 100)]
@@ -98,12 +98,12 @@ def bad_files() -> dict[str, bytes]:
 
 
 def odd_files() -> dict[str, bytes]:
-    """{name: bytes} that look wrong and hold a picture all the same."""
+    """{name: bytes} of files that look damaged but contain a valid image."""
     pixels = noise(3, 24)
     image = Image.fromarray(pixels)
     palette = image.quantize(8)
     frames = [Image.fromarray(noise(seed, 24)) for seed in (5, 6)]
-    jpeg, film = encoded(image, "JPEG"), {"save_all": True, "append_images": frames}
+    jpeg, animation = encoded(image, "JPEG"), {"save_all": True, "append_images": frames}
     turned = Image.Exif()
     turned[0x0112] = 6
     floats = np.linspace(0, 255, 24 * 24, dtype=np.float32).reshape(24, 24)
@@ -134,10 +134,10 @@ def odd_files() -> dict[str, bytes]:
         "one-bit.png": encoded(Image.fromarray(pixels[..., 0] > 40)),
         "one-bit.tiff": encoded(Image.fromarray(pixels[..., 0] > 40), "TIFF", compression="group4"),
         "lab.tiff": encoded(Image.merge("LAB", [Image.fromarray(pixels[..., c]) for c in range(3)]), "TIFF"),
-        "animated.gif": encoded(image, "GIF", **film),
-        "animated.webp": encoded(image, "WEBP", **film),
-        "animated.png": encoded(image, "PNG", **film),
-        "many-pages.tiff": encoded(image, "TIFF", **film),
+        "animated.gif": encoded(image, "GIF", **animation),
+        "animated.webp": encoded(image, "WEBP", **animation),
+        "animated.png": encoded(image, "PNG", **animation),
+        "many-pages.tiff": encoded(image, "TIFF", **animation),
         "palette.png": encoded(palette),
         "palette-transparent.png": encoded(palette, transparency=bytes(range(0, 248, 31))),
         "palette-transparent.gif": encoded(palette, "GIF", transparency=1),
@@ -169,12 +169,12 @@ ODD_NAMES = (
     b"quote'\"$(date)`.png",
     b"back\\slash.png",
     b"\xe2\x80\xaeright-to-left.png",
-    b"z" * 251 + b".png",  # the longest that a file system takes
+    b"z" * 251 + b".png",  # 255 bytes, the longest name on most file systems
 )
 
 
-def furnish(root: Path) -> dict[str, int]:
-    """Put everything nasty into root/nasty: {path: status an export should find there, -1 for any but good}."""
+def write_nasty_files(root: Path) -> dict[str, int]:
+    """Write all nasty files to root/nasty: {path: expected status of an export, -1 for any status but good}."""
     nasty = root / "nasty"
     nasty.mkdir(parents=True)
     status: dict[str, int] = {}
@@ -184,7 +184,7 @@ def furnish(root: Path) -> dict[str, int]:
     for name, data in bad_files().items():
         (nasty / name).write_bytes(data)
         large = name.startswith("bomb")
-        status[name] = TOO_LARGE if large else -1  # whether broken or no image at all is Pillow's to say
+        status[name] = TOO_LARGE if large else -1  # Pillow decides whether it is broken or not an image
     for number, name in enumerate(ODD_NAMES):
         bad = number % 3 == 0
         with open(os.path.join(os.fsencode(nasty), name), "wb") as file:
@@ -196,7 +196,7 @@ def furnish(root: Path) -> dict[str, int]:
     (nasty / "circle-b.jpg").symlink_to("circle-a.jpg")
     (nasty / "locked.jpg").write_bytes(encoded(noise(7), "JPEG"))
     (nasty / "locked.jpg").chmod(0)
-    readable = os.access(nasty / "locked.jpg", os.R_OK)  # root reads everything
+    readable = os.access(nasty / "locked.jpg", os.R_OK)  # root may read every file
     status |= dict.fromkeys(("pipe.jpg", "dangling.jpg", "circle-a.jpg", "circle-b.jpg"), UNREADABLE)
     status["locked.jpg"] = GOOD if readable else UNREADABLE
     with open(nasty / "sparse.jpg", "wb") as file:
@@ -205,10 +205,10 @@ def furnish(root: Path) -> dict[str, int]:
     status["sparse.jpg"] = TOO_LARGE
     (nasty / "a-link.png").symlink_to("one-pixel.png")
     status["a-link.png"] = GOOD
-    (nasty / "folder.jpg").mkdir()  # a folder like any other
+    (nasty / "folder.jpg").mkdir()  # an ordinary folder with a misleading name
     (nasty / "folder.jpg/inside.png").write_bytes(encoded(noise(9)))
     status["folder.jpg/inside.png"] = GOOD
-    (nasty / "up").symlink_to("..")  # followed, it would never end
-    (nasty / ".hidden.png").write_bytes(b"")  # passed over, like any hidden file
+    (nasty / "up").symlink_to("..")  # a link to a parent folder: following it would never end
+    (nasty / ".hidden.png").write_bytes(b"")  # skipped, like any hidden file
     (nasty / "notes.txt").write_bytes(b"no image, and it does not say so")
     return {f"nasty/{name}": code for name, code in status.items()}

@@ -1,4 +1,4 @@
-"""Images that change under an export are noticed and named: while it runs, between kill and resume, between views."""
+"""Images that change are detected and named: during an export, between kill and resume, between views."""
 
 import os
 import shutil
@@ -34,12 +34,12 @@ def data(tmp_path: Path) -> Path:
 
 
 def export(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    how = {"views": 2, "image_size": 16, "batch_size": 8, "shard_size": 16, "workers": 0, "device": "cpu"}
-    return run(Config(data=str(data), teacher=TEACHER, out=out, **{**how, **changes}))  # type: ignore[arg-type]
+    settings = {"views": 2, "image_size": 16, "batch_size": 8, "shard_size": 16, "workers": 0, "device": "cpu"}
+    return run(Config(data=str(data), teacher=TEACHER, out=out, **{**settings, **changes}))  # type: ignore[arg-type]
 
 
 def forget(out: Path, block: int) -> None:
-    """As after a kill before this row block was done."""
+    """Delete the done records of a row block, as if a kill had come before it was done."""
     for record in (out / "done").glob(f"{block:07d}.*"):
         record.unlink()
 
@@ -53,7 +53,7 @@ def replace(data: Path, name: str) -> None:
 
 
 def move_over(data: Path, name: str) -> None:
-    """As `mv` or `rsync --times`: the new file keeps its old date."""
+    """Replace a file as `mv` or `rsync --times` does: the new file keeps its old date."""
     other = data.parent / "other.png"
     other.write_bytes(encoded(noise(999, 18)))
     os.utime(other, (0, 0))
@@ -78,19 +78,21 @@ CASES: list[tuple[Callable[[Path, str], None], str]] = [
 EACH = pytest.mark.parametrize(("change", "words"), CASES, ids=[change.__name__ for change, _ in CASES])
 
 
-def said(words: str, name: str) -> str:
+def expected_error(words: str, name: str) -> str:
     return words.format(name=name, stem=name[:-4])
 
 
 @EACH
-def test_between_a_kill_and_the_next_start(data: Path, tmp_path: Path, change: Any, words: str) -> None:
+def test_images_that_change_between_a_kill_and_the_next_start(
+    data: Path, tmp_path: Path, change: Any, words: str
+) -> None:
     out = tmp_path / "store"
     export(data, out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     forget(out, 2)
     saved = shutil.copytree(data, tmp_path / "saved")
     change(data, EARLY)
-    with pytest.raises(UserError, match=said(words, EARLY)):
+    with pytest.raises(UserError, match=expected_error(words, EARLY)):
         export(data, out)
     shutil.rmtree(data)
     saved.rename(data)
@@ -100,21 +102,23 @@ def test_between_a_kill_and_the_next_start(data: Path, tmp_path: Path, change: A
 
 
 @EACH
-def test_between_two_views_passes(data: Path, tmp_path: Path, change: Any, words: str) -> None:
+def test_images_that_change_between_the_exports_of_two_views(
+    data: Path, tmp_path: Path, change: Any, words: str
+) -> None:
     out = tmp_path / "store"
     export(data, out)
     change(data, LATE)
-    with pytest.raises(UserError, match=said(words, LATE)):
+    with pytest.raises(UserError, match=expected_error(words, LATE)):
         export(data, out, views=6)
     assert sorted(FeatureStore(Folder(out)).done()[2]) == [(0, 2)]
 
 
 @EACH
 @pytest.mark.parametrize("name", [EARLY, LATE], ids=["embedded-already", "not-yet-embedded"])
-def test_while_the_export_runs(
+def test_images_that_change_while_the_export_runs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, words: str, name: str
 ) -> None:
-    """The change comes when the second shard is at work: the first is embedded, the last not yet looked at."""
+    """The image changes while the second shard is computed: the first is written, the last not yet loaded."""
     call, calls = embedding.FeatureExtractor.start, []
 
     def forward(self: Any, *batch: Any) -> Any:
@@ -124,36 +128,36 @@ def test_while_the_export_runs(
         return call(self, *batch)
 
     monkeypatch.setattr(embedding.FeatureExtractor, "start", forward)
-    unseen = name == LATE and change in (replace, move_over, cut)
-    if unseen:  # what was embedded is what lies there now: nothing is wrong, or it is a bad image like any other
+    undetectable = name == LATE and change in (replace, move_over, cut)
+    if undetectable:  # the new content was embedded: nothing is wrong, or it is a bad image like any other
         made = export(data, tmp_path / "store")
         assert made["bad_images"] == (change is cut)
     else:
-        with pytest.raises(UserError, match=said(words, name)):
+        with pytest.raises(UserError, match=expected_error(words, name)):
             export(data, tmp_path / "store")
     store = FeatureStore(Folder(tmp_path / "store"))
     store.require_complete()
     status = dict(zip(store.table("sample_id").tolist(), store.table("status").tolist(), strict=True))
     wanted = {delete: UNREADABLE, cut: BROKEN}.get(change, 0) if name == LATE else 0
     assert {key: code for key, code in status.items() if code} == ({name: wanted} if wanted else {})
-    if not unseen:  # the same command says so again, until it is mended
-        with pytest.raises(UserError, match=said(words, name)):
+    if not undetectable:  # the same command fails again until the image is restored
+        with pytest.raises(UserError, match=expected_error(words, name)):
             export(data, tmp_path / "store")
 
 
-def test_files_that_were_only_touched_are_read_again_and_found_the_same(data: Path, tmp_path: Path) -> None:
+def test_touched_files_with_the_same_content_are_read_again_and_accepted(data: Path, tmp_path: Path) -> None:
     export(data, tmp_path / "store")
     for file in data.rglob("*.png"):
         file.write_bytes(file.read_bytes())
     assert "complete already" in export(data, tmp_path / "store")["summary"]
 
 
-def test_only_what_was_touched_since_is_read_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_files_touched_since_the_export_are_read_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = ImageFolder(data)
     content = np.array([content_hash((data / name).read_bytes()) for name in dataset.ids], np.uint64)
-    content[7] = 0  # a bad image: nothing to compare
+    content[7] = 0  # a bad image has no hash to compare
     read: list[int] = []
-    monkeypatch.setattr(ImageFolder, "_bytes", lambda self, i: (read.append(i), b"other")[1])
+    monkeypatch.setattr(ImageFolder, "_read_file", lambda self, i: (read.append(i), b"other")[1])
     assert dataset.changed_rows(content, time.time() + 60) == [] and read == []
     everything = [i for i in range(COUNT) if i != 7]
     assert dataset.changed_rows(content, 0) == everything and read == everything
@@ -161,7 +165,7 @@ def test_only_what_was_touched_since_is_read_again(data: Path, monkeypatch: pyte
     assert few.changed_rows(np.array([1, 0, 1, 1, 0], np.uint64), 0) == [0, 2, 3]
 
 
-def test_a_disk_that_goes_away_stops_the_export_and_spoils_no_row(
+def test_a_disk_that_disappears_stops_the_export_and_marks_no_row_as_bad(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, calls = embedding.FeatureExtractor.start, []

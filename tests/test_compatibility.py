@@ -1,4 +1,4 @@
-"""Two teachers over the same pixels: a store made like another one agrees with it, row by row and view by view."""
+"""Stores of two teachers: with --like, row i and view v mean the same pixels in both."""
 
 import json
 import shutil
@@ -30,9 +30,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def export(images: Path, out: Path, teacher: str = FIRST, **said: Any) -> dict[str, Any]:
-    how = {"image_size": 16, "batch_size": 4, "workers": 0, "device": "cpu", "codec": "float32", **said}
-    return export_teacher.run(export_teacher.Config(str(images), teacher, str(out), **how))
+def export(images: Path, out: Path, teacher: str = FIRST, **options: Any) -> dict[str, Any]:
+    settings = {"image_size": 16, "batch_size": 4, "workers": 0, "device": "cpu", "codec": "float32", **options}
+    return export_teacher.run(export_teacher.Config(str(images), teacher, str(out), **settings))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,9 @@ def first(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_rows_and_views_of_two_stores_made_alike_are_the_same_pixels(images: Path, first: Path, tmp_path: Path) -> None:
+def test_rows_and_views_of_a_store_exported_with_like_mean_the_same_pixels(
+    images: Path, first: Path, tmp_path: Path
+) -> None:
     from compress_ssl.pipeline.datasets import DATASETS
 
     made = export(images, tmp_path / "second", SECOND, like=str(first))
@@ -62,7 +64,7 @@ def test_rows_and_views_of_two_stores_made_alike_are_the_same_pixels(images: Pat
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("options", "words"),
     [
         ({"views": 5}, "--views 5 was asked, but .* has 3"),
         ({"policy": "dino"}, "--policy dino was asked, but .* has moco-v2"),
@@ -70,11 +72,11 @@ def test_rows_and_views_of_two_stores_made_alike_are_the_same_pixels(images: Pat
         ({"limit": 6}, "the images are not those of --like .*: 6 are gone"),
     ],
 )
-def test_what_cannot_agree_is_refused_before_anything_is_written(
-    said: dict[str, Any], words: str, images: Path, first: Path, tmp_path: Path
+def test_incompatible_stores_are_refused_before_anything_is_written(
+    options: dict[str, Any], words: str, images: Path, first: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
-        export(images, tmp_path / "second", SECOND, like=str(first), **said)
+        export(images, tmp_path / "second", SECOND, like=str(first), **options)
     assert not (tmp_path / "second").exists()
 
 
@@ -85,7 +87,7 @@ def test_an_image_that_changed_since_the_first_export_is_named(images: Path, fir
         export(tmp_path / "images", tmp_path / "second", SECOND, like=str(first))
 
 
-def test_inspect_tells_cost_and_savings_as_numbers(first: Path) -> None:
+def test_inspect_reports_cost_and_savings_as_numbers(first: Path) -> None:
     made = inspect.run(inspect.Config(str(first), students=2, epochs=10))
     assert made["stored_forwards"] == 36 and made["live_forwards"] == 240 and made["break_even_epochs"] == 3
     assert made["device_seconds"] > 0 and made["views_per_s"] == pytest.approx(3 * made["images_per_s"])

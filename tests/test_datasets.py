@@ -1,4 +1,4 @@
-"""What row i is: names, labels and their order, from folders, digits and torchvision's sets."""
+"""Data sets: ids, labels and their order, from folders, the digits and torchvision."""
 
 import hashlib
 import io
@@ -30,7 +30,7 @@ def picture(seed: int = 0) -> bytes:
 
 
 def plant(root: Path, *names: str | bytes) -> Path:
-    """A folder with a picture under each name, each of its own."""
+    """A folder with a different image under each name."""
     for number, name in enumerate(names):
         file = os.path.join(os.fsencode(root), os.fsencode(name))
         os.makedirs(os.path.dirname(file), exist_ok=True)
@@ -65,7 +65,7 @@ def test_labels_false_ignores_the_subfolders(tmp_path: Path) -> None:
     assert (data.classes, data.label.tolist()) == ((), [-1, -1])
 
 
-def test_a_path_alone_is_a_folder(tmp_path: Path) -> None:
+def test_a_spec_that_is_only_a_path_means_a_folder(tmp_path: Path) -> None:
     assert DATASETS.build(str(plant(tmp_path, "a.png"))).ids == ["a.png"]
 
 
@@ -78,18 +78,18 @@ def test_each_row_loads_its_own_file(tmp_path: Path) -> None:
         assert content == int.from_bytes(hashlib.blake2b(picture(number), digest_size=8).digest(), "little")
 
 
-def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_and_folders_are_skipped(tmp_path: Path) -> None:
     plant(tmp_path, "a.png", ".b.png", "._a.png", ".cache/c.png", "d/.hidden/e.png", "__MACOSX.png")
     assert Folder(tmp_path).ids == ["__MACOSX.png", "a.png"]
 
 
-def test_only_image_suffixes_count_in_any_case(tmp_path: Path) -> None:
+def test_only_files_with_image_suffixes_in_upper_or_lower_case_are_images(tmp_path: Path) -> None:
     good = [f"x{suffix}" for suffix in SUFFIXES] + ["y.JPG", "y.Jpeg", "two.dots.png"]
     plant(tmp_path, *good, "notes.txt", "png", "x.png.bak", "x.npy", "list.csv")
     assert Folder(tmp_path).ids == sorted(good)
 
 
-def test_a_folder_named_like_an_image_is_a_folder(tmp_path: Path) -> None:
+def test_a_folder_with_an_image_suffix_is_not_taken_for_an_image(tmp_path: Path) -> None:
     assert Folder(plant(tmp_path, "cat.png/1.png", "dog/1.png")).classes == ("cat.png", "dog")
 
 
@@ -115,7 +115,7 @@ def test_ordinary_names_are_left_as_they_are(name: str) -> None:
     assert escape(name.encode()) == name
 
 
-def test_the_order_is_that_of_bytes_whatever_the_locale(tmp_path: Path) -> None:
+def test_files_are_sorted_by_the_bytes_of_their_names_in_every_locale(tmp_path: Path) -> None:
     names = ["B.png", "a.png", "Z/1.png", "z/1.png", "ä.png", "10.png", "9.png", "a/b.png", "a-b.png"]
     plant(tmp_path, *names)
     wanted = sorted(names, key=os.fsencode)
@@ -130,7 +130,7 @@ def test_the_order_is_that_of_bytes_whatever_the_locale(tmp_path: Path) -> None:
         assert out.stdout.strip() == ascii(wanted)
 
 
-def test_links_are_followed(tmp_path: Path) -> None:
+def test_symbolic_links_are_followed(tmp_path: Path) -> None:
     plant(tmp_path / "elsewhere", "1.png", "sub/2.png")
     (tmp_path / "set").mkdir()
     (tmp_path / "set/cat").symlink_to(tmp_path / "elsewhere")
@@ -138,7 +138,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     assert Folder(tmp_path / "set").ids == ["cat/1.png", "cat/sub/2.png", "dog/2.png"]
 
 
-def test_a_link_back_up_is_not_followed_round_and_round(tmp_path: Path) -> None:
+def test_a_symbolic_link_to_a_parent_folder_is_not_followed(tmp_path: Path) -> None:
     plant(tmp_path, "cat/1.png", "dog/1.png")
     for name in ("cat", "dog"):
         for link in ("up", "here"):
@@ -146,7 +146,7 @@ def test_a_link_back_up_is_not_followed_round_and_round(tmp_path: Path) -> None:
     assert Folder(tmp_path).ids == ["cat/1.png", "dog/1.png"]
 
 
-def test_a_dangling_link_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_dangling_symbolic_link_is_an_unreadable_image(tmp_path: Path) -> None:
     plant(tmp_path, "a.png")
     (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
     data = Folder(tmp_path)
@@ -156,9 +156,7 @@ def test_a_dangling_link_is_an_image_that_cannot_be_read(tmp_path: Path) -> None
     assert caught.value.status == UNREADABLE
 
 
-def test_a_subfolder_that_cannot_be_listed_is_not_left_out_in_silence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_subfolder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(tmp_path, "cat/1.png", "dog/1.png")
     scandir = os.scandir
 
@@ -184,7 +182,7 @@ def test_a_file_that_is_no_image_keeps_its_row(tmp_path: Path, data: bytes) -> N
     assert images.load(2)[1] == content_hash(picture(1))
 
 
-def test_a_root_that_holds_splits_is_refused_with_the_paths_to_use(tmp_path: Path) -> None:
+def test_a_folder_with_several_splits_is_refused_and_the_error_lists_their_paths(tmp_path: Path) -> None:
     plant(tmp_path, "train/cat/1.png", "val/cat/1.png")
     with pytest.raises(UserError) as caught:
         Folder(tmp_path)
@@ -194,7 +192,7 @@ def test_a_root_that_holds_splits_is_refused_with_the_paths_to_use(tmp_path: Pat
     assert Folder(tmp_path / "train").classes == ("cat",)
 
 
-def test_a_missing_folder_a_file_and_an_empty_folder_are_refused_in_words(tmp_path: Path) -> None:
+def test_a_missing_folder_a_file_and_an_empty_folder_are_refused_with_an_explanation(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data folder .*nowhere does not exist"):
         Folder(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is not a folder"):
@@ -207,7 +205,7 @@ def test_a_missing_folder_a_file_and_an_empty_folder_are_refused_in_words(tmp_pa
 # ---------------------------------------------------------------- fingerprints
 
 
-def test_a_fingerprint_is_of_names_and_labels_not_of_places_or_contents(tmp_path: Path) -> None:
+def test_a_fingerprint_depends_on_names_and_labels_but_not_on_path_or_contents(tmp_path: Path) -> None:
     one, two = plant(tmp_path / "1", "cat/1.png", "dog/2.png"), plant(tmp_path / "2", "dog/2.png", "cat/1.png")
     assert Folder(one).fingerprint == Folder(two).fingerprint
     others = [
@@ -220,7 +218,7 @@ def test_a_fingerprint_is_of_names_and_labels_not_of_places_or_contents(tmp_path
 
 
 class Named(Dataset):
-    """Names and labels alone."""
+    """A data set with ids and labels but no pixels."""
 
     def __init__(self, ids: list[str], label: list[int], classes: tuple[str, ...]):
         self.ids, self.label, self.classes = ids, np.array(label, np.int64), classes
@@ -248,7 +246,7 @@ def test_golden_fingerprint() -> None:
 GOLDEN_FINGERPRINT = "13f7a6c37207b63690c7473f112df69d"
 
 
-def test_the_difference_of_two_sets_is_said_in_words() -> None:
+def test_the_difference_of_two_data_sets_is_described() -> None:
     data = Named(["a", "b", "d"], [-1] * 3, ())
     assert data.describe_difference(["a", "b", "c", "e"]) == "2 are gone, as c; 1 is new, as d"
     assert data.describe_difference(["b", "a", "d"]) == "same names, but other labels or another order"
@@ -276,7 +274,7 @@ def test_golden_subset() -> None:
     assert rows == [0, 2, 4, 7, 9]
 
 
-def test_a_subset_has_its_own_fingerprint_and_the_whole_is_itself() -> None:
+def test_a_subset_has_its_own_fingerprint_and_a_subset_of_all_images_is_the_data_set_itself() -> None:
     whole = Named(["a", "b", "c"], [-1] * 3, ())
     assert whole.subset(3) is whole and whole.subset(9) is whole
     assert whole.subset(2).fingerprint == Named(["a", "c"], [-1] * 2, ()).fingerprint != whole.fingerprint
@@ -285,7 +283,7 @@ def test_a_subset_has_its_own_fingerprint_and_the_whole_is_itself() -> None:
 # ---------------------------------------------------------------- digits
 
 
-def test_digits_are_scikit_learns_and_every_fifth_is_test() -> None:
+def test_digits_are_those_of_scikit_learn_and_every_fifth_is_a_test_image() -> None:
     from sklearn.datasets import load_digits
 
     theirs = load_digits()
@@ -304,7 +302,7 @@ def test_digits_are_scikit_learns_and_every_fifth_is_test() -> None:
             assert content == content_hash(pixels)
 
 
-def test_digits_without_a_word_are_the_training_half() -> None:
+def test_digits_default_to_the_training_split() -> None:
     assert DATASETS.build("digits").fingerprint == DATASETS.build("digits:split=train").fingerprint
 
 
@@ -317,7 +315,7 @@ def test_a_split_of_digits_that_does_not_exist_is_refused() -> None:
 
 
 def cifar(root: Path) -> Path:
-    """CIFAR-10 as its makers pack it, four images a batch; torchvision checks sums, so theirs become ours."""
+    """CIFAR-10 in its original format with four images per batch. torchvision checks MD5 sums, so they are replaced."""
     rng, folder = np.random.default_rng(0), root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for name in [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]:
@@ -340,7 +338,7 @@ def cifar_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_a_set_of_torchvisions_has_its_labels_names_and_pixels(cifar_root: Path) -> None:
+def test_a_torchvision_data_set_has_the_labels_class_names_and_pixels_of_torchvision(cifar_root: Path) -> None:
     train = DATASETS.build(f"torchvision:CIFAR10,root={cifar_root},train=true")
     test = DATASETS.build(f"torchvision:CIFAR10,root={cifar_root},train=false")
     assert (len(train), len(test)) == (20, 4)
@@ -353,24 +351,24 @@ def test_a_set_of_torchvisions_has_its_labels_names_and_pixels(cifar_root: Path)
     assert train.fingerprint != test.fingerprint
 
 
-def test_classes_keep_their_names_when_the_last_are_absent(cifar_root: Path) -> None:
+def test_class_names_stay_right_when_the_last_classes_have_no_image(cifar_root: Path) -> None:
     data = DATASETS.build(f"torchvision:CIFAR10,root={cifar_root},train=false")
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     assert data.classes == tuple(names[: data.label.max() + 1])
 
 
-def test_a_set_without_a_list_of_labels_is_unlabelled() -> None:
+def test_a_torchvision_data_set_without_a_list_of_labels_is_unlabelled() -> None:
     data = DATASETS.build("torchvision:FakeData,size=3")
     assert (len(data), data.classes, data.label.tolist()) == (3, (), [-1] * 3)
     assert data.load(2)[0].shape == (224, 224, 3)
 
 
-def test_a_set_that_is_not_there_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_torchvision_data_set_that_is_not_downloaded_is_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"torchvision:CIFAR10 could not be opened in .*root=DIR.*download=true"):
         DATASETS.build(f"torchvision:CIFAR10,root={tmp_path}")
 
 
-def test_near_misses_of_names_and_keys_are_suggested(tmp_path: Path) -> None:
+def test_misspelt_names_and_keys_get_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data set 'CIFAR_10'; did you mean 'CIFAR10'?"):
         DATASETS.build("torchvision:CIFAR_10")
     with pytest.raises(UserError, match="no key 'trian'; did you mean 'train'?"):
@@ -379,7 +377,7 @@ def test_near_misses_of_names_and_keys_are_suggested(tmp_path: Path) -> None:
         DATASETS.build(f"folder:{tmp_path},label=false")
 
 
-def test_an_image_that_a_set_fails_to_give_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_torchvision_fails_to_return_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     data = DATASETS.build("torchvision:FakeData,size=3")
 
     def fail(self: object, index: int) -> None:

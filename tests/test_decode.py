@@ -1,4 +1,4 @@
-"""Whatever a file holds becomes RGB in the one documented way, or is refused with the right status."""
+"""Every file decodes to RGB in the documented way, or raises BadImage with the right status."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from compress_ssl.pipeline.datasets.decode import BROKEN, MAX_PIXELS, NOT_AN_IMAGE, REASONS, TOO_LARGE, BadImage, decode
 
 BEST: dict[str, dict[str, Any]] = {"JPEG": {"quality": 98}, "WEBP": {"lossless": True}, "ICO": {"sizes": [(16, 16)]}}
-"""By format, what keeps the pixels as they are."""
+"""Options of `Image.save`, by format, with the smallest loss."""
 
 
 def file(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -30,14 +30,14 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarr
 
 
 def smooth(height: int = 24, width: int = 40) -> Image.Image:
-    """A picture that JPEG keeps to within a few levels: red falls, green grows, blue is a corner."""
+    """An image that JPEG stores to within a few levels: red decreases, green increases, blue is a corner."""
     rows, columns = np.mgrid[:height, :width]
     red, green = 255 * rows / height, 255 * columns / width
     return Image.fromarray(np.stack([255 - red, green, (red + green) / 3], -1).astype(np.uint8))
 
 
 def png(header: bytes, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file put together by hand: Pillow does not write all it can read."""
+    """A PNG file assembled from chunks, because Pillow cannot write everything that it can read."""
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     body = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts)
     return b"\x89PNG\r\n\x1a\n" + body
@@ -53,7 +53,7 @@ def refused(data: bytes) -> BadImage:
 # ---------------------------------------------------------------- modes
 
 
-def test_rgb_comes_out_as_it_is() -> None:
+def test_rgb_pixels_are_returned_unchanged() -> None:
     pixels = noise(13, 7)
     seen = decode(file(Image.fromarray(pixels)))
     assert seen.dtype == np.uint8 and seen.flags.writeable
@@ -79,20 +79,20 @@ def test_a_grey_jpeg_is_grey() -> None:
     assert np.ptp(seen, axis=-1).max() == 0
 
 
-def test_one_bit_is_black_and_white() -> None:
+def test_a_one_bit_image_becomes_black_and_white() -> None:
     bits = noise(9, 5, 1) > 127
     seen = decode(file(Image.fromarray(bits)))
     assert np.array_equal(seen, np.repeat(np.where(bits, 255, 0)[..., None], 3, -1))
 
 
-def test_a_palette_is_looked_up() -> None:
+def test_a_palette_image_gets_the_colours_of_its_palette() -> None:
     image = Image.fromarray(noise(8, 8, 1) % 3, "P")
     image.putpalette([255, 0, 0, 0, 255, 0, 10, 20, 30])
     seen = decode(file(image))
     assert np.array_equal(seen, np.array([(255, 0, 0), (0, 255, 0), (10, 20, 30)], np.uint8)[np.array(image)])
 
 
-def test_a_transparent_palette_entry_is_white() -> None:
+def test_a_transparent_palette_entry_becomes_white() -> None:
     image = Image.fromarray(noise(8, 8, 1) % 2, "P")
     image.putpalette([255, 0, 0, 0, 255, 0])
     wanted = np.array([(255, 0, 0), (255, 255, 255)], np.uint8)[np.array(image)]
@@ -112,7 +112,7 @@ def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])
-def test_alpha_is_laid_over_white(form: str) -> None:
+def test_an_image_with_alpha_is_composited_over_white(form: str) -> None:
     pixels = noise(8, 8, 4)
     pixels[0, 0, 3], pixels[0, 1, 3] = 0, 255
     data = file(Image.fromarray(pixels), form, **({"lossless": True, "exact": True} if form == "WEBP" else {}))
@@ -122,13 +122,13 @@ def test_alpha_is_laid_over_white(form: str) -> None:
     assert seen[0, 1].tolist() == pixels[0, 1, :3].tolist()
 
 
-def test_grey_with_alpha_is_laid_over_white() -> None:
+def test_a_grey_image_with_alpha_is_composited_over_white() -> None:
     pixels = noise(8, 8, 2)
     seen = decode(file(Image.fromarray(pixels, "LA"))).astype(float)
     assert np.abs(seen - over_white(pixels[..., :1].repeat(3, -1), pixels[..., 1])).max() <= 1
 
 
-def test_a_colour_key_is_transparent() -> None:
+def test_pixels_of_the_transparent_colour_become_white() -> None:
     pixels = np.array([[(1, 2, 3), (200, 0, 0)]], np.uint8)
     assert decode(file(Image.fromarray(pixels), transparency=(1, 2, 3))).tolist() == [[[255] * 3, [200, 0, 0]]]
     grey = np.array([[7, 200]], np.uint8)
@@ -173,7 +173,7 @@ def test_floating_point_greys_from_0_to_255_are_rounded_down() -> None:
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_of_an_animation_the_first_frame_counts(form: str) -> None:
+def test_the_first_frame_of_an_animation_is_decoded(form: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     data = file(frames[0], form, save_all=True, append_images=frames[1:], **BEST.get(form, {}))
     assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
@@ -182,7 +182,9 @@ def test_of_an_animation_the_first_frame_counts(form: str) -> None:
 
 # ---------------------------------------------------------------- orientation
 
-TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF 2.3: where the 0th row and column are
+TURNED: dict[
+    int, Callable[[np.ndarray], np.ndarray]
+] = {  # EXIF 2.3: the sides of the image at which its first row and column are shown
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -206,7 +208,7 @@ def test_exif_orientation_is_applied(orientation: int, form: str) -> None:
     assert np.abs(seen.astype(int) - wanted).max() <= (16 if form == "JPEG" else 0)
 
 
-def test_the_orientation_table_is_pillows() -> None:
+def test_the_orientation_table_agrees_with_pillow() -> None:
     for orientation, turn in TURNED.items():
         image = smooth()
         image.getexif()[0x0112] = orientation
@@ -214,7 +216,7 @@ def test_the_orientation_table_is_pillows() -> None:
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 1000])
-def test_an_orientation_that_does_not_exist_is_none(orientation: int) -> None:
+def test_an_undefined_orientation_is_ignored(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert np.array_equal(decode(file(smooth(), exif=exif)), np.array(smooth()))
@@ -247,7 +249,7 @@ def test_an_empty_file_is_not_an_image() -> None:
 @pytest.mark.parametrize(
     "data", [b"\0" * 4096, b"hello world\n", b"%PDF-1.4 ...", b"<html></html>", b"\x89PNG\r\n", b"\xff"]
 )
-def test_what_no_format_knows_is_not_an_image(data: bytes) -> None:
+def test_bytes_of_no_known_format_are_not_an_image(data: bytes) -> None:
     assert refused(data).status == NOT_AN_IMAGE
 
 
@@ -267,7 +269,7 @@ def test_a_png_with_a_wrong_checksum_is_broken() -> None:
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that says it is side x side pixels."""
+    """A PNG of a few bytes whose header claims side x side pixels."""
     return png(struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"")
 
 
@@ -278,19 +280,19 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(side: int) -> Non
     assert f"{MAX_PIXELS}" in str(problem) or "bomb" in str(problem)
 
 
-def test_what_pillow_only_warns_of_is_not_too_large() -> None:
+def test_an_image_that_pillow_only_warns_about_is_not_too_large() -> None:
     side = 9_600  # 92 million pixels: beyond Pillow's warning, below our limit
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert refused(bomb(side)).status == BROKEN  # there is nothing in it
+        assert refused(bomb(side)).status == BROKEN  # it contains no pixel data
 
 
-def test_the_largest_photographs_pass() -> None:
+def test_the_largest_photographs_are_accepted() -> None:
     assert MAX_PIXELS >= 12_000 * 9_000
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_an_image_or_bad(data: bytes) -> None:
+def test_any_bytes_decode_or_raise_bad_image(data: bytes) -> None:
     try:
         assert decode(data).ndim == 3
     except BadImage as problem:
@@ -298,7 +300,7 @@ def test_any_bytes_are_an_image_or_bad(data: bytes) -> None:
 
 
 @given(st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"]), st.data())
-def test_any_damage_is_survived_or_bad(form: str, data: st.DataObject) -> None:
+def test_any_damaged_file_decodes_or_raises_bad_image(form: str, data: st.DataObject) -> None:
     whole = bytearray(file(smooth(), form))
     for place in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=4)):
         whole[place] = data.draw(st.integers(0, 255))
@@ -309,6 +311,6 @@ def test_any_damage_is_survived_or_bad(form: str, data: st.DataObject) -> None:
         assert problem.status in (NOT_AN_IMAGE, BROKEN, TOO_LARGE)
 
 
-def test_every_status_has_a_reason_in_words() -> None:
+def test_every_status_has_a_reason() -> None:
     assert sorted(REASONS) == list(range(len(REASONS)))
     assert all(REASONS.values())

@@ -643,7 +643,7 @@ def test_a_changed_probe_is_noticed_before_the_first_step(pictures: Path) -> Non
 def test_other_pixels_are_refused_unless_allowed(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("compress_ssl.pipeline.store.render_probe.view_digest_of", lambda *_: "rendered otherwise")
+    monkeypatch.setattr("compress_ssl.pipeline.store.render_probe.digest_probe_views", lambda *_: "rendered otherwise")
     with pytest.raises(UserError, match="3 of 3 probe images do not look as they did .* --allow-other-pixels"):
         on_pictures(pictures)
     on_pictures(pictures, allow_other_pixels=True)

@@ -70,7 +70,7 @@ def test_the_features_of_an_evaluation_are_shown_for_what_they_are(made: Path) -
     ids=["verify", "evaluate", "label-head", "distill"],
 )
 def test_and_are_no_teachers_store(use: Callable[[str, Path], Any], made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="scored/features/val holds what an evaluation saw .* no teacher's store"):
+    with pytest.raises(UserError, match="scored/features/val holds the features of view 0 .* no teacher's store"):
         use(str(made / "scored/features/val"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

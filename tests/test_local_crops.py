@@ -1,4 +1,4 @@
-"""Local crops: drawn, exported, stored, checked and shown to students as the teacher saw them."""
+"""Local crops: how they are drawn, exported, stored, verified and shown to students."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 smooth pictures of odd sizes."""
+    """20 smooth images of odd sizes."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i in range(IMAGES):
         small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
@@ -40,13 +40,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(images: Path, out: Path, **said: Any) -> export_teacher.Config:
-    how = {"teacher": TEACHER, "views": 3, "local_views": 6, "image_size": SIZE, "batch_size": 4, "shard_size": 8}
-    return export_teacher.Config(data=str(images), out=out, **{**how, "workers": 0, "device": "cpu", **said})
+def config(images: Path, out: Path, **options: Any) -> export_teacher.Config:
+    settings = {"teacher": TEACHER, "views": 3, "local_views": 6, "image_size": SIZE, "batch_size": 4, "shard_size": 8}
+    return export_teacher.Config(data=str(images), out=out, **{**settings, "workers": 0, "device": "cpu", **options})
 
 
-def export(images: Path, out: Path, **said: Any) -> FeatureStore:
-    export_teacher.run(config(images, out, **said))
+def export(images: Path, out: Path, **options: Any) -> FeatureStore:
+    export_teacher.run(config(images, out, **options))
     return FeatureStore(Folder(out))
 
 
@@ -92,7 +92,7 @@ def test_golden_local_crops(policy: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("policy", LOCAL_POLICIES)
-def test_their_areas_fill_the_range_of_their_policy(policy: str) -> None:
+def test_the_areas_of_local_crops_fill_the_range_of_their_policy(policy: str) -> None:
     spec, numbers = ViewSpec(policy, 3, 0.875), LOCAL + np.arange(6)
     boxes = [
         resolve_view(spec, u, int(v), 400, 500)
@@ -106,12 +106,12 @@ def test_their_areas_fill_the_range_of_their_policy(policy: str) -> None:
     )
 
 
-def test_they_are_3_sevenths_of_the_views_in_multiples_of_eight() -> None:
+def test_the_default_side_of_local_crops_is_3_sevenths_of_the_views_in_multiples_of_eight() -> None:
     assert [default_local_size(size) for size in (224, 96, 64, 32, 8)] == [96, 40, 24, 16, 8]
 
 
-def test_a_crop_shows_the_same_box_at_every_size() -> None:
-    ramp = np.zeros((90, 120, 3), np.uint8)  # red grows along the width, green along the height
+def test_a_local_crop_shows_the_same_box_at_every_size() -> None:
+    ramp = np.zeros((90, 120, 3), np.uint8)  # red increases along the width, green along the height
     ramp[..., 0], ramp[..., 1] = np.arange(120)[None] * 2, np.arange(90)[:, None] * 2
     spec, numbers = ViewSpec("crop-flip", 0, 0.875), LOCAL + np.arange(6)
     variates = draw_variates(0, 4, numbers)
@@ -123,7 +123,7 @@ def test_a_crop_shows_the_same_box_at_every_size() -> None:
         assert big.mean((1, 2))[:2].tolist() == pytest.approx([across - 1, down - 1], abs=1.5)
 
 
-def test_a_loader_sees_them_beside_the_views_or_alone(images: Path) -> None:
+def test_the_loader_renders_local_crops_with_or_without_global_views(images: Path) -> None:
     from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 
     data, spec, rows = ImageFolder(images), ViewSpec("crop-flip", 0, 0.875), np.array([3, 11])
@@ -147,7 +147,7 @@ def test_a_loader_sees_them_beside_the_views_or_alone(images: Path) -> None:
 # ---------------------------------------------------------------- in the store
 
 
-def test_they_have_arrays_shards_and_done_records_of_their_own(whole: Path) -> None:
+def test_local_crops_have_their_own_arrays_shards_and_done_records(whole: Path) -> None:
     store = FeatureStore(Folder(whole))
     assert store.local == tuple(range(LOCAL, LOCAL + 6)) and store.views == 3
     assert store.identity["local"] == {"views": 6, "size": SMALL}
@@ -159,11 +159,11 @@ def test_they_have_arrays_shards_and_done_records_of_their_own(whole: Path) -> N
     assert all(not np.allclose(apart[0], other) for other in apart[1:])
 
 
-@pytest.mark.parametrize("how", [{"workers": 2}, {"scheduler": "processes:2"}])
-def test_bytes_do_not_depend_on_who_computes_them(
-    how: dict[str, Any], images: Path, whole: Path, tmp_path: Path
+@pytest.mark.parametrize("settings", [{"workers": 2}, {"scheduler": "processes:2"}])
+def test_the_stored_bytes_of_local_crops_do_not_depend_on_the_kind_of_worker(
+    settings: dict[str, Any], images: Path, whole: Path, tmp_path: Path
 ) -> None:
-    export(images, tmp_path / "store", **how)
+    export(images, tmp_path / "store", **settings)
     assert files(tmp_path / "store") == files(whole)
 
 
@@ -171,7 +171,7 @@ class Killed(BaseException):
     pass
 
 
-def test_killed_at_every_write_in_turn_it_ends_at_the_same_bytes(
+def test_an_export_with_local_crops_killed_at_any_write_and_repeated_leaves_the_same_bytes(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put, left = Folder.put, [0]
@@ -184,7 +184,10 @@ def test_killed_at_every_write_in_turn_it_ends_at_the_same_bytes(
 
     monkeypatch.setattr(Folder, "put", dying)
     out, kills, lacks = tmp_path / "store", 0, set()
-    for allowed in (range(3, 60, 5), range(1, 60)):  # until the store is laid out, then in the midst of its shards
+    for allowed in (
+        range(3, 60, 5),
+        range(1, 60),
+    ):  # first while the store is created, then while its shards are written
         for count in allowed:
             left[0] = count
             try:
@@ -203,7 +206,7 @@ def test_killed_at_every_write_in_turn_it_ends_at_the_same_bytes(
 
 
 @pytest.mark.parametrize("lost", [(0, 3), (LOCAL, LOCAL + 4), (LOCAL + 4, LOCAL + 6)])
-def test_what_is_lost_of_either_kind_alone_is_made_again(
+def test_lost_views_or_local_crops_alone_are_made_again(
     lost: tuple[int, int], images: Path, whole: Path, copy: Path
 ) -> None:
     (copy / done_key(1, *lost)).unlink()
@@ -213,7 +216,7 @@ def test_what_is_lost_of_either_kind_alone_is_made_again(
     assert files(copy) == files(whole)
 
 
-def test_growing_views_leaves_them_alone(images: Path, whole: Path, copy: Path) -> None:
+def test_growing_the_views_leaves_the_local_crops_unchanged(images: Path, whole: Path, copy: Path) -> None:
     def local(store: Path) -> dict[str, tuple[int, bytes]]:
         found = [p for p in store.rglob("*") if p.is_file() and ("local" in str(p) or f".{LOCAL // 10}" in p.name)]
         return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in found if "zarr.json" not in p.name}
@@ -247,7 +250,9 @@ def network(folder: Path, refused: str = "()", broken: str = "()") -> str:
     return f"python:{folder / 'net.py'}:Net"
 
 
-def test_a_feature_of_a_crop_that_is_not_finite_makes_a_bad_image_and_says_which(images: Path, tmp_path: Path) -> None:
+def test_a_crop_feature_that_is_not_finite_makes_a_bad_image_whose_reason_names_the_crop(
+    images: Path, tmp_path: Path
+) -> None:
     with pytest.raises(
         UserError, match=r"none of the 20 images could be used.*\(local_embedding, local crop 0, as int8\)"
     ):
@@ -263,18 +268,18 @@ def test_a_teacher_that_cannot_take_crops_is_refused_before_anything_is_made(ima
 # ---------------------------------------------------------------- checked, shown
 
 
-def test_verify_reads_every_digest_of_theirs_and_embeds_some_again(whole: Path) -> None:
+def test_verify_checks_all_digests_of_local_crops_and_embeds_some_again(whole: Path) -> None:
     made = verify.run(verify.Config(store=str(whole), sample=1.0))
     assert made["exact"] == IMAGES and made["cosine"] > 0.999
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         pick = FeatureStore.read_rows
-        patch.setattr(FeatureStore, "read_rows", lambda *asked: (drawn.append(asked[2]), pick(*asked))[1])
+        patch.setattr(FeatureStore, "read_rows", lambda *arguments: (drawn.append(arguments[2]), pick(*arguments))[1])
         verify.run(verify.Config(store=str(whole), sample=1.0))
     assert any(view & LOCAL for view in drawn) and any(not view & LOCAL for view in drawn)
 
 
-def test_a_damaged_crop_is_found_named_and_made_again(images: Path, whole: Path, copy: Path) -> None:
+def test_a_damaged_local_crop_is_detected_named_and_made_again(images: Path, whole: Path, copy: Path) -> None:
     shard = copy / "features.zarr/local_embedding/c/1/1/0"
     data = bytearray(shard.read_bytes())
     data[9] ^= 4
@@ -286,7 +291,7 @@ def test_a_damaged_crop_is_found_named_and_made_again(images: Path, whole: Path,
     assert files(copy) == files(whole)
 
 
-def test_crops_that_changed_places_are_told_from_rounding(copy: Path) -> None:
+def test_swapped_local_crops_are_distinguished_from_rounding(copy: Path) -> None:
     store = FeatureStore(Folder(copy))
     for block in range(3):
         start, stop = store.span(block)
@@ -301,12 +306,12 @@ def test_crops_that_changed_places_are_told_from_rounding(copy: Path) -> None:
         verify.run(verify.Config(store=str(copy), sample=1.0))
 
 
-def test_inspect_shows_them(whole: Path) -> None:
+def test_inspect_shows_the_local_crops(whole: Path) -> None:
     made = inspect.run(inspect.Config(whole))
     assert made["local crops"] == "6 of 8 pixels" and "local_embedding 8" in made["arrays"]
 
 
-# ---------------------------------------------------------------- seen by students
+# ---------------------------------------------------------------- in training
 
 WITNESS = """
 from compress_ssl.pipeline.methods.base import Method, Needs
@@ -323,7 +328,7 @@ class Witness(Method):
 
 
 @pytest.mark.parametrize("policy", ["crop-flip", "moco-v2"])
-def test_a_student_equal_to_the_teacher_finds_its_very_features_in_every_crop(
+def test_a_student_equal_to_the_teacher_reproduces_the_stored_features_of_every_crop(
     policy: str, images: Path, tmp_path: Path
 ) -> None:
     net = network(tmp_path)
@@ -333,8 +338,8 @@ def test_a_student_equal_to_the_teacher_finds_its_very_features_in_every_crop(
     def worst(shift: int) -> float:
         out = tmp_path / f"run-{shift}"
         method = f"python:{tmp_path / 'witness.py'}:Witness,shift={shift}"
-        said = {"steps": 2, "batch_size": 10, "image_size": SIZE, "lr": 1e-9, "workers": 0, "device": "cpu"}
-        distill.run(distill.Config(store=tmp_path / "store", student=(net,), method=method, out=out, **said))  # type: ignore
+        options = {"steps": 2, "batch_size": 10, "image_size": SIZE, "lr": 1e-9, "workers": 0, "device": "cpu"}
+        distill.run(distill.Config(store=tmp_path / "store", student=(net,), method=method, out=out, **options))  # type: ignore
         return max(row["loss"] for row in read_journal(out / "metrics.jsonl"))
 
     assert worst(0) < 1e-5
@@ -344,14 +349,14 @@ def test_a_student_equal_to_the_teacher_finds_its_very_features_in_every_crop(
 def test_a_student_that_cannot_take_crops_is_refused_before_the_first_step(whole: Path, tmp_path: Path) -> None:
     student = network(tmp_path, refused="(8,)")
     with pytest.raises(UserError, match="cannot take images of 8 pixels .* choose another --image-size"):
-        said = {"steps": 1, "image_size": SIZE, "workers": 0, "device": "cpu"}
-        distill.run(distill.Config(whole, (student,), "seed:bank=5", tmp_path / "run", **said))  # type: ignore
+        options = {"steps": 1, "image_size": SIZE, "workers": 0, "device": "cpu"}
+        distill.run(distill.Config(whole, (student,), "seed:bank=5", tmp_path / "run", **options))  # type: ignore
     assert not (tmp_path / "run").exists()
 
 
-def test_every_step_shows_all_stored_crops_or_so_many_fresh_ones() -> None:
-    def plan(**said: Any) -> StepSampler:
-        return StepSampler(3, np.arange(10), (1, 2), 4, 1, "same", 100, **said)
+def test_every_step_uses_all_stored_crops_or_as_many_fresh_ones() -> None:
+    def plan(**options: Any) -> StepSampler:
+        return StepSampler(3, np.arange(10), (1, 2), 4, 1, "same", 100, **options)
 
     assert plan().local_at(0) is None and not plan().has_local
     stored = tuple(range(LOCAL, LOCAL + 6))
@@ -365,5 +370,5 @@ def test_every_step_shows_all_stored_crops_or_so_many_fresh_ones() -> None:
     assert len(seen) == 30 * 4 * 3, "a fresh crop was shown twice"
 
 
-def test_numbers_are_said_in_words() -> None:
+def test_view_numbers_are_named_in_words() -> None:
     assert [view_name(v) for v in (0, 7, LOCAL, LOCAL + 5)] == ["view 0", "view 7", "local crop 0", "local crop 5"]

@@ -11,7 +11,7 @@ from types import FrameType
 import numpy as np
 import pytest
 import torch
-from nasty import bad_files, encoded, furnish, noise, odd_files
+from nasty import bad_files, encoded, noise, odd_files, write_nasty_files
 
 from compress_ssl.pipeline.datasets.base import Subset
 from compress_ssl.pipeline.datasets.decode import GOOD, BadImage, decode
@@ -31,7 +31,7 @@ VIEWS = 3
 
 @pytest.fixture(autouse=True)
 def bounded() -> Iterator[None]:
-    """A file that makes a reader wait for ever ends as a failure."""
+    """Turn an endless wait for a file into a failure."""
 
     def hangs(signum: int, frame: FrameType | None) -> None:
         raise TimeoutError("nasty files took more than a minute")
@@ -52,7 +52,7 @@ def settings(data: Path, out: Path, workers: int) -> export_teacher.Config:
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     """(a folder of nasty files among good ones, {sample id: the status it should get})."""
     root = tmp_path_factory.mktemp("mixed")
-    expected = {escape(os.fsencode(name)): status for name, status in furnish(root).items()}
+    expected = {escape(os.fsencode(name)): status for name, status in write_nasty_files(root).items()}
     for folder in ("a", "z"):  # before and after the nasty ones
         (root / folder).mkdir()
         for number in range(12):
@@ -69,7 +69,7 @@ def store(mixed: tuple[Path, dict[str, int]], tmp_path_factory: pytest.TempPathF
 
 
 def good_ones_alone(dataset: ImageFolder, rows: np.ndarray, data: Path, out: Path) -> FeatureStore:
-    """The export of nothing but the good images, each with the view key it has among the nasty ones."""
+    """An export of the good images alone, each with the view key that it has among the nasty ones."""
     config = settings(data, out, workers=0)
     torch.manual_seed(0)
     model = build(TEACHER, image_size=16, pretrained_default=True)
@@ -83,7 +83,7 @@ def good_ones_alone(dataset: ImageFolder, rows: np.ndarray, data: Path, out: Pat
 
 def test_there_are_at_least_sixty_nasty_files_all_different(mixed: tuple[Path, dict[str, int]]) -> None:
     contents = [*bad_files().values(), *odd_files().values()]
-    assert len({*contents}) == len(contents) - 1  # one is good but for its name
+    assert len({*contents}) == len(contents) - 1  # two files have the same content and differ only in their names
     nasty = [name for name in mixed[1] if name.startswith("nasty/")]
     assert len(nasty) >= 90
     assert sum(status != GOOD for name, status in mixed[1].items()) >= 45
@@ -107,7 +107,7 @@ def test_each_nasty_file_gets_its_status_and_every_bad_one_a_reason(
     assert {line[1] for line in lines[1:] if "\\" not in line[1]} <= {*ids}
 
 
-def test_among_nasty_files_no_row_shifts(
+def test_nasty_files_do_not_shift_the_rows_of_others(
     mixed: tuple[Path, dict[str, int]], store: FeatureStore, tmp_path: Path
 ) -> None:
     rows = np.flatnonzero(store.table("status") == GOOD)
@@ -121,7 +121,7 @@ def test_among_nasty_files_no_row_shifts(
 
 
 @pytest.mark.parametrize("how", [{"workers": 2}, {"workers": 3, "threads": True}], ids=["processes", "threads"])
-def test_loader_processes_and_threads_see_nasty_files_alike(
+def test_loader_processes_and_threads_treat_nasty_files_alike(
     mixed: tuple[Path, dict[str, int]], store: FeatureStore, tmp_path: Path, how: dict
 ) -> None:
     config = settings(mixed[0], tmp_path / "store", workers=0)
@@ -136,7 +136,7 @@ def test_loader_processes_and_threads_see_nasty_files_alike(
     assert done and {key: made.storage.get(key) for key in done} == {key: store.storage.get(key) for key in done}
 
 
-def test_decoding_in_threads_leaves_other_peoples_warnings_alone() -> None:
+def test_decoding_in_threads_leaves_other_warning_filters_unchanged() -> None:
     files = [data for data in (*bad_files().values(), *odd_files().values()) if len(data) < 3000]
 
     def attempt(data: bytes) -> None:
@@ -154,4 +154,4 @@ def test_decoding_in_threads_leaves_other_peoples_warnings_alone() -> None:
         assert warnings.filters[len(added) :] == before
         assert {entry[3].pattern for entry in added if entry[3]} == {"PIL"}
         with pytest.raises(UserWarning):
-            warnings.warn("others are heard as before", stacklevel=2)
+            warnings.warn("a warning of other code", stacklevel=2)

@@ -1,4 +1,4 @@
-"""Probes: the images that are looked at before a store's features are believed."""
+"""Probe images, whose rendering is compared with the store before its features are used."""
 
 from typing import Any
 
@@ -13,16 +13,16 @@ LOOKS = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
 
 
 class Some:
-    """Images of which some are broken."""
+    """A data set with some broken images."""
 
     def __init__(self, count: int, *broken: int):
-        self.count, self.broken, self.asked = count, broken, 0
+        self.count, self.broken, self.loads = count, broken, 0
 
     def __len__(self) -> int:
         return self.count
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
-        self.asked += 1
+        self.loads += 1
         if i in self.broken:
             raise BadImage(BROKEN, "broken")
         return np.random.default_rng(i).integers(0, 256, (9, 9, 3), np.uint8), i
@@ -36,11 +36,11 @@ def test_the_first_middle_and_last_image_are_probed() -> None:
     assert probed(Some(21)) == [0, 10, 20] and probed(Some(2)) == [0, 1] and probed(Some(1)) == [0]
 
 
-def test_a_good_image_near_it_stands_in_for_a_bad_one() -> None:
+def test_a_bad_probe_image_is_replaced_by_a_good_one_nearby() -> None:
     assert probed(Some(21, 0, 1, 10, 20)) == [2, 11, 19]
     assert probed(Some(3, 0, 1)) == [2]
 
 
-def test_of_a_disk_full_of_bad_images_a_few_are_looked_at() -> None:
+def test_only_a_few_images_are_tried_if_all_are_bad() -> None:
     gone = Some(10_000, *range(10_000))
-    assert probed(gone) == [] and gone.asked == 3 * render_probe.NEAR
+    assert probed(gone) == [] and gone.loads == 3 * render_probe.NEAR

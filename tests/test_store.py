@@ -1,4 +1,4 @@
-"""features[i, v] on disk: what is written is read, killed writers cost a shard at most, growth leaves no trace."""
+"""The feature store: it reads what was written, a killed writer costs one shard at most, growth leaves no trace."""
 
 import contextlib
 import itertools
@@ -32,18 +32,18 @@ Bad = dict[tuple[int, int], tuple[int, str]]
 """{(i, v): (status, reason)}: image i is found bad in view v."""
 
 
-class PowerCut(BaseException):
-    """The machine stops here."""
+class PowerFailure(BaseException):
+    """Raised where the machine is to stop."""
 
 
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody pulls the plug of the real machine: tests/test_storage.py sees to it that data is synced."""
+    """Skip fsync to save time; tests/test_storage.py checks that data are synced."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-class Frail(Folder):
-    """A folder whose machine stops before its n-th change."""
+class FailingFolder(Folder):
+    """A folder whose machine stops before the n-th change of a file."""
 
     def __init__(self, path: Path, changes: int):
         super().__init__(path)
@@ -52,7 +52,7 @@ class Frail(Folder):
     def _spend(self) -> None:
         self.left -= 1
         if self.left < 0:
-            raise PowerCut
+            raise PowerFailure
 
     def put(self, key: str, data: bytes) -> None:
         self._spend()
@@ -83,7 +83,7 @@ def make(where: Path | Folder, views: int, codec: str = "int8", images: int = N,
 
 
 def features(start: int, stop: int, views: Sequence[int]) -> np.ndarray:
-    """(n, V, D): what the teacher says of (i, v), whoever asks and whenever."""
+    """(n, V, D) float32: the teacher's features, a function of i and v alone."""
     out = [[np.random.default_rng([i, v]).normal(size=D) for v in views] for i in range(start, stop)]
     return np.array(out, np.float32).reshape(stop - start, len(views), D)
 
@@ -93,7 +93,7 @@ def content(start: int, stop: int) -> np.ndarray:
 
 
 def write(store: FeatureStore, shard: Shard, bad: Bad | None = None) -> None:
-    """What an export does with a shard: bad rows are zero in the views of this call, the first reason counts."""
+    """Write a shard as an export does: bad rows are zero in the views of this call; the first reason is kept."""
     x, status = features(shard.start, shard.stop, shard.views), np.zeros(shard.stop - shard.start, np.uint8)
     reasons = {}
     for (i, v), (why, words) in sorted((bad or {}).items(), reverse=True):
@@ -119,7 +119,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_what_is_read_is_what_was_written_through_the_codec(tmp_path: Path, codec: str) -> None:
+def test_features_are_read_as_the_codec_decodes_them(tmp_path: Path, codec: str) -> None:
     store = export(tmp_path, 6, codec=codec)
     for v in range(6):
         wanted = store.codecs["embedding"].decode(*store.codecs["embedding"].encode(features(0, N, [v])))[:, 0]
@@ -129,7 +129,7 @@ def test_what_is_read_is_what_was_written_through_the_codec(tmp_path: Path, code
 
 
 @pytest.mark.parametrize("codec", ["int8", "float16", "float32"])
-def test_compression_is_lossless_readable_by_plain_zarr_and_still_one_view_deep(tmp_path: Path, codec: str) -> None:
+def test_compressed_arrays_are_lossless_readable_by_plain_zarr_and_chunked_by_view(tmp_path: Path, codec: str) -> None:
     store, plain = (export(tmp_path / kind, 6, codec=kind, images=200, rows=100) for kind in (f"{codec}+zstd", codec))
     for v in range(6):
         assert np.array_equal(store.read("embedding", v), plain.read("embedding", v))
@@ -142,8 +142,8 @@ def test_compression_is_lossless_readable_by_plain_zarr_and_still_one_view_deep(
 
 
 @pytest.mark.parametrize("codec", ["int8", "float32", "int8+zstd", "float16+zstd"])
-def test_shards_read_directly_are_what_zarr_reads(tmp_path: Path, codec: str) -> None:
-    """Shards of two chunks, a ragged last one, a chunk and a shard of nothing but zeros, any span of rows."""
+def test_our_shard_reader_returns_what_zarr_returns(tmp_path: Path, codec: str) -> None:
+    """Shards of two chunks, a shorter last shard, a chunk and a shard of nothing but zeros; several spans of rows."""
     rows, images = 1500, 4000  # chunks of 750 rows
     store = make(tmp_path, 5, codec=codec, images=images, rows=rows)
     for shard in store.pending():
@@ -162,7 +162,7 @@ def test_shards_read_directly_are_what_zarr_reads(tmp_path: Path, codec: str) ->
 
 
 def train(store: FeatureStore, seed: int = 0) -> np.ndarray:
-    """Train the codec of the embedding -> the sample (400, D)."""
+    """Train the codec of the embedding and return the sample (400, D)."""
     sample = np.random.default_rng(seed).normal(size=(400, D)).astype(np.float32)
     store.train("embedding", sample)
     return sample
@@ -177,7 +177,7 @@ def test_a_codebook_is_part_of_the_store_and_is_never_replaced(tmp_path: Path) -
     assert store.untrained() == [] == FeatureStore(Folder(tmp_path)).untrained()
     book = (tmp_path / "codebook/embedding.safetensors").read_bytes()
     assert (tmp_path / "copy/codebook/embedding.safetensors").read_bytes() == book
-    train(make(tmp_path, 2, codec="pq:3"), seed=1)  # a second export at the same time: the first one's stays
+    train(make(tmp_path, 2, codec="pq:3"), seed=1)  # a second export at the same time keeps the first codebook
     assert (tmp_path / "codebook/embedding.safetensors").read_bytes() == book
     grown = export(tmp_path, 6, codec="pq:3")
     assert (tmp_path / "codebook/embedding.safetensors").read_bytes() == book
@@ -202,10 +202,10 @@ def test_product_codes_are_decoded_as_documented(tmp_path: Path) -> None:
 def test_a_kill_while_training_leaves_the_same_codebook(tmp_path: Path, changes: int) -> None:
     whole = make(tmp_path / "whole", 2, codec="pq:2")
     train(whole)
-    frail = Frail(tmp_path / "cut", 10**6)
-    store = make(frail, 2, codec="pq:2")
-    frail.left = changes
-    with contextlib.suppress(PowerCut):
+    failing = FailingFolder(tmp_path / "cut", 10**6)
+    store = make(failing, 2, codec="pq:2")
+    failing.left = changes
+    with contextlib.suppress(PowerFailure):
         train(store)
     store = make(tmp_path / "cut", 2, codec="pq:2")
     if store.untrained():
@@ -213,7 +213,7 @@ def test_a_kill_while_training_leaves_the_same_codebook(tmp_path: Path, changes:
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
-def test_a_damaged_codebook_is_noticed_and_mended(tmp_path: Path) -> None:
+def test_a_damaged_codebook_is_detected_and_repaired(tmp_path: Path) -> None:
     train(make(tmp_path, 2, codec="pq:3"))
     store = export(tmp_path, 2, codec="pq:3")
     wanted, file = store.read("embedding", 1), tmp_path / "codebook/embedding.safetensors"
@@ -271,7 +271,7 @@ def test_a_view_is_read_without_touching_the_others(tmp_path: Path) -> None:
         store.read("embedding", 2)
 
 
-def test_an_array_that_is_not_kept_is_refused_with_what_is(tmp_path: Path) -> None:
+def test_reading_an_array_that_is_not_kept_is_an_error_that_lists_the_kept_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"keeps embedding, not 'logits'; export anew with --keep embedding,logits"):
         make(tmp_path, 1).read("logits", 0)
 
@@ -371,7 +371,7 @@ def test_a_done_record_holds_digests_of_rows_as_they_are_stored(tmp_path: Path) 
             assert record["digest"]["embedding"] == [view_digest(*pair) for pair in stored]
 
 
-def test_small_files_lie_there_twice_and_their_digests_are_in_the_manifest(tmp_path: Path) -> None:
+def test_small_files_have_a_second_copy_and_a_digest_in_the_manifest(tmp_path: Path) -> None:
     store = make(tmp_path, 3)
     files = tree(tmp_path)
     assert files["copy/manifest.json"] == files["manifest.json"]
@@ -395,11 +395,13 @@ def test_batches_cover_a_shard_and_never_cross_it() -> None:
     assert list(batch_spans(Shard(1, 8, 15, (0,)), 3)) == [(8, 11), (11, 14), (14, 15)]
 
 
-# ---------------------------------------------------------------- what is there and what is not
+# ---------------------------------------------------------------- done and pending shards
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 11), st.data())
-def test_pending_is_exactly_what_no_done_record_names(images: int, rows: int, views: int, data: st.DataObject) -> None:
+def test_the_pending_shards_are_those_without_a_done_record(
+    images: int, rows: int, views: int, data: st.DataObject
+) -> None:
     store = FeatureStore.__new__(FeatureStore)
     store.images, store.rows, store.about, store.local = images, rows, {"views": views}, ()
     blocks = range(-(-images // rows))
@@ -433,11 +435,11 @@ def test_the_done_record_is_written_after_the_data(tmp_path: Path, monkeypatch: 
 def test_a_shard_without_its_done_record_is_pending_and_rewritten(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     export(whole, 3)
-    frail = Frail(tmp_path / "cut", 10**6)
-    store = make(frail, 3)
+    failing = FailingFolder(tmp_path / "cut", 10**6)
+    store = make(failing, 3)
     first = store.pending()[0]
-    frail.left = 4  # embedding, scale, status, content: the next is the done record
-    with pytest.raises(PowerCut):
+    failing.left = 4  # embedding, scale, status, content: the next is the done record
+    with pytest.raises(PowerFailure):
         write(store, first)
     assert (tmp_path / "cut/features.zarr/embedding/c/0/0/0").exists()
     assert store.done() == {} and store.pending()[0] == first
@@ -458,7 +460,7 @@ def test_an_absent_chunk_is_not_a_missing_shard(tmp_path: Path) -> None:
     assert np.array_equal(store.read("embedding", 1), np.zeros((N, D)))
 
 
-def test_zeros_written_over_other_features_are_read_as_zeros(tmp_path: Path) -> None:
+def test_zeros_written_over_earlier_features_are_read_as_zeros(tmp_path: Path) -> None:
     store = export(tmp_path, 2)
     shard = Shard(0, 0, 4, (0, 1))
     (tmp_path / done_key(0, 0, 2)).unlink()
@@ -468,7 +470,7 @@ def test_zeros_written_over_other_features_are_read_as_zeros(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("key", ["embedding/c/0/0/0", "embedding_scale/c/1/0", "content/c/2", "status/c/0"])
-def test_a_lost_file_is_not_taken_for_zeros(tmp_path: Path, key: str) -> None:
+def test_a_missing_file_is_an_error_and_not_read_as_zeros(tmp_path: Path, key: str) -> None:
     store = export(tmp_path, 3)
     store.require_complete()
     (tmp_path / "features.zarr" / key).unlink()
@@ -476,7 +478,7 @@ def test_a_lost_file_is_not_taken_for_zeros(tmp_path: Path, key: str) -> None:
         store.require_complete()
 
 
-def test_an_unfinished_store_says_how_much_is_missing(tmp_path: Path) -> None:
+def test_the_error_of_an_unfinished_store_counts_the_missing_shards(tmp_path: Path) -> None:
     store = make(tmp_path, 5)
     write(store, store.pending()[1])
     with pytest.raises(UserError, match="lacks 2 of 3 shards; repeat the command that made it"):
@@ -486,7 +488,7 @@ def test_an_unfinished_store_says_how_much_is_missing(tmp_path: Path) -> None:
     export(tmp_path, 6, bad={}).require_complete()
 
 
-def test_views_that_are_there_are_complete_while_others_are_not(tmp_path: Path) -> None:
+def test_complete_views_can_be_required_while_others_are_pending(tmp_path: Path) -> None:
     export(tmp_path, 4)
     store = make(tmp_path, 8)
     store.require_complete(range(4))
@@ -494,10 +496,10 @@ def test_views_that_are_there_are_complete_while_others_are_not(tmp_path: Path) 
         store.require_complete()
 
 
-# ---------------------------------------------------------------- who may continue a store
+# ---------------------------------------------------------------- continuing a store
 
 
-def test_a_store_of_other_settings_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_a_store_with_other_settings_is_refused_and_the_error_lists_the_differences(tmp_path: Path) -> None:
     export(tmp_path, 3)
     before = tree(tmp_path)
     with pytest.raises(Mismatch, match='batch_size is null there, 5 asked; codec is "int8" there, "float32" asked'):
@@ -515,7 +517,7 @@ def test_a_fingerprint_stays_when_a_store_moves_or_grows(tmp_path: Path) -> None
     assert make(tmp_path / "c", 3, codec="float32").fingerprint != first
 
 
-def test_opening_what_is_no_store_says_so(tmp_path: Path) -> None:
+def test_opening_a_folder_that_is_no_store_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a store: it holds no manifest.json"):
         FeatureStore(Folder(tmp_path))
 
@@ -524,18 +526,20 @@ def test_opening_what_is_no_store_says_so(tmp_path: Path) -> None:
 
 PATHS = [(1, 8), (3, 5, 8), (4, 8), (2, 3, 4, 9)]
 BAD: Bad = {
-    (1, 0): (BROKEN, "truncated"),  # bad in every view: it is the file
+    (1, 0): (BROKEN, "truncated"),  # bad in every view, because the file is
     **{(1, v): (BROKEN, "truncated") for v in range(1, 9)},
-    (4, 2): (NOT_FINITE, "not finite"),  # found out early
-    (6, 4): (NOT_FINITE, "not finite"),  # found out by the second block of views
+    (4, 2): (NOT_FINITE, "not finite"),  # detected in an early view
+    (6, 4): (NOT_FINITE, "not finite"),  # detected in the second view block
     (6, 7): (NOT_FINITE, "not finite"),
-    (9, 7): (NOT_FINITE, "not finite"),  # found out late
+    (9, 7): (NOT_FINITE, "not finite"),  # detected in a late view
 }
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_a_grown_store_is_to_the_byte_one_made_at_once(tmp_path: Path, codec: str, path: tuple[int, ...]) -> None:
+def test_a_grown_store_equals_to_the_byte_a_store_made_at_once(
+    tmp_path: Path, codec: str, path: tuple[int, ...]
+) -> None:
     for views in path:
         export(tmp_path / "grown", views, codec=codec)
     export(tmp_path / "fresh", path[-1], codec=codec)
@@ -543,7 +547,7 @@ def test_a_grown_store_is_to_the_byte_one_made_at_once(tmp_path: Path, codec: st
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_a_row_found_bad_by_a_later_view_is_bad_in_all(tmp_path: Path, path: tuple[int, ...]) -> None:
+def test_a_row_that_is_bad_in_a_later_view_is_bad_in_all_views(tmp_path: Path, path: tuple[int, ...]) -> None:
     for views in path:
         grown = export(tmp_path / "grown", views, BAD)
     fresh = export(tmp_path / "fresh", path[-1], BAD)
@@ -560,7 +564,7 @@ def test_growth_computes_only_the_new_views(tmp_path: Path) -> None:
     assert {shard.views for shard in make(tmp_path, 8).pending()} == {(3, 4, 5, 6, 7)}
 
 
-def test_growth_leaves_old_views_readable_all_the_while(tmp_path: Path) -> None:
+def test_old_views_stay_readable_during_growth(tmp_path: Path) -> None:
     old = export(tmp_path, 3)
     wanted = [old.read("embedding", v) for v in range(3)]
     store = make(tmp_path, 8)
@@ -570,7 +574,7 @@ def test_growth_leaves_old_views_readable_all_the_while(tmp_path: Path) -> None:
         write(store, shard)
 
 
-def test_a_changed_image_is_noticed_at_growth(tmp_path: Path) -> None:
+def test_a_changed_image_is_detected_at_growth(tmp_path: Path) -> None:
     export(tmp_path, 3)
     store = make(tmp_path, 5)
     shard = store.pending()[1]
@@ -583,18 +587,18 @@ def test_a_changed_image_is_noticed_at_growth(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-# ---------------------------------------------------------------- killed at any moment
+# ---------------------------------------------------------------- interruptions at any change
 
 
 def changes(work: Callable[[Folder], Any], folder: Path) -> int:
-    """How many changes to the folder `work` makes."""
-    frail = Frail(folder, 10**6)
-    work(frail)
-    return 10**6 - frail.left
+    """Number of changes to the folder that `work` makes."""
+    failing = FailingFolder(folder, 10**6)
+    work(failing)
+    return 10**6 - failing.left
 
 
-def survives(work: Callable[[Folder], Any], before: Path | None, scratch: Path) -> None:
-    """Stopped before its n-th change, for every n, then repeated, `work` leaves what it leaves undisturbed."""
+def check_every_interruption(work: Callable[[Folder], Any], before: Path | None, scratch: Path) -> None:
+    """Check that `work`, stopped before its n-th change for every n and then repeated, leaves the same files."""
 
     def start(name: str) -> Path:
         if before:
@@ -606,8 +610,8 @@ def survives(work: Callable[[Folder], Any], before: Path | None, scratch: Path) 
     assert total > 10
     for n in range(total):
         folder = start(f"cut-{n}")
-        with pytest.raises(PowerCut):
-            work(Frail(folder, n))
+        with pytest.raises(PowerFailure):
+            work(FailingFolder(folder, n))
         work(Folder(folder))
         assert tree(folder) == wanted, f"stopped before change {n} of {total}"
         shutil.rmtree(folder)
@@ -620,30 +624,34 @@ FEW_BAD: Bad = {
 
 
 @pytest.mark.parametrize("images", [4, pytest.param(7, marks=pytest.mark.soak)])
-def test_an_export_killed_before_any_of_its_changes_ends_the_same(tmp_path: Path, images: int) -> None:
-    survives(lambda folder: export(folder, 5, FEW_BAD, images=images), None, tmp_path)
+def test_an_export_killed_before_any_of_its_changes_and_repeated_leaves_the_same_files(
+    tmp_path: Path, images: int
+) -> None:
+    check_every_interruption(lambda folder: export(folder, 5, FEW_BAD, images=images), None, tmp_path)
 
 
 @pytest.mark.parametrize("images", [4, pytest.param(7, marks=pytest.mark.soak)])
-def test_a_growth_killed_before_any_of_its_changes_ends_the_same(tmp_path: Path, images: int) -> None:
+def test_a_growth_killed_before_any_of_its_changes_and_repeated_leaves_the_same_files(
+    tmp_path: Path, images: int
+) -> None:
     export(tmp_path / "before", 5, FEW_BAD, images=images)
-    survives(lambda folder: export(folder, 7, FEW_BAD, images=images), tmp_path / "before", tmp_path)
+    check_every_interruption(lambda folder: export(folder, 7, FEW_BAD, images=images), tmp_path / "before", tmp_path)
     export(tmp_path / "fresh", 7, FEW_BAD, images=images)
     assert tree(tmp_path / "whole") == tree(tmp_path / "fresh")
 
 
-def test_killed_while_being_made_and_then_asked_for_more_views(tmp_path: Path) -> None:
+def test_a_store_killed_during_creation_can_be_grown(tmp_path: Path) -> None:
     export(tmp_path / "fresh", 8, images=4)
     for n in range(1, changes(lambda folder: make(folder, 3, images=4), tmp_path / "whole"), 3):
-        with pytest.raises(PowerCut):
-            make(Frail(tmp_path / f"cut-{n}", n), 3, images=4)
+        with pytest.raises(PowerFailure):
+            make(FailingFolder(tmp_path / f"cut-{n}", n), 3, images=4)
         export(tmp_path / f"cut-{n}", 8, images=4)
         assert tree(tmp_path / f"cut-{n}") == tree(tmp_path / "fresh")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("codec", CODECS)
-def test_killed_twice_before_any_two_of_its_changes_a_growth_ends_the_same(tmp_path: Path, codec: str) -> None:
+def test_a_growth_killed_twice_and_repeated_leaves_the_same_files(tmp_path: Path, codec: str) -> None:
     export(tmp_path / "before", 3, BAD, codec=codec, images=8)
     work = lambda folder: export(folder, 8, BAD, codec=codec, images=8)  # noqa: E731
     total = changes(work, shutil.copytree(tmp_path / "before", tmp_path / "whole"))
@@ -652,8 +660,8 @@ def test_killed_twice_before_any_two_of_its_changes_a_growth_ends_the_same(tmp_p
         folder = shutil.copytree(tmp_path / "before", tmp_path / "cut")
         for n in (first, second):
             try:
-                work(Frail(folder, n))
-            except PowerCut:
+                work(FailingFolder(folder, n))
+            except PowerFailure:
                 continue
         work(Folder(folder))
         assert tree(folder) == wanted
@@ -677,7 +685,7 @@ def test_bad_images_keep_their_row_and_are_listed_with_reasons(tmp_path: Path) -
     assert export(tmp_path / "good", 2).bad_images() == []
 
 
-def test_rows_nobody_has_reached_are_not_bad(tmp_path: Path) -> None:
+def test_unwritten_rows_are_not_bad_images(tmp_path: Path) -> None:
     store = make(tmp_path, 2)
     assert store.bad_images() == []
     write(store, store.pending()[0], BAD)
@@ -689,7 +697,7 @@ def test_rows_nobody_has_reached_are_not_bad(tmp_path: Path) -> None:
 
 
 def damaged(file: Path, change: Callable[[bytes], bytes], read: Callable[[], Any], wanted: Any) -> bool:
-    """Whether a change to a file is noticed. That it is neither noticed nor harmless is a failure."""
+    """Whether a change to a file is detected. A change that is neither detected nor harmless is a failure."""
     whole = file.read_bytes()
     file.write_bytes(change(whole))
     try:
@@ -713,7 +721,7 @@ def damaged(file: Path, change: Callable[[bytes], bytes], read: Callable[[], Any
         ("sample_id", "c/0"),
     ],
 )
-def test_a_flipped_bit_anywhere_in_a_file_is_noticed(tmp_path: Path, array: str, chunk: str) -> None:
+def test_a_flipped_bit_anywhere_in_a_file_is_detected(tmp_path: Path, array: str, chunk: str) -> None:
     export(tmp_path, 4)
     file = tmp_path / "features.zarr" / array / chunk
 
@@ -730,7 +738,7 @@ def test_a_flipped_bit_anywhere_in_a_file_is_noticed(tmp_path: Path, array: str,
 
 
 @pytest.mark.parametrize("file", ["embedding/c/1/0/0", "embedding_scale/c/1/0", "content/c/1", "label/c/0"])
-def test_a_truncated_file_is_noticed(tmp_path: Path, file: str) -> None:
+def test_a_truncated_file_is_detected(tmp_path: Path, file: str) -> None:
     export(tmp_path, 4)
     target, array = tmp_path / "features.zarr" / file, file.split("/")[0]
 
@@ -745,22 +753,22 @@ def test_a_truncated_file_is_noticed(tmp_path: Path, file: str) -> None:
 
 @pytest.mark.parametrize("key", ["zarr.json", "embedding/zarr.json", "embedding_scale/zarr.json"])
 @pytest.mark.parametrize("junk", [b"", b"{", b"{}", b"null", b"\xff\xfe\x00"])
-def test_damaged_metadata_is_noticed(tmp_path: Path, key: str, junk: bytes) -> None:
+def test_damaged_metadata_is_detected(tmp_path: Path, key: str, junk: bytes) -> None:
     export(tmp_path, 2)
     read = lambda: FeatureStore(Folder(tmp_path)).read("embedding", 0)  # noqa: E731
     noticed = damaged(tmp_path / "features.zarr" / key, lambda _: junk, read, read())
-    assert noticed or (key, junk) == ("zarr.json", b"{}")  # Zarr takes it for a group, and it is one
+    assert noticed or (key, junk) == ("zarr.json", b"{}")  # Zarr reads it as the metadata of a group, which is right
 
 
 @pytest.mark.parametrize("key", ["zarr.json", "embedding/zarr.json", "label/zarr.json"])
-def test_lost_metadata_is_not_taken_for_an_array_that_was_not_kept(tmp_path: Path, key: str) -> None:
+def test_missing_metadata_is_not_mistaken_for_an_array_that_is_not_kept(tmp_path: Path, key: str) -> None:
     store = export(tmp_path, 2)
     (tmp_path / "features.zarr" / key).unlink()
     with pytest.raises(UserError, match="(is damaged|is gone).*see compress verify --repair"):
         store.table(key.split("/")[0]) if "/" in key else FeatureStore(Folder(tmp_path)).table("label")
 
 
-def test_reading_errors_of_the_disk_are_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_errors_of_the_disk_are_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = export(tmp_path, 2)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -775,7 +783,7 @@ def test_reading_errors_of_the_disk_are_not_called_damage(tmp_path: Path, monkey
 # ---------------------------------------------------------------- history
 
 
-def test_history_grows_by_a_line_and_is_outside_every_digest(tmp_path: Path) -> None:
+def test_each_event_appends_a_line_to_the_history_which_is_part_of_no_digest(tmp_path: Path) -> None:
     store = export(tmp_path, 2)
     before = store.fingerprint
     store.append_history({"seconds": 1})

@@ -1,4 +1,4 @@
-"""A copied, cut down or recoded store says what it is part of, and (i, v) in it is the (i, v) of its source."""
+"""Copies of a store: a partial or recoded copy records its parent, and its rows and views mean the same pixels."""
 
 import json
 import shutil
@@ -29,20 +29,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 digits, 8 views, row blocks of 20."""
+    """A store of 50 digits and 8 views with row blocks of 20."""
     out = tmp_path_factory.mktemp("transfer") / "source"
     export(out)
     return out
 
 
-def export(out: Path, **said: Any) -> dict[str, Any]:
+def export(out: Path, **options: Any) -> dict[str, Any]:
     default = {"views": 8, "image_size": 8, "limit": IMAGES, "batch_size": 10, "shard_size": 20}
-    how = {**default, "workers": 0, "device": "cpu", **said}
-    return export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **how))
+    settings = {**default, "workers": 0, "device": "cpu", **options}
+    return export_teacher.run(export_teacher.Config("digits", TEACHER, str(out), **settings))
 
 
-def copy(source: Path | str, out: Path | str, **said: Any) -> FeatureStore:
-    store_copy.run(store_copy.Config(str(source), str(out), **said))
+def copy(source: Path | str, out: Path | str, **options: Any) -> FeatureStore:
+    store_copy.run(store_copy.Config(str(source), str(out), **options))
     return FeatureStore(open_storage(str(out)))
 
 
@@ -58,7 +58,7 @@ def files(folder: Path, *but: str) -> dict[str, bytes]:
 # ---------------------------------------------------------------- the same store elsewhere
 
 
-def test_a_copy_of_all_is_the_same_store_to_the_byte(source: Path, tmp_path: Path) -> None:
+def test_a_copy_of_everything_equals_its_source_to_the_byte(source: Path, tmp_path: Path) -> None:
     made = copy(source, tmp_path / "copy")
     assert made.fingerprint == FeatureStore(Folder(source)).fingerprint
     assert files(tmp_path / "copy", "manifest.json") == files(source, "manifest.json")
@@ -66,13 +66,13 @@ def test_a_copy_of_all_is_the_same_store_to_the_byte(source: Path, tmp_path: Pat
     assert "is complete already" in export(tmp_path / "copy")["summary"]
 
 
-def test_pushed_to_a_bucket_and_pulled_again_it_is_the_same(source: Path, bucket: str, tmp_path: Path) -> None:
+def test_a_store_copied_to_a_bucket_and_back_is_the_same(source: Path, bucket: str, tmp_path: Path) -> None:
     copy(source, f"{bucket}/there")
     copy(f"{bucket}/there", tmp_path / "back")
     assert files(tmp_path / "back", "manifest.json") == files(source, "manifest.json")
 
 
-def test_fewer_views_are_the_same_store_which_the_export_completes(source: Path, tmp_path: Path) -> None:
+def test_a_copy_of_fewer_views_can_be_completed_by_the_export(source: Path, tmp_path: Path) -> None:
     made = copy(source, tmp_path / "copy", views=":6")
     assert made.views == 6 and made.fingerprint == FeatureStore(Folder(source)).fingerprint
     made.require_complete()
@@ -81,7 +81,9 @@ def test_fewer_views_are_the_same_store_which_the_export_completes(source: Path,
 
 
 @pytest.mark.parametrize("first", ["4:8", ":4"])
-def test_more_views_are_added_to_a_copy_and_nothing_is_copied_twice(source: Path, tmp_path: Path, first: str) -> None:
+def test_more_views_can_be_added_to_a_copy_without_copying_anything_twice(
+    source: Path, tmp_path: Path, first: str
+) -> None:
     copy(source, tmp_path / "copy", views=first)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy/done").iterdir()}
     made = copy(source, tmp_path / "copy")
@@ -113,18 +115,18 @@ def test_views_keep_their_numbers_and_rows_their_keys(source: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def cut(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Views 4 to 7 of every second image, from the second on."""
+    """A copy with views 4 to 7 of every second image, starting with the second."""
     out = tmp_path_factory.mktemp("cut") / "cut"
     copy(source, out, views="4:8", images="1::2")
     return out
 
 
-def train(store: Path, out: Path, **said: Any) -> dict[str, Any]:
-    how = {"steps": 4, "batch_size": 10, "image_size": 8, "workers": 0, "device": "cpu", "lr": 0.2, **said}
-    return distill.run(distill.Config(str(store), ("convnet:channels=4+8",), "compress-1q", out, **how))
+def train(store: Path, out: Path, **options: Any) -> dict[str, Any]:
+    settings = {"steps": 4, "batch_size": 10, "image_size": 8, "workers": 0, "device": "cpu", "lr": 0.2, **options}
+    return distill.run(distill.Config(str(store), ("convnet:channels=4+8",), "compress-1q", out, **settings))
 
 
-def test_a_student_of_a_cut_down_store_sees_the_pixels_the_teacher_saw(
+def test_a_student_of_a_partial_copy_sees_the_pixels_that_the_teacher_saw(
     source: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from compress_ssl.pipeline.datasets import DATASETS
@@ -150,18 +152,20 @@ def test_a_student_of_a_cut_down_store_sees_the_pixels_the_teacher_saw(
     assert {view for _, view in seen} == {4, 5, 6, 7} and {row for row, _ in seen} == set(range(1, IMAGES, 2))
 
 
-def test_verify_and_evaluate_know_a_cut_down_store(cut: Path, tmp_path: Path) -> None:
+def test_verify_and_evaluate_accept_a_partial_copy(cut: Path, tmp_path: Path) -> None:
     made = verify.run(verify.Config(str(cut), sample=1.0, device="cpu"))
     assert made["cosine"] > 0.999 > made["wrong_view"]
     train(cut, tmp_path / "run")
-    how: dict[str, Any] = {"val": "digits:split=test", "protocol": ("nn",), "workers": 0, "device": "cpu"}
-    scored = evaluate.run(evaluate.Config(run=tmp_path / "run", **how))
+    settings: dict[str, Any] = {"val": "digits:split=test", "protocol": ("nn",), "workers": 0, "device": "cpu"}
+    scored = evaluate.run(evaluate.Config(run=tmp_path / "run", **settings))
     assert scored["metrics"]["data"]["train_images"] == IMAGES // 2
-    teacher = evaluate.run(evaluate.Config(store=str(cut), out=tmp_path / "teacher", **how))  # no view 0: live
+    teacher = evaluate.run(
+        evaluate.Config(store=str(cut), out=tmp_path / "teacher", **settings)
+    )  # the copy lacks view 0, so the teacher embeds the images
     assert teacher["metrics"]["data"]["train_images"] == IMAGES // 2
 
 
-def test_images_are_chosen_by_a_file_of_sample_ids(source: Path, tmp_path: Path) -> None:
+def test_images_can_be_chosen_by_a_file_of_sample_ids(source: Path, tmp_path: Path) -> None:
     src = FeatureStore(Folder(source))
     ids = src.table("sample_id")
     (tmp_path / "ids").write_text("".join(f"{ids[i]}\n" for i in (7, 3, 33)))
@@ -171,7 +175,7 @@ def test_images_are_chosen_by_a_file_of_sample_ids(source: Path, tmp_path: Path)
     train(tmp_path / "copy", tmp_path / "run", batch_size=3)
 
 
-def test_a_part_of_a_part_says_so(cut: Path, source: Path, tmp_path: Path) -> None:
+def test_a_copy_of_a_partial_copy_records_its_parent(cut: Path, source: Path, tmp_path: Path) -> None:
     made = copy(cut, tmp_path / "copy", images=":5")
     assert made.identity["parent"]["store"] == FeatureStore(Folder(cut)).fingerprint
     assert made.table("view_key").tolist() == [1, 3, 5, 7, 9]
@@ -187,8 +191,8 @@ def test_bad_images_are_bad_in_the_copy_with_their_reasons(tmp_path: Path) -> No
     for number in range(12):
         Image.fromarray(random.integers(0, 256, (12, 12, 3), np.uint8)).save(tmp_path / f"images/{number:02d}.png")
     (tmp_path / "images/05.png").write_bytes(b"junk")
-    how: dict[str, Any] = {"views": 2, "image_size": 8, "batch_size": 4, "workers": 0, "device": "cpu"}
-    export_teacher.run(export_teacher.Config(str(tmp_path / "images"), TEACHER, str(tmp_path / "store"), **how))
+    settings: dict[str, Any] = {"views": 2, "image_size": 8, "batch_size": 4, "workers": 0, "device": "cpu"}
+    export_teacher.run(export_teacher.Config(str(tmp_path / "images"), TEACHER, str(tmp_path / "store"), **settings))
     made = copy(tmp_path / "store", tmp_path / "copy", images="4:8")
     ((row, name, why),) = made.bad_images()
     assert (row, name) == (1, "05.png") and why == FeatureStore(Folder(tmp_path / "store")).bad_images()[0][2]
@@ -197,7 +201,7 @@ def test_bad_images_are_bad_in_the_copy_with_their_reasons(tmp_path: Path) -> No
 # ---------------------------------------------------------------- another codec
 
 
-def test_another_codec_holds_the_decoded_values(source: Path, tmp_path: Path) -> None:
+def test_a_copy_in_another_codec_encodes_the_decoded_features(source: Path, tmp_path: Path) -> None:
     src = FeatureStore(Folder(source))
     made = copy(source, tmp_path / "copy", codec="float32", views="4:6")
     for view in (4, 5):
@@ -206,9 +210,9 @@ def test_another_codec_holds_the_decoded_values(source: Path, tmp_path: Path) ->
     assert whole(tmp_path / "copy")
 
 
-@pytest.mark.parametrize("how", [{"images": "::2"}, {"codec": "float32"}, {}])
+@pytest.mark.parametrize("settings", [{"images": "::2"}, {"codec": "float32"}, {}])
 def test_the_source_is_listed_once_however_many_shards_there_are(
-    how: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
     for name in ("done", "bad_images"):
@@ -221,14 +225,14 @@ def test_the_source_is_listed_once_however_many_shards_there_are(
 
         monkeypatch.setattr(FeatureStore, name, note)
     monkeypatch.setattr(FeatureStore, "require_complete", lambda *_: None)
-    copy(source, tmp_path / "copy", **how)
+    copy(source, tmp_path / "copy", **settings)
     assert sorted(asked) == ["bad_images", "done"]
 
 
-def test_rows_are_picked_from_their_blocks_alone(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_row_blocks_of_the_chosen_rows_are_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, read = FeatureStore(Folder(source)), []
     want, stored = store.read("embedding", 3), FeatureStore.stored
-    monkeypatch.setattr(FeatureStore, "stored", lambda *asked: (read.append(asked[3]), stored(*asked))[1])
+    monkeypatch.setattr(FeatureStore, "stored", lambda *arguments: (read.append(arguments[3]), stored(*arguments))[1])
     for rows in ([0, 7, 41, 49], [25], []):
         np.testing.assert_array_equal(store.read_rows("embedding", 3, np.array(rows, int)), want[rows])
     assert read == [slice(0, 20), slice(40, 50), slice(20, 40), slice(0, 20)]
@@ -237,11 +241,11 @@ def test_rows_are_picked_from_their_blocks_alone(source: Path, monkeypatch: pyte
 # ---------------------------------------------------------------- stopped, damaged, refused
 
 
-@pytest.mark.parametrize("how", [{}, {"images": "::2"}, {"codec": "float16", "views": ":6"}])
-def test_a_copy_stopped_anywhere_is_continued_to_the_same_bytes(
-    how: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("settings", [{}, {"images": "::2"}, {"codec": "float16", "views": ":6"}])
+def test_an_interrupted_copy_is_continued_to_the_same_bytes(
+    settings: dict[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy(source, tmp_path / "whole", **how)
+    copy(source, tmp_path / "whole", **settings)
     want, put = files(tmp_path / "whole"), Folder.put
     for stop in (0, 3, len(want) // 3, len(want) // 2, len(want) - 1):
         count, out = iter(range(stop)), tmp_path / f"stop{stop}"
@@ -253,26 +257,28 @@ def test_a_copy_stopped_anywhere_is_continued_to_the_same_bytes(
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Folder, "put", cut_off)
-            copy(source, out, **how)
-        copy(source, out, **how)
+            copy(source, out, **settings)
+        copy(source, out, **settings)
         assert files(out) == want
 
 
-@pytest.mark.parametrize("how", [{}, {"images": "::2"}, {"codec": "float16"}])
-def test_damage_in_the_source_is_named_and_not_copied(how: dict[str, str], source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"images": "::2"}, {"codec": "float16"}])
+def test_damage_in_the_source_is_reported_and_not_copied(
+    settings: dict[str, str], source: Path, tmp_path: Path
+) -> None:
     shutil.copytree(source, tmp_path / "source")
     file = tmp_path / "source/features.zarr/embedding_scale/c/1/1"
     data = bytearray(file.read_bytes())
     data[9] ^= 2
     file.write_bytes(bytes(data))
     with pytest.raises(UserError, match=r"source is damaged, done/0000001.0004-0008.json: .*verify --repair"):
-        copy(tmp_path / "source", tmp_path / "copy", **how)
+        copy(tmp_path / "source", tmp_path / "copy", **settings)
     shutil.copyfile(source / "features.zarr/embedding_scale/c/1/1", file)
-    copy(tmp_path / "source", tmp_path / "copy", **how).require_complete()
+    copy(tmp_path / "source", tmp_path / "copy", **settings).require_complete()
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("settings", "words"),
     [
         ({"views": "1:4"}, "views are stored in blocks of 4; ask for 0:4"),
         ({"views": "4:9"}, "holds views 0 to 7"),
@@ -284,15 +290,15 @@ def test_damage_in_the_source_is_named_and_not_copied(how: dict[str, str], sourc
         ({"codec": "int7"}, "unknown codec"),
     ],
 )
-def test_what_cannot_be_copied_is_refused_before_anything_is_written(
-    how: dict[str, str], words: str, source: Path, tmp_path: Path
+def test_impossible_copies_are_refused_before_anything_is_written(
+    settings: dict[str, str], words: str, source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
-        copy(source, tmp_path / "copy", **how)
+        copy(source, tmp_path / "copy", **settings)
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_copy_is_not_mistaken_for_another(source: Path, cut: Path, tmp_path: Path) -> None:
+def test_a_copy_into_another_store_or_onto_itself_is_refused(source: Path, cut: Path, tmp_path: Path) -> None:
     shutil.copytree(cut, tmp_path / "cut")
     with pytest.raises(Mismatch, match="made with other settings"):
         copy(source, tmp_path / "cut", images=":10")
@@ -302,7 +308,7 @@ def test_a_copy_is_not_mistaken_for_another(source: Path, cut: Path, tmp_path: P
         export(tmp_path / "cut")
 
 
-def test_the_command_is_spelled_store_copy(source: Path, tmp_path: Path) -> None:
+def test_the_command_is_called_store_copy(source: Path, tmp_path: Path) -> None:
     words = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""`compress verify`: damage is found, named, and mended to the same bytes."""
+"""`compress verify`: damage is detected, named, and repaired to the same bytes."""
 
 import dataclasses
 import shutil
@@ -32,30 +32,30 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> export_teacher.Config:
         big = Image.fromarray(pixels).resize((24, 20), Image.Resampling.BICUBIC)
         big.save(top / "images" / str(number % 2) / f"{number:02d}.png")
     (top / "images/1/23.png").write_bytes(b"no image")
-    how = {"views": 5, "image_size": 16, "batch_size": 4, "shard_size": 8, "workers": 0}
-    config = export_teacher.Config(data=str(top / "images"), teacher=TEACHER, out=top / "store", **how)  # type: ignore
+    settings = {"views": 5, "image_size": 16, "batch_size": 4, "shard_size": 8, "workers": 0}
+    config = export_teacher.Config(data=str(top / "images"), teacher=TEACHER, out=top / "store", **settings)  # type: ignore
     export_teacher.run(config)
     return config
 
 
 @pytest.fixture
 def damaged(export: export_teacher.Config, tmp_path: Path) -> export_teacher.Config:
-    """A copy of the store, to be damaged."""
+    """A copy of the store that a test may damage."""
     shutil.copytree(export.out, tmp_path / "store")
     return dataclasses.replace(export, out=tmp_path / "store")
 
 
-OUTSIDE = ("history.jsonl", "bad-images.tsv")  # of every digest: nothing that is computed comes from them
+WITHOUT_DIGEST = ("history.jsonl", "bad-images.tsv")  # files that no digest covers, because no result depends on them
 
 
 def files(store: Path) -> dict[str, bytes]:
-    found = [p for p in store.rglob("*") if p.is_file() and p.name not in OUTSIDE]
+    found = [p for p in store.rglob("*") if p.is_file() and p.name not in WITHOUT_DIGEST]
     return {str(p.relative_to(store)): p.read_bytes() for p in found}
 
 
 def kind(name: str) -> str:
-    """What a file of a store is."""
-    if name in OUTSIDE or name in ("manifest.json", "copy/manifest.json"):
+    """The kind of a file of a store."""
+    if name in WITHOUT_DIGEST or name in ("manifest.json", "copy/manifest.json"):
         return name
     if name.startswith("done/"):
         return "done records"
@@ -67,7 +67,7 @@ def kind(name: str) -> str:
 
 
 def values(out: Path) -> dict[str, bytes]:
-    """All that distill and evaluate could read of a store. Raises UserError where they would."""
+    """Everything that distill and evaluate can read of a store. Raises UserError if reading does."""
     store = FeatureStore(Folder(out))
     store.require_complete()
     read = {name: store.table(name) for name in ("sample_id", "label", "view_key", "content", "status")}
@@ -77,7 +77,7 @@ def values(out: Path) -> dict[str, bytes]:
 
 
 def damage(out: Path, name: str, random: np.random.Generator) -> str:
-    """Flip one bit at a random place of a file; where."""
+    """Flip a random bit of a file and return a description of its position."""
     data = bytearray((out / name).read_bytes())
     place, bit = int(random.integers(len(data))), int(random.integers(8))
     data[place] ^= 1 << bit
@@ -86,7 +86,7 @@ def damage(out: Path, name: str, random: np.random.Generator) -> str:
 
 
 def noticed_by_readers(out: Path, whole: Mapping[str, bytes]) -> bool:
-    """Whether reading says so; if it does not, nothing that was read may differ."""
+    """Whether reading a damaged store is an error. If not, all values must be the undamaged ones."""
     try:
         assert values(out) == whole
     except UserError as problem:
@@ -95,8 +95,8 @@ def noticed_by_readers(out: Path, whole: Mapping[str, bytes]) -> bool:
     return False
 
 
-def heal(config: export_teacher.Config, where: str) -> None:
-    """What verify says of a damaged store, and what --repair and the same export command do about it."""
+def repair_store(config: export_teacher.Config, where: str) -> None:
+    """Check that verify reports the damage, then repair it with --repair and the same export command."""
     with pytest.raises(UserError, match="is damaged in"):
         verify.run(verify.Config(store=str(config.out), sample=0))
         pytest.fail(f"{where} was not found")
@@ -105,11 +105,11 @@ def heal(config: export_teacher.Config, where: str) -> None:
 
 
 def flip(config: export_teacher.Config, name: str, before: Mapping[str, bytes], random: np.random.Generator) -> bool:
-    """Flip a bit of a file, see it found and healed to the same bytes: whether readers noticed it too."""
+    """Flip a bit of a file and check that it is repaired to the same bytes; return whether readers noticed it too."""
     values_before = values(config.out)
     where = damage(config.out, name, random)
     noticed = noticed_by_readers(config.out, values_before)
-    if name in OUTSIDE:
+    if name in WITHOUT_DIGEST:
         assert not noticed, where
         verify.run(verify.Config(store=str(config.out), sample=0))
         inspect.run(inspect.Config(path=config.out))
@@ -117,12 +117,12 @@ def flip(config: export_teacher.Config, name: str, before: Mapping[str, bytes], 
         assert "complete already" in export_teacher.run(config)["summary"]
     else:
         assert noticed or kind(name).startswith(("done", "second", "copy")), f"{where} was read as if it were whole"
-        heal(config, where)
+        repair_store(config, where)
     assert files(config.out) == before, where
     return noticed
 
 
-def test_a_whole_store_passes_and_its_features_are_the_live_teachers(export: export_teacher.Config) -> None:
+def test_an_intact_store_passes_and_its_features_are_those_of_the_live_teacher(export: export_teacher.Config) -> None:
     made = verify.run(verify.Config(store=str(export.out), sample=1.0))
     assert made["damaged"] == [] and made["pending"] == 0
     assert made["cosine"] > 0.9999
@@ -131,7 +131,7 @@ def test_a_whole_store_passes_and_its_features_are_the_live_teachers(export: exp
     assert made["exact"] == 23  # the same device and precision give the same bits
 
 
-def test_what_a_coarse_codec_loses_is_not_taken_for_another_teacher(
+def test_the_error_of_a_coarse_codec_is_not_mistaken_for_another_teacher(
     export: export_teacher.Config, tmp_path: Path
 ) -> None:
     coarse = dataclasses.replace(export, out=tmp_path / "store", codec="pq:2+zstd")
@@ -140,10 +140,10 @@ def test_what_a_coarse_codec_loses_is_not_taken_for_another_teacher(
     assert made["exact"] == 23 and made["wrong_view"] < made["cosine"] < 0.9999
 
 
-def test_a_bit_flipped_anywhere_is_found_and_healed_to_the_same_bytes(damaged: export_teacher.Config) -> None:
+def test_a_bit_flipped_anywhere_is_detected_and_repaired_to_the_same_bytes(damaged: export_teacher.Config) -> None:
     before, random = files(damaged.out), np.random.default_rng(1)
     by_kind: dict[str, list[str]] = {}
-    for name in sorted([*before, *OUTSIDE]):
+    for name in sorted([*before, *WITHOUT_DIGEST]):
         by_kind.setdefault(kind(name), []).append(name)
     assert len(by_kind) == 10
     for names in by_kind.values():
@@ -151,13 +151,13 @@ def test_a_bit_flipped_anywhere_is_found_and_healed_to_the_same_bytes(damaged: e
 
 
 @pytest.mark.soak
-def test_two_hundred_bits_flipped_at_random_places_are_found_and_healed(
+def test_two_hundred_bits_flipped_at_random_are_detected_and_repaired(
     damaged: export_teacher.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, random = files(damaged.out), np.random.default_rng(2)
-    kept = {name: (damaged.out / name).read_bytes() for name in OUTSIDE}
+    kept = {name: (damaged.out / name).read_bytes() for name in WITHOUT_DIGEST}
     by_kind: dict[str, list[str]] = {}
-    for name in sorted([*before, *OUTSIDE]):
+    for name in sorted([*before, *WITHOUT_DIGEST]):
         by_kind.setdefault(kind(name), []).append(name)
     count: Counter[str] = Counter()
     noticed: Counter[str] = Counter()
@@ -171,7 +171,7 @@ def test_two_hundred_bits_flipped_at_random_places_are_found_and_healed(
         print(*(f"\n{what}: {n} bits flipped, {noticed[what]} noticed by readers" for what, n in count.items()))
 
 
-def test_a_history_that_is_no_text_any_more_is_passed_over(damaged: export_teacher.Config) -> None:
+def test_a_history_that_is_not_text_is_ignored(damaged: export_teacher.Config) -> None:
     history = Path(damaged.out) / "history.jsonl"
     history.write_bytes(history.read_bytes().replace(b"seconds", b"sec\xf3nds"))
     assert inspect.run(inspect.Config(path=str(damaged.out)))["kind"] == "store"
@@ -193,7 +193,7 @@ def test_repair_marks_exactly_the_damaged_shard(damaged: export_teacher.Config) 
 
 
 def rewrite(config: export_teacher.Config, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Put other features, (rows, views, D), into the first shard of a store, with digests that fit them."""
+    """Replace the features (rows, views, D) of the first shard, with digests that fit the new ones."""
     store = FeatureStore(Folder(config.out))
     start, stop = store.span(0)
     rows = slice(start, stop)
@@ -204,38 +204,38 @@ def rewrite(config: export_teacher.Config, change: Callable[[np.ndarray], np.nda
     store.write(Shard(0, start, stop, (0, 1, 2, 3)), {"embedding": encoded}, status, content, {})
 
 
-def test_features_of_another_view_are_told_from_other_arithmetic(damaged: export_teacher.Config) -> None:
+def test_features_of_another_view_are_distinguished_from_other_arithmetic(damaged: export_teacher.Config) -> None:
     rewrite(damaged, lambda features: features[:, [3, 0, 1, 2]])
     moved = r"not this teacher's feature: that of \(row (\d), view (\d)\) is stored as \(row \1, view (?!\2)\d\)"
     with pytest.raises(UserError, match=moved):
         verify.run(verify.Config(store=str(damaged.out), sample=1.0))
 
 
-def test_features_of_another_image_are_told_from_other_arithmetic(damaged: export_teacher.Config) -> None:
+def test_features_of_another_image_are_distinguished_from_other_arithmetic(damaged: export_teacher.Config) -> None:
     rewrite(damaged, lambda features: np.roll(features, -1, axis=0))
     moved = r"not this teacher's feature: that of \(row (\d), view (\d)\) is stored as \(row (?!\1)\d, view \2\)"
     with pytest.raises(UserError, match=moved):
         verify.run(verify.Config(store=str(damaged.out), sample=1.0))
 
 
-def test_other_arithmetic_is_told_from_other_pixels(damaged: export_teacher.Config) -> None:
+def test_other_arithmetic_is_distinguished_from_other_pixels(damaged: export_teacher.Config) -> None:
     rewrite(damaged, lambda features: -features)
     with pytest.raises(UserError, match="pixels were checked first, so the arithmetic differs"):
         verify.run(verify.Config(store=str(damaged.out), sample=1.0))
 
 
-def test_changed_pixels_are_found_before_any_arithmetic(
+def test_changed_pixels_are_detected_before_any_feature_is_computed(
     export: export_teacher.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(export.data, tmp_path / "images")
     names = sorted((tmp_path / "images").rglob("*.png"))
-    monkeypatch.setattr(verify, "embed_again", lambda *_: pytest.fail("the teacher was asked"))
+    monkeypatch.setattr(verify, "embed_again", lambda *_: pytest.fail("the teacher was run"))
     Image.new("RGB", (24, 20)).save(names[0])
     with pytest.raises(UserError, match="probe images do not look as they did to the teacher, the first is 0/00.png"):
         verify.run(verify.Config(store=str(export.out), data=str(tmp_path / "images"), sample=1.0))
 
 
-def test_an_image_that_is_no_probe_is_named_too(export: export_teacher.Config, tmp_path: Path) -> None:
+def test_a_changed_image_that_is_no_probe_is_named_too(export: export_teacher.Config, tmp_path: Path) -> None:
     shutil.copytree(export.data, tmp_path / "images")
     Image.new("RGB", (24, 20)).save(tmp_path / "images/0/02.png")
     with pytest.raises(UserError, match="image 0/02.png changed since"):
@@ -269,7 +269,7 @@ def linear(weight: float = 0.0):
         ("ACTIVATION", "torch.ones_like", "the arithmetic differs|proves nothing"),
     ],
 )
-def test_what_a_changed_teacher_is_called(
+def test_the_error_of_a_changed_teacher_says_what_changed(
     export: export_teacher.Config, tmp_path: Path, before: str, after: str, words: str
 ) -> None:
     file = tmp_path / "linear.py"
@@ -282,7 +282,7 @@ def test_what_a_changed_teacher_is_called(
         verify.run(verify.Config(store=str(mine.out), sample=1.0))
 
 
-def test_a_teacher_that_moved_is_found_where_it_is_said_to_be(export: export_teacher.Config, tmp_path: Path) -> None:
+def test_a_moved_teacher_is_loaded_from_the_given_path(export: export_teacher.Config, tmp_path: Path) -> None:
     file = tmp_path / "linear.py"
     file.write_text(LINEAR.replace("ACTIVATION", "torch.tanh"))
     mine = dataclasses.replace(export, teacher=f"python:{file}:linear", out=tmp_path / "store")
@@ -293,7 +293,7 @@ def test_a_teacher_that_moved_is_found_where_it_is_said_to_be(export: export_tea
     assert verify.run(verify.Config(store=str(mine.out), sample=1.0, teacher=f"python:{moved}:linear"))["exact"] == 23
 
 
-def test_a_teacher_that_says_the_same_of_everything_proves_nothing(
+def test_a_teacher_with_constant_features_is_refused_because_it_proves_nothing(
     export: export_teacher.Config, tmp_path: Path
 ) -> None:
     (tmp_path / "linear.py").write_text(LINEAR.replace("ACTIVATION", "torch.ones_like"))
@@ -303,15 +303,15 @@ def test_a_teacher_that_says_the_same_of_everything_proves_nothing(
         verify.run(verify.Config(store=str(mine.out), sample=1.0))
 
 
-def test_another_precision_passes_by_tolerance_and_is_named(export: export_teacher.Config) -> None:
+def test_another_precision_passes_within_the_tolerance_and_is_reported(export: export_teacher.Config) -> None:
     made = verify.run(verify.Config(store=str(export.out), sample=1.0, precision="bf16", device="cpu"))
     assert made["cosine"] >= 0.999 and made["exact"] < 23
     assert "on cpu in bf16 (stored in fp32)" in made["summary"]
 
 
-def test_the_sample_is_as_large_as_asked_and_skips_what_is_pending(damaged: export_teacher.Config) -> None:
-    def count(**how: Any) -> str:
-        return verify.run(verify.Config(store=str(damaged.out), **how))["summary"]
+def test_the_sample_has_the_requested_size_and_skips_pending_shards(damaged: export_teacher.Config) -> None:
+    def count(**settings: Any) -> str:
+        return verify.run(verify.Config(store=str(damaged.out), **settings))["summary"]
 
     assert "; 16 features embedded again" in count(sample=0.01)
     assert "; 20 features embedded again" in count(sample=20 / 24)

@@ -1,4 +1,4 @@
-"""A view is a pure function of (seed, key, v), is what its recipe says, and looks the same at every size."""
+"""A view is a pure function of (seed, key, v), follows its augmentation, and shows the same at every size."""
 
 import itertools
 import math
@@ -14,17 +14,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.views.augment import (
-    BLUR_REFERENCE,
-    POLICIES,
-    ResolvedView,
-    ViewSpec,
-    crop_box,
-    draw_variates,
-    resolve_view,
-)
+from compress_ssl.pipeline.views.augment import POLICIES, ResolvedView, ViewSpec, crop_box, draw_variates, resolve_view
 from compress_ssl.pipeline.views.numbering import FRESH
-from compress_ssl.pipeline.views.render import render_view, render_views
+from compress_ssl.pipeline.views.render import BLUR_REFERENCE, render_view, render_views
 
 COUNT = 36
 SHAPES = [(1, 1), (1, 900), (900, 1), (2, 3), (333, 500), (500, 333), (64, 64), (37, 1000)]
@@ -88,7 +80,7 @@ def test_golden_views_of_every_policy(policy: str, v: int) -> None:
     assert resolve_view(spec(policy, 7), draw_variates(7, 11, v), v, 333, 500) == GOLDEN[policy, v]
 
 
-def test_a_view_is_the_same_however_many_are_drawn_with_it() -> None:
+def test_a_view_does_not_depend_on_how_many_are_drawn_with_it() -> None:
     keys, views = np.array([4, 2**64 - 1, 9], np.uint64), np.array([0, 1, 5, FRESH + 3])
     together = draw_variates(1, keys[:, None], views)
     assert together.shape == (3, 4, COUNT)
@@ -96,13 +88,13 @@ def test_a_view_is_the_same_however_many_are_drawn_with_it() -> None:
         assert np.array_equal(together[j, k], draw_variates(1, int(keys[j]), int(views[k])))
 
 
-def test_another_seed_key_or_number_is_another_view() -> None:
+def test_another_seed_key_or_view_number_gives_another_view() -> None:
     places = [(0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 2), (0, 0, FRESH + 1)]
     assert len({resolve_view(spec(), draw_variates(*place), place[2], 333, 500) for place in places}) == len(places)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_view_0_is_the_plain_one_in_every_policy(policy: str) -> None:
+def test_view_0_is_the_plain_view_in_every_policy(policy: str) -> None:
     assert resolve_view(spec(policy, crop_ratio=0.9), draw_variates(0, 5, 0), 0, 40, 50) == ResolvedView(plain=0.9)
 
 
@@ -126,7 +118,9 @@ def torchvisions_box(scale: tuple[float, float], height: int, width: int) -> tup
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (0.4, 1.0)])
 @pytest.mark.parametrize(("height", "width"), [(333, 500), (61, 97), (400, 60)])
-def test_crops_are_distributed_as_torchvisions(scale: tuple[float, float], height: int, width: int) -> None:
+def test_crops_have_the_distribution_of_torchvisions_random_resized_crop(
+    scale: tuple[float, float], height: int, width: int
+) -> None:
     torch.manual_seed(0)
     count = 2000
     theirs = np.array([torchvisions_box(scale, height, width) for _ in range(count)], float)
@@ -162,7 +156,7 @@ def test_crops_reach_every_border() -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "box"), [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10))])
-def test_where_no_crop_fits_the_largest_centred_one_is_taken(height: int, width: int, box: tuple[int, ...]) -> None:
+def test_the_fallback_is_the_largest_centred_crop(height: int, width: int, box: tuple[int, ...]) -> None:
     assert crop_box((1.0, 1.0), [0.5] * COUNT, height, width) == box
 
 
@@ -181,7 +175,7 @@ def test_where_no_crop_fits_the_largest_centred_one_is_taken(height: int, width:
         ("dino", 4, 0.5, 0.8, 0.2, 0.1, 0.2),
     ],
 )
-def test_each_change_is_as_frequent_as_published(
+def test_each_colour_change_has_its_published_probability(
     policy: str, v: int, flip: float, jitter: float, grey: float, blur: float, solarize: float
 ) -> None:
     views = many(policy, v, 4000)
@@ -193,7 +187,7 @@ def test_each_change_is_as_frequent_as_published(
             assert rate == pytest.approx(wanted, abs=0.03)  # 0.03 is 3.8 standard deviations of a fair coin
 
 
-def test_flip_crop_and_colours_are_drawn_apart() -> None:
+def test_flip_crop_and_colours_are_independent() -> None:
     views = many("moco-v2", 1, 4000)
     table = np.array([(w.flip, bool(w.jitter), w.grey, w.sigma > 0, w.top, w.width) for w in views], float)
     assert np.abs(np.corrcoef(table.T)[:4, :4] - np.eye(4)).max() < 0.06
@@ -212,7 +206,7 @@ def test_jitter_factors_fill_their_ranges(policy: str, reach: tuple[float, ...])
         assert seen.mean() == pytest.approx(centre, abs=0.05 * reach[which])
 
 
-def test_jitters_come_in_all_24_orders_equally_often() -> None:
+def test_all_24_orders_of_the_jitters_are_equally_frequent() -> None:
     orders = [tuple(which for which, _ in w.jitter) for w in many("moco-v2", 1, 6000) if w.jitter]
     counts = [orders.count(order) for order in itertools.permutations(range(4))]
     expected = len(orders) / 24
@@ -231,7 +225,7 @@ def test_blur_sigmas_fill_their_range() -> None:
 
 @pytest.mark.parametrize("crop_ratio", [1.0, 0.875, 224 / 256, 0.9, 0.95, 224 / 232])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (333, 500), (500, 333), (37, 71), (20, 300), (8, 8)])
-def test_view_0_is_torchvisions_resize_and_centre_crop(crop_ratio: float, height: int, width: int) -> None:
+def test_view_0_equals_resize_and_centre_crop_of_torchvision(crop_ratio: float, height: int, width: int) -> None:
     image = plane(noise(height, width))
     for size, how in ((32, "bilinear"), (33, "bicubic")):
         resize = math.floor(size / crop_ratio + 1e-6)
@@ -240,7 +234,7 @@ def test_view_0_is_torchvisions_resize_and_centre_crop(crop_ratio: float, height
 
 
 @pytest.mark.parametrize(("size", "crop_pct"), [(224, 0.875), (224, 0.9), (224, 0.95), (260, 0.89), (384, 1.0)])
-def test_view_0_has_the_geometry_of_timms_own_evaluation(size: int, crop_pct: float) -> None:
+def test_view_0_has_the_geometry_of_timms_evaluation_transform(size: int, crop_pct: float) -> None:
     import timm.data
 
     theirs = timm.data.create_transform((3, size, size), crop_pct=crop_pct, interpolation="bilinear").transforms
@@ -252,7 +246,7 @@ def test_view_0_has_the_geometry_of_timms_own_evaluation(size: int, crop_pct: fl
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 20_000), (20_000, 1), (3, 9_000)])
-def test_view_0_of_a_long_strip_shows_its_middle_and_takes_no_room(height: int, width: int) -> None:
+def test_view_0_of_a_long_strip_shows_its_middle_and_needs_little_memory(height: int, width: int) -> None:
     ramp = np.linspace(0, 255, max(height, width)).astype(np.uint8).reshape(height if width == 1 else 1, -1, 1)
     image = plane(np.broadcast_to(ramp, (height, width, 3)).copy())
     seen = render_view(image, ResolvedView(plain=0.875), 64, "bilinear")
@@ -275,13 +269,13 @@ def test_any_image_renders_at_any_size(policy: str, size: int) -> None:
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
-    """Red says the column, green the row, blue nothing; at most 256 of each."""
+    """An image whose red channel is the column and whose green channel is the row, at most 256 of each; blue is 0."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([columns, rows, np.zeros_like(rows)], -1).astype(np.uint8)
 
 
 @pytest.mark.parametrize("v", range(8))
-def test_teacher_and_student_see_the_same_region_each_at_its_own_size(v: int) -> None:
+def test_renderings_at_two_sizes_show_the_same_region(v: int) -> None:
     height, width = 180, 250
     image, variates = coordinates(height, width), draw_variates(5, 3, [v])
     view = resolve_view(spec(seed=5), variates[0], v, height, width)
@@ -291,24 +285,24 @@ def test_teacher_and_student_see_the_same_region_each_at_its_own_size(v: int) ->
         centre = (np.arange(size) + 0.5) / size
         columns, rows = left + centre * w - 0.5, top + centre * h - 0.5
         columns = columns[::-1] if view.flip else columns
-        inner = slice(1, -1)  # the border pixels of an antialiased resize lean inwards
-        near = h / size if v == 0 else 2  # a centre crop begins at a whole pixel of the resized image
+        inner = slice(1, -1)  # an antialiased resize shifts the border pixels inwards
+        near = h / size if v == 0 else 2  # a centre crop starts at a whole pixel of the resized image
         assert np.abs(pixels[0, 0, inner, inner].numpy() - columns[None, inner]).max() < near
         assert np.abs(pixels[0, 1, inner, inner].numpy() - rows[inner, None]).max() < near
 
 
-def test_teacher_and_student_see_the_same_colours() -> None:
+def test_renderings_at_two_sizes_have_the_same_colours() -> None:
     image = np.full((50, 60, 3), (200, 100, 30), np.uint8)
     for policy in ("moco-v2", "dino"):
         large, small = render_views(
             image, spec(policy), draw_variates(0, 4, range(8)), range(8), [(48, "bilinear"), (16, "bilinear")]
         )
         assert (large[:, :, 8, 8].int() - small[:, :, 8, 8].int()).abs().max() <= 1
-        assert len(np.unique(large[:, :, 8, 8].numpy(), axis=0)) > 4  # and they do differ between views
+        assert len(np.unique(large[:, :, 8, 8].numpy(), axis=0)) > 4  # the views do differ
 
 
 @pytest.mark.parametrize("policy", ["crop-flip", "moco-v2", "dino"])
-def test_a_view_does_not_depend_on_which_others_are_asked(policy: str) -> None:
+def test_a_view_does_not_depend_on_which_other_views_are_rendered(policy: str) -> None:
     image, sizes = noise(70, 45), [(24, "bilinear"), (16, "bicubic")]
     every = render_views(image, spec(policy, 2), draw_variates(2, 9, range(6)), range(6), sizes)
     some = [5, 0, 3]
@@ -320,7 +314,7 @@ def test_a_view_does_not_depend_on_which_others_are_asked(policy: str) -> None:
     assert torch.equal(alone[0], every[1][4])
 
 
-def test_an_image_is_not_changed_by_looking_at_it() -> None:
+def test_rendering_does_not_change_the_image() -> None:
     image = noise(40, 40)
     before = image.copy()
     render_views(image, spec("dino"), draw_variates(0, 0, range(6)), range(6), [(40, "bilinear")])
@@ -330,7 +324,7 @@ def test_an_image_is_not_changed_by_looking_at_it() -> None:
 WHOLE = ResolvedView(top=0, left=0, height=32, width=32)
 
 
-def test_a_crop_is_the_box_resized() -> None:
+def test_a_crop_equals_its_box_resized() -> None:
     image = plane(noise(50, 60))
     view = ResolvedView(top=7, left=11, height=20, width=30)
     wanted = tv.resize(image[:, 7:27, 11:41], [16, 16], InterpolationMode.BICUBIC, antialias=True)
@@ -342,7 +336,7 @@ def test_flip_mirrors_left_and_right() -> None:
     assert torch.equal(render_view(image, WHOLE._replace(flip=True), 32, "bilinear"), image.flip(-1))
 
 
-def test_grey_leaves_luma_in_all_three_channels() -> None:
+def test_a_grey_view_has_the_luma_in_all_three_channels() -> None:
     image = plane(noise(32, 32))
     seen = render_view(image, WHOLE._replace(grey=True), 32, "bilinear").float()
     luma = (image.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
@@ -350,7 +344,7 @@ def test_grey_leaves_luma_in_all_three_channels() -> None:
     assert (seen[0] - luma).abs().max() < 1.5  # torchvision has 0.2989, 0.587, 0.114 and rounds down
 
 
-def test_solarize_inverts_what_is_128_or_brighter() -> None:
+def test_solarize_inverts_values_of_128_and_more() -> None:
     ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, -1, -1)
     seen = render_view(ramp, ResolvedView(height=16, width=16, solarize=True), 16, "bilinear")
     assert torch.equal(seen, torch.where(ramp >= 128, 255 - ramp, ramp))
@@ -365,7 +359,7 @@ def test_solarize_inverts_what_is_128_or_brighter() -> None:
     ],
     ids=["brightness", "contrast", "saturation"],
 )
-def test_a_jitter_blends_with_what_it_should(which: int, factor: float, wanted) -> None:  # type: ignore[no-untyped-def]
+def test_each_jitter_blends_with_the_image_that_torchvision_documents(which: int, factor: float, wanted) -> None:  # type: ignore[no-untyped-def]
     image = plane(noise(32, 32))
     seen = render_view(image, WHOLE._replace(jitter=((which, factor),)), 32, "bilinear").float()
     assert (seen - wanted(image.float()).clamp(0, 255)).abs().max() <= 1.5
@@ -380,7 +374,7 @@ def test_hue_turns_red_into_green_in_a_third_of_a_circle() -> None:
     assert (seen.int() - torch.tensor([0, 255, 0])).abs().max() <= 2
 
 
-def test_jitters_are_applied_in_their_order_then_grey_then_blur_then_solarize() -> None:
+def test_the_jitters_are_applied_in_the_drawn_order_then_grey_then_blur_then_solarize() -> None:
     image = plane(noise(32, 32))
     first, second = (0, 1.4), (1, 0.6)
     wanted = tv.adjust_contrast(tv.adjust_brightness(image, 1.4), 0.6)
@@ -393,7 +387,7 @@ def test_jitters_are_applied_in_their_order_then_grey_then_blur_then_solarize() 
 
 
 def edge_width(size: int, sigma: float) -> float:
-    """Standard deviation, in pixels, of what a blur of a step from black to white spreads."""
+    """Standard deviation, in pixels, of the slope of a blurred step from black to white."""
     step = torch.zeros(3, size, size, dtype=torch.uint8)
     step[:, :, size // 2 :] = 255
     row = render_view(step, ResolvedView(height=size, width=size, sigma=sigma), size, "bilinear")[0, size // 2].double()
@@ -403,12 +397,12 @@ def edge_width(size: int, sigma: float) -> float:
 
 
 @pytest.mark.parametrize("sigma", [0.9, 2.0])
-def test_blur_has_its_sigma_at_224_pixels_and_shrinks_with_the_crop(sigma: float) -> None:
+def test_the_sigma_of_a_blur_scales_with_the_size_of_the_rendering(sigma: float) -> None:
     assert edge_width(224, sigma) == pytest.approx(sigma, rel=0.1)
     assert edge_width(448, sigma) == pytest.approx(2 * sigma, rel=0.1)
     assert edge_width(112, 2 * sigma) == pytest.approx(sigma, rel=0.1)
 
 
-def test_a_blur_wider_than_the_crop_is_cut_to_it() -> None:
+def test_the_kernel_of_a_blur_is_limited_to_the_size_of_the_crop() -> None:
     seen = render_view(plane(noise(8, 8)), ResolvedView(height=8, width=8, sigma=500.0), 8, "bilinear")
     assert seen.float().std((1, 2)).max() < 5

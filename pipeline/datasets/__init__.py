@@ -1,4 +1,7 @@
-"""What images can come from: `folder:PATH`, `digits`, `torchvision:NAME`. One line per kind."""
+"""Data sets: where images come from. `DATASETS` builds one from `folder:PATH`, `digits` or `torchvision:NAME`.
+
+A new kind is one file with a subclass of `compress_ssl.pipeline.datasets.base.Dataset` and one line in the table.
+"""
 
 from compress_ssl.pipeline.runtime.registry import Registry
 

@@ -1,8 +1,11 @@
-"""What every data set offers: an order frozen at construction, names, labels, pixels."""
+"""The interface of a data set: N images in a fixed order, with ids, labels and pixels.
+
+The index i of an image is its position in `ids`; it is the i of (i, v) everywhere else.
+"""
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -12,61 +15,81 @@ from compress_ssl.pipeline.runtime.artifact import fingerprint
 
 
 class Dataset(ABC):
-    """N images. `ids` and `label` say what row i is; `load` decodes it."""
+    """N images in the order in which the constructor found them. The order does not change afterwards."""
 
-    ids: list[str]  # relative path or key, unique, bytes that are not UTF-8 percent-escaped
-    label: np.ndarray  # (N,) int64 into `classes`, -1 where there is none
+    ids: list[str]
+    """N unique relative paths or keys. Bytes that are not UTF-8 are percent-escaped."""
+
+    label: np.ndarray
+    """(N,) int64 index into `classes`; -1 for an image without a label."""
+
     classes: tuple[str, ...]
+    """Names of the classes."""
+
+    @property
+    def remedy(self) -> str:
+        """What the user can do when an image no longer has the content it was exported with: a clause for an error."""
+        return "put it back"
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @abstractmethod
     def load(self, i: int) -> tuple[np.ndarray, int]:
-        """((H, W, 3) uint8, 64-bit hash of the image as stored). Raises BadImage."""
+        """Decode image i: ((H, W, 3) uint8 RGB pixels, 64-bit hash of the stored bytes).
+
+        Raises BadImage for an image that cannot be used.
+        """
 
     @cached_property
     def fingerprint(self) -> str:
-        """Stands for the names, their order and their labels; contents are hashed as they are read."""
+        """Fingerprint of the ids, their order and their class names. `load` hashes the contents, not this."""
         names = [self.classes[y] if y >= 0 else None for y in self.label.tolist()]
         return fingerprint([self.ids, names])
 
-    def describe_difference(self, ids: Any) -> str:
-        """In words, how these images differ from the (N,) ids of a store: gone, added, or labelled otherwise."""
+    def describe_difference(self, ids: Iterable[Any]) -> str:
+        """Describe how this data set differs from one with these (N,) ids: images removed, added or relabelled."""
         there, here = set(map(str, ids)), set(self.ids)
         parts = []
         for names, words in ((there - here, "gone"), (here - there, "new")):
             if names:
-                parts.append(f"{len(names)} {'is' if len(names) == 1 else 'are'} {words}, as {min(names)}")
+                verb = "is" if len(names) == 1 else "are"
+                parts.append(f"{len(names)} {verb} {words}, as {min(names)}")
         return "; ".join(parts) or "same names, but other labels or another order"
 
     def changed_rows(self, content: np.ndarray, since: float) -> list[int]:
-        """Rows whose stored bytes no longer have these hashes ((N,) uint64, 0 where there is none to compare).
+        """Rows whose stored bytes no longer have the hashes in `content`.
 
-        Only what was touched after `since` (seconds of the epoch) is read again; data that are no files cannot change.
+        content: (N,) uint64, 0 for a row that is not to be compared. since: seconds of the epoch; only files touched
+        at or after this time are read again. This default returns no rows: data outside files cannot change.
         """
         return []
 
     def restore_selection(self, made_of: Mapping[str, Any], ids: Callable[[], Any]) -> "Dataset":
-        """What a store is made of: of `limit` images, evenly spread, those that were `selected`.
+        """Select the images that a store was made of: `limit` evenly spread ones, or the rows that were `selected`.
 
-        made_of: the store's record of its data; ids: the (n,) sample ids of the store, read if it is a selection.
+        made_of: the store's record of its data, {"limit", "selected", ...}.
+        ids: returns the sample ids of the store; it is called only if the store holds a selection.
         """
-        whole = self.subset(made_of["limit"]) if made_of["limit"] else self
+        limited = self.subset(made_of["limit"]) if made_of["limit"] else self
         if not made_of.get("selected"):
-            return whole
-        number = {name: i for i, name in enumerate(whole.ids)}
-        return Subset(whole, np.array([number[str(name)] for name in ids() if str(name) in number], np.int64))
+            return limited
+        row_of = {name: i for i, name in enumerate(limited.ids)}
+        rows = [row_of[str(name)] for name in ids() if str(name) in row_of]
+        return Subset(limited, np.array(rows, np.int64))
 
     def subset(self, n: int) -> "Dataset":
-        """The first n images of every n/N-th position: an even sample, in order."""
-        return Subset(self, np.linspace(0, len(self) - 1, n).round().astype(int)) if n < len(self) else self
+        """n images at evenly spaced positions, in order; the data set itself if it has at most n images."""
+        if n >= len(self):
+            return self
+        return Subset(self, np.linspace(0, len(self) - 1, n).round().astype(int))
 
 
 class Subset(Dataset):
-    """Some rows of another data set."""
+    """The given rows of another data set."""
 
     def __init__(self, whole: Dataset, rows: Any):
+        """rows: (n,) integers, indices into `whole`."""
         self.whole, self.rows = whole, rows
         self.ids = [whole.ids[i] for i in rows]
         self.label = whole.label[rows]
@@ -76,11 +99,12 @@ class Subset(Dataset):
         return self.whole.load(int(self.rows[i]))
 
     def changed_rows(self, content: np.ndarray, since: float) -> list[int]:
-        of_all = np.zeros(len(self.whole), np.uint64)
-        of_all[self.rows] = content
-        return np.flatnonzero(np.isin(self.rows, self.whole.changed_rows(of_all, since))).tolist()
+        content_of_whole = np.zeros(len(self.whole), np.uint64)
+        content_of_whole[self.rows] = content
+        changed = self.whole.changed_rows(content_of_whole, since)
+        return np.flatnonzero(np.isin(self.rows, changed)).tolist()
 
 
 def content_hash(data: Any) -> int:
-    """BLAKE2b-64 of bytes or an array's memory, as an integer."""
+    """BLAKE2b-64 of bytes or of an array's memory, as an integer (little-endian)."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

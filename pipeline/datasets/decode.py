@@ -1,7 +1,8 @@
-"""Bytes of an image file -> RGB pixels, in one documented way.
+"""Decode the bytes of an image file to RGB pixels.
 
-EXIF orientation is applied; greyscale, palette, CMYK and the rest become RGB; transparency is
-laid over white; 16-bit greys keep their upper eight bits; of an animation the first frame counts.
+Every image is decoded in the same way: the EXIF orientation is applied; greyscale, palette, CMYK and other modes are
+converted to RGB; transparency is composited over white; 16-bit greys keep their upper eight bits; of an animation
+only the first frame is used.
 """
 
 import io
@@ -11,8 +12,8 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-_ORIENTATION = 0x0112  # EXIF tag
-_TURNS = {
+_ORIENTATION = 0x0112  # number of the EXIF tag "Orientation"
+_TRANSPOSES = {  # value of the EXIF tag -> transposition that shows the image upright; 1 means upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -21,9 +22,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MAX_PIXELS = 2**27  # 134 million: the largest photographs pass, decompression bombs do not
-_SILENT = ("ignore", None, Warning, re.compile("PIL"), 0)  # as the warnings module keeps a filter
+MAX_PIXELS = 2**27  # 134 million pixels: admits the largest photographs, refuses decompression bombs
+_IGNORE_PIL = ("ignore", None, Warning, re.compile("PIL"), 0)  # how `warnings.filters` represents our filter
 
+# Codes of the array `status` in a store; 255 (UNWRITTEN in store/layout.py) is a row that is not written yet.
 GOOD, UNREADABLE, NOT_AN_IMAGE, BROKEN, TOO_LARGE, CHANGED, NOT_FINITE = range(7)
 REASONS = {
     GOOD: "good",
@@ -34,10 +36,11 @@ REASONS = {
     CHANGED: "changed while the store was being made",
     NOT_FINITE: "the teacher's feature is not finite",
 }
+"""Reason of each code, as it is stored in done records where no more precise reason is known."""
 
 
 class BadImage(Exception):
-    """An image that cannot be used: `status` is one of the codes above, the text says why."""
+    """An image that cannot be used. `status` is one of the codes above; the text is the reason that is stored."""
 
     def __init__(self, status: int, why: str):
         super().__init__(why)
@@ -45,7 +48,7 @@ class BadImage(Exception):
 
 
 def decode(data: bytes) -> np.ndarray:
-    """File bytes -> (H, W, 3) uint8. Raises BadImage."""
+    """Decode the bytes of an image file to (H, W, 3) uint8 RGB pixels. Raises BadImage."""
     if not data:
         raise BadImage(NOT_AN_IMAGE, "the file is empty")
     _silence_pillow()
@@ -61,34 +64,39 @@ def decode(data: bytes) -> np.ndarray:
         raise BadImage(TOO_LARGE, _one_line(bomb)) from None
     except UnidentifiedImageError:
         raise BadImage(NOT_AN_IMAGE, "no known image format") from None
-    except Exception as problem:  # PIL's plug-ins raise nearly anything on damaged files
+    except Exception as problem:  # Pillow's plug-ins raise exceptions of many types on damaged files
         raise BadImage(BROKEN, _one_line(problem)) from None
 
 
 def _silence_pillow() -> None:
-    """Pillow warns of damage that it survives; what it does not survive is a BadImage.
+    """Silence Pillow's warnings: an image either decodes or raises BadImage.
 
-    For the whole process and for good: `catch_warnings` puts back what other threads need at that moment.
+    The filter stays in place for the whole process. `warnings.catch_warnings` would not work: it is not thread-safe,
+    and its exit would remove the filter while other threads still decode.
     """
-    if warnings.filters[:1] != [_SILENT]:
+    if warnings.filters[:1] != [_IGNORE_PIL]:
         warnings.filterwarnings("ignore", module="PIL")
 
 
 def apply_orientation(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says. Damaged EXIF says nothing: the pixels are good without it."""
+    """Turn or mirror the image as its EXIF orientation demands.
+
+    An image with damaged EXIF data is returned as it is: its pixels can still be used.
+    """
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        transpose = _TRANSPOSES.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:
         return image
-    return image if turn is None else image.transpose(turn)
+    return image if transpose is None else image.transpose(transpose)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode -> RGB."""
+    """Convert an image of any PIL mode to RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        # 16-bit values keep their upper eight bits; smaller ones in a 32-bit or float mode are 8-bit values already
         if values.max(initial=0) > 255 or image.mode.startswith("I;16") or image.format == "PPM":
             values = values / 256
         return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
@@ -99,4 +107,5 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _one_line(problem: BaseException) -> str:
+    """The exception's message on one line of at most 200 characters, or the name of its type."""
     return " ".join(str(problem).split())[:200] or type(problem).__name__

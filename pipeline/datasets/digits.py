@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1797 images of 8 x 8 pixels, ten classes, embedded."""
+"""scikit-learn's handwritten digits: 1797 images of 8 x 8 pixels in ten classes; nothing is downloaded."""
 
 from typing import Literal
 
@@ -8,7 +8,10 @@ from compress_ssl.pipeline.datasets.base import Dataset, content_hash
 
 
 class Digits(Dataset):
-    """scikit-learn's digits (8 x 8, ten classes, inside the package). Every fifth image is the test split."""
+    """scikit-learn's digits (8 x 8, ten classes, inside the package). Every fifth image is the test split.
+
+    Each image is greyscale with values 0 to 16, scaled to 0 to 255 and repeated for the three channels.
+    """
 
     def __init__(self, *, split: Literal["train", "test", "all"] = "train"):
         from sklearn.datasets import load_digits

@@ -1,6 +1,7 @@
-"""Data sets that torchvision knows: `torchvision:CIFAR10,root=DIR,train=true`."""
+"""Classification data sets of torchvision: `torchvision:CIFAR10,root=DIR,train=true`."""
 
 import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +15,16 @@ from compress_ssl.pipeline.runtime.registry import did_you_mean
 
 
 class Torchvision(Dataset):
-    """A classification set of torchvision.datasets; further keys go to its class (train=, split=, download=)."""
+    """A classification set of torchvision.datasets; further keys go to its class (train=, split=, download=).
+
+    The set is unlabelled unless it has one integer per image in `targets`, `labels` or `_labels`. The content hash
+    is that of the decoded pixels, since torchvision does not hand out the stored bytes.
+    """
 
     def __init__(self, name: str, /, *, root: Path = Path("data"), **options: Any):
-        from torchvision import datasets
-
-        known = [n for n in datasets.__all__ if inspect.isclass(getattr(datasets, n))]
-        if name not in known:
-            raise UserError(f"torchvision has no data set {name!r}{did_you_mean(name, known)}")
-        build = getattr(datasets, name)
-        takes = inspect.signature(build).parameters
-        for key in options:
-            if key not in takes:
-                raise UserError(
-                    f"torchvision:{name} has no key {key!r}{did_you_mean(key, takes)} "
-                    f"Known: {', '.join(list(takes)[1:])}"
-                )
-        try:
-            self._set = build(*([str(root)] if "root" in takes else []), **options)
-        except (RuntimeError, FileNotFoundError, OSError, ValueError, ModuleNotFoundError) as problem:
-            why = " ".join(str(problem).split())
-            raise UserError(
-                f"torchvision:{name} could not be opened in {root}: {why} (root=DIR names its folder, "
-                "download=true fetches it)"
-            ) from None
+        self._set = _open_set(name, root, options)
         self.ids = [f"{name}/{i:08d}" for i in range(len(self._set))]
-        labels = next((getattr(self._set, a) for a in ("targets", "labels", "_labels") if hasattr(self._set, a)), None)
-        flat = labels is not None and len(np.shape(labels)) == 1 and len(labels) == len(self.ids)
-        self.label = np.asarray(labels, np.int64) if flat else np.full(len(self.ids), -1, np.int64)
+        self.label = _integer_labels(self._set)
         count = int(self.label.max(initial=-1)) + 1
         names = getattr(self._set, "classes", None) or range(count)
         self.classes = tuple(str(c[0]) if isinstance(c, tuple) else str(c) for c in names)[:count]
@@ -49,7 +32,46 @@ class Torchvision(Dataset):
     def load(self, i: int) -> tuple[np.ndarray, int]:
         try:
             image = self._set[i][0]
-            pixels = np.array(to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))))
-        except Exception as problem:
+            if not isinstance(image, Image.Image):
+                image = Image.fromarray(np.asarray(image))
+            pixels = np.array(to_rgb(image))
+        except Exception as problem:  # torchvision's classes raise exceptions of many types
             raise BadImage(BROKEN, " ".join(str(problem).split())[:200]) from None
         return pixels, content_hash(pixels)
+
+
+def _open_set(name: str, root: Path, options: Mapping[str, Any]) -> Any:
+    """An instance of torchvision.datasets.NAME.
+
+    Raises UserError for an unknown name, an option that the class does not accept, or files that it cannot open.
+    """
+    from torchvision import datasets
+
+    known = [n for n in datasets.__all__ if inspect.isclass(getattr(datasets, n))]
+    if name not in known:
+        raise UserError(f"torchvision has no data set {name!r}{did_you_mean(name, known)}")
+    build: Callable[..., Any] = getattr(datasets, name)
+    parameters = inspect.signature(build).parameters
+    for key in options:
+        if key not in parameters:
+            raise UserError(
+                f"torchvision:{name} has no key {key!r}{did_you_mean(key, parameters)} "
+                f"Known: {', '.join(list(parameters)[1:])}"
+            )
+    try:
+        return build(*([str(root)] if "root" in parameters else []), **options)
+    except (RuntimeError, FileNotFoundError, OSError, ValueError, ModuleNotFoundError) as problem:
+        why = " ".join(str(problem).split())
+        raise UserError(
+            f"torchvision:{name} could not be opened in {root}: {why} (root=DIR names its folder, "
+            "download=true fetches it)"
+        ) from None
+
+
+def _integer_labels(dataset: Any) -> np.ndarray:
+    """(N,) int64 labels of a torchvision data set; all -1 if it does not have one integer per image."""
+    attributes = ("targets", "labels", "_labels")
+    labels = next((getattr(dataset, a) for a in attributes if hasattr(dataset, a)), None)
+    if labels is not None and len(np.shape(labels)) == 1 and len(labels) == len(dataset):
+        return np.asarray(labels, np.int64)
+    return np.full(len(dataset), -1, np.int64)

@@ -1,8 +1,8 @@
-"""How features are stored, and the error each choice may cause. What each costs: docs/codecs.md.
+"""Codecs: the formats in which features are stored, with the error that each may cause.
 
-A codec turns float32 features (n, D) into one array of the store and, where it needs one, a scale
-per row; `decode` gives float32 back. Bytes per view: float32 4 D, float16 2 D, int8 D + 4, pq:M M + 4;
-`+zstd` behind any of them compresses what lies on disk without loss.
+A codec encodes float32 features (n, D) to an array of the store and, if it needs one, a float32 scale per row;
+`decode` returns float32 again. Bytes per image and view: float32 4 D, float16 2 D, int8 D + 4, pq:M M + 4. `+zstd`
+behind any name compresses the files without loss. Sizes, speeds and errors are measured in docs/codecs.md.
 """
 
 from abc import ABC, abstractmethod
@@ -15,50 +15,50 @@ import safetensors.numpy
 
 from compress_ssl.pipeline.runtime.artifact import UserError
 
-CENTROIDS = 256  # of a product quantiser's part: a byte tells which
-PART_WIDTH = 4  # dimensions that a part keeps: wider parts cost time and gain nothing, docs/codecs.md
+CENTROIDS = 256  # per part of a product quantiser: as many as the one byte of a code can number
+PART_WIDTH = 4  # largest number of dimensions of a part; wider parts cost time and gain nothing, docs/codecs.md
 ENCODE_ROWS = 1024  # rows that are normalised and rotated at a time; bounds the memory, changes no bit
-DECODE_ROWS = 4096
-SAMPLE = 65_536  # vectors that a quantiser learns from at most
+DECODE_ROWS = 4096  # rows that are decoded at a time; bounds the memory, changes no bit
+SAMPLE = 65_536  # largest number of vectors that a quantiser is trained on; bounds the time of k-means
 
 
 class Codec(ABC):
-    """Stored form of features. `scaled`: a float32 per (i, v) lies beside the array."""
+    """A format in which features are stored."""
 
-    name: str
-    dtype: np.dtype
-    scaled = False
-    compressor = ""  # lossless compression of what lies on disk
-    limit = float("inf")  # largest magnitude it can hold
+    name: str  # as in --codec
+    dtype: np.dtype  # of the stored array
+    scaled = False  # whether a second array holds a float32 scale per (i, v)
+    compressor = ""  # lossless compression of the files: "zstd" or none
+    limit = float("inf")  # largest magnitude that can be stored
 
     def shape(self, features: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in which features (..., D) are stored. Raises UserError if they do not fit."""
+        """Shape of the stored array for features of shape (..., D). Raises UserError if the codec cannot store them."""
         return features
 
     def size(self, features: tuple[int, ...]) -> int:
-        """Bytes that features of this shape take, before lossless compression."""
+        """Number of bytes that features of this shape take, scales included, before lossless compression."""
         stored = self.shape(features)
         return int(np.prod(stored)) * self.dtype.itemsize + 4 * int(np.prod(stored[:-1])) * self.scaled
 
     @abstractmethod
     def encode(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """(..., D) float32, finite -> ((..., D) stored, (...) float32 scale or None)."""
+        """Encode finite float32 features (..., D): (stored array, (...) float32 scale or None)."""
 
     @abstractmethod
     def decode(self, stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
-        """The other way: (..., D) float32."""
+        """Decode what `encode` returned: (..., D) float32."""
 
 
 class Trained(Codec):
-    """A codec that needs a codebook, learnt from some of the features."""
+    """A codec with a codebook that is trained on a sample of the features."""
 
     @abstractmethod
     def train(self, features: np.ndarray) -> bytes:
-        """The codebook, learnt from float32 features (..., D)."""
+        """Train a codebook on float32 features (..., D) and return it as the bytes of a file."""
 
 
 class Float32(Codec):
-    """Exact."""
+    """Exact: 4 bytes per number."""
 
     name, dtype = "float32", np.dtype("<f4")
 
@@ -70,7 +70,7 @@ class Float32(Codec):
 
 
 class Float16(Codec):
-    """Relative error at most 2**-11; magnitudes up to 65504."""
+    """2 bytes per number: relative error at most 2**-11, magnitudes up to 65504."""
 
     name, dtype, limit = "float16", np.dtype("<f2"), 65504.0
 
@@ -82,14 +82,17 @@ class Float16(Codec):
 
 
 class Int8(Codec):
-    """One scale per row: error of a coordinate at most half of (largest magnitude of the row) / 127."""
+    """1 byte per number and a scale per row, which is the row's largest magnitude / 127.
+
+    The error of a coordinate is at most half of the scale.
+    """
 
     name, dtype, scaled = "int8", np.dtype("i1"), True
 
     def encode(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scale = np.abs(features).max(-1, initial=0.0).astype(np.float32) / np.float32(127)
         safe = np.where(scale > 0, scale, np.float32(1))
-        # clip: a scale of a few denormal steps is rounded, and 128 would turn into -128
+        # Clip, because a subnormal scale is rounded coarsely, and 128 would overflow to -128.
         return np.rint(features / safe[..., None]).clip(-127, 127).astype(self.dtype), scale.astype("<f4")
 
     def decode(self, stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
@@ -98,19 +101,20 @@ class Int8(Codec):
 
 
 class ProductQuantiser(Trained):
-    """M bytes per row for its direction, and its norm, which comes back exact.
+    """M bytes per row for the direction of a feature, and its norm exactly.
 
-    Jégou et al. 2011 with the rotation of Ge et al., Optimized Product Quantization, 2014, in its closed
-    form: the unit vector less the mean is projected on its principal axes, which are dealt out to M parts
-    so that the products of their variances are alike. Each part takes the nearest of 256 centroids, which
-    FAISS finds. FAISS's own iterations of the rotation, started from here, change nothing: docs/codecs.md.
+    Product quantization (Jégou et al., TPAMI 2011) with the rotation of Optimized Product Quantization (Ge et al.,
+    TPAMI 2014) in its closed form: the mean is subtracted from the unit vectors, the result is projected on its
+    principal axes, and the axes are distributed over M parts so that the products of their variances are balanced.
+    Each part is stored as the index of the nearest of 256 centroids, which FAISS trains and finds. FAISS's iterations
+    of the rotation, started from this one, improve nothing (docs/codecs.md).
     """
 
     dtype, scaled, limit = np.dtype("u1"), True, 1e36
 
     def __init__(self, parts: int, codebook: Callable[[], bytes]):
-        """codebook: fetches what `train` made, at the first row that is encoded or decoded."""
-        self.name, self.parts, self._fetch = f"pq:{parts}", parts, codebook
+        """parts: M. codebook: returns the bytes that `train` made; it is called when the first row is processed."""
+        self.name, self.parts, self._load_codebook = f"pq:{parts}", parts, codebook
 
     def shape(self, features: tuple[int, ...]) -> tuple[int, ...]:
         if self.parts > features[-1]:
@@ -121,40 +125,46 @@ class ProductQuantiser(Trained):
         return (*features[:-1], self.parts)
 
     @cached_property
-    def _book(self) -> dict[str, np.ndarray]:
+    def _codebook(self) -> dict[str, np.ndarray]:
         """mean (D,), rotation (M d, D) with orthonormal rows, centroids (M, 256, d)."""
-        return safetensors.numpy.load(self._fetch())
+        return safetensors.numpy.load(self._load_codebook())
 
     @cached_property
     def _quantiser(self) -> Any:
-        """FAISS's, for parts narrow enough that it treats every row alone."""
+        """The FAISS quantiser with our centroids. Parts of PART_WIDTH are narrow enough that it encodes row by row."""
         import faiss
 
-        centroids = self._book["centroids"]
+        centroids = self._codebook["centroids"]
         quantiser = faiss.ProductQuantizer(self.parts * centroids.shape[-1], self.parts, 8)
         faiss.copy_array_to_vector(centroids.reshape(-1), quantiser.centroids)
         return quantiser
 
     @cached_property
     def _squares(self) -> np.ndarray:
-        """(M, 256) float64: what each centroid adds to the squared length of what is decoded."""
-        mean, rotation, centroids = (self._book[key].astype(np.float64) for key in ("mean", "rotation", "centroids"))
-        onto_mean = (rotation @ mean).reshape(self.parts, 1, -1)
-        return (centroids * (centroids + 2 * onto_mean)).sum(-1) + mean @ mean / self.parts
+        """(M, 256) float64: the contribution of each centroid to the squared norm of a decoded vector.
+
+        |rotation^T c + mean|^2 = sum over parts of c . (c + 2 rotation mean), plus |mean|^2.
+        """
+        mean, rotation, centroids = (
+            self._codebook[key].astype(np.float64) for key in ("mean", "rotation", "centroids")
+        )
+        rotated_mean = (rotation @ mean).reshape(self.parts, 1, -1)
+        return (centroids * (centroids + 2 * rotated_mean)).sum(-1) + mean @ mean / self.parts
 
     def encode(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        mean, rotation = self._book["mean"], self._book["rotation"]
+        mean, rotation = self._codebook["mean"], self._codebook["rotation"]
         flat = features.reshape(-1, features.shape[-1])
         norm = np.sqrt(np.square(flat, dtype=np.float64).sum(1))
-        turned = np.empty((len(flat), len(rotation)), np.float32)
+        rotated = np.empty((len(flat), len(rotation)), np.float32)
         for start in range(0, len(flat), ENCODE_ROWS):
             rows = slice(start, start + ENCODE_ROWS)
             unit = flat[rows] / np.where(norm[rows] > 0, norm[rows], 1)[:, None]
             centred = (unit.astype(np.float32) - mean)[:, None]
-            # One vector-matrix product per row: a row's bits in a matrix-matrix product depend on its place in the
-            # block with OpenBLAS's Haswell and Zen kernels. 2 to 4 times slower, at most 25 us a row.
-            turned[rows] = np.matmul(centred, rotation.T)[:, 0]
-        codes = self._quantiser.compute_codes(turned).reshape(len(flat), self.parts)
+            # One vector-matrix product per row. In a matrix-matrix product the bits of a row depend on its position
+            # in the block with OpenBLAS's Haswell and Zen kernels. This is 2 to 4 times slower, but adds at most
+            # 25 us per row for 2048 dimensions and 512 rotated ones.
+            rotated[rows] = np.matmul(centred, rotation.T)[:, 0]
+        codes = self._quantiser.compute_codes(rotated).reshape(len(flat), self.parts)
         codes[norm == 0] = 0
         length = np.sqrt(np.maximum(self._squares[np.arange(self.parts), codes].sum(1), 1e-12))
         scale = (norm / length).astype("<f4")
@@ -162,78 +172,86 @@ class ProductQuantiser(Trained):
 
     def decode(self, stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
         assert scale is not None
-        mean, rotation, centroids = self._book["mean"], self._book["rotation"], self._book["centroids"]
+        mean, rotation, centroids = self._codebook["mean"], self._codebook["rotation"], self._codebook["centroids"]
         table, first = centroids.reshape(-1, centroids.shape[-1]), np.arange(self.parts) * CENTROIDS
         codes = stored.reshape(-1, self.parts)
         out = np.empty((len(codes), len(mean)), np.float32)
         for start in range(0, len(codes), DECODE_ROWS):
             rows = slice(start, start + DECODE_ROWS)
             parts = table[codes[rows] + first].reshape(-1, 1, len(rotation))
-            np.matmul(parts, rotation, out=out[rows, None])  # a product per row, as in `encode`
+            np.matmul(parts, rotation, out=out[rows, None])  # one product per row, as in `encode`
         out += mean
         out *= scale.reshape(-1, 1)
         return out.reshape(*stored.shape[:-1], len(mean))
 
     def train(self, features: np.ndarray) -> bytes:
-        """Safetensors of mean, rotation and centroids. Raises UserError if all features are zero."""
+        """Train mean, rotation and centroids; return them as safetensors. Raises UserError if all features are zero."""
         import faiss
 
         flat = features.reshape(-1, features.shape[-1])
         norm = np.sqrt(np.square(flat, dtype=np.float64).sum(1))
         flat, norm = flat[norm > 0], norm[norm > 0]
         if not len(flat):
-            raise UserError(f"--codec {self.name} has nothing to learn from: every sampled feature is zero; use int8")
-        take = np.linspace(0, len(flat) - 1, min(len(flat), SAMPLE)).astype(np.int64)
-        take = np.resize(take, max(len(take), CENTROIDS))  # FAISS wants a vector per centroid
-        units = (flat[take] / norm[take, None]).astype(np.float32)
+            raise UserError(f"--codec {self.name} cannot be trained: every sampled feature is zero; use int8")
+        sample = np.linspace(0, len(flat) - 1, min(len(flat), SAMPLE)).astype(np.int64)
+        sample = np.resize(sample, max(len(sample), CENTROIDS))  # FAISS needs at least one vector per centroid
+        units = (flat[sample] / norm[sample, None]).astype(np.float32)
         mean = units.mean(0, dtype=np.float64).astype(np.float32)
         units -= mean
         width = min(units.shape[1] // self.parts, PART_WIDTH)
-        rotation = principal(units, self.parts, width)
+        rotation = principal_axes(units, self.parts, width)
         quantiser = faiss.ProductQuantizer(self.parts * width, self.parts, 8)
-        quantiser.cp.min_points_per_centroid = 1  # small sets are known to be small
+        quantiser.cp.min_points_per_centroid = 1  # no warning about a small training set
         quantiser.train(np.ascontiguousarray(units @ rotation.T))
         centroids = faiss.vector_to_array(quantiser.centroids).reshape(self.parts, CENTROIDS, width)
         return safetensors.numpy.save({"mean": mean, "rotation": rotation, "centroids": centroids})
 
 
-def principal(centred: np.ndarray, parts: int, width: int) -> np.ndarray:
-    """(parts * width, D): the principal axes, dealt in rounds, largest first, to the part with the smallest product."""
+def principal_axes(centred: np.ndarray, parts: int, width: int) -> np.ndarray:
+    """(parts * width, D): orthonormal principal axes of centred vectors (n, D), grouped by part.
+
+    The axes are assigned in the order of their variance, largest first, each to the part with the fewest axes; among
+    those to the part with the smallest product of variances (Ge et al. 2014, "eigenvalue allocation").
+    """
     variance, axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred / len(centred))
     variance, axes = variance[::-1], axes[:, ::-1]
-    weight = np.log(np.maximum(variance, max(variance[0] * 1e-12, 1e-30)))
-    dealt: list[list[int]] = [[] for _ in range(parts)]
-    total = np.zeros(parts)
+    log_variance = np.log(np.maximum(variance, max(variance[0] * 1e-12, 1e-30)))  # the floor keeps it finite
+    assigned: list[list[int]] = [[] for _ in range(parts)]
+    log_product = np.zeros(parts)
     for axis in range(parts * width):
-        part = min((m for m in range(parts) if len(dealt[m]) < width), key=lambda m: (len(dealt[m]), total[m]))
-        dealt[part].append(axis)
-        total[part] += weight[axis]
-    return np.ascontiguousarray(axes[:, [axis for part in dealt for axis in part]].T.astype(np.float32))
+        unfilled = [m for m in range(parts) if len(assigned[m]) < width]
+        part = min(unfilled, key=lambda m: (len(assigned[m]), log_product[m]))
+        assigned[part].append(axis)
+        log_product[part] += log_variance[axis]
+    order = [axis for part in assigned for axis in part]
+    return np.ascontiguousarray(axes[:, order].T.astype(np.float32))
 
 
 CODECS: dict[str, type[Codec]] = {"int8": Int8, "float16": Float16, "float32": Float32}
+"""Codecs without a parameter, by name. `codec` builds `pq:BYTES`."""
+
 COMPRESSORS = ("zstd",)
 KNOWN = f"{', '.join(CODECS)}, pq:BYTES, each also with +{' or +'.join(COMPRESSORS)}"
 
 
-def codec(name: str, codebook: Callable[[], bytes] | None = None) -> Codec:
-    """Of `int8`, `pq:64`, `float16+zstd`; codebook fetches what a trained one was trained to.
+def build_codec(name: str, codebook: Callable[[], bytes] | None = None) -> Codec:
+    """Build the codec of a name such as `int8`, `pq:64` or `float16+zstd`.
 
-    Raises UserError for an unknown name.
+    codebook: returns the bytes of a trained codec's codebook. Raises UserError for an unknown name.
     """
     kind, _, compressor = name.partition("+")
-    made: Codec
+    built: Codec
     if kind.startswith("pq:") and kind[3:].isdecimal() and int(kind[3:]) > 0:
-        made = ProductQuantiser(int(kind[3:]), codebook or _untrained)
+        built = ProductQuantiser(int(kind[3:]), codebook or _raise_untrained)
     elif kind in CODECS:
-        made = CODECS[kind]()
+        built = CODECS[kind]()
     else:
         raise UserError(f"unknown codec {name!r}. Known: {KNOWN}")
     if "+" in name and compressor not in COMPRESSORS:
         raise UserError(f"unknown compression {compressor!r} of --codec {name}. Known: {', '.join(COMPRESSORS)}")
-    made.name, made.compressor = name, compressor
-    return made
+    built.name, built.compressor = name, compressor
+    return built
 
 
-def _untrained() -> bytes:
+def _raise_untrained() -> bytes:
     raise UserError("this product quantiser has no codebook yet: it is trained when a store is exported")

@@ -1,23 +1,28 @@
-"""Whether (i, v) still means the same pixels: for a store and its images, and for two stores by two teachers."""
+"""Check that (i, v) means the same pixels: in a store and its images now, and in two stores by two teachers."""
 
 from typing import Any
 
 import numpy as np
 
+from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.runtime.artifact import MANIFEST, UserError, differences
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 
-CLOCK_TOLERANCE = 2.0  # seconds by which the clocks of the images' disk and the store's may differ
+CLOCK_TOLERANCE = 2.0  # seconds by which the clocks of the two file systems, of images and store, may differ
 
 
-def require_unchanged(store: FeatureStore, dataset: Any) -> None:
-    """Raises UserError if an image is not what its stored features were made from. Reads what was touched since."""
+def require_unchanged(store: FeatureStore, dataset: Dataset) -> None:
+    """Raises UserError if an image changed since its features were stored.
+
+    Only files that were touched since the store was created are read.
+    """
     content = np.zeros(store.images, np.uint64)
     for block in store.done():
         rows = slice(*store.span(block))
         content[rows] = store.table("content", rows)
-    if changed := dataset.changed_rows(content, store.storage.modified(MANIFEST) - CLOCK_TOLERANCE):
+    changed = dataset.changed_rows(content, store.storage.modified(MANIFEST) - CLOCK_TOLERANCE)
+    if changed:
         raise UserError(
             f"{len(changed)} images are not those the stored views were made from, the first is "
             f"{dataset.ids[changed[0]]}; put them back, or export into a new folder"
@@ -25,36 +30,44 @@ def require_unchanged(store: FeatureStore, dataset: Any) -> None:
 
 
 def view_settings_of(other: FeatureStore, given: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """{"views", "policy", "seed"} of another store, to export alike.
+    """{"views", "policy", "seed"} of the store that `--like` names.
 
-    given: {name: (value, default)} of these flags. Raises UserError if one was given and says otherwise,
-    or if the other store is a selection of images.
+    given: {name: (value, default)} of these flags. Raises UserError if a flag was given with another value than the
+    store has, or if the store is a part of another one.
     """
     if other.about["data"].get("selected") or other.stored_views.start:
-        raise UserError(f"--like {other.storage} is cut down; name the store it was copied from, cut the new one down")
-    want = {"views": other.views, "policy": other.identity["views"]["policy"], "seed": other.identity["views"]["seed"]}
+        raise UserError(
+            f"--like {other.storage} is a copy with fewer images or views; name the store it was copied from, and "
+            "reduce the new store afterwards with compress store copy"
+        )
+    views = other.identity["views"]
+    settings = {"views": other.views, "policy": views["policy"], "seed": views["seed"]}
     for name, (value, default) in given.items():
-        if value not in (default, want[name]):
-            raise UserError(f"--{name} {value} was asked, but {other.storage} has {want[name]}; leave --{name} out")
-    return want
+        if value not in (default, settings[name]):
+            raise UserError(f"--{name} {value} was asked, but {other.storage} has {settings[name]}; leave --{name} out")
+    return settings
 
 
-def require_same_views(identity: dict[str, Any], dataset: Any, other: FeatureStore) -> None:
-    """Raises UserError unless a store to be made of a data set has the images, views and view keys of another."""
+def require_same_views(identity: dict[str, Any], dataset: Dataset, other: FeatureStore) -> None:
+    """Raises UserError unless a new store has the images, views and view keys of another store.
+
+    identity: that of the new store; dataset: its images.
+    """
     if identity["data"]["fingerprint"] != other.identity["data"]["fingerprint"]:
-        unlike = dataset.describe_difference(other.table("sample_id"))
-        raise UserError(f"the images are not those of --like {other.storage}: {unlike}; give the same images")
-    if unequal := differences(other.identity["views"], identity["views"]):
+        difference = dataset.describe_difference(other.table("sample_id"))
+        raise UserError(f"the images are not those of --like {other.storage}: {difference}; give the same images")
+    unequal = differences(other.identity["views"], identity["views"])
+    if unequal:
         raise UserError(f"the views are not those of --like {other.storage}: {'; '.join(unequal)}")
     if not np.array_equal(np.arange(len(dataset)), other.table("view_key")):
         raise UserError(f"the views of --like {other.storage} are drawn from other keys; export without --like")
 
 
 def require_same_contents(store: FeatureStore, other: FeatureStore) -> None:
-    """Raises UserError, with the first name, for images whose content differs between two stores."""
-    mine, theirs = store.table("content"), other.table("content")
+    """Raises UserError, with the id of the first one, if images good in both stores have different content hashes."""
+    differ = store.table("content") != other.table("content")
     good = (store.table("status") == GOOD) & (other.table("status") == GOOD)
-    changed = np.flatnonzero(good & (mine != theirs))
+    changed = np.flatnonzero(good & differ)
     if len(changed):
         raise UserError(
             f"{len(changed)} images changed between {other.storage} and {store.storage}, the first is "

@@ -1,8 +1,8 @@
-"""A store from another one: all of it or a part, to another place or as another codec, digests checked.
+"""Copy a store, as a whole or in part, to another place or in another codec, with all digests checked.
 
-A copy keeps the numbers of its views and the keys they are drawn from: view v of a row is the pixels that
-the teacher saw. A copy of all images as the same codec is the same store, though it may hold fewer
-views; any other says in its identity which store it is part of.
+A copy keeps the view numbers and view keys, so view v of a row still means the pixels that the teacher saw. A copy of
+all images in the same codec has the identity of its source, even with fewer views. The identity of any other copy
+names its source as the parent.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +16,20 @@ from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Storage, absolute
 from compress_ssl.pipeline.store import integrity
-from compress_ssl.pipeline.store.codecs import codec
+from compress_ssl.pipeline.store.codecs import build_codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK
 from compress_ssl.pipeline.store.shards import Shard, done_key
 
-SAMPLE = 4096  # rows to train a codec on
-Progress = Callable[[int], None]
+SAMPLE = 4096  # rows that a codec is trained on
+Progress = Callable[[int], None]  # called with the number of rows that are done
+Span = tuple[int, int]  # of views: (first, one past the last)
 
 
 def describe_copy(
     source: FeatureStore, views: range, rows: np.ndarray, form: str
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(identity, about, tables) of a copy of these views and rows of a store, as codec `form`."""
+    """(identity, about, tables) of a copy of these views and rows of a store in the codec named `form`."""
     identity = dict(source.identity)
     columns = {name: source.table(name)[rows] for name in ("sample_id", "label", "view_key")}
     ids = [str(name) for name in columns["sample_id"]]
@@ -40,9 +41,9 @@ def describe_copy(
         names = [classes[y] if y >= 0 else None for y in columns["label"].tolist()]
         identity["data"] = {"fingerprint": artifact.fingerprint([ids, names]), "images": len(rows)}
         about["data"] = {**source.about["data"], "selected": True}
-        place = {int(i): j for j, i in enumerate(rows)}
+        new_row = {int(i): j for j, i in enumerate(rows)}
         probes = source.about.get("pixels", {})
-        about["pixels"] = {str(place[int(i)]): seen for i, seen in probes.items() if int(i) in place}
+        about["pixels"] = {str(new_row[int(i)]): digest for i, digest in probes.items() if int(i) in new_row}
     identity["codec"] = form
     if identity != source.identity:
         identity["parent"] = {"store": source.fingerprint, "images": artifact.fingerprint(ids)}
@@ -50,13 +51,10 @@ def describe_copy(
 
 
 def small_files(source: FeatureStore, form: str) -> dict[str, bytes]:
-    """The small files of a store that are no arrays: heads, and codebooks where the copy is of the same codec.
-
-    Raises UserError if they are damaged.
-    """
-    same = _kind(form) == _kind(source.identity["codec"])
-    mine = [key for key in source.about["small"] if not key.startswith(f"{GROUP}/")]
-    return {key: source.small(key) for key in mine if same or not key.startswith("codebook/")}
+    """{key: bytes} of the heads, and of the codebooks if the copy keeps the codec. Raises UserError for damage."""
+    same_codec = _without_compression(form) == _without_compression(source.identity["codec"])
+    keys = [key for key in source.about["small"] if not key.startswith(f"{GROUP}/")]
+    return {key: source.read_small_file(key) for key in keys if same_codec or not key.startswith("codebook/")}
 
 
 def copy_shards(
@@ -66,9 +64,10 @@ def copy_shards(
     progress: Progress,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Fill what the target lacks, until it is `stopped`. Files go over as they are where rows and codec are the same.
+    """Write the shards that the target lacks, until `stopped()`.
 
-    Raises UserError for damage in the source: it is not copied.
+    rows: ascending rows of the source, one per row of the target. If rows and codec are those of the source, files
+    are copied byte for byte. Raises UserError for damage in the source; damaged shards are not copied.
     """
     same = len(rows) == source.images and target.identity == source.identity
     done = source.done()
@@ -80,110 +79,123 @@ def copy_shards(
         spans = [span for span in done.get(shard.block, []) if same and set(range(*span)) <= set(shard.views)]
         for span in spans:
             copy_shard(source.storage, target, shard.block, span)
-        left = tuple(v for v in shard.views if not any(v in range(*span) for span in spans))
-        if left:
-            _rows(source, target, Shard(shard.block, shard.start, shard.stop, left), rows, unchecked, bad)
+        remaining = tuple(v for v in shard.views if not any(v in range(*span) for span in spans))
+        if remaining:
+            part = Shard(shard.block, shard.start, shard.stop, remaining)
+            chosen = rows[shard.start : shard.stop]
+            _require_intact(source, part, chosen, unchecked)
+            _write_rows(source, target, part, chosen, bad)
         progress(shard.stop - shard.start)
 
 
-def copy_shard(source: Storage, target: FeatureStore, block: int, span: tuple[int, int]) -> int:
-    """Copy one shard byte for byte, its done record last -> bytes copied; none if it is there and whole.
+def copy_shard(source: Storage, target: FeatureStore, block: int, span: Span) -> int:
+    """Copy one shard byte for byte, its done record last; return the number of bytes copied.
 
-    Raises UserError if it is damaged in the source.
+    An intact shard of the target is kept, and 0 is returned. Raises UserError if the shard is damaged in the source.
     """
-    key, here, copied = done_key(block, *span), target.storage, 0
+    key, destination, copied = done_key(block, *span), target.storage, 0
     record = source.get(key)
-    with suppress(FileNotFoundError):  # looked up now: another process may have brought it meanwhile
-        if here.get(key) == record and not integrity.find_fault(target, block, span):
+    with suppress(FileNotFoundError):  # looked up only now, because another process may have copied it meanwhile
+        if destination.get(key) == record and not integrity.find_fault(target, block, span):
             return 0
-        here.delete(key)  # first: from here to its end the copy of this shard is not to be trusted
+        destination.delete(key)  # first: until the copy is complete, no done record may vouch for it
     for part in target.shard_keys(block, span):
         try:
             data = source.get(part)
         except FileNotFoundError:
-            here.delete(part)  # all fill value is no file, here as there
+            destination.delete(part)  # a shard of nothing but fill value has no file, in either store
             continue
-        here.put(part, data)
+        destination.put(part, data)
         copied += len(data)
-    here.put(key, record)
-    if why := integrity.find_fault(target, block, span):
-        here.delete(key)
-        raise _damaged(source, block, span, why)
+    destination.put(key, record)
+    fault = integrity.find_fault(target, block, span)
+    if fault:
+        destination.delete(key)
+        raise _damage_error(source, block, span, fault)
     return copied
 
 
-def _damaged(source: Storage, block: int, span: tuple[int, int], why: str) -> UserError:
+def _damage_error(source: Storage, block: int, span: Span, fault: str) -> UserError:
     return UserError(
-        f"{source} is damaged, {done_key(block, *span)}: {why}; "
+        f"{source} is damaged, {done_key(block, *span)}: {fault}; "
         "compress verify --repair marks the shards to be made again"
     )
 
 
-def _rows(
-    source: FeatureStore,
-    target: FeatureStore,
-    shard: Shard,
-    rows: np.ndarray,
-    unchecked: Mapping[int, list[tuple[int, int]]],
-    bad: Mapping[int, str],
-) -> None:
-    """One shard put together from the source's rows, encoded anew if the codec is another.
+def _require_intact(source: FeatureStore, shard: Shard, rows: np.ndarray, unchecked: Mapping[int, list[Span]]) -> None:
+    """Raises UserError if a shard of the source with some of these rows and views is damaged.
 
-    unchecked: spans of the source's row blocks that nobody has looked through yet; bad: {row of the source: reason}.
+    unchecked: {row block of the source: spans that were not checked yet}; checked spans are removed from it.
     """
-    mine = rows[shard.start : shard.stop]
-    for block in np.unique(mine // source.rows).tolist():
+    for block in np.unique(rows // source.rows).tolist():
         for span in [span for span in unchecked[block] if set(range(*span)) & set(shard.views)]:
-            if why := integrity.find_fault(source, block, span):
-                raise _damaged(source.storage, block, span, why)
+            fault = integrity.find_fault(source, block, span)
+            if fault:
+                raise _damage_error(source.storage, block, span, fault)
             unchecked[block].remove(span)
-    near = slice(int(mine[0]), int(mine[-1]) + 1)  # rows ascend
-    pick = mine - mine[0]
-    status, content = source.table("status", near)[pick], source.table("content", near)[pick]
-    reasons = {shard.start + j: bad[i] for j, i in enumerate(mine.tolist()) if i in bad}
+
+
+def _write_rows(
+    source: FeatureStore, target: FeatureStore, shard: Shard, rows: np.ndarray, bad: Mapping[int, str]
+) -> None:
+    """Write one shard of the target from rows of the source, encoded again if the codec is another.
+
+    rows: ascending rows of the source, one per row of the shard; bad: {row of the source: reason}.
+    """
+    read = slice(int(rows[0]), int(rows[-1]) + 1)
+    chosen = rows - rows[0]  # indices into what is read
+    status, content = source.table("status", read)[chosen], source.table("content", read)[chosen]
+    reasons = {shard.start + j: bad[i] for j, i in enumerate(rows.tolist()) if i in bad}
     features = {}
     for name in {name: None for view in shard.views for name in target.arrays_of(view)}:
         views = [view for view in shard.views if name in target.arrays_of(view)]
-        parts = [_encoded(source, target, name, view, near, pick) for view in views]
+        parts = [_encode_view(source, target, name, view, read, chosen) for view in views]
         scales = [scale for _, scale in parts if scale is not None]
         features[name] = (np.stack([stored for stored, _ in parts], 1), np.stack(scales, 1) if scales else None)
     for span in target.write(shard, features, status, content, reasons):
-        if why := integrity.find_fault(target, shard.block, span):
+        fault = integrity.find_fault(target, shard.block, span)
+        if fault:
             target.storage.delete(done_key(shard.block, *span))
-            raise UserError(f"{target.storage}: what was written reads back otherwise ({why}); repeat the command")
+            raise UserError(f"{target.storage}: what was written reads back otherwise ({fault}); repeat the command")
 
 
-def _encoded(
-    source: FeatureStore, target: FeatureStore, name: str, view: int, near: slice, pick: np.ndarray
+def _encode_view(
+    source: FeatureStore, target: FeatureStore, name: str, view: int, read: slice, chosen: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """One view of an array as the target keeps it."""
-    stored, scale = source.stored(name, view, near)
-    stored, scale = stored[pick], None if scale is None else scale[pick]
-    if _kind(target.codecs[name].name) == _kind(source.codecs[name].name):
+    """One view of an array in the target's codec: ((n, ...) stored, (n, ...) scale or None).
+
+    The slice `read` of the source's rows is read, and `chosen` of it are kept.
+    """
+    stored, scale = source.stored(name, view, read)
+    stored, scale = stored[chosen], None if scale is None else scale[chosen]
+    if _without_compression(target.codecs[name].name) == _without_compression(source.codecs[name].name):
         return stored, scale
     values = source.codecs[name].decode(stored, scale)
     if np.abs(values).max(initial=0) > target.codecs[name].limit:
-        small = target.codecs[name].name
-        raise UserError(f"{source.storage}: {name} of view {view} is too large for {small}; choose another --codec")
+        form = target.codecs[name].name
+        raise UserError(f"{source.storage}: {name} of view {view} is too large for {form}; choose another --codec")
     return target.codecs[name].encode(values)
 
 
-def _kind(form: str) -> str:
-    """A codec without its compression, which changes no value."""
+def _without_compression(form: str) -> str:
+    """Name of a codec without its lossless compression, which changes no value."""
     return form.partition("+")[0]
 
 
-def learn_codecs(source: FeatureStore, target: FeatureStore, rows: np.ndarray) -> None:
-    """Train the copy's codecs that need it, on rows spread evenly over the copy."""
+def train_codecs(source: FeatureStore, target: FeatureStore, rows: np.ndarray) -> None:
+    """Train the codecs of the copy that have no codebook, on up to SAMPLE rows spread evenly over the copy."""
     for name in target.untrained():
         views = [view for view in target.all_views if name in target.arrays_of(view)][:VIEW_BLOCK]
-        some = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)]
-        some = some[source.table("status")[some] == GOOD]
-        target.train(name, np.concatenate([source.read_rows(name, view, some) for view in views]))
+        sample = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)]
+        sample = sample[source.table("status")[sample] == GOOD]
+        target.train(name, np.concatenate([source.read_rows(name, view, sample) for view in views]))
 
 
 def parse_views(text: str | None, source: FeatureStore) -> range:
-    """`4:8`, `:8`, `4:` -> range. A start is that of a view block. Raises UserError."""
+    """Parse `4:8`, `:8` or `4:` to a range of view numbers.
+
+    Raises UserError for views that the source lacks, and for a start inside a view block.
+    """
     held = source.stored_views
     first, colon, last = (text or ":").partition(":")
     try:
@@ -195,15 +207,18 @@ def parse_views(text: str | None, source: FeatureStore) -> range:
     if not set(range(start, stop)) <= set(held) or start >= stop:
         raise UserError(f"--views {text} was asked, but {source.storage} holds views {held[0]} to {held[-1]}")
     if start % VIEW_BLOCK:
-        down = start - start % VIEW_BLOCK
+        aligned = start - start % VIEW_BLOCK
         raise UserError(
-            f"--views {text} was asked, but views are stored in blocks of {VIEW_BLOCK}; ask for {down}:{stop}"
+            f"--views {text} was asked, but views are stored in blocks of {VIEW_BLOCK}; ask for {aligned}:{stop}"
         )
     return range(start, stop)
 
 
 def parse_images(text: str | None, read: Callable[[str], str], ids: Sequence[str]) -> np.ndarray:
-    """`0:1000`, `::2`, or a file of sample ids, one a line -> ascending rows. Raises UserError."""
+    """Parse `0:1000`, `::2`, or the name of a file of sample ids, one per line, to ascending rows.
+
+    read: returns the text of a file. Raises UserError for unknown ids and for an empty selection.
+    """
     if text is None:
         return np.arange(len(ids))
     parts = text.split(":")
@@ -214,15 +229,16 @@ def parse_images(text: str | None, read: Callable[[str], str], ids: Sequence[str
         rows = np.sort(rows)
     else:
         wanted = [line for line in read(text).split("\n") if line]
-        number: Mapping[str, int] = {name: i for i, name in enumerate(ids)}
-        if unknown := [name for name in wanted if name not in number]:
+        row_of = {name: i for i, name in enumerate(ids)}
+        unknown = [name for name in wanted if name not in row_of]
+        if unknown:
             raise UserError(f"{len(unknown)} lines of {text} are no images of the store, the first is {unknown[0]!r}")
-        rows = np.array(sorted({number[name] for name in wanted}), np.int64)
+        rows = np.array(sorted({row_of[name] for name in wanted}), np.int64)
     if not len(rows):
         raise UserError(f"--images {text} names none of the {len(ids)} images")
     return rows
 
 
-def codec_of(source: FeatureStore, asked: str | None) -> str:
-    """The codec of the copy: the source's unless another is asked for. Raises UserError for an unknown one."""
-    return codec(asked).name if asked else source.identity["codec"]
+def codec_of(source: FeatureStore, given: str | None) -> str:
+    """Name of the copy's codec: the one given, or else the source's. Raises UserError for an unknown codec."""
+    return build_codec(given).name if given else source.identity["codec"]

@@ -1,4 +1,4 @@
-"""What an export would take: forwards, bytes, files, and the free disk."""
+"""Estimate an export for --dry-run: forward passes, bytes, files, and the free space on the disk."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -7,55 +7,59 @@ from typing import Any
 
 from compress_ssl.pipeline.runtime.formatting import format_bytes
 from compress_ssl.pipeline.runtime.storage import is_url
-from compress_ssl.pipeline.store.codecs import codec
+from compress_ssl.pipeline.store.codecs import Codec, build_codec
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK
 from compress_ssl.pipeline.store.shards import Shard, is_local
 from compress_ssl.pipeline.views.numbering import LOCAL
 
 
 def estimate(identity: Mapping[str, Any], views: int, out: str, pending: Sequence[Shard] | None) -> dict[str, Any]:
-    """{"summary", "forwards", "bytes", ...}; pending: of a store that was begun, None for one that is to be made."""
-    n, rows, kind = identity["data"]["images"], identity["shard_rows"], codec(identity["codec"])
+    """{"summary", "forwards", "bytes", ...} of an export.
+
+    identity: that of the store; views: number of global views; out: folder or URL of the store;
+    pending: shards that an existing store lacks, None for a new store.
+    """
+    n, rows, kind = identity["data"]["images"], identity["shard_rows"], build_codec(identity["codec"])
     crops = identity.get("local", {}).get("views", 0)
-    every = (*range(views), *range(LOCAL, LOCAL + crops))
-    whole = [Shard(b, b * rows, min(n, (b + 1) * rows), every) for b in range(-(-n // rows))]
-    shards = whole if pending is None else pending
-    written, files = map(sum, zip((0, 0), *(_shard(identity, kind, shard) for shard in shards), strict=True))
+    all_views = (*range(views), *range(LOCAL, LOCAL + crops))
+    all_shards = [Shard(b, b * rows, min(n, (b + 1) * rows), all_views) for b in range(-(-n // rows))]
+    shards = all_shards if pending is None else pending
+    costs = [_shard_cost(identity, kind, shard) for shard in shards]
     found = {
         "images": n,
         "views": views,
         "forwards": sum((shard.stop - shard.start) * len(shard.views) for shard in shards),
-        "total_forwards": n * len(every),
-        "bytes": written,
-        "files": files,
+        "total_forwards": n * len(all_views),
+        "bytes": sum(written for written, _ in costs),
+        "files": sum(files for _, files in costs),
         "shard_rows": rows,
     }
     local = f" and {crops} local crops" if crops else ""
     text = (
         f"dry run: {n} images x {views} views{local} = {found['total_forwards']} forwards"
         + ("" if pending is None else f", {found['forwards']} of them pending")
-        + f"; {format_bytes(found['bytes'])} in {files} files, shards of {rows} rows"
+        + f"; {format_bytes(found['bytes'])} in {found['files']} files, shards of {rows} rows"
     )
     if not is_url(out):
-        found["free_bytes"], there = free_disk(out)
-        text += f"; {format_bytes(found['free_bytes'])} free in {there}"
+        found["free_bytes"], folder = free_disk(out)
+        text += f"; {format_bytes(found['free_bytes'])} free in {folder}"
     return {"summary": text, **found}
 
 
-def _shard(identity: Mapping[str, Any], kind: Any, shard: Shard) -> tuple[int, int]:
+def _shard_cost(identity: Mapping[str, Any], kind: Codec, shard: Shard) -> tuple[int, int]:
     """(bytes before lossless compression, files) of one shard."""
     crops = sum(bool(view & LOCAL) for view in shard.views)
-    blocks = {False: -(-(len(shard.views) - crops) // VIEW_BLOCK), True: -(-crops // VIEW_BLOCK)}
-    written, files = 0, 2 + blocks[False] + blocks[True]  # status, content, done records
+    columns = {False: len(shard.views) - crops, True: crops}  # by is_local(array)
+    view_blocks = {local: -(-count // VIEW_BLOCK) for local, count in columns.items()}
+    written, files = 0, 2 + sum(view_blocks.values())  # status, content, done records
     for name, shape in identity["arrays"].items():
-        count = (shard.stop - shard.start) * (crops if is_local(name) else len(shard.views) - crops)
-        written += count * kind.size(tuple(shape))
-        files += blocks[is_local(name)] * (1 + kind.scaled)
+        written += (shard.stop - shard.start) * columns[is_local(name)] * kind.size(tuple(shape))
+        files += view_blocks[is_local(name)] * (1 + kind.scaled)
     return written, files
 
 
 def free_disk(out: str) -> tuple[int, Path]:
-    """Free bytes, and the folder that was asked: the first there is on the way up."""
+    """(free bytes, folder that was asked): `out`, or the nearest folder above it that exists."""
     folder = Path(out).expanduser().absolute()
-    there = next(p for p in [folder, *folder.parents] if p.exists())
-    return shutil.disk_usage(there).free, there
+    existing = next(path for path in [folder, *folder.parents] if path.exists())
+    return shutil.disk_usage(existing).free, existing

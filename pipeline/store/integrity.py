@@ -1,11 +1,12 @@
-"""Is a store what its records say? Every digest checked, damage named, and what can be mended mended.
+"""Check a store against its digests, and repair what can be repaired.
 
-Small files (manifest, Zarr metadata, tables) are mended from their second copies. A damaged shard
-loses its done record, so that the command that made the store makes it again.
+Small files (manifest, Zarr metadata, tables, codebooks, heads) are restored from their second copies. The repair of a
+damaged shard deletes its done record, so that the command that made the store writes the shard again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ from compress_ssl.pipeline.store.feature_store import COPY, FeatureStore
 from compress_ssl.pipeline.store.shards import done_key, view_digest
 from compress_ssl.pipeline.views.numbering import view_name
 
+# keys of the manifest and of its second copy
 MANIFESTS = (artifact.MANIFEST, f"{COPY}/{artifact.MANIFEST}")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not what it should be, and how it is mended."""
+    """One damaged file: its key, what is wrong, and the function that repairs it."""
 
     key: str
     what: str
@@ -30,73 +32,79 @@ class Damage:
 
 
 def read_manifest(storage: Storage) -> dict[str, Any]:
-    """The manifest of a store, from its copy if need be. Raises UserError if there is none that is whole."""
-    return _whole(storage, {place: _get(storage, place) for place in MANIFESTS})
+    """The manifest of a store, or its second copy. Raises UserError if neither is intact."""
+    return _intact_manifest(storage, {key: _get_or_none(storage, key) for key in MANIFESTS})
 
 
-def _whole(storage: Storage, raw: Mapping[str, bytes | None]) -> dict[str, Any]:
-    for place, data in raw.items():
-        if data is not None and (found := _manifest(data, place)) is not None and found["kind"] == "store":
-            return found
+def _intact_manifest(storage: Storage, raw: Mapping[str, bytes | None]) -> dict[str, Any]:
+    """The first intact manifest of raw, {key: bytes, None for no file}."""
+    for key, data in raw.items():
+        manifest = None if data is None else _parse_manifest(data, key)
+        if manifest is not None and manifest["kind"] == "store":
+            return manifest
     if None not in raw.values():
         raise UserError(f"{storage}: the manifest and its copy are both damaged; the store cannot be mended")
-    return artifact.read(storage, "store")
+    return artifact.read(storage, "store")  # raises the error of a missing or damaged manifest
 
 
 def check_small_files(storage: Storage) -> list[Damage]:
-    """Damage to the manifest, the Zarr metadata and the tables, and to their second copies."""
-    raw = {place: _get(storage, place) for place in MANIFESTS}
-    good = _whole(storage, raw)
-    spelt = artifact.to_bytes(good)  # to the byte: \u00e9 and \u00E9 read the same
-    out = [_mend(storage, place, spelt) for place in MANIFESTS if raw[place] != spelt]
-    for key, claimed in good["about"]["small"].items():
-        places = (key, f"{COPY}/{key}")
-        found = {place: _get(storage, place) for place in places}
-        whole = next((data for data in found.values() if data is not None and artifact.digest(data) == claimed), None)
-        for place in places:
-            if found[place] is None or artifact.digest(found[place]) != claimed:
-                out.append(_mend(storage, place, whole))
-    return out
+    """Damage to the small files and to their second copies. Raises UserError if no manifest is intact."""
+    raw = {key: _get_or_none(storage, key) for key in MANIFESTS}
+    manifest = _intact_manifest(storage, raw)
+    expected = artifact.to_bytes(manifest)  # compared as bytes: \u00e9 and \u00E9 parse to the same text
+    damages = [_restorable(storage, key, expected) for key in MANIFESTS if raw[key] != expected]
+    for name, digest in manifest["about"]["small"].items():
+        found = {key: _get_or_none(storage, key) for key in (name, f"{COPY}/{name}")}
+        intact = {key: data for key, data in found.items() if data is not None and artifact.digest(data) == digest}
+        source = next(iter(intact.values()), None)
+        damages += [_restorable(storage, key, source) for key in found if key not in intact]
+    return damages
 
 
-def _manifest(data: bytes, place: str) -> dict[str, Any] | None:
+def _parse_manifest(data: bytes, key: str) -> dict[str, Any] | None:
+    """A manifest, None if it is damaged. Raises OtherFormat for one of another version."""
     try:
-        return artifact.parse(data, place)
+        return artifact.parse(data, key)
     except artifact.OtherFormat:
         raise
     except UserError:
         return None
 
 
-def _get(storage: Storage, key: str) -> bytes | None:
+def _get_or_none(storage: Storage, key: str) -> bytes | None:
     try:
         return storage.get(key)
     except FileNotFoundError:
         return None
 
 
-def _mend(storage: Storage, place: str, whole: bytes | None) -> Damage:
-    def mend() -> None:
-        if whole is None:
-            raise UserError(f"{storage}/{place} and its second copy are both damaged; they cannot be mended")
-        storage.put(place, whole)
+def _restorable(storage: Storage, key: str, source: bytes | None) -> Damage:
+    """The damage of a small file that is restored from the bytes `source`; None: no intact copy exists."""
 
-    return Damage(place, "does not fit its digest" if whole is not None else "damaged, and so is its copy", mend)
+    def restore() -> None:
+        if source is None:
+            raise UserError(f"{storage}/{key} and its second copy are both damaged; they cannot be mended")
+        storage.put(key, source)
+
+    return Damage(key, "does not fit its digest" if source is not None else "damaged, and so is its copy", restore)
 
 
 def check_shards(store: FeatureStore, progress: Callable[[int], None] = lambda n: None) -> Iterator[Damage]:
-    """Damage to shards and done records. Every stored byte that a reader could meet is read."""
+    """Yield the damage of shards and done records. Every stored byte that a reader can use is read.
+
+    progress: called with 1 after each row block.
+    """
     for block, spans in sorted(store.done().items()):
         for span in sorted(spans):
             key = done_key(block, *span)
-            why = find_fault(store, block, span)
-            if why:
-                yield Damage(key, why, lambda key=key: store.storage.delete(key))  # type: ignore[misc]
+            fault = find_fault(store, block, span)
+            if fault:
+                yield Damage(key, fault, partial(store.storage.delete, key))
         progress(1)
 
 
 def find_fault(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
-    """What is wrong with one (row block, span of views), or nothing."""
+    """Description of the first fault of a shard, (row block, span of views); "" if it fits its done record."""
     start, stop = store.span(block)
     rows = slice(start, stop)
     try:

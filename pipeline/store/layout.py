@@ -1,6 +1,6 @@
-"""How the arrays of a store are cut into Zarr shards and chunks, and what is in their files.
+"""The layout of a store's arrays: their Zarr shards and chunks, and the bytes of their files.
 
-Zarr encodes in memory; whoever keeps the store puts the bytes in place whole.
+Zarr encodes in memory only. `FeatureStore` writes the bytes, each file as a whole.
 """
 
 import json
@@ -15,29 +15,29 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from compress_ssl.pipeline.runtime.storage import Folder, Storage
 from compress_ssl.pipeline.store.codecs import Codec
 
-GROUP = "features.zarr"
-VIEW_BLOCK = 4
-CHUNK_ROWS = 1024
-TABLE_ROWS = 2**20
-ZSTD_LEVEL = 1  # higher ones take up to ten times as long and save nothing on features
-UNWRITTEN = 255  # status of a row no writer has reached
+GROUP = "features.zarr"  # folder of the Zarr group inside a store
+VIEW_BLOCK = 4  # views per shard file; part of the format
+CHUNK_ROWS = 1024  # largest number of rows of a chunk, the unit of reading
+TABLE_ROWS = 2**20  # rows per chunk of the per-image tables: one file for up to a million images
+ZSTD_LEVEL = 1  # higher levels take up to ten times as long and save nothing on features
+UNWRITTEN = 255  # status of a row that is not written yet; the other codes are in datasets/decode.py
 
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """How an array is cut: shards (one file each) and the chunks inside them (one read each)."""
+    """How an array is divided: into shards (one file each) and into chunks inside a shard (one read each)."""
 
-    dtype: Any
-    shards: tuple[int, ...]
-    chunks: tuple[int, ...]
-    fill: Any
-    names: tuple[str, ...]
-    compressor: str = ""
+    dtype: Any  # what Zarr accepts as a dtype
+    shards: tuple[int, ...]  # shape of a shard
+    chunks: tuple[int, ...]  # shape of a chunk
+    fill: Any  # value of what is not written
+    names: tuple[str, ...]  # of the axes
+    compressor: str = ""  # "zstd" or none
 
     def encode(self, data: np.ndarray) -> bytes | None:
-        """One shard as Zarr writes it; rows and views short of the shard's shape stay fill value.
+        """The bytes of one shard as Zarr writes it. `data` may be smaller than a shard; the rest stays fill value.
 
-        None for nothing but fill value: Zarr writes no file then.
+        Returns None for nothing but fill value: Zarr writes no file then.
         """
         files: dict[str, Any] = {}
         array = _create(files, "a", self.shards, self)
@@ -45,12 +45,12 @@ class ArrayLayout:
         return next((buffer.to_bytes() for key, buffer in files.items() if "/c/" in key), None)
 
     def chunk_key(self, *block: int) -> str:
-        """Where a shard lies within its array: the leading numbers of its key; the others are 0."""
+        """Key of a shard within its array. `block` gives the leading indices; the others are 0."""
         return f"c/{'/'.join(map(str, block + (0,) * (len(self.shards) - len(block))))}"
 
 
 def array_layouts(identity: Mapping[str, Any], codecs: Mapping[str, Codec]) -> dict[str, ArrayLayout]:
-    """The grid of every array that shards fill: features, their scales, status and content."""
+    """The layout of every array that is written by shards: features, their scales, status and content."""
     rows = identity["shard_rows"]
     inner = max(n for n in range(1, min(rows, CHUNK_ROWS) + 1) if rows % n == 0)
     out = {}
@@ -67,19 +67,23 @@ def array_layouts(identity: Mapping[str, Any], codecs: Mapping[str, Codec]) -> d
     return out
 
 
-def zarr_metadata(cuts: Mapping[str, ArrayLayout], images: int, views: Mapping[str, int]) -> dict[str, bytes]:
-    """{key: bytes} of the Zarr metadata of the group and of these arrays; views: of each feature array."""
+def zarr_metadata(layouts: Mapping[str, ArrayLayout], images: int, views: Mapping[str, int]) -> dict[str, bytes]:
+    """{key: bytes} of the Zarr metadata of the group and of these arrays.
+
+    views: {feature array: number of views}; a scale array has the number of its feature array.
+    """
     small = {f"{GROUP}/zarr.json": json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}).encode()}
-    for name, grid in cuts.items():
+    for name, layout in layouts.items():
         files: dict[str, Any] = {}
-        extent = views.get(name.removesuffix("_scale"), 0)
-        _create(files, name, (images, extent, *grid.shards[2:])[: len(grid.shards)], grid)
+        columns = views.get(name.removesuffix("_scale"), 0)
+        shape = (images, columns, *layout.shards[2:])[: len(layout.shards)]  # status and content have one axis
+        _create(files, name, shape, layout)
         small[f"{GROUP}/{name}/zarr.json"] = files[f"{name}/zarr.json"].to_bytes()
     return small
 
 
 def table_files(tables: Mapping[str, Any]) -> dict[str, bytes]:
-    """{key: bytes} of the per-image tables, metadata and chunks: sample_id, label, view_key."""
+    """{key: bytes} of the metadata and chunks of the per-image tables sample_id, label and view_key."""
     out: dict[str, bytes] = {}
     for name, column in tables.items():
         files: dict[str, Any] = {}
@@ -92,34 +96,39 @@ def table_files(tables: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def open_group(storage: Storage) -> zarr.Group:
-    """The group, to read. Zarr raises a mixed bag of exceptions if its metadata is damaged."""
-    files: Any = zarr.storage.LocalStore(storage.path, read_only=True) if isinstance(storage, Folder) else None
-    return zarr.open_group(files or _Objects(storage), path=GROUP, mode="r", zarr_format=3)
+    """Open the Zarr group for reading. Zarr raises exceptions of many types if its metadata is damaged."""
+    files: Any
+    if isinstance(storage, Folder):
+        files = zarr.storage.LocalStore(storage.path, read_only=True)
+    else:
+        files = _BucketReader(storage)
+    return zarr.open_group(files, path=GROUP, mode="r", zarr_format=3)
 
 
-class _Objects(zarr.storage.ObjectStore):
-    """The objects of a bucket, to read; its failures in its own words."""
+class _BucketReader(zarr.storage.ObjectStore):
+    """The objects of a bucket, read-only. Errors become those of our object store, which name bucket and remedy."""
 
     def __init__(self, bucket: Any):
         super().__init__(bucket.objects, read_only=True)
         self.bucket = bucket
 
-    async def get(self, *asked: Any, **how: Any) -> Any:
+    async def get(self, *arguments: Any, **options: Any) -> Any:
         with self.bucket.translated_errors():
-            return await super().get(*asked, **how)
+            return await super().get(*arguments, **options)
 
 
-def _create(files: dict[str, Any], name: str, shape: tuple[int, ...], grid: ArrayLayout) -> zarr.Array:
-    sharded = grid.shards != grid.chunks
-    compressors = [ZstdCodec(level=ZSTD_LEVEL)] if grid.compressor == "zstd" else []
+def _create(files: dict[str, Any], name: str, shape: tuple[int, ...], layout: ArrayLayout) -> zarr.Array:
+    """Create a Zarr array of this shape in memory; its files appear in `files`, {key: buffer}."""
+    sharded = layout.shards != layout.chunks
+    compressors = [ZstdCodec(level=ZSTD_LEVEL)] if layout.compressor == "zstd" else []
     return zarr.create_array(
         zarr.storage.MemoryStore(store_dict=files),
         name=name,
         shape=shape,
-        shards=grid.shards if sharded else None,
-        chunks=grid.chunks,
-        dtype=grid.dtype,
+        shards=layout.shards if sharded else None,
+        chunks=layout.chunks,
+        dtype=layout.dtype,
         compressors=[*compressors, Crc32cCodec()],
-        fill_value=grid.fill,
-        dimension_names=grid.names,
+        fill_value=layout.fill,
+        dimension_names=layout.names,
     )

@@ -1,7 +1,7 @@
-"""A local copy of the part of a remote store that a command reads, checked against the store's done records.
+"""A local copy of those shards of a remote store that a command reads.
 
-The remote done record says what a shard's content is. A shard of the copy that fits it is used as it
-is; any other, be it missing, half there, damaged or of an older state, is fetched again.
+Each shard of the copy is checked against the done record of the remote store. A shard that fits is used; a shard that
+is missing, incomplete, damaged or older than the remote one is fetched again.
 """
 
 import os
@@ -19,11 +19,11 @@ from compress_ssl.pipeline.store.feature_store import COPY, FeatureStore
 from compress_ssl.pipeline.store.shards import done_key
 
 Spans = Sequence[tuple[int, int]]  # of views: (first, one past the last)
-CONNECTIONS = 16
+CONNECTIONS = 16  # row blocks that are fetched in parallel
 
 
 class CachedFolder(Folder):
-    """A folder that goes by the name of the store it is a copy of."""
+    """A folder whose name in messages is that of the remote store, not its own path."""
 
     def __init__(self, path: Path, name: str):
         super().__init__(path)
@@ -34,50 +34,56 @@ class CachedFolder(Folder):
 
 
 def cache_home() -> Path:
-    """Where copies lie unless the user says otherwise: compress/ in the XDG cache directory."""
+    """Default folder of the copies: compress/ in the XDG cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compress"
 
 
 def fetch(remote: FeatureStore, views: Sequence[int], cache: Path | None = None) -> FeatureStore:
-    """Copy what reading these views takes, as far as it is not here already -> the store over the copy.
+    """Copy what is needed to read these views and is not in the copy yet; return the store opened over the copy.
 
-    Whole shards are copied: their digests cover all arrays. Raises UserError if the remote store lacks
-    some of these views or is damaged.
+    cache: folder of the copies; each has a subfolder with the fingerprint of its store.
+    Whole shards are copied, because their digests cover all arrays. Raises UserError if the remote store lacks some
+    of these views or is damaged.
     """
     remote.require_complete(views)
-    here = CachedFolder((cache or cache_home()).expanduser() / remote.fingerprint, str(remote.storage))
-    here.sweep()
-    here.put(artifact.MANIFEST, artifact.to_bytes(remote.manifest))
-    local, wanted = FeatureStore(here), set(views)
+    folder = CachedFolder((cache or cache_home()).expanduser() / remote.fingerprint, str(remote.storage))
+    folder.sweep()
+    folder.put(artifact.MANIFEST, artifact.to_bytes(remote.manifest))
+    local, wanted = FeatureStore(folder), set(views)
     for key in local.about["small"]:
         if local.read_if_intact(key) is None:
-            here.put(key, _small(remote, key))
-    there, fetched = remote.done(), 0
+            folder.put(key, _read_small_file(remote, key))
+    remote_done, fetched = remote.done(), 0
     for block, spans in local.done().items():
-        for span in set(spans) - set(there.get(block, [])):  # the store grew, and wider records took their place
-            here.delete(done_key(block, *span))
-    blocks = {b: [s for s in sorted(spans) if wanted & set(range(*s))] for b, spans in there.items()}
+        # records that the remote store has replaced by wider ones when it got more views
+        for span in set(spans) - set(remote_done.get(block, [])):
+            folder.delete(done_key(block, *span))
+    blocks = {b: [s for s in sorted(spans) if wanted & set(range(*s))] for b, spans in remote_done.items()}
     pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch")
     try:
-        tasks = [pool.submit(_block, remote, local, b, spans) for b, spans in blocks.items()]
-        with progress_bar("hydrate", len(tasks), "row blocks") as bar:
+        tasks = [pool.submit(_fetch_block, remote, local, b, spans) for b, spans in blocks.items()]
+        with progress_bar("fetch", len(tasks), "row blocks") as bar:
             for task in tasks:
                 fetched += task.result()
                 bar.advance(1, format_bytes(fetched))
     finally:
         pool.shutdown(cancel_futures=True)
-    echo(f"{remote.storage}: {format_bytes(fetched)} fetched to {here.path}, the rest was there")
-    return FeatureStore(here)
+    echo(f"{remote.storage}: {format_bytes(fetched)} fetched to {folder.path}, the rest was there")
+    return FeatureStore(folder)
 
 
-def _block(remote: FeatureStore, local: FeatureStore, block: int, spans: Spans) -> int:
-    """Bring one row block of the copy up to date, one span after the other: they share files -> bytes fetched."""
+def _fetch_block(remote: FeatureStore, local: FeatureStore, block: int, spans: Spans) -> int:
+    """Update one row block of the copy; return the number of bytes fetched.
+
+    The spans are copied one after the other, because they share the files of `status` and `content`.
+    """
     return sum(copy_shard(remote.storage, local, block, span) for span in spans)
 
 
-def _small(remote: FeatureStore, key: str) -> bytes:
-    """A small file of the remote store, else its second copy. Raises UserError if neither is whole."""
-    for place in (key, f"{COPY}/{key}"):
-        if (data := remote.read_if_intact(key, place)) is not None:
+def _read_small_file(remote: FeatureStore, key: str) -> bytes:
+    """A small file of the remote store, or its second copy. Raises UserError if neither is intact."""
+    for read_from in (key, f"{COPY}/{key}"):
+        data = remote.read_if_intact(key, read_from)
+        if data is not None:
             return data
     raise UserError(f"{remote.storage}/{key} is damaged, and so is its copy; they cannot be mended")

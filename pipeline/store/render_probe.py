@@ -1,13 +1,15 @@
-"""Digests of a few rendered views, so that a machine that renders differently is noticed.
+"""Digests of a few rendered views, to detect a machine that renders other pixels.
 
-Decoders and resamplers differ between versions and processors. The store keeps what some images
-looked like to the teacher; whoever trains or verifies looks at the same ones first.
+Decoders and resamplers differ between library versions and processors. A store keeps digests of the views of three
+images as the teacher saw them. Before training, verifying or continuing an export the same views are rendered again
+and compared.
 """
 
 from typing import Any
 
 import numpy as np
 
+from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import BadImage
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
@@ -15,27 +17,28 @@ from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 from compress_ssl.pipeline.views.render import render_views
 
-VIEWS = (0, 1, 2)
-NEAR = 32  # rows that are looked at for a good image
+VIEWS = (0, 1, 2)  # the plain view and two random ones; stores depend on them
+NEAR = 32  # rows that are tried until one has a good image
 
 
-def probe_digests(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing) -> dict[str, str]:
-    """{row: digest of its probe views at the teacher's size}: of the first, middle and last image, or a good one near.
+def probe_digests(dataset: Dataset, spec: ViewSpec, preprocessing: Preprocessing) -> dict[str, str]:
+    """{row: digest of its probe views at the teacher's size} of the first, the middle and the last image.
 
-    Their view keys are their row numbers.
+    Bad images are replaced by the nearest good one of NEAR rows. The view key of an image is its row number.
     """
-    out: dict[str, str] = {}
+    digests: dict[str, str] = {}
     rows = range(len(dataset))
-    for near in (rows[:NEAR], rows[len(rows) // 2 :][:NEAR], rows[::-1][:NEAR]):
-        for i in near:
-            if (seen := view_digest_of(dataset, spec, preprocessing, i, i)) is not None:
-                out[str(i)] = seen
+    for candidates in (rows[:NEAR], rows[len(rows) // 2 :][:NEAR], rows[::-1][:NEAR]):
+        for i in candidates:
+            digest = digest_probe_views(dataset, spec, preprocessing, i, i)
+            if digest is not None:
+                digests[str(i)] = digest
                 break
-    return out
+    return digests
 
 
-def view_digest_of(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, i: int, key: int) -> str | None:
-    """Digest of image i's probe views; None if it is bad."""
+def digest_probe_views(dataset: Dataset, spec: ViewSpec, preprocessing: Preprocessing, i: int, key: int) -> str | None:
+    """Digest of the probe views of image i, whose view key is `key`; None for a bad image."""
     try:
         image, _ = dataset.load(i)
     except BadImage:
@@ -46,26 +49,34 @@ def view_digest_of(dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, i
 
 
 def require_same_rendering(
-    there: dict[str, str], dataset: Any, spec: ViewSpec, preprocessing: Preprocessing, keys: Any, allow: bool | None
+    recorded: dict[str, str],
+    dataset: Dataset,
+    spec: ViewSpec,
+    preprocessing: Preprocessing,
+    keys: Any,
+    allow: bool | None,
 ) -> str:
-    """Look at the probed images again: "" if they look the same, else what differs if `allow` is set.
+    """Render the probe views again: "" if the digests are the recorded ones, else a description of the difference.
 
-    Raises UserError if they differ: a student would be taught features of other pixels. `allow` is None
-    where no flag could allow it: half a store of other pixels is of no use.
+    recorded: {row: digest} of the store; keys: view keys by row; allow: whether a difference is accepted.
+    Raises UserError for a difference that is not accepted: the pixels are no longer those of the stored features.
+    allow=None says that the command has no flag to accept it: a store cannot be continued with other pixels.
     """
-    unlike = [
+    different = [
         i
-        for i, seen in there.items()
-        if view_digest_of(dataset, spec, preprocessing, int(i), int(keys[int(i)])) != seen
+        for i, digest in recorded.items()
+        if digest_probe_views(dataset, spec, preprocessing, int(i), int(keys[int(i)])) != digest
     ]
-    if not unlike:
+    if not different:
         return ""
-    first = dataset.ids[int(unlike[0])]
-    words = f"{len(unlike)} of {len(there)} probe images do not look as they did to the teacher, the first is {first}"
+    difference = (
+        f"{len(different)} of {len(recorded)} probe images do not look as they did to the teacher, "
+        f"the first is {dataset.ids[int(different[0])]}"
+    )
     if not allow:
-        way_out = "export into a new folder" if allow is None else "accept it with --allow-other-pixels"
+        remedy = "export into a new folder" if allow is None else "accept it with --allow-other-pixels"
         raise UserError(
-            f"{words}: the file changed, or Pillow or torchvision render differently here; put the file back, install "
-            f"the versions in the store's history.jsonl, or {way_out}"
+            f"{difference}: the file changed, or Pillow or torchvision render differently here; put the file back, "
+            f"install the versions in the store's history.jsonl, or {remedy}"
         )
-    return words
+    return difference

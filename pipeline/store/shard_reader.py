@@ -1,4 +1,7 @@
-"""Read one view of an array from the shard files of a local folder."""
+"""Read one view of a sharded array from the files of a local folder, without Zarr.
+
+The format is that of Zarr's sharding codec: chunks, then an index of (offset, size) pairs with a CRC-32C.
+"""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -10,24 +13,25 @@ from numcodecs import Zstd
 
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK, ArrayLayout
 
-READERS = 4  # threads that read shards of a local folder
-_CRC = 4  # bytes of a checksum
-_EMPTY = 2**64 - 1  # in a shard's index: a chunk of nothing but fill value
+READERS = 4  # threads per call; each reads one shard at a time
+_CRC_BYTES = 4  # length of a CRC-32C
+_INDEX_ENTRY_BYTES = 16  # offset and size of a chunk, 8 bytes each
+_EMPTY = 2**64 - 1  # offset in the index of a chunk of nothing but fill value
 
 
-def read_view(folder: Path, grid: ArrayLayout, view: int, start: int, stop: int) -> np.ndarray:
-    """(stop - start, ...) rows of one view of the sharded array in a local folder.
+def read_view(folder: Path, layout: ArrayLayout, view: int, start: int, stop: int) -> np.ndarray:
+    """Rows start..stop-1 of one view of the sharded array in a local folder: (stop - start, ...).
 
-    The same as through Zarr, checksums included, without its copies: docs/performance.md. Raises
-    ValueError where a file is not what was written.
+    The result is what Zarr returns, and checksums are checked too, but without Zarr's copies (docs/performance.md).
+    Raises ValueError if a chunk or an index does not fit its checksum.
     """
-    rows, dtype = grid.shards[0], np.dtype(grid.dtype)
-    out = np.empty((stop - start, *grid.shards[2:]), dtype)
+    rows, dtype = layout.shards[0], np.dtype(layout.dtype)
+    out = np.empty((stop - start, *layout.shards[2:]), dtype)
 
     def fill(block: int) -> None:
         first, last = max(start, block * rows), min(stop, (block + 1) * rows)
-        _read_shard(folder / grid.chunk_key(block, view // VIEW_BLOCK), grid, view % VIEW_BLOCK, first - block * rows,
-                    out[first - start : last - start])  # fmt: skip
+        path = folder / layout.chunk_key(block, view // VIEW_BLOCK)
+        _read_shard(path, layout, view % VIEW_BLOCK, first - block * rows, out[first - start : last - start])
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
         for _ in pool.map(fill, range(start // rows, -(-stop // rows))):
@@ -35,41 +39,42 @@ def read_view(folder: Path, grid: ArrayLayout, view: int, start: int, stop: int)
     return out
 
 
-def _read_shard(path: Path, grid: ArrayLayout, place: int, skip: int, out: np.ndarray) -> None:
-    """Fill `out` with the rows from `skip` on of one view of a shard."""
-    if not path.exists():  # Zarr writes no file of nothing but fill value
-        out[...] = grid.fill
+def _read_shard(path: Path, layout: ArrayLayout, column: int, skip: int, out: np.ndarray) -> None:
+    """Fill `out` with rows of one view of a shard, starting at row `skip`; column: index of the view in the shard."""
+    if not path.exists():  # a shard of nothing but fill value has no file
+        out[...] = layout.fill
         return
-    inner, chunks = grid.chunks[0], grid.shards[0] // grid.chunks[0]
-    length = 16 * chunks * VIEW_BLOCK + _CRC
+    inner, chunks = layout.chunks[0], layout.shards[0] // layout.chunks[0]
+    length = _INDEX_ENTRY_BYTES * chunks * VIEW_BLOCK + _CRC_BYTES
     with open(path, "rb", buffering=0) as file:
         end = os.fstat(file.fileno()).st_size
-        index = np.frombuffer(_checked(os.pread(file.fileno(), length, max(0, end - length))), "<u8")
-        index = index.reshape(chunks, VIEW_BLOCK, 2)[:, place]
+        index = np.frombuffer(_strip_checksum(os.pread(file.fileno(), length, max(0, end - length))), "<u8")
+        index = index.reshape(chunks, VIEW_BLOCK, 2)[:, column]
         for chunk in range(skip // inner, -(-(skip + len(out)) // inner)):
             first, last = max(skip, chunk * inner), min(skip + len(out), (chunk + 1) * inner)
             offset, size = map(int, index[chunk])
-            _read_chunk(file.fileno(), grid, offset, size, first - chunk * inner, out[first - skip : last - skip])
+            _read_chunk(file.fileno(), layout, offset, size, first - chunk * inner, out[first - skip : last - skip])
 
 
-def _read_chunk(file: int, grid: ArrayLayout, offset: int, size: int, skip: int, out: np.ndarray) -> None:
-    """Fill `out` with the rows from `skip` on of a chunk that lies at `offset` of a file."""
+def _read_chunk(file: int, layout: ArrayLayout, offset: int, size: int, skip: int, out: np.ndarray) -> None:
+    """Fill `out` with rows of the chunk at `offset` of a file, starting at row `skip` of the chunk."""
+    entire = size == out.nbytes + _CRC_BYTES and not layout.compressor
     if offset == _EMPTY:
-        out[...] = grid.fill
-    elif size == out.nbytes + _CRC and not grid.compressor:  # all of it: straight to where it belongs
-        checksum = bytearray(_CRC)
+        out[...] = layout.fill
+    elif entire:  # `out` takes all rows of the chunk: read them into it without a copy
+        checksum = bytearray(_CRC_BYTES)
         got = os.preadv(file, [out.data.cast("B"), checksum], offset)
         if got != size or google_crc32c.value(out) != int.from_bytes(checksum, "little"):
             raise ValueError("a chunk does not fit its checksum")
     else:
-        data = _checked(os.pread(file, size, offset))
-        data = Zstd().decode(data) if grid.compressor else data
-        out[...] = np.frombuffer(data, out.dtype).reshape(grid.chunks[0], *out.shape[1:])[skip : skip + len(out)]
+        data = _strip_checksum(os.pread(file, size, offset))
+        data = Zstd().decode(data) if layout.compressor else data
+        out[...] = np.frombuffer(data, out.dtype).reshape(layout.chunks[0], *out.shape[1:])[skip : skip + len(out)]
 
 
-def _checked(data: bytes) -> bytes:
-    """Without the checksum behind it. Raises ValueError if it does not fit."""
-    body, checksum = data[:-_CRC], data[-_CRC:]
-    if len(checksum) < _CRC or google_crc32c.value(body) != int.from_bytes(checksum, "little"):
+def _strip_checksum(data: bytes) -> bytes:
+    """`data` without the CRC-32C at its end. Raises ValueError if the checksum does not fit."""
+    body, checksum = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
+    if len(checksum) < _CRC_BYTES or google_crc32c.value(body) != int.from_bytes(checksum, "little"):
         raise ValueError("a chunk does not fit its checksum")
     return body

@@ -1,8 +1,8 @@
-"""Shelf: what a store is, which of its shards are there, and what they are called.
+"""ShardIndex: the manifest of a store, its shards, which of them are done, and the names of their files.
 
-A shard is a run of consecutive rows and up to four views; it has one writer. What a done record names
-is there, what none names is pending. "The chunk is absent" says nothing: Zarr writes no chunk that is
-all fill value. Names and layout: docs/store.md.
+A shard is a run of consecutive rows in up to four views and has one writer. A shard is done if a done record names
+it, and pending otherwise. An absent chunk file proves nothing, because Zarr writes no file for a chunk of nothing but
+fill value. Names and layout are described in docs/store.md.
 """
 
 import json
@@ -17,18 +17,20 @@ import numpy as np
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Storage
-from compress_ssl.pipeline.store.codecs import Codec, codec
+from compress_ssl.pipeline.store.codecs import Codec, build_codec
 from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK, ArrayLayout, array_layouts
 from compress_ssl.pipeline.views.numbering import LOCAL
 
-SHARD_ROWS = 2048
-SHARD_BYTES = 256_000_000
+SHARD_ROWS = 2048  # largest number of rows of a shard
+SHARD_BYTES = 256_000_000  # largest size of a shard before compression; a writer holds one in memory
+SMALL_SET_SHARDS = 16  # shards that a small set is cut into, so that several workers have work
+SMALL_SET_ROWS = 256  # rows below which a shard is not cut further for that reason
 _DONE = re.compile(r"done/(\d+)\.(\d+)-(\d+)\.json$")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one task computes: rows start..stop-1 in `views`; nobody else writes row block `block`."""
+    """The unit of work of an export: rows start..stop-1 in `views`. A row block has one writer at a time."""
 
     block: int
     start: int
@@ -37,14 +39,17 @@ class Shard:
 
 
 def shard_rows(images: int, batch_size: int, arrays: Mapping[str, Sequence[int]], itemsize: int) -> int:
-    """Rows per shard: whole batches, at most 2048 rows and 256 MB, and about 16 shards in a small set."""
+    """Rows per shard: whole batches, at most SHARD_ROWS and SHARD_BYTES; a small set gets about 16 shards.
+
+    arrays: {name: shape of one (i, v)}; itemsize: bytes of a number as stored.
+    """
     row_bytes = max(int(np.prod(shape)) for shape in arrays.values()) * itemsize * VIEW_BLOCK
-    most = min(SHARD_ROWS, SHARD_BYTES // row_bytes, max(256, -(-images // 16)))
+    most = min(SHARD_ROWS, SHARD_BYTES // row_bytes, max(SMALL_SET_ROWS, -(-images // SMALL_SET_SHARDS)))
     return max(1, most // batch_size) * batch_size
 
 
 class ShardIndex:
-    """A store's manifest and its done records. Raises UserError if there is none or it is damaged."""
+    """A store's manifest and its done records. Raises UserError if the manifest is missing or damaged."""
 
     def __init__(self, storage: Storage):
         self.storage = storage
@@ -52,26 +57,26 @@ class ShardIndex:
         self.identity: dict[str, Any] = self.manifest["identity"]
         self.about: dict[str, Any] = self.manifest["about"]
         self.images: int = self.identity["data"]["images"]
-        self.rows: int = self.identity["shard_rows"]
+        self.rows: int = self.identity["shard_rows"]  # of a row block; the last one may be shorter
         self.arrays: dict[str, tuple[int, ...]] = {k: tuple(s) for k, s in self.identity["arrays"].items()}
         self.codecs: dict[str, Codec] = array_codecs(self.identity, self._codebook)
-        self.grids: dict[str, ArrayLayout] = array_layouts(self.identity, self.codecs)
+        self.layouts: dict[str, ArrayLayout] = array_layouts(self.identity, self.codecs)
         crops = self.identity.get("local", {}).get("views", 0)
         self.local: tuple[int, ...] = tuple(range(LOCAL, LOCAL + crops))  # numbers of the local crops
 
     @property
     def views(self) -> int:
-        """Global views; local crops are counted in `local`."""
+        """Number of global views. `local` lists the local crops."""
         return self.about["views"]
 
     @property
     def stored_views(self) -> range:
-        """Views that are there to be used: all of them, but of a copy cut down perhaps only those from some view on."""
+        """Numbers of the global views that the store holds. A copy may lack the first ones."""
         return range(self.about.get("first_view", 0), self.views)
 
     @property
     def all_views(self) -> list[int]:
-        """Numbers of all that is stored of an image."""
+        """Numbers of all global views and local crops that the store holds."""
         return [*self.stored_views, *self.local]
 
     def arrays_of(self, view: int) -> list[str]:
@@ -85,27 +90,31 @@ class ShardIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What children record as their parent: identity only, so a moved or grown store still fits."""
+        """Digest of the identity, which runs and copies record as their parent.
+
+        It covers the identity alone, so it stays the same when the store is moved or gets more views.
+        """
         return artifact.fingerprint(self.identity)
 
     def done(self) -> dict[int, list[tuple[int, int]]]:
-        """{row block: [(first view, one past the last), ...]} from the names of the done records."""
+        """{row block: [(first view, one past the last), ...]}, read from the names of the done records."""
         out: dict[int, list[tuple[int, int]]] = {}
         for key in self.storage.list("done"):
-            if match := _DONE.match(key):
+            match = _DONE.match(key)
+            if match:
                 block, first, stop = map(int, match.groups())
                 out.setdefault(block, []).append((first, stop))
         return out
 
     def record(self, block: int, first: int, stop: int) -> dict[str, Any]:
-        """A done record: rows, bad images, digests. Raises UserError if it is not what was written."""
+        """A done record: rows, bad images, digests. Raises UserError if it does not fit its own digest."""
         raw = self.storage.get(done_key(block, first, stop))
         try:
             record = json.loads(raw)
-            whole = artifact.canonical(artifact.sealed(record)) + b"\n" == raw
-        except (ValueError, AttributeError):
-            whole = False
-        if not whole:
+            intact = artifact.canonical(artifact.sealed(record)) + b"\n" == raw
+        except (ValueError, AttributeError):  # not JSON, or not a JSON object
+            intact = False
+        if not intact:
             raise UserError(
                 f"{self.storage}/{done_key(block, first, stop)} is damaged: it does not fit its own digest; "
                 "compress verify --repair marks its shard to be made again"
@@ -113,7 +122,10 @@ class ShardIndex:
         return record
 
     def pending(self, views: int | None = None) -> list[Shard]:
-        """Row blocks with views that are not done, in order; as if there were to be `views` of them, if given."""
+        """Shards that are not done, in order of their rows.
+
+        views: the number of global views that the store is to have; by default the number that it has.
+        """
         done = self.done()
         wanted = {*range(self.stored_views.start, views or self.views), *self.local}
         out = []
@@ -126,101 +138,113 @@ class ShardIndex:
         return out
 
     def is_done(self, shard: Shard) -> bool:
-        """Whether somebody else has written this shard meanwhile."""
+        """Whether all done records of this shard exist, perhaps written by another process."""
         spans = [self._block_of(first) for first in {v - v % VIEW_BLOCK for v in shard.views}]
         return all(self.storage.exists(done_key(shard.block, span.start, span.stop)) for span in spans)
 
     def span(self, block: int) -> tuple[int, int]:
-        """First row of a block and one past its last."""
+        """(first row, one past the last row) of a row block."""
         return block * self.rows, min(self.images, (block + 1) * self.rows)
 
     def require_complete(self, views: Sequence[int] | None = None) -> None:
-        """Raises UserError if any (i, v) of these views (all of them unless given) is not done."""
+        """Raises UserError if any (i, v) of these views (default: all views) is not done or its file is missing."""
         wanted = set(self.all_views if views is None else views)
-        if over := wanted.difference(self.all_views):
-            more = max(over) >= self.views
-            way = f"--views {max(over) + 1}" if more else "the views that it was copied without"
+        absent = wanted.difference(self.all_views)
+        if absent:
+            more = max(absent) >= self.views
+            remedy = f"--views {max(absent) + 1}" if more else "the views that it was copied without"
             raise UserError(
-                f"{self.storage} holds views {self.stored_views.start} to {self.views - 1}, but view {max(over)} was "
-                f"asked for; repeat the command that made it with {way}"
+                f"{self.storage} holds views {self.stored_views.start} to {self.views - 1}, but view {max(absent)} was "
+                f"asked for; repeat the command that made it with {remedy}"
             )
         total = -(-self.images // self.rows)
         lacking = sum(1 for shard in self.pending() if wanted & set(shard.views))
         if lacking:
             raise UserError(f"{self.storage} lacks {lacking} of {total} shards; repeat the command that made it")
-        if gone := self._gone(wanted):
+        missing = self._missing_files(wanted)
+        if missing:
             raise UserError(
-                f"{self.storage} lacks {len(gone)} of the files that its done records promise, the first is {gone[0]}; "
-                "compress verify --repair marks the shards to be made again"
+                f"{self.storage} lacks {len(missing)} of the files that its done records name, the first is "
+                f"{missing[0]}; compress verify --repair marks the shards to be made again"
             )
 
-    def _gone(self, views: set[int]) -> list[str]:
-        """Files of done shards that are missing: Zarr says nothing and reads the fill value.
+    def _missing_files(self, views: set[int]) -> list[str]:
+        """Files of done shards that are missing. Zarr would read the fill value instead, without an error.
 
-        A file that would hold nothing but fill value is never written; its done record's digest tells.
+        A shard of nothing but fill value has no file; the digest in its done record distinguishes it.
         """
-        there = set(self.storage.list(GROUP))
-        gone: dict[str, str] = {}
+        existing = set(self.storage.list(GROUP))
+        missing: dict[str, None] = {}  # an ordered set
         for block, spans in self.done().items():
             for span in spans:
-                if views & set(range(*span)):
-                    missing = {key: name for key, name in self.shard_keys(block, span).items() if key not in there}
-                    gone |= {key: name for key, name in missing.items() if not self._is_fill(name, block, span)}
-        return list(gone)
+                if not views & set(range(*span)):
+                    continue
+                for key, name in self.shard_keys(block, span).items():
+                    if key not in existing and not self._is_fill(name, block, span):
+                        missing[key] = None
+        return list(missing)
 
     def _is_fill(self, name: str, block: int, views: tuple[int, int]) -> bool:
-        """Whether a done record says that an array holds nothing but fill value there."""
+        """Whether, by its done record, an array holds nothing but fill value in a row block and these views."""
         rows = self.span(block)[1] - self.span(block)[0]
         record = self.record(block, *views)
-        grid = self.grids[name]
-        fill = np.full((rows, *grid.shards[2:]), grid.fill, grid.dtype)
+        layout = self.layouts[name]
+        fill = np.full((rows, *layout.shards[2:]), layout.fill, layout.dtype)
         if name in ("status", "content"):
             return record[name] == artifact.digest(fill.tobytes())
         scale = np.zeros(fill.shape[:-1], "<f4") if self.codecs[name].scaled else None
         return set(record["digest"][name]) == {view_digest(fill, scale)}
 
     def shard_keys(self, block: int, views: tuple[int, int]) -> dict[str, str]:
-        """{file: its array, or that whose scales it holds} of what one done record speaks of."""
+        """{key of a file: name of its array} for all files that one done record covers.
+
+        The file of an array's scales is listed under the name of that array.
+        """
         keys = {self._chunk_key(name, (block,)): name for name in ("status", "content")}
         for name in self.arrays_of(views[0]):
             for part in [name, f"{name}_scale"] if self.codecs[name].scaled else [name]:
                 keys[self._chunk_key(part, (block, view_column(views[0]) // VIEW_BLOCK))] = name
         return keys
 
-    def _chunk_key(self, name: str, place: tuple[int, ...]) -> str:
-        return f"{GROUP}/{name}/{self.grids[name].chunk_key(*place)}"
+    def _chunk_key(self, name: str, block: tuple[int, ...]) -> str:
+        """Key of the file of a shard; block: (row block,) or (row block, view block)."""
+        return f"{GROUP}/{name}/{self.layouts[name].chunk_key(*block)}"
 
-    def read_if_intact(self, key: str, place: str | None = None) -> bytes | None:
-        """A small file, or what lies in another `place` as its second copy, if it is what the manifest knows."""
+    def read_if_intact(self, key: str, read_from: str | None = None) -> bytes | None:
+        """A small file if it fits its digest in the manifest, else None.
+
+        read_from: the key to read instead, that of the second copy.
+        """
         try:
-            data = self.storage.get(place or key)
+            data = self.storage.get(read_from or key)
         except FileNotFoundError:
             return None
         return data if artifact.digest(data) == self.about["small"][key] else None
 
-    def small(self, key: str) -> bytes:
-        """A small file: metadata, table, codebook, heads. Raises UserError if it is not what the manifest knows."""
-        if (data := self.read_if_intact(key)) is None:
+    def read_small_file(self, key: str) -> bytes:
+        """A small file: Zarr metadata, table, codebook or heads. Raises UserError if it does not fit its digest."""
+        data = self.read_if_intact(key)
+        if data is None:
             raise UserError(f"{self.storage}/{key} is damaged; compress verify --repair mends it from its copy")
         return data
 
     def _codebook(self, name: str) -> bytes:
-        """Raises UserError if there is none yet, or it is not the one that the manifest knows."""
+        """The codebook of an array. Raises UserError if there is none yet or it does not fit its digest."""
         key = codebook_key(name)
-        if key not in self.about["small"]:
-            self.about = artifact.read(self.storage, "store")["about"]  # trained since this store was opened?
+        if key not in self.about["small"]:  # another process may have trained it since this store was opened
+            self.about = artifact.read(self.storage, "store")["about"]
         if key not in self.about["small"]:
             raise UserError(f"{self.storage} has no {key} yet; repeat the command that made it")
-        return self.small(key)
+        return self.read_small_file(key)
 
 
 def array_codecs(identity: Mapping[str, Any], codebook: Callable[[str], bytes] | None = None) -> dict[str, Codec]:
-    """{name of a feature array: its codec}; codebook fetches that of an array."""
-    return {name: codec(identity["codec"], codebook and partial(codebook, name)) for name in identity["arrays"]}
+    """{name of a feature array: its codec}; `codebook` returns the codebook of a named array."""
+    return {name: build_codec(identity["codec"], codebook and partial(codebook, name)) for name in identity["arrays"]}
 
 
 def codebook_key(name: str) -> str:
-    """Where the codebook of an array lies."""
+    """Key of the file with the codebook of an array."""
     return f"codebook/{name}.safetensors"
 
 
@@ -230,20 +254,21 @@ def is_local(array: str) -> bool:
 
 
 def view_column(view: int) -> int:
-    """The place of a view along the view axis of its arrays."""
+    """Index of a view along the view axis of its arrays."""
     return view & ~LOCAL
 
 
 def done_key(block: int, first: int, stop: int) -> str:
+    """Key of the done record of a row block and the views first..stop-1."""
     return f"done/{block:07d}.{first:04d}-{stop:04d}.json"
 
 
 def view_digest(stored: np.ndarray, scale: np.ndarray | None) -> str:
-    """Digest of one view of a shard: the stored rows, then their scales, little-endian."""
+    """Digest of one view of a shard: of the stored rows followed by their scales, little-endian."""
     return artifact.digest(stored.tobytes() + (b"" if scale is None else scale.tobytes()))
 
 
 def batch_spans(shard: Shard, size: int) -> Iterator[tuple[int, int]]:
-    """Row spans of the forward batches of a shard: they never cross it."""
+    """Row spans (start, stop) of the forward batches of a shard; a batch never extends into the next shard."""
     for start in range(shard.start, shard.stop, size):
         yield start, min(start + size, shard.stop)

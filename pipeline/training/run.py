@@ -211,7 +211,7 @@ class TrainingRun:
         if len(changed):
             i = int(rows[changed[0]])
             why = view_batch.bad.get(i, "its content differs from what the teacher saw")
-            remedy = getattr(self.dataset, "remedy", "put it back")
+            remedy = self.dataset.remedy
             raise UserError(
                 f"image {self.dataset.ids[i]} changed since the export: {why}; {remedy}, or export into a new store"
             )

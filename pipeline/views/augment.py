@@ -1,9 +1,9 @@
-"""What a view is: a pure function of (seed, key of the image, v).
+"""Random views of an image, each a pure function of (seed, view key of the image, v).
 
-`draw` makes raw variates from Philox counters; `resolve` turns them into a crop, a flip and
-colours for an image of a given height and width; `render` makes the pixels. View 0 is always the
-plain one: shorter side resized to size / crop_ratio, centre crop. Teacher and student render the
-same resolved view, each at its own size.
+`draw_variates` computes raw random numbers from Philox counters. `resolve_view` turns them into a crop box, a flip
+and colour changes for an image of a given height and width. `render.render_view` makes the pixels. View 0 is always
+the plain view: the shorter side resized to size / crop_ratio, then a centre crop. Teacher and student render the same
+resolved view, each at its own size.
 """
 
 import math
@@ -16,23 +16,30 @@ from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.views.numbering import LOCAL
 
-_LOG_RATIO = 0.2876820724517809  # ln(4/3): crops are 3:4 to 4:3
-_TRIES = 10
-_COUNT = 36  # variates per view: 10 x (area, ratio), top, left, flip, jitter: p, 3 order, 4 factors, ...
+_LOG_RATIO = 0.2876820724517809  # ln(4/3): the aspect ratio of a crop is between 3:4 and 4:3
+_TRIES = 10  # attempts at a random crop box before the fallback, as in torchvision
+_COUNT = 36  # variates per view
+# Positions of the variates. The views of existing stores depend on them: never change one. Positions 0 to 19 are
+# (area, aspect ratio) of the ten attempts; _ORDER has three values, _FACTORS four; 35 is unused.
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER, _FACTORS, _GREY, _BLUR, _SIGMA, _SOLARIZE = 20, 21, 22, 23, 24, 27, 31, 32, 33, 34
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One recipe for random views. Probabilities in [0, 1], scales as fractions of the area."""
+    """The distribution of random views. Attributes that end in `_p`, and `flip`, are probabilities in [0, 1]."""
 
-    scale: tuple[float, float]
+    scale: tuple[float, float]  # smallest and largest area of the crop, as fractions of the image's area
     flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    jitter: tuple[float, float, float, float] = (
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )  # largest change of brightness, contrast, saturation, hue
     jitter_p: float = 0.0
     grey_p: float = 0.0
     blur_p: float = 0.0
-    sigma: tuple[float, float] = (0.1, 2.0)
+    sigma: tuple[float, float] = (0.1, 2.0)  # range of the blur's sigma, in pixels of a 224-pixel crop
     solarize_p: float = 0.0
 
 
@@ -47,20 +54,27 @@ POLICIES: dict[str, tuple[Augmentation, ...]] = {
     ),
     "none": (),
 }
-"""By name: random view v uses entry (v - 1) modulo length. crop-flip is CompRess's, moco-v2 is
-Chen et al. 2020, dino is Caron et al. 2021 (its two global crops in turn)."""
+"""Augmentations by the name of the policy: random view v uses entry (v - 1) modulo the length.
+
+crop-flip is that of CompRess (Koohpayegani et al. 2020, arXiv 2010.14713); moco-v2 is that of Chen et al. 2020,
+arXiv 2003.04297; dino is that of Caron et al. 2021, arXiv 2104.14294, which alternates its two global crops. The
+policy `none` has no random views."""
 
 LOCAL_POLICIES: dict[str, Augmentation] = {
     "crop-flip": Augmentation(scale=(0.05, 0.14)),
     "moco-v2": Augmentation(**{**POLICIES["moco-v2"][0].__dict__, "scale": (0.05, 0.14)}),
     "dino": Augmentation(**{**_DINO.__dict__, "scale": (0.05, 0.4), "blur_p": 0.5}),
 }
-"""By name, how local crops are drawn: areas as in SEED's small patches, for dino as in DINO's multi-crop."""
+"""Augmentation of local crops by the name of the policy. Their areas are those of the small patches in SEED (Fang et
+al. 2021, arXiv 2101.04731); for dino those of DINO's multi-crop."""
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """All that decides what view v of an image is. `crop_ratio` is that of view 0."""
+    """The settings that determine view v of an image. `crop_ratio` belongs to view 0.
+
+    Raises UserError for an unknown policy.
+    """
 
     policy: str
     seed: int
@@ -71,62 +85,78 @@ class ViewSpec:
             raise UserError(f"unknown policy {self.policy!r}. Known: {', '.join(POLICIES)}")
 
     def record(self) -> dict[str, Any]:
+        """The settings as JSON values, as a store's manifest keeps them."""
         return {"policy": self.policy, "seed": self.seed, "crop_ratio": self.crop_ratio}
 
 
 class ResolvedView(NamedTuple):
-    """A view resolved for one image: a box in its pixels and what is done to the colours."""
+    """A view resolved for one image: the crop box in pixels of the image, the flip and the colour changes."""
 
-    plain: float = 0.0  # crop ratio; 0 for a random view
+    plain: float = 0.0  # crop ratio of the plain view; 0 for a random view
     top: int = 0
     left: int = 0
     height: int = 0
     width: int = 0
     flip: bool = False
-    jitter: tuple[tuple[int, float], ...] = ()  # (which, factor) in the order applied
+    jitter: tuple[tuple[int, float], ...] = ()  # (index in render._JITTERS, factor) in the order of application
     grey: bool = False
-    sigma: float = 0.0
+    sigma: float = 0.0  # of the blur, in pixels of a 224-pixel crop; 0 for no blur
     solarize: bool = False
 
 
 def draw_variates(seed: int, key: Any, v: Any) -> np.ndarray:
-    """Raw variates of views: keys and view numbers broadcast together -> (..., 36) float64 in [0, 1)."""
+    """Raw random numbers of views: (..., 36) float64 in [0, 1).
+
+    key: view keys of the images; v: view numbers. The shapes of key and v are broadcast together.
+    """
     return philox.uniform(seed, philox.VIEW, key, v, _COUNT)
 
 
 def resolve_view(spec: ViewSpec, variates: np.ndarray, v: int, height: int, width: int) -> ResolvedView:
-    """The view v that variates (36,) mean for an image of this height and width."""
-    recipes = POLICIES[spec.policy]
-    if v == 0 or not recipes:
+    """Turn the variates (36,) of view v into a crop box, a flip and colours for an image of height x width pixels."""
+    augmentations = POLICIES[spec.policy]
+    if v == 0 or not augmentations:
         return ResolvedView(plain=spec.crop_ratio)
-    recipe = LOCAL_POLICIES[spec.policy] if v & LOCAL else recipes[(v - 1) % len(recipes)]
+    chosen = LOCAL_POLICIES[spec.policy] if v & LOCAL else augmentations[(v - 1) % len(augmentations)]
     u = variates.tolist()
-    jitter: list[tuple[int, float]] = []
-    if u[_JITTER] < recipe.jitter_p:
-        order = [0, 1, 2, 3]
-        for place in (3, 2, 1):  # Fisher and Yates
-            other = int(u[_ORDER + 3 - place] * (place + 1))
-            order[place], order[other] = order[other], order[place]
-        for which in order:
-            reach, centre = recipe.jitter[which], 0.0 if which == 3 else 1.0
-            low = centre - reach if which == 3 else max(0.0, centre - reach)
-            jitter.append((which, low + u[_FACTORS + which] * (centre + reach - low)))
-    sigma = recipe.sigma[0] + u[_SIGMA] * (recipe.sigma[1] - recipe.sigma[0])
+    sigma = chosen.sigma[0] + u[_SIGMA] * (chosen.sigma[1] - chosen.sigma[0])
     return ResolvedView(
         0.0,
-        *crop_box(recipe.scale, u, height, width),
-        flip=u[_FLIP] < recipe.flip,
-        jitter=tuple(jitter),
-        grey=u[_GREY] < recipe.grey_p,
-        sigma=sigma if u[_BLUR] < recipe.blur_p else 0.0,
-        solarize=u[_SOLARIZE] < recipe.solarize_p,
+        *crop_box(chosen.scale, u, height, width),
+        flip=u[_FLIP] < chosen.flip,
+        jitter=_jitter_steps(chosen, u) if u[_JITTER] < chosen.jitter_p else (),
+        grey=u[_GREY] < chosen.grey_p,
+        sigma=sigma if u[_BLUR] < chosen.blur_p else 0.0,
+        solarize=u[_SOLARIZE] < chosen.solarize_p,
     )
 
 
-def crop_box(scale: tuple[float, float], u: list[float], height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random resized crop: ten tries, then the largest centred one.
+def _jitter_steps(augmentation: Augmentation, u: list[float]) -> tuple[tuple[int, float], ...]:
+    """(index, factor) of the four colour changes in random order.
 
-    The distribution of Szegedy et al. 2015 as torchvision's RandomResizedCrop draws it.
+    Factors are drawn as by torchvision's ColorJitter: 1 plus or minus the largest change and at least 0; for hue
+    (index 3) 0 plus or minus the largest change.
+    """
+    order = [0, 1, 2, 3]
+    for last in (3, 2, 1):  # Fisher-Yates shuffle
+        other = int(u[_ORDER + 3 - last] * (last + 1))
+        order[last], order[other] = order[other], order[last]
+    steps = []
+    for which in order:
+        change, centre = augmentation.jitter[which], 0.0 if which == 3 else 1.0
+        low = centre - change if which == 3 else max(0.0, centre - change)
+        steps.append((which, low + u[_FACTORS + which] * (centre + change - low)))
+    return tuple(steps)
+
+
+def crop_box(scale: tuple[float, float], u: list[float], height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random resized crop, in pixels of the image.
+
+    The crop of Szegedy et al. 2015, arXiv 1409.4842, with the distribution of torchvision's RandomResizedCrop: ten
+    attempts at a box that fits into the image, then the largest centred box with an allowed aspect ratio. Only IEEE
+    arithmetic and our own `exp` are used, so every machine computes the same box.
+
+    scale: smallest and largest area as fractions of the image's; u: the variates of the view.
     """
     for attempt in range(_TRIES):
         area = height * width * (scale[0] + u[2 * attempt] * (scale[1] - scale[0]))

@@ -1,4 +1,7 @@
-"""Pixels ahead of their use: worker processes, or threads where processes may have no children."""
+"""Load rendered views ahead of their use, in worker processes or in threads.
+
+Threads are for programs that may not start processes of their own, such as a Dask worker.
+"""
 
 import os
 import signal
@@ -6,57 +9,67 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import BadImage
 from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
 from compress_ssl.pipeline.views.render import render_views
 
-REQUEST_BYTES = 32_000_000
-PREFETCH = 2  # pieces in flight, per worker
+REQUEST_BYTES = 32_000_000  # bytes of pixels per request; bounds the memory of a batch in flight
+PREFETCH = 2  # requests in flight per worker
+
+Sizes = Sequence[tuple[int, str]]
+"""(side S in pixels, interpolation) of each rendering."""
 
 
 @dataclass(frozen=True)
 class ViewRequest:
-    """Rows of a data set and the views wanted of each."""
+    """Rows of a data set, and for each row the views to render."""
 
     rows: np.ndarray  # (n,) int64
     views: np.ndarray  # (n, V) int64
-    local: np.ndarray | None = None  # (n, L) int64: local crops wanted too, at sizes of their own
+    local: np.ndarray | None = None  # (n, L) int64: local crops to render too, at sizes of their own
 
 
 @dataclass
 class ViewBatch:
-    """What a loader worker saw of a piece."""
+    """The rendered views of one request."""
 
     pixels: list[torch.Tensor]  # per size: (n, V, 3, S, S) uint8; zeros where the image is bad
     local: list[torch.Tensor]  # per local size: (n, L, 3, s, s) uint8
-    status: np.ndarray  # (n,) uint8
-    content: np.ndarray  # (n,) uint64
+    status: np.ndarray  # (n,) uint8, the codes of datasets/decode.py
+    content: np.ndarray  # (n,) uint64 content hashes; 0 where the image is bad
     bad: dict[int, str]  # row -> reason
 
     def pin_memory(self) -> "ViewBatch":
-        """With pixels in pinned memory, from which a GPU fetches them while it computes. DataLoader asks for it."""
-        pixels, local = ([tensor.pin_memory() for tensor in kind] for kind in (self.pixels, self.local))
-        return replace(self, pixels=pixels, local=local)
+        """Copy the pixels to pinned memory, so that the transfer to a GPU overlaps with computing.
+
+        DataLoader calls this method when it is given `pin_memory=True`.
+        """
+        return replace(
+            self,
+            pixels=[tensor.pin_memory() for tensor in self.pixels],
+            local=[tensor.pin_memory() for tensor in self.local],
+        )
 
 
 class ViewDataset:
-    """(piece) -> what it looks like. Each image is decoded once for all its views and sizes."""
+    """Maps the index of a request to its ViewBatch. Each image is decoded once for all its views and sizes."""
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: Dataset,
         spec: ViewSpec,
         view_key: np.ndarray,
-        sizes: Sequence[tuple[int, str]],
-        requests: Sequence,
-        local_sizes: Sequence[tuple[int, str]] = (),
+        sizes: Sizes,
+        requests: Sequence[ViewRequest],
+        local_sizes: Sizes = (),
     ):
+        """view_key: (N,) uint64, one key per row of the data set; see `augment.draw_variates`."""
         self.dataset, self.spec, self.view_key = dataset, spec, view_key
         self.sizes, self.local_sizes, self.requests = list(sizes), list(local_sizes), requests
 
@@ -67,26 +80,28 @@ class ViewDataset:
         return self.load(self.requests[number])
 
     def load(self, request: ViewRequest) -> ViewBatch:
+        """Decode the images of a request and render their views."""
         n = len(request.rows)
-        kinds = [(request.views, self.sizes)]
+        groups = [(request.views, self.sizes)]
         if request.local is not None:
-            kinds.append((request.local, self.local_sizes))
-        drawn = [draw_variates(self.spec.seed, self.view_key[request.rows][:, None], views) for views, _ in kinds]
+            groups.append((request.local, self.local_sizes))
+        keys = self.view_key[request.rows][:, None]
+        variates = [draw_variates(self.spec.seed, keys, views) for views, _ in groups]
         pixels = [
             [torch.zeros((n, views.shape[1], 3, size, size), dtype=torch.uint8) for size, _ in sizes]
-            for views, sizes in kinds
+            for views, sizes in groups
         ]
         status, content = np.zeros(n, np.uint8), np.zeros(n, np.uint64)
         bad: dict[int, str] = {}
         for j, i in enumerate(request.rows.tolist()):
             try:
                 image, content[j] = self.dataset.load(i)
-                for (views, sizes), variates, outs in zip(kinds, drawn, pixels, strict=True):
-                    wanted = sizes if views.shape[1] else []  # a shard may lack nothing but its local crops
-                    for out, seen in zip(
-                        outs, render_views(image, self.spec, variates[j], views[j], wanted), strict=False
-                    ):
-                        out[j] = seen
+                for (views, sizes), drawn, outputs in zip(groups, variates, pixels, strict=True):
+                    if views.shape[1] == 0:  # a shard may be complete except for its local crops
+                        continue
+                    rendered = render_views(image, self.spec, drawn[j], views[j], sizes)
+                    for output, tensor in zip(outputs, rendered, strict=True):
+                        output[j] = tensor
             except BadImage as problem:
                 status[j], bad[i] = problem.status, str(problem)
         return ViewBatch(pixels[0], pixels[1] if len(pixels) > 1 else [], status, content, bad)
@@ -95,13 +110,15 @@ class ViewDataset:
 def iterate_views(
     view_dataset: ViewDataset, workers: int, threads: bool = False, pin: bool = False
 ) -> Generator[ViewBatch, None, None]:
-    """The sights of all pieces, in order, AHEAD per worker in flight.
+    """Yield the batches of all requests in order, with PREFETCH requests per worker in flight.
 
-    workers processes (0: none, seen as they are asked for); `threads` instead of processes. Use it
-    under contextlib.closing: workers that outlive an error would be waited for at the program's end.
+    workers: number of processes, or of threads if `threads`; 0 loads each batch when it is asked for.
+    pin: put the pixels into pinned memory (processes only).
+    Use the generator under `contextlib.closing`. Otherwise, after an error, its workers live on and the program waits
+    for them when it ends.
     """
     if workers and threads:
-        yield from _by_threads(view_dataset, workers)
+        yield from _iterate_with_threads(view_dataset, workers)
     elif workers:
         yield from DataLoader(
             view_dataset,  # type: ignore[arg-type]
@@ -116,31 +133,41 @@ def iterate_views(
             yield view_dataset[number]
 
 
-def _by_threads(view_dataset: ViewDataset, workers: int) -> Iterator[ViewBatch]:
-    with ThreadPoolExecutor(workers, thread_name_prefix="eyes") as pool:
-        flight: deque[Future[ViewBatch]] = deque()
+def _iterate_with_threads(view_dataset: ViewDataset, workers: int) -> Iterator[ViewBatch]:
+    with ThreadPoolExecutor(workers, thread_name_prefix="views") as pool:
+        in_flight: deque[Future[ViewBatch]] = deque()
         for number in range(len(view_dataset)):
-            flight.append(pool.submit(view_dataset.__getitem__, number))
-            if len(flight) > workers * PREFETCH:
-                yield flight.popleft().result()
-        while flight:
-            yield flight.popleft().result()
+            in_flight.append(pool.submit(view_dataset.__getitem__, number))
+            if len(in_flight) > workers * PREFETCH:
+                yield in_flight.popleft().result()
+        while in_flight:
+            yield in_flight.popleft().result()
 
 
 def _prepare_worker(_: int) -> None:
-    os.nice(10)  # a model on the CPU waits for the slowest of its threads: none of them should wait for a loader
-    for signum in (signal.SIGINT, signal.SIGTERM):  # both may come to the whole group: the parent decides
+    # Lower the priority: a model on the CPU waits for its slowest thread, so a loader must not displace one.
+    os.nice(10)
+    # Ctrl-C and a batch system send these signals to the whole process group; the parent process handles them.
+    for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
 
 
 def split_rows(
     start: int, stop: int, views: Sequence[int], size: int, local: Sequence[int] = (), local_size: int = 0
 ) -> list[ViewRequest]:
-    """Rows start..stop-1, in the same views and local crops, cut so that a piece's pixels stay below PIECE_BYTES."""
-    step = max(1, REQUEST_BYTES // (3 * (len(views) * size * size + len(local) * local_size * local_size)))
-    cuts = [np.arange(a, min(a + step, stop)) for a in range(start, stop, step)]
-    return [ViewRequest(rows, _same(views, rows), _same(local, rows) if local else None) for rows in cuts]
+    """Split rows start..stop-1, all with the same views and local crops, into requests of at most REQUEST_BYTES.
+
+    size, local_size: side in pixels of the views and of the local crops. A request has at least one row.
+    """
+    row_bytes = 3 * (len(views) * size * size + len(local) * local_size * local_size)
+    step = max(1, REQUEST_BYTES // row_bytes)
+    requests = []
+    for first in range(start, stop, step):
+        rows = np.arange(first, min(first + step, stop))
+        requests.append(ViewRequest(rows, _repeat(views, rows), _repeat(local, rows) if local else None))
+    return requests
 
 
-def _same(views: Sequence[int], rows: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(np.array(views, np.int64), (len(rows), len(views)))  # one copy, however many pieces
+def _repeat(views: Sequence[int], rows: np.ndarray) -> np.ndarray:
+    """(n, V) int64 with the same views in each row, without a copy per row."""
+    return np.broadcast_to(np.array(views, np.int64), (len(rows), len(views)))

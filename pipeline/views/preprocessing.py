@@ -1,4 +1,4 @@
-"""How a model wants its pixels."""
+"""The preprocessing that a model was trained with."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,26 +9,27 @@ Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a model wants its pixels.
+    """The input size and normalisation that a model was trained with.
 
-    View 0 is the shorter side resized to floor(size / crop_ratio) pixels, then a centre crop of
-    `size`; mean and std are those of pixels in [0, 1], by channel.
+    View 0 resizes the shorter side to floor(size / crop_ratio) pixels and takes a centre crop of `size` x `size`.
+    mean and std are those of RGB values in [0, 1], per channel.
     """
 
-    size: int
+    size: int  # side S in pixels
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str
+    interpolation: str  # a value of torchvision's InterpolationMode, such as "bicubic"
     crop_ratio: float
 
     def record(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The preprocessing as JSON values, as a store's manifest keeps it."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Preprocessing":
-        """Back from `record`."""
+        """The preprocessing that `record` was made from."""
         return cls(**{**record, "mean": tuple(record["mean"]), "std": tuple(record["std"])})
 
 
+# torchvision's and timm's usual evaluation preprocessing for ImageNet
 IMAGENET = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", 0.875)

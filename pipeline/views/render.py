@@ -1,4 +1,4 @@
-"""Pixels of resolved views."""
+"""Render the pixels of resolved views, with torchvision's antialiased transforms on uint8."""
 
 import math
 from collections.abc import Sequence
@@ -10,21 +10,20 @@ from torchvision.transforms.v2 import functional as tv
 
 from compress_ssl.pipeline.views.augment import ResolvedView, ViewSpec, resolve_view
 
-BLUR_REFERENCE = 224  # blur sigmas are in pixels of a 224-pixel crop and scale with the size rendered
-_STRIP = 16  # view 0 of a longer strip than 16:1 is that of its middle, which shows the same square
+BLUR_REFERENCE = 224  # pixels: a blur's sigma is that of a crop of this side and scales with the rendered side
+LEAST_SIGMA = 0.05  # pixels; a smaller blur changes no 8-bit value
+# An image longer than 16:1 is first cut to its middle for view 0. The centre crop shows the same square, and a strip
+# of many thousand pixels is not enlarged as a whole.
+_LONGEST_RATIO = 16
 
 
 def render_view(image: torch.Tensor, view: ResolvedView, size: int, interpolation: str) -> torch.Tensor:
-    """Pixels of a view: image (3, H, W) uint8 -> (3, size, size) uint8, antialiased."""
-    how = InterpolationMode(interpolation)
+    """Render one view of an image: (3, H, W) uint8 -> (3, size, size) uint8."""
+    mode = InterpolationMode(interpolation)
     if view.plain:
-        short = min(image.shape[-2:])
-        image = tv.center_crop(image, [min(side, _STRIP * short) for side in image.shape[-2:]])
-        least = max(size, math.floor(size / view.plain + 1e-6))  # timm's and torchvision's roundings: down, both
-        target = [int(least * side / short) for side in image.shape[-2:]]
-        return tv.center_crop(tv.resize(image, target, how, antialias=True), [size, size])
+        return _render_plain_view(image, view.plain, size, mode)
     box = image[:, view.top : view.top + view.height, view.left : view.left + view.width]
-    pixels = tv.resize(box, [size, size], how, antialias=True)
+    pixels = tv.resize(box, [size, size], mode, antialias=True)
     if view.flip:
         pixels = tv.horizontal_flip(pixels)
     for which, factor in view.jitter:
@@ -32,31 +31,43 @@ def render_view(image: torch.Tensor, view: ResolvedView, size: int, interpolatio
     if view.grey:
         pixels = tv.rgb_to_grayscale(pixels, num_output_channels=3)
     sigma = view.sigma * size / BLUR_REFERENCE
-    if sigma > 0.05:  # below, the kernel rounds to the identity on eight bits
-        reach = max(1, math.ceil(3 * sigma))
-        reach = min(reach, size - 1)
-        pixels = tv.gaussian_blur(pixels, [2 * reach + 1] * 2, [sigma] * 2)
+    if sigma > LEAST_SIGMA:
+        radius = max(1, math.ceil(3 * sigma))
+        radius = min(radius, size - 1)  # torchvision pads by reflection, which needs a radius below the side
+        pixels = tv.gaussian_blur(pixels, [2 * radius + 1] * 2, [sigma] * 2)
     if view.solarize:
         pixels = tv.solarize(pixels, 128)
     return pixels.contiguous()
+
+
+def _render_plain_view(image: torch.Tensor, crop_ratio: float, size: int, mode: InterpolationMode) -> torch.Tensor:
+    """Resize the shorter side to size / crop_ratio and crop the centre: (3, H, W) -> (3, size, size) uint8."""
+    shorter = min(image.shape[-2:])
+    image = tv.center_crop(image, [min(side, _LONGEST_RATIO * shorter) for side in image.shape[-2:]])
+    least = max(size, math.floor(size / crop_ratio + 1e-6))  # timm and torchvision both round down
+    target = [int(least * side / shorter) for side in image.shape[-2:]]
+    return tv.center_crop(tv.resize(image, target, mode, antialias=True), [size, size])
 
 
 _JITTERS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 
 
 def default_local_size(size: int) -> int:
-    """Side of local crops beside global views of `size` pixels: 96 for 224, in multiples of eight."""
+    """Default side of local crops beside global views of `size` pixels.
+
+    DINO's ratio of 96 to 224, rounded to a multiple of eight pixels.
+    """
     return max(8, 8 * round(size * 3 / 7 / 8))
 
 
 def render_views(
     image: np.ndarray, spec: ViewSpec, variates: np.ndarray, views: Sequence[int], sizes: Sequence[tuple[int, str]]
 ) -> list[torch.Tensor]:
-    """One decoded image (H, W, 3) in V views, for each (size, interpolation): (V, 3, S, S) uint8.
+    """Render V views of a decoded image: for each (S, interpolation) in `sizes` a tensor (V, 3, S, S) uint8.
 
-    variates: (V, 36), `draw` for this image's key and these views.
+    image: (H, W, 3) uint8; variates: (V, 36) from `draw_variates` for the view key of the image and these views.
     """
     pixels = torch.from_numpy(image).permute(2, 0, 1)
     height, width = image.shape[:2]
     resolved = [resolve_view(spec, u, int(v), height, width) for u, v in zip(variates, views, strict=True)]
-    return [torch.stack([render_view(pixels, view, size, how) for view in resolved]) for size, how in sizes]
+    return [torch.stack([render_view(pixels, view, size, mode) for view in resolved]) for size, mode in sizes]
