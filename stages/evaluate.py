@@ -57,32 +57,32 @@ def run(config: Config) -> dict[str, Any]:
     from compress_ssl.pipeline.evaluators import PROTOCOLS
 
     evaluators = {spec: PROTOCOLS.build(spec) for spec in config.protocol}
-    subject = open_subject(config, any(getattr(e, "augment", False) for e in evaluators.values()))
-    out = config.out or subject.home
+    scored = open_scored_model(config, any(e.needs_augmented for e in evaluators.values()))
+    out = config.out or scored.default_out
     anew = config.overwrite and artifact.replaceable(out, "evaluation")
     earlier = None if anew else artifact.claimed(Folder(out), "evaluation")
-    train_data, val_data = open_sets(config, subject)
+    train_data, val_data = open_sets(config, scored)
     if earlier:
-        require_its_images(config, subject, earlier, train_data, val_data)
-    suits(evaluators, subject, train_data, val_data)
+        require_its_images(config, scored, earlier, train_data, val_data)
+    suits(evaluators, scored, train_data, val_data)
 
     from compress_ssl.pipeline.runtime.device import choose_device
 
     choose_device(config.device)
     identity = {
-        "model": {"weights": subject.weights, "preprocessing": subject.preprocessing},
-        "crop_ratio": subject.spec.crop_ratio,
+        "model": {"weights": scored.weights, "preprocessing": scored.preprocessing},
+        "crop_ratio": scored.views.crop_ratio,
         "data": {"train": train_data.fingerprint, "val": val_data.fingerprint},
         "precision": config.precision,
     }
-    about = {"model": subject.model, "train": train_spec(config, subject), "val": config.val}
+    about = {"model": scored.model, "train": train_spec(config, scored), "val": config.val}
     if config.overwrite and (aside := artifact.move_aside(out, "evaluation")):  # only now, when little is refused
         echo(f"set the earlier {out} aside as {aside}")
     artifact.claim(Folder(out), "evaluation", identity, about)
-    train, val = splits(config, subject, train_data, val_data, out)
-    metrics, results = score(config, subject, evaluators, train, val, train_data, out)
+    train, val = splits(config, scored, train_data, val_data, out)
+    metrics, results = score(config, scored, evaluators, train, val, train_data, out)
     Folder(out).put("metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
-    page = write_report(config, subject, metrics, results, train, val, train_data, val_data, out)
+    page = write_report(config, scored, metrics, results, train, val, train_data, val_data, out)
     return {"summary": f"{headline(metrics)}\n{page}", "evaluation": str(out), "metrics": metrics}
 
 
@@ -115,16 +115,15 @@ def check(config: Config) -> None:
         artifact.read(open_storage(config.store), "store")
 
 
-def open_subject(config: Config, augment: bool) -> "ScoredModel":
+def open_scored_model(config: Config, augment: bool) -> "ScoredModel":
     from compress_ssl.pipeline.evaluators import scored_model
-    from compress_ssl.pipeline.models import build
 
     if config.run:
-        return scored_model.from_run(config.run, config.image_size, build)
+        return scored_model.open_run(config.run, config.image_size)
     if config.store:
-        return scored_model.from_store(open_store(config, config.store, augment), build)
+        return scored_model.open_teacher(open_store(config, config.store, augment))
     assert config.model and config.out
-    return scored_model.from_model(config.model, config.image_size, config.out, build)
+    return scored_model.open_model(config.model, config.image_size, config.out)
 
 
 def open_store(config: Config, where: str, augment: bool) -> "FeatureStore":
@@ -137,11 +136,11 @@ def open_store(config: Config, where: str, augment: bool) -> "FeatureStore":
     return fetch(store, used, config.cache) if is_url(where) else store
 
 
-def train_spec(config: Config, subject: "ScoredModel") -> str:
-    return config.train or str((subject.data or {}).get("spec"))
+def train_spec(config: Config, scored: "ScoredModel") -> str:
+    return config.train or str((scored.data or {}).get("spec"))
 
 
-def open_sets(config: Config, subject: "ScoredModel") -> tuple["Dataset", "Dataset"]:
+def open_sets(config: Config, scored: "ScoredModel") -> tuple["Dataset", "Dataset"]:
     """Training and validation images. Raises UserError for a class in val that train lacks."""
     from compress_ssl.pipeline.datasets import DATASETS
     from compress_ssl.pipeline.store import source_images
@@ -150,10 +149,10 @@ def open_sets(config: Config, subject: "ScoredModel") -> tuple["Dataset", "Datas
         train = DATASETS.build(config.train)
         train = train.subset(config.limit) if config.limit else train
     else:
-        assert subject.data
+        assert scored.data
         of = str(config.run or config.store)
-        ids = subject.ids or tuple
-        train = source_images.open_recorded(subject.data, ids, DATASETS.build, given=None, flag="--train", of=of)
+        ids = scored.sample_ids or tuple
+        train = source_images.open_recorded(scored.data, ids, DATASETS.build, given=None, flag="--train", of=of)
     val = DATASETS.build(config.val)
     unknown = [name for name in val.classes if name not in train.classes]
     if unknown and (train.label >= 0).any():
@@ -165,56 +164,56 @@ def open_sets(config: Config, subject: "ScoredModel") -> tuple["Dataset", "Datas
 
 
 def require_its_images(
-    config: Config, subject: "ScoredModel", earlier: dict[str, Any], train: "Dataset", val: "Dataset"
+    config: Config, scored: "ScoredModel", earlier: dict[str, Any], train: "Dataset", val: "Dataset"
 ) -> None:
     """Raises UserError if the evaluation that is there was made from other images."""
-    for which, dataset, asked in (("train", train, train_spec(config, subject)), ("val", val, config.val)):
+    for which, dataset, asked in (("train", train, train_spec(config, scored)), ("val", val, config.val)):
         if earlier["identity"]["data"][which] != dataset.fingerprint:
             raise artifact.Mismatch(
-                f"{config.out or subject.home} was made with the {which} images of {earlier['about'][which]} as they "
-                f"were then, and those of {asked} are others; choose another --out, or start anew with --overwrite"
+                f"{config.out or scored.default_out} was made with the {which} images of {earlier['about'][which]} as "
+                f"they were then, and those of {asked} are others; choose another --out, or start anew with --overwrite"
             )
 
 
-def suits(evaluators: dict[str, Any], subject: "ScoredModel", train: Any, val: Any) -> None:
+def suits(evaluators: dict[str, Any], scored: "ScoredModel", train: Any, val: Any) -> None:
     """Refuse a protocol for another model, or for labels where there are none, before hours of features."""
     from compress_ssl.pipeline.evaluators.base import require_labels
 
     sets = {"training": train, "validation": val}
     for spec, evaluator in evaluators.items():
-        if getattr(evaluator, "of", "") not in ("", subject.weights):
+        if evaluator.model_digest not in ("", scored.weights):
             raise UserError(
-                f"--protocol {spec} was made for another model than {subject.model['name']}; give the head of this "
+                f"--protocol {spec} was made for another model than {scored.model['name']}; give the head of this "
                 "one: its run's head.safetensors, or one made from its store with compress label-head"
             )
         require_labels(spec, **{which: sets[which] for which in evaluator.needs_labels})
 
 
 def splits(
-    config: Config, subject: "ScoredModel", train: "Dataset", val: "Dataset", out: Path
+    config: Config, scored: "ScoredModel", train: "Dataset", val: "Dataset", out: Path
 ) -> tuple["Split", "Split"]:
     """Features of both sets on disk, resumed where they stopped; labels joined by class name.
 
     Both have the classes of the training images, or, where these have no labels, of the validation images.
     """
     classes = (*train.classes, *(name for name in val.classes if name not in train.classes))
-    first = subject.stored(train) or embed_set(config, subject, train, out / "features" / "train")
-    second = subject.stored(val) or embed_set(config, subject, val, out / "features" / "val")
+    first = scored.find_store(train) or embed_set(config, scored, train, out / "features" / "train")
+    second = scored.find_store(val) or embed_set(config, scored, val, out / "features" / "val")
     return split(first, train, classes), split(second, val, classes)
 
 
-def embed_set(config: Config, subject: "ScoredModel", dataset: "Dataset", folder: Path) -> "FeatureStore":
-    """View 0 of a data set through the subject, as a store of one exact view."""
+def embed_set(config: Config, scored: "ScoredModel", dataset: "Dataset", folder: Path) -> "FeatureStore":
+    """View 0 of a data set through the scored, as a store of one exact view."""
     from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
     from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.store.shards import shard_rows
 
-    arrays = {"embedding": [subject.model["width"]]}
+    arrays = {"embedding": [scored.model["width"]]}
     identity = {
         "data": {"fingerprint": dataset.fingerprint, "images": len(dataset)},
-        "teacher": {"weights": subject.weights, "preprocessing": subject.preprocessing},
-        "views": {**subject.spec.record(), "policy": "none"},
+        "teacher": {"weights": scored.weights, "preprocessing": scored.preprocessing},
+        "views": {**scored.views.record(), "policy": "none"},
         "arrays": arrays,
         "codec": "float32",
         "batch_size": config.batch_size,
@@ -230,10 +229,10 @@ def embed_set(config: Config, subject: "ScoredModel", dataset: "Dataset", folder
             StopRequest() as stop,
             progress_bar(f"features {folder.name}", store.images, "images", store.images - rows) as bar,
         ):
-            forward = FeatureExtractor(subject.build(), device, config.precision, config.batch_size)
+            forward = FeatureExtractor(scored.build_embedder(), device, config.precision, config.batch_size)
             workers = loader_workers(config.workers, device)
             embed(
-                store, dataset, subject.spec, forward, workers=workers, progress=bar.advance,
+                store, dataset, scored.views, forward, workers=workers, progress=bar.advance,
                 stopped=lambda: stop.requested,
             )  # fmt: skip
             stop.check("features so far are kept; repeat the command to continue")
@@ -262,20 +261,20 @@ def split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -
 
 
 def score(
-    config: Config, subject: "ScoredModel", evaluators: dict[str, Any], train: "Split", val: "Split",
+    config: Config, scored: "ScoredModel", evaluators: dict[str, Any], train: "Split", val: "Split",
     train_data: "Dataset", out: Path,
 ) -> tuple[dict[str, Any], dict[str, "Result"]]:  # fmt: skip
     """metrics.json as a dictionary, and the results, with every protocol ever scored here."""
     from compress_ssl.pipeline.evaluators.results import Results
 
     metrics: dict[str, Any] = {
-        "model": subject.model,
+        "model": scored.model,
         "data": {
-            "train": train_spec(config, subject), "train_images": len(train),
+            "train": train_spec(config, scored), "train_images": len(train),
             "val": config.val, "val_images": len(val), "classes": len(train.classes),
         },
     }  # fmt: skip
-    results, augmented = Results(Folder(out)), augmenter(config, subject, train, train_data)
+    results, augmented = Results(Folder(out)), augmenter(config, scored, train, train_data)
     for spec, evaluator in evaluators.items():
         if results.get(evaluator) is None:
             results.put(evaluator, spec, evaluator(train, val, out, augmented))
@@ -284,20 +283,20 @@ def score(
 
 
 def augmenter(
-    config: Config, subject: "ScoredModel", train: "Split", dataset: "Dataset"
+    config: Config, scored: "ScoredModel", train: "Split", dataset: "Dataset"
 ) -> "Callable[[int], np.ndarray] | None":
     """epoch -> (n, d) features of another random view of every training image.
 
     From the store, its random views in turn; else crops and flips seen afresh.
     """
-    if stored := subject.stored(dataset):
+    if stored := scored.find_store(dataset):
         drawn = [view for view in stored.stored_views if view]
         return (lambda epoch: stored.read("embedding", drawn[epoch % len(drawn)])[train.rows]) if drawn else None
-    return partial(fresh_features, config, subject, dataset, train.rows)
+    return partial(fresh_features, config, scored, dataset, train.rows)
 
 
 def fresh_features(
-    config: Config, subject: "ScoredModel", dataset: "Dataset", rows: "np.ndarray", epoch: int
+    config: Config, scored: "ScoredModel", dataset: "Dataset", rows: "np.ndarray", epoch: int
 ) -> "np.ndarray":
     """(n, d) features of crops and flips never seen before, one for each of these rows."""
     import torch
@@ -308,8 +307,8 @@ def fresh_features(
     from compress_ssl.pipeline.views.numbering import FRESH
 
     device = choose_device(config.device)
-    embedder = subject.build().to(device).to(memory_format=torch.channels_last)  # as `embed` leaves it
-    spec = ViewSpec("crop-flip", subject.spec.seed, subject.spec.crop_ratio)
+    embedder = scored.build_embedder().to(device).to(memory_format=torch.channels_last)  # as `embed` leaves it
+    spec = ViewSpec("crop-flip", scored.views.seed, scored.views.crop_ratio)
     workers = loader_workers(config.workers, device)
     features, seen = view_features(embedder, dataset, spec, device, config.precision, FRESH + epoch, rows, workers)
     if len(seen) != len(rows):
@@ -318,7 +317,7 @@ def fresh_features(
 
 
 def write_report(
-    config: Config, subject: "ScoredModel", metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
+    config: Config, scored: "ScoredModel", metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
     val: "Split", train_data: "Dataset", val_data: "Dataset", out: Path,
 ) -> Path:  # fmt: skip
     from compress_ssl.pipeline.report import evaluation
@@ -330,15 +329,15 @@ def write_report(
         train=train,
         val=val,
         results=results,
-        teacher=teacher_metrics(config, subject, metrics),
-        curves=jsonl.read_jsonl(subject.run / "metrics.jsonl") if subject.run else None,
+        teacher=teacher_metrics(config, scored, metrics),
+        curves=jsonl.read_jsonl(scored.run / "metrics.jsonl") if scored.run else None,
         pictures=lambda which, i: thumbnail(sets[which], i),
     )
 
 
-def teacher_metrics(config: Config, subject: "ScoredModel", metrics: dict[str, Any]) -> dict[str, Any] | None:
+def teacher_metrics(config: Config, scored: "ScoredModel", metrics: dict[str, Any]) -> dict[str, Any] | None:
     """The teacher's metrics.json, if it was scored on the same images."""
-    place = config.teacher or subject.beside
+    place = config.teacher or scored.teacher_evaluation
     if place is None or not (place / "metrics.json").exists():
         if config.teacher:
             raise UserError(f"--teacher {config.teacher} holds no metrics.json; score the teacher first, with --store")

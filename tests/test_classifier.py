@@ -125,9 +125,7 @@ def test_of_equal_logits_the_first_wins(tmp_path: Path) -> None:
 
 def test_what_it_cannot_score_is_refused_in_words(saved: Callable[..., Path], tmp_path: Path) -> None:
     strange = PROTOCOLS.build(spec(saved(("x", "y"))))
-    with pytest.raises(
-        UserError, match=r"knows none of the 8 classes .* its first is 'x', theirs 'a'; give a head for"
-    ):
+    with pytest.raises(UserError, match=r"has none of the 8 classes .* its first is 'x', theirs 'a'; give a head for"):
         strange(BARE, LABELLED, tmp_path)
     wide = PROTOCOLS.build(spec(saved(width=WIDTH + 1)))
     with pytest.raises(UserError, match=r"of 7 dimensions, and this model's have 6; give the head of this very model"):

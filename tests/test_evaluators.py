@@ -16,8 +16,8 @@ from scipy.optimize import linear_sum_assignment
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.evaluators.base import Evaluator, Result, Split, per_class
-from compress_ssl.pipeline.evaluators.cluster import contingency, match, score
-from compress_ssl.pipeline.evaluators.linear import LinearProbe, whitening
+from compress_ssl.pipeline.evaluators.cluster import count_shared_images, match_clusters, score_assignments
+from compress_ssl.pipeline.evaluators.linear import LinearProbe, whitening_statistics
 from compress_ssl.pipeline.report.metrics import headline_scores
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.search import exact, kmeans
@@ -187,7 +187,7 @@ def test_cluster_top1_is_the_papers_on_any_assignment_even_with_an_empty_cluster
     draw = np.random.default_rng(seed)
     ours, theirs = draw.integers(0, k - empty, 40), draw.integers(0, k, 25)
     train, val = draw.integers(0, k, 40), draw.integers(0, k, 25)
-    found, _ = score(ours, train, theirs, val, k, k)
+    found, _ = score_assignments(ours, train, theirs, val, k, k)
     assert found["top1"] == pytest.approx(
         the_papers_way(ours.tolist(), train.tolist(), theirs.tolist(), val.tolist(), k)
     )
@@ -198,7 +198,7 @@ def test_cluster_top1_is_the_papers_on_any_assignment_even_with_an_empty_cluster
 def test_hungarian_top1_is_the_best_of_all_one_to_one_maps_on_validation(k: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     ours, train, theirs, val = (draw.integers(0, k, n) for n in (30, 30, 20, 20))
-    found, _ = score(ours, train, theirs, val, k, k)
+    found, _ = score_assignments(ours, train, theirs, val, k, k)
     best = max(np.mean(np.array(p)[theirs] == val) for p in itertools.permutations(range(k)))
     assert found["hungarian_top1"] == pytest.approx(100 * best)
     assert found["hungarian_top1"] >= found["top1"] - 1e-9
@@ -208,17 +208,17 @@ def test_the_paper_divides_by_cluster_size_where_the_usual_accuracy_counts() -> 
     """Cluster 0: 7 of a, 4 of b. Cluster 1: 2 of a only. By shares 1 -> a; by counts 0 -> a."""
     cluster = np.array([0] * 11 + [1] * 2)
     label = np.array([0] * 7 + [1] * 4 + [0] * 2)
-    counts = contingency(cluster, label, 2, 2)
+    counts = count_shared_images(cluster, label, 2, 2)
     np.testing.assert_array_equal(counts, [[7, 4], [2, 0]])
-    found, arrays = score(cluster, label, cluster, label, 2, 2)
+    found, arrays = score_assignments(cluster, label, cluster, label, 2, 2)
     np.testing.assert_array_equal(arrays["mapping"], [1, 0])  # 4/11 + 2/2 > 7/11 + 0
-    np.testing.assert_array_equal(match(counts), [0, 1])  # 7 + 0 > 4 + 2
+    np.testing.assert_array_equal(match_clusters(counts), [0, 1])  # 7 + 0 > 4 + 2
     assert (found["top1"], found["hungarian_top1"]) == (pytest.approx(100 * 6 / 13), pytest.approx(100 * 7 / 13))
 
 
 def test_validation_is_scored_with_the_map_of_training() -> None:
     cluster, label = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1])
-    found, arrays = score(cluster, label, cluster, 1 - label, 2, 2)
+    found, arrays = score_assignments(cluster, label, cluster, 1 - label, 2, 2)
     assert (found["top1"], found["hungarian_top1"], found["train_top1"]) == (0, 100, 100)
     np.testing.assert_array_equal(arrays["confusion"], [[0, 2, 0], [2, 0, 0]])
 
@@ -226,14 +226,14 @@ def test_validation_is_scored_with_the_map_of_training() -> None:
 def test_nmi_is_mutual_information_over_the_mean_entropy() -> None:
     draw = np.random.default_rng(5)
     cluster, label = draw.integers(0, 4, 50), draw.integers(0, 3, 50)
-    joint = contingency(cluster, label, 4, 3) / 50
+    joint = count_shared_images(cluster, label, 4, 3) / 50
     entropy = [-sum(p * math.log(p) for p in joint.sum(axis=axis) if p) for axis in (0, 1)]
     shared = sum(
         joint[c, y] * math.log(joint[c, y] / (joint[c].sum() * joint[:, y].sum()))
         for c, y in itertools.product(range(4), range(3))
         if joint[c, y]
     )
-    found, _ = score(cluster, label, cluster, label, 4, 3)
+    found, _ = score_assignments(cluster, label, cluster, label, 4, 3)
     assert found["nmi"] == pytest.approx(100 * shared / (sum(entropy) / 2))
 
 
@@ -388,7 +388,7 @@ def test_whitening_is_torchs_unbiased_variance_with_the_papers_epsilon() -> None
     x = exact.normalize(TRAIN.features)
     x[:, 3] = 0  # a dead dimension
     var, mean = torch.var_mean(torch.from_numpy(x), dim=0)
-    found = whitening(x)
+    found = whitening_statistics(x)
     np.testing.assert_allclose(found[0], mean.numpy(), atol=1e-6)
     np.testing.assert_allclose(found[1], (1 / torch.sqrt(var + 1e-5)).numpy(), rtol=1e-5)
     assert found[1][3] == pytest.approx(316.2278)

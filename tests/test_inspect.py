@@ -26,9 +26,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     how: dict[str, Any] = {"batch_size": 20, "workers": 0, "device": "cpu"}
     teacher = "convnet:channels=4+8,pretrained=false"
     export_teacher.run(export_teacher.Config("digits", teacher, home / "store", limit=40, views=2, image_size=8, **how))
-    live = teacher.live_teacher
+    live = scored_model.live_teacher
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scored_model, "live_teacher", lambda *how: (built.append("teacher"), live(*how))[1])
+        patch.setattr(scored_model, "live_teacher", lambda *arguments: (built.append("teacher"), live(*arguments))[1])
         evaluate.run(
             evaluate.Config(
                 val="digits:split=test", train="digits:split=test", limit=60, store=str(home / "store"),

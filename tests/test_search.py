@@ -176,7 +176,7 @@ def test_where_faiss_sees_a_gpu_the_index_goes_there_in_full_precision(monkeypat
     kmeans.kmeans(random(20, 4), 3, 2)
     assert placed == [(0, False), (0, True), (0, False), (0, False)]
     placed.clear()
-    exact.search(random(1, 1), random(exact.GPU_MOST + 1, 1), exact.GPU_MOST + 1)
+    exact.search(random(1, 1), random(exact.MAX_GPU_NEIGHBOURS + 1, 1), exact.MAX_GPU_NEIGHBOURS + 1)
     assert placed == []  # more neighbours than FAISS gives on a GPU
 
 
