@@ -323,7 +323,7 @@ def write_report(
     from compress_ssl.pipeline.report import evaluation
 
     sets = {"train": train_data, "val": val_data}
-    return evaluation.write(
+    return evaluation.write_report(
         out,
         metrics,
         train=train,
@@ -331,7 +331,7 @@ def write_report(
         results=results,
         teacher=teacher_metrics(config, scored, metrics),
         curves=jsonl.read_jsonl(scored.run / "metrics.jsonl") if scored.run else None,
-        pictures=lambda which, i: thumbnail(sets[which], i),
+        load_image=lambda which, i: thumbnail(sets[which], i),
     )
 
 

@@ -78,7 +78,7 @@ def results() -> dict[str, Result]:
     }
 
 
-def pictures(which: str, row: int) -> np.ndarray:
+def load_image(which: str, row: int) -> np.ndarray:
     side = {"train": (100, 140), "val": (8, 8)}[which]
     return np.full((*side, 3), (row * 7 % 256, row * 31 % 256, 90), np.uint8)  # plain: quick to compress
 
@@ -97,8 +97,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train, val = splits(EVIL)
     metrics = changed(model__name="<b>me</b> & $x$", data__note="</section>" + "x" * 300)
     folder = tmp_path_factory.mktemp("evaluation")
-    return evaluation.write(
-        folder, metrics, train=train, val=val, results=results(), teacher=TEACHER, curves=CURVES, pictures=pictures
+    return evaluation.write_report(
+        folder, metrics, train=train, val=val, results=results(), teacher=TEACHER, curves=CURVES, load_image=load_image
     )
 
 
@@ -177,8 +177,8 @@ def write_named(folder: Path, text: str) -> Parsed:
     """A report in which the classes and the protocols have this text as well."""
     train, val = splits(tuple(f"{text}{n}" for n in range(4)))
     found = results() | {"linear": Result({"protocol": text}, results()["linear"].arrays)}
-    page = evaluation.write(
-        folder, named(text), train=train, val=val, results=found, teacher=TEACHER, curves=CURVES, pictures=pictures
+    page = evaluation.write_report(
+        folder, named(text), train=train, val=val, results=found, teacher=TEACHER, curves=CURVES, load_image=load_image
     )
     return Parsed(page.read_text())
 
@@ -232,7 +232,7 @@ def test_green_and_red_tiles_are_those_whose_labels_agree_and_do_not(page: Path)
     strips = [strip for strip in tiles if 'class="query' in strip]
     near = results()["nn"].arrays["neighbors"]
     agreements = {int(n): int((train.label[row] == val.label[n]).sum()) for n, row in enumerate(near)}
-    assert len(strips) == image_grids.STRIPS
+    assert len(strips) == image_grids.NEIGHBOUR_ROWS
     for strip in strips:
         same, other = (len(re.findall(f'class="{tone}', strip)) for tone in ("yes", "no"))
         assert same + other == 8 and f"{same} of 8 agree" in strip and same in agreements.values()
@@ -244,10 +244,10 @@ def test_pictures_are_asked_for_by_row_of_the_data_set_not_by_place(tmp_path: Pa
 
     def ask(which: str, row: int) -> np.ndarray:
         asked.append((which, row))
-        return pictures(which, row)
+        return load_image(which, row)
 
     train, val = splits()
-    evaluation.write(tmp_path, METRICS, train=train, val=val, results=results(), pictures=ask)
+    evaluation.write_report(tmp_path, METRICS, train=train, val=val, results=results(), load_image=ask)
     assert {which for which, _ in asked} == {"train", "val"}
     assert all(row in (train if which == "train" else val).rows for which, row in asked)
     assert all(type(row) is int for _, row in asked)
@@ -258,8 +258,8 @@ def test_pictures_are_drawn_by_the_seed_alone(tmp_path: Path) -> None:
     train, val = splits()
     some = {"nn": results()["nn"]}
     pages = [
-        evaluation.write(
-            tmp_path / str(n), {}, train=train, val=val, results=some, pictures=pictures, seed=seed
+        evaluation.write_report(
+            tmp_path / str(n), {}, train=train, val=val, results=some, load_image=load_image, seed=seed
         ).read_bytes()
         for n, seed in enumerate((1, 1, 2))
     ]
@@ -271,11 +271,13 @@ def test_what_is_not_given_is_left_out(tmp_path: Path) -> None:
     train, val = splits(labelled=False)
     bare = {"cluster": Result({}, {"train_assignment": np.zeros(60, np.int64)})}
     scores = {"clusters": 4, "top1": None, "hungarian_top1": None, "nmi": None}
-    page = evaluation.write(tmp_path, {"cluster": scores}, train=train, val=val, results=bare, pictures=pictures)
+    page = evaluation.write_report(
+        tmp_path, {"cluster": scores}, train=train, val=val, results=bare, load_image=load_image
+    )
     text = page.read_text()
     assert "no scores" in text and "Random images of random clusters" in text
     assert not any(word in text for word in ("Training</h2>", "Nearest neighbours", ">teacher<", "mapped to"))
-    assert evaluation.write(tmp_path, {}, train=train, val=val, results={}).exists()
+    assert evaluation.write_report(tmp_path, {}, train=train, val=val, results={}).exists()
 
 
 def test_rows_of_the_journal_that_lack_a_value_are_skipped() -> None:
@@ -285,8 +287,8 @@ def test_rows_of_the_journal_that_lack_a_value_are_skipped() -> None:
         {"step": 2, "loss": 4.0, "val_nn": None},
         {},
     ]
-    np.testing.assert_array_equal(evaluation.series(rows, "loss"), [[2, 4], [3, 1]])
-    assert evaluation.series(rows, "val_nn").shape == (0, 2)
+    np.testing.assert_array_equal(evaluation.select_series(rows, "loss"), [[2, 4], [3, 1]])
+    assert evaluation.select_series(rows, "val_nn").shape == (0, 2)
 
 
 def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
@@ -295,7 +297,7 @@ def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
     confusion[3, 7] = 99
     found = {"cluster": Result({}, {"confusion": confusion, "train_assignment": np.zeros(1, np.int64)})}
     train, val = splits(names)
-    text = evaluation.write(tmp_path, METRICS, train=train, val=val, results=found).read_text()
+    text = evaluation.write_report(tmp_path, METRICS, train=train, val=val, results=found).read_text()
     assert 'n00000003 &rarr; n00000007</td><td class="n">99' in text
     with Image.open(tmp_path / "figures" / "confusion.png") as figure:
         assert figure.width < 2000
@@ -303,7 +305,7 @@ def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
 
 def test_a_picture_of_another_kind_is_a_bug_and_said_so() -> None:
     with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
-        image_grids.square(np.zeros((3, 8, 8), np.float32))
+        image_grids.crop_square(np.zeros((3, 8, 8), np.float32))
 
 
 def test_drawing_touches_no_pyplot_and_no_settings() -> None:
@@ -381,8 +383,8 @@ def test_both_probes_of_one_evaluation_have_columns_and_notes_of_their_own() -> 
     assert list(own)[-6:] == [
         f"Linear{kind}{what}" for kind in ("", " (augmented)") for what in ("", " top-5", " best")
     ]
-    assert "(centre-crop features, whitened)" in scores.meaning("Linear", both)
-    assert "(augmented training images)" in scores.meaning("Linear (augmented)", both)
+    assert "(centre-crop features, whitened)" in scores.explain_title("Linear", both)
+    assert "(augmented training images)" in scores.explain_title("Linear (augmented)", both)
 
 
 def test_both_probes_are_drawn_each_with_its_protocol_the_first_asked_of_each(tmp_path: Path) -> None:
@@ -390,7 +392,7 @@ def test_both_probes_are_drawn_each_with_its_protocol_the_first_asked_of_each(tm
     said = {"linear:epochs=4": "centre crops", "linear": "later", "linear:augment=true": "augmented & flipped"}
     found = {spec: Result({"protocol": protocol}, curve) for spec, protocol in said.items()}
     train, val = splits()
-    text = evaluation.write(tmp_path, {}, train=train, val=val, results=found).read_text()
+    text = evaluation.write_report(tmp_path, {}, train=train, val=val, results=found).read_text()
     assert re.findall("Protocol: (.*?)</p>", text) == ["centre crops.", "augmented &amp; flipped."]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"linear.png", "linear_augmented.png"}
 
@@ -419,7 +421,7 @@ def test_without_any_score_there_is_still_a_table() -> None:
 
 def test_names_in_the_scatter_cover_neither_points_nor_each_other() -> None:
     x, y = np.array([50.0, 50, 50, 120]), np.array([80.0, 81, 82, 81])
-    places = figures.places(x, y, ["one", "two", "three", "four"], 200.0)
+    places = figures.place_labels(x, y, ["one", "two", "three", "four"], 200.0)
     boxes = []
     for a, b, (side, rise), name in zip(x, y, places, ("one", "two", "three", "four"), strict=True):
         left, right = sorted((a + side * 7, a + side * (7 + 4.6 * len(name))))

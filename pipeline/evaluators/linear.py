@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 EPS = 1e-5  # added to the variance as by the authors. Not negligible: of unit vectors that is about 1/d or less
-    1e-5  # added to the variance as by the authors. Not negligible: over d dims of unit vectors it averages 1/d or less
-)
 BLOCK = 4096  # rows handled at once: (4096, d) in float64 for the variance, (4096, C) logits for the ranking
 
 
