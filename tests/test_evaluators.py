@@ -422,12 +422,12 @@ def test_views_that_are_the_centre_crops_give_the_plain_probe(tmp_path: Path) ->
 def test_metrics_keep_a_plain_and_an_augmented_probe_whichever_is_scored_last(
     commands: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "augmenter", lambda *_: lambda epoch: TRAIN.features)
+    monkeypatch.setattr(evaluate, "make_augmenter", lambda *_: lambda epoch: TRAIN.features)
     config = evaluate.Config(val="folder:val", train="folder:train")
-    subject: Any = SimpleNamespace(model={"name": "small"}, train_spec=lambda _: "folder:train")
+    scored: Any = SimpleNamespace(model={"name": "small"}, train_spec=lambda _: "folder:train")
     for spec in commands:
         asked = {spec: PROTOCOLS.build(spec)}
-        metrics, _ = evaluate.score(config, subject, asked, TRAIN, VAL, cast("Any", None), tmp_path)
+        metrics, _ = evaluate.run_protocols(config, scored, asked, TRAIN, VAL, cast("Any", None), tmp_path)
     assert metrics["linear"]["protocol"] == "centre-crop features, whitened"
     assert metrics["linear_augmented"]["protocol"] == "augmented training images, whitened"
     assert {"Linear", "Linear (augmented)"} <= set(headline_scores(metrics))

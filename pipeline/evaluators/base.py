@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.evaluators.results import Result
 from compress_ssl.pipeline.runtime.artifact import UserError
 
@@ -69,9 +70,10 @@ class Evaluator(Protocol):
         ...
 
 
-def require_labels(protocol: str, **sets: Split) -> None:
+def require_labels(protocol: str, **sets: Split | Dataset) -> None:
     """require_labels("nn", training=train, validation=val) raises UserError unless every image has a label.
 
+    The sets are splits, or data sets before their features are computed.
     The training images must have at least two classes. Whether `val` has a class that `train` lacks is checked by
     the caller (stages/evaluate.py); here images of such a class count as errors.
     """
