@@ -217,7 +217,7 @@ print(int(assignment.sum()), round(float(loss), 3))
 
 
 def test_torch_and_faiss_work_in_one_process_in_either_import_order() -> None:
-    """Each library contains its own OpenMP runtime, and two of them can deadlock or crash in one process."""
+    """Each library contains its own OpenMP runtime, and two in one process are not guaranteed to work."""
     orders = [("torch", "faiss"), ("faiss", "torch")]
     runs = [
         subprocess.Popen(
