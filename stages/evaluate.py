@@ -40,7 +40,7 @@ class Config:
     store: str | None = flag(None, "a feature store, whose teacher is scored; its view 0 is used if stored")
     cache: Path | None = flag(None, "with --store URL: the folder of its local copy (default: the XDG cache)")
     model: str | None = flag(None, "any model to score: timm:NAME, cifar-resnet:20, ...")
-    protocol: tuple[str, ...] = flag(("nn", "knn:k=20", "cluster", "linear"), "protocols to score with; repeatable")
+    protocol: tuple[str, ...] = flag(("nn", "knn:k=20", "cluster", "linear"), "score with nn, knn:k=20, cluster, ...")
     out: Path | None = flag(None, "folder to write (default: RUN/evaluation or STORE-evaluation; in . for a URL)")
     teacher: Path | None = flag(None, "the teacher's evaluation, shown beside the scores in the report")
     image_size: int | None = flag(None, "side of the images in pixels (default: as trained, or the model's own)")
@@ -48,7 +48,7 @@ class Config:
     workers: int | None = flag(None, "loader processes (default: one per core, at most 16; 4 on CPU)", short="-j")
     device: str = flag("auto", "device of the model: auto, cpu, cuda, cuda:1")
     precision: str = flag("fp32", "arithmetic of the model: fp32, bf16, fp16")
-    overwrite: bool = flag(False, "start from nothing; an earlier evaluation is set aside, not deleted")
+    overwrite: bool = flag(False, "start anew; an earlier evaluation is set aside, not deleted")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -193,11 +193,11 @@ def require_same_images(
 
     earlier: its manifest. The claim of the folder would refuse them too, but without naming the images.
     """
-    for which, dataset, asked in (("train", train, train_spec(config, scored)), ("val", val, config.val)):
+    for which, dataset, spec in (("train", train, train_spec(config, scored)), ("val", val, config.val)):
         if earlier["identity"]["data"][which] != dataset.fingerprint:
             raise artifact.Mismatch(
                 f"{config.out or scored.default_out} was made with the {which} images of {earlier['about'][which]} as "
-                f"they were then, and those of {asked} are others; choose another --out, or start anew with --overwrite"
+                f"they were then, and those of {spec} are others; choose another --out, or start anew with --overwrite"
             )
 
 

@@ -62,7 +62,10 @@ def run(config: Config) -> dict[str, Any]:
         rows = linear_head.choose_labelled(label, share, config.seed)
     rows = rows[label[rows] >= 0]
     if not len(rows):
-        raise UserError(f"{config.store} has no labelled image among those asked for; export with class subfolders")
+        raise UserError(
+            f"none of the images selected from {config.store} by --labels {config.labels} has a label; select "
+            "others, or export images that lie in one folder per class"
+        )
     features, names = store.read("embedding", 0), store.about["classes"]
     head = linear_head.fit(features[rows], label[rows], names, config.strength)
     origin = {"store": store.fingerprint, "labels": config.labels, "labelled": str(len(rows))}

@@ -141,7 +141,7 @@ def compare_sample(config: Config, store: "FeatureStore") -> dict[str, Any]:
     from compress_ssl.pipeline.datasets import DATASETS
     from compress_ssl.pipeline.store import source_images
 
-    # The pixels are checked before any arithmetic, so that "the arithmetic differs" is established where it is said.
+    # The pixels are checked before any arithmetic, so that `judge` may name the arithmetic as the cause.
     dataset, _ = source_images.open_store_images(store, DATASETS.build, config.data)
     rows, views = select_sample(config, store)
     if not len(rows):

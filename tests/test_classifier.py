@@ -133,7 +133,7 @@ def test_other_classes_another_width_and_missing_labels_are_refused(
     with pytest.raises(UserError, match=r"has none of the 8 classes .* its first is 'x', theirs 'a'; give a head for"):
         other_classes(UNLABELLED, LABELLED, tmp_path)
     too_wide = PROTOCOLS.build(spec(write_head(width=WIDTH + 1)))
-    with pytest.raises(UserError, match=r"of 7 dimensions, and this model's have 6; give the head of this very model"):
+    with pytest.raises(UserError, match=r"of 7 dimensions, and this model's have 6; give the head of this model"):
         too_wide(UNLABELLED, LABELLED, tmp_path)
     unlabelled = images(np.full(4, -1))
     with pytest.raises(UserError, match="needs labels, but 4 of 4 validation images have none"):

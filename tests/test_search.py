@@ -189,7 +189,7 @@ def test_with_a_gpu_the_index_is_placed_on_it_in_full_precision_unless_float16_i
     assert placed == []  # FAISS finds at most MAX_GPU_NEIGHBOURS on a GPU
 
 
-@pytest.mark.skipif(not faiss.get_num_gpus(), reason="FAISS sees no GPU")
+@pytest.mark.skipif(not faiss.get_num_gpus(), reason="FAISS finds no GPU")
 def test_a_gpu_finds_the_same_neighbours_and_clusters_as_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     q, x = random(300, 64, seed=1), random(5000, 64, seed=2)
     scores, ids = exact.search(q, x, 20, "cosine")

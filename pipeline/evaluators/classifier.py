@@ -32,9 +32,9 @@ class Classifier(Evaluator):
     """Top-1 and top-5 of a linear head in a file: a student's (RUN/head.safetensors) or one of compress label-head.
 
     Score: the share of validation images whose class is the first, or among the first five, by the head's logits.
-    This is how SimCLR v2 (Chen et al. 2020, arXiv 2006.10029, section 2) scores a distilled student. The head's
-    classes are matched with the images' classes by name; a head without names must be in the order of the images'
-    classes. Of equal logits the lower class number of the head comes first. Training labels are not used.
+    SimCLR v2 (Chen et al. 2020, arXiv 2006.10029) scores its distilled students by their own classifier in this way.
+    The head's classes are matched with the images' classes by name; a head without names must be in the order of the
+    images' classes. Of equal logits the lower class number of the head comes first. Training labels are not used.
 
     Options: `head`, the file. An evaluation keeps the result of one head, the last that was scored.
     """
@@ -66,7 +66,7 @@ class Classifier(Evaluator):
         if self.linear.width != val.features.shape[1]:
             raise UserError(
                 f"protocol 'classifier': {self.head} is for embeddings of {self.linear.width} dimensions, and this "
-                f"model's have {val.features.shape[1]}; give the head of this very model: its run's head.safetensors, "
+                f"model's have {val.features.shape[1]}; give the head of this model: its run's head.safetensors, "
                 "or one made from its store with compress label-head"
             )
         head_class = self._head_classes(val)
@@ -93,7 +93,7 @@ class Classifier(Evaluator):
             if self.linear.classes != len(classes):
                 raise UserError(
                     f"protocol 'classifier': {self.head} has {self.linear.classes} classes without names, and the "
-                    f"images have {len(classes)}; give images of its very classes with --train and --val"
+                    f"images have {len(classes)}; give images of the head's classes with --train and --val"
                 )
             return np.arange(len(classes))
         number = {name: y for y, name in enumerate(names)}

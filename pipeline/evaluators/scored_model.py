@@ -88,7 +88,7 @@ def load_student(embedder: Embedder, file: Path) -> None:
     except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError) as wrong:
         reason = " ".join(str(wrong).split())[:MAX_REASON] or type(wrong).__name__
     if reason:
-        raise UserError(f"{file} is damaged ({reason}); delete it and repeat the distill command, which writes it anew")
+        raise UserError(f"{file} is damaged ({reason}); delete it and repeat the distill command to write it again")
 
 
 # ---------------------------------------------------------------- a store's teacher

@@ -1,4 +1,4 @@
-"""Exact nearest-neighbour search by FAISS, on the first GPU if FAISS sees one.
+"""Exact nearest-neighbour search by FAISS, on the first GPU if FAISS finds one.
 
 All arithmetic is float32 and the search is exact. On a CPU the same call gives the same bytes for a fixed number
 of threads and of queries. Another machine, thread count or number of queries may round the last bit differently,
@@ -88,7 +88,7 @@ def write_index(path: Path, features: np.ndarray) -> None:
 
 
 def build_index(dims: int, metric: Metric, float16: bool, gpu: bool = True) -> Any:  # Any: FAISS ships no types
-    """An empty exact index for vectors of `dims` dims; on the first GPU if `gpu` is true and FAISS sees one."""
+    """An empty exact index for vectors of `dims` dims; on the first GPU if `gpu` is true and FAISS finds one."""
     import faiss
 
     index = faiss.IndexFlatL2(dims) if metric == "l2" else faiss.IndexFlatIP(dims)
