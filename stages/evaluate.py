@@ -236,8 +236,6 @@ def load_splits(
 
 def embed_dataset(config: Config, scored: "ScoredModel", dataset: "Dataset", folder: Path) -> "FeatureStore":
     """The scored model's features of view 0, as a store with one view in float32, resumed where it stopped."""
-    from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
-    from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.store.shards import shard_rows
 
@@ -254,22 +252,27 @@ def embed_dataset(config: Config, scored: "ScoredModel", dataset: "Dataset", fol
     }
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     store = FeatureStore.create(Folder(folder), identity, {"views": 1}, tables)
-    pending = store.pending()
-    if pending:
-        device = choose_device(config.device)
-        missing = sum(shard.stop - shard.start for shard in pending)  # images
-        with (
-            StopRequest() as stop,
-            progress_bar(f"features {folder.name}", store.images, "images", store.images - missing) as bar,
-        ):
-            forward = FeatureExtractor(scored.build_embedder(), device, config.precision, config.batch_size)
-            workers = loader_workers(config.workers, device)
-            embed(
-                store, dataset, scored.views, forward, workers=workers, progress=bar.advance,
-                stopped=lambda: stop.requested,
-            )  # fmt: skip
-            stop.check("the features so far are kept; repeat the command to continue")
+    if store.pending():
+        embed_pending(config, scored, dataset, store, folder.name)
     return store
+
+
+def embed_pending(config: Config, scored: "ScoredModel", dataset: "Dataset", store: "FeatureStore", title: str) -> None:
+    """Compute the features that a store lacks, with a progress bar. A stop signal keeps those of complete shards."""
+    from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
+    from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
+
+    device = choose_device(config.device)
+    missing = sum(shard.stop - shard.start for shard in store.pending())  # images
+    done = store.images - missing
+    with StopRequest() as stop, progress_bar(f"features {title}", store.images, "images", done) as bar:
+        forward = FeatureExtractor(scored.build_embedder(), device, config.precision, config.batch_size)
+        workers = loader_workers(config.workers, device)
+        embed(
+            store, dataset, scored.views, forward, workers=workers, progress=bar.advance,
+            stopped=lambda: stop.requested,
+        )  # fmt: skip
+        stop.check("the features so far are kept; repeat the command to continue")
 
 
 def build_split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -> "Split":
