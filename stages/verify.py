@@ -179,7 +179,7 @@ def compare_view(comparison: Comparison, view: int, rows: "np.ndarray", live: "n
     """Add one view: live (n, D) features of these rows (n,), compared with the stored ones and the two controls."""
     import numpy as np
 
-    store, array = comparison.store, array_of(view)
+    store, array = comparison.store, array_name(view)
     stored, codec = store.read_rows(array, view, rows), store.codecs[array]
     decoded = codec.decode(*codec.encode(live))  # what a right store would hold
     cosines, ideal = cosine(live, stored), cosine(live, decoded)
@@ -188,7 +188,7 @@ def compare_view(comparison: Comparison, view: int, rows: "np.ndarray", live: "n
     group = views_of_group(store, view)
     if len(group) > 1:
         other = group[(group.index(view) + 1) % len(group)]
-        comparison.wrong_view.append(cosine(live, store.read_rows(array_of(other), other, rows)))
+        comparison.wrong_view.append(cosine(live, store.read_rows(array_name(other), other, rows)))
     if len(rows) > 1:
         comparison.wrong_image.append(cosine(live, np.roll(stored, 1, axis=0)))
     worst = int((cosines - ideal).argmin())
@@ -198,7 +198,7 @@ def compare_view(comparison: Comparison, view: int, rows: "np.ndarray", live: "n
     comparison.exact += int((decoded == stored).all(1).sum())
 
 
-def array_of(view: int) -> str:
+def array_name(view: int) -> str:
     """The name of the array that holds a view's embedding."""
     return "local_embedding" if view & LOCAL else "embedding"
 
@@ -214,7 +214,7 @@ def locate_feature(store: "FeatureStore", row: int, view: int, feature: "np.ndar
 
     start, stop = store.span(row // store.rows)
     views = views_of_group(store, view)
-    cosines = [cosine(feature[None], store.read(array_of(v), v, slice(start, stop))) for v in views]
+    cosines = [cosine(feature[None], store.read(array_name(v), v, slice(start, stop))) for v in views]
     v, i = np.unravel_index(np.argmax(cosines), (len(views), stop - start))
     if cosines[v][i] < least:
         return ""

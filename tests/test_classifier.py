@@ -57,7 +57,7 @@ def write_head(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def ranking(features: np.ndarray, weight: np.ndarray, bias: np.ndarray, unit: bool) -> list[list[int]]:
+def rank_slowly(features: np.ndarray, weight: np.ndarray, bias: np.ndarray, unit: bool) -> list[list[int]]:
     """The classes of each row in descending order of their logits, computed one number at a time."""
     out = []
     for f in features.astype(np.float64):
@@ -67,11 +67,11 @@ def ranking(features: np.ndarray, weight: np.ndarray, bias: np.ndarray, unit: bo
     return out
 
 
-def check(file: Path, val: Split, metrics: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+def assert_scores_match(file: Path, val: Split, metrics: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Compare metrics and arrays with a slow computation from the tensors in the file."""
     head = linear_head.load(file)
     tensors, names = safetensors.torch.load_file(file), head.names or val.classes
-    order = ranking(val.features, tensors["weight"].double().numpy(), tensors["bias"].double().numpy(), head.unit)
+    order = rank_slowly(val.features, tensors["weight"].double().numpy(), tensors["bias"].double().numpy(), head.unit)
     ranked = [[names[c] for c in row] for row in order]
     true = [val.classes[y] for y in val.label]
     pairs = list(zip(ranked, true, strict=True))
@@ -94,7 +94,7 @@ def test_a_prediction_is_the_heads_first_class_matched_with_the_images_by_name(
 ) -> None:
     file = write_head(names, unit=unit)
     found = PROTOCOLS.build(spec(file))(UNLABELLED, LABELLED, tmp_path)
-    check(file, LABELLED, found.metrics, found.arrays)
+    assert_scores_match(file, LABELLED, found.metrics, found.arrays)
     assert ("top5" in found.metrics) == (len(names) > 5)
 
 
@@ -114,7 +114,7 @@ def test_a_head_without_names_is_taken_in_the_order_of_the_images_classes(
 ) -> None:
     file = write_head(None, classes=len(NAMES))
     found = PROTOCOLS.build(spec(file))(UNLABELLED, LABELLED, tmp_path)
-    check(file, LABELLED, found.metrics, found.arrays)
+    assert_scores_match(file, LABELLED, found.metrics, found.arrays)
     with pytest.raises(UserError, match=r"has 7 classes without names, and the images have 8; give images"):
         PROTOCOLS.build(spec(write_head(None, classes=7)))(UNLABELLED, LABELLED, tmp_path)
 
@@ -233,7 +233,7 @@ def test_the_command_scores_a_students_classifier_and_a_teachers_head_as_the_slo
     features = FeatureStore(Folder(tmp_path / "out/features/val"))
     val = Split(features.read("embedding", 0), features.table("label"), np.arange(features.images), tuple("0123456789"))
     (arrays,) = (tmp_path / "out/results").glob("classifier-*.npz")
-    check(made / head, val, metrics["classifier"], dict(np.load(arrays)))
+    assert_scores_match(made / head, val, metrics["classifier"], dict(np.load(arrays)))
     assert metrics["classifier"]["top1"] > 25  # of ten classes: well above chance
     assert headline_scores(metrics) == {
         "Classifier": metrics["classifier"]["top1"], "Classifier top-5": metrics["classifier"]["top5"]

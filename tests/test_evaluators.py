@@ -373,10 +373,12 @@ def test_best_is_the_best_epoch_on_validation_and_is_marked_as_selected_there(tm
 
 
 def test_the_learning_rate_is_divided_by_ten_after_15_and_30_of_40_epochs_and_in_proportion() -> None:
-    rates = [LinearProbe().rate(epoch) for epoch in range(40)]
+    rates = [LinearProbe().learning_rate(epoch) for epoch in range(40)]
     np.testing.assert_allclose(rates, [0.01] * 15 + [0.001] * 15 + [0.0001] * 10)
-    np.testing.assert_allclose([LinearProbe(epochs=8).rate(e) for e in range(8)], [0.01] * 3 + [1e-3] * 3 + [1e-4] * 2)
-    assert LinearProbe(epochs=1).rate(0) == 0.01
+    np.testing.assert_allclose(
+        [LinearProbe(epochs=8).learning_rate(e) for e in range(8)], [0.01] * 3 + [1e-3] * 3 + [1e-4] * 2
+    )
+    assert LinearProbe(epochs=1).learning_rate(0) == 0.01
 
 
 def test_the_seed_decides_the_initial_layer_and_the_order_of_images(tmp_path: Path) -> None:

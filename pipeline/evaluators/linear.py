@@ -96,7 +96,7 @@ class LinearProbe(Evaluator):
         curve = np.empty((self.epochs, 3))
         for epoch in range(self.epochs):
             x = _whitened_view(augmented, epoch, unit.shape, mean, scale) if augmented and centre is None else centre
-            loss = layer.train(torch.from_numpy(x), label, self.rate(epoch))
+            loss = layer.train(torch.from_numpy(x), label, self.learning_rate(epoch))
             ranking = layer.rank(held_out)
             hits = ranking == val.label[:, None]
             curve[epoch] = loss, percent(hits[:, 0]), percent(hits.any(axis=1))
@@ -105,7 +105,7 @@ class LinearProbe(Evaluator):
         arrays |= {"prediction": ranking[:, 0], "per_class": per_class(ranking[:, 0], val.label, len(val.classes))}
         return Result(self._metrics(curve), arrays)
 
-    def rate(self, epoch: int) -> float:
+    def learning_rate(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""
         drops = sum(epoch >= -(-self.epochs * part // 40) for part in (15, 30))
         return self.lr * 0.1**drops

@@ -68,21 +68,23 @@ def write_report(
     neighbours = image_grids.build_neighbour_grid(nn, train, val, load_image, random) if load_image and nn else None
     _save_grid(out, "clusters", clusters)
     _save_grid(out, "neighbours", neighbours)
-    scores = _scores(metrics, teacher or {})
+    scores = _build_score_rows(metrics, teacher or {})
     page = render_template(
         "report.html",
         title=model_record(metrics).get("name", "Evaluation"),
         role=model_record(metrics).get("role", ""),
-        sizes=_sizes(metrics, teacher or {}),
+        sizes=_read_sizes(metrics, teacher or {}),
         scores=scores,
         lead_score=next((score for score in scores if (score.teacher or 0) > 0), None),
         with_teacher=bool(headline_scores(teacher or {})),
-        facts=_facts(metrics),
-        training=_training(out, curves or ()),
+        facts=_collect_facts(metrics),
+        training=_embed_training_curves(out, curves or ()),
         clusters=clusters,
         neighbours=neighbours,
-        confusion=_confusion(out, cluster["confusion"], val.classes) if cluster and "confusion" in cluster else None,
-        probes=_probes(out, results),
+        confusion=_embed_confusion(out, cluster["confusion"], val.classes)
+        if cluster and "confusion" in cluster
+        else None,
+        probes=_embed_probes(out, results),
         raw=json.dumps(metrics, indent=1, default=str),
     )
     out.put("report.html", page.encode())
@@ -121,19 +123,20 @@ class ScoreRow:
         return "up" if gain > 0 else "down"
 
 
-def _scores(metrics: Metrics, teacher: Metrics) -> list[ScoreRow]:
+def _build_score_rows(metrics: Metrics, teacher: Metrics) -> list[ScoreRow]:
+    """The rows of the table of scores, each with the teacher's score where there is one."""
     own, other = headline_scores(metrics), headline_scores(teacher)
     return [ScoreRow(title, explain_title(title, metrics), value, other.get(title)) for title, value in own.items()]
 
 
-def _sizes(metrics: Metrics, teacher: Metrics) -> list[float]:
+def _read_sizes(metrics: Metrics, teacher: Metrics) -> list[float]:
     """[parameters of this model, parameters of the teacher]; empty unless both are known."""
     both = [model_record(record).get("parameters") for record in (metrics, teacher)]
     known = [size for size in both if is_finite(size) and size > 0]
     return known if len(known) == len(both) else []
 
 
-def _facts(metrics: Metrics) -> dict[str, list[tuple[str, Any]]]:
+def _collect_facts(metrics: Metrics) -> dict[str, list[tuple[str, Any]]]:
     """The recorded facts of the model and of the data, as (key, value) pairs under "model" and "data"."""
     records = {family: flatten(metrics.get(family) or {}) for family in ("model", "data")}
     return {family: [(k, v) for k, v in pairs if (family, k) not in TITLE_FIELDS] for family, pairs in records.items()}
@@ -142,7 +145,7 @@ def _facts(metrics: Metrics) -> dict[str, list[tuple[str, Any]]]:
 # ---------------------------------------------------------------- curves
 
 
-def _training(out: Folder, rows: Sequence[Mapping[str, Any]]) -> EmbeddedChart | None:
+def _embed_training_curves(out: Folder, rows: Sequence[Mapping[str, Any]]) -> EmbeddedChart | None:
     """The chart of the training curves, a panel for each key of PANELS that has two values or more."""
     lines = {}
     for key in PANELS:
@@ -163,16 +166,17 @@ def select_series(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array(sorted(pairs), dtype=np.float64).reshape(-1, 2)
 
 
-def _probes(out: Folder, results: Mapping[str, ProtocolResult]) -> list[EmbeddedChart]:
+def _embed_probes(out: Folder, results: Mapping[str, ProtocolResult]) -> list[EmbeddedChart]:
     """The charts of the linear probes: the first result on centre crops and the first on augmented images."""
     firsts: dict[str, ProtocolResult] = {}
     for spec, result in results.items():
         if spec.partition(":")[0] == "linear" and "curve" in result.arrays:
             firsts.setdefault("linear_augmented" if is_augmented(result.metrics) else "linear", result)
-    return [_probe(out, name, result) for name, result in firsts.items()]
+    return [_embed_probe(out, name, result) for name, result in firsts.items()]
 
 
-def _probe(out: Folder, name: str, result: ProtocolResult) -> EmbeddedChart:
+def _embed_probe(out: Folder, name: str, result: ProtocolResult) -> EmbeddedChart:
+    """The chart of one linear probe; its note names how the probe was trained."""
     protocol = result.metrics.get("protocol")
     note = f"Protocol: {protocol}." if protocol else ""
     chart = figures.draw_probe(result.arrays["curve"])
@@ -191,7 +195,7 @@ class Confusion:
     pairs: list[tuple[str, str, int]]  # (category, category of the cluster, images)
 
 
-def _confusion(out: Folder, counts: np.ndarray, classes: tuple[str, ...]) -> Confusion:
+def _embed_confusion(out: Folder, counts: np.ndarray, classes: tuple[str, ...]) -> Confusion:
     """counts: (C, C + 1) validation images of each category by the category of their cluster; the last column: none.
 
     The last column is drawn only if it has images.
