@@ -1,4 +1,4 @@
-"""`compress compare DIR...`: one table and page over many evaluations, the teacher first."""
+"""`compress compare DIR...`: one table and one page over many evaluations, teachers first."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,18 @@ from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 
 @dataclass(frozen=True)
 class Config:
-    """One table and page over many evaluations, the teacher as the first row."""
+    """One table and one page over many evaluations, with the teacher in the first row."""
 
     folder: tuple[str, ...] = flag(help="evaluations, or runs and stores that have one; folders or URLs", place=True)
     out: Path = flag(Path("compare.html"), "the page to write")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Write the page. Returns {"summary": table and path, "rows": the metrics}."""
-    rows = [metrics(folder) for folder in config.folder]
+    """Write the page. Returns {"summary": table and path, "rows": each metrics.json, "page"}.
+
+    Raises UserError for a folder without an evaluation.
+    """
+    rows = [read_metrics(folder) for folder in config.folder]
 
     from compress_ssl.pipeline.report.comparison import compare
 
@@ -29,15 +32,20 @@ def run(config: Config) -> dict[str, Any]:
     return {"summary": f"{table}\n{config.out}", "rows": rows, "page": str(config.out)}
 
 
-def metrics(folder: str) -> dict[str, Any]:
-    """metrics.json of an evaluation, or of the evaluation of a run or a store; any of them may be a URL."""
+def read_metrics(folder: str) -> dict[str, Any]:
+    """metrics.json of an evaluation, or of the evaluation of a run or a store; any of them may be a URL.
+
+    Raises UserError if there is none in any of the places where compress evaluate writes it by default.
+    """
     name = folder.rstrip("/") or folder
-    places = [name, f"{name}/evaluation", *([f"{name}-evaluation"] if is_url(name) else [])]
+    places = [name, f"{name}/evaluation"]
+    if is_url(name):
+        places.append(f"{name}-evaluation")
     places.append(str(artifact.sibling(name, "-evaluation")))
     for place in places:
         storage = open_storage(place)
         if storage.exists(artifact.MANIFEST) and storage.exists("metrics.json"):
             artifact.read(storage, "evaluation")
             return artifact.read_json(storage, "metrics.json")
-    looked = ", ".join(map(str, places))
-    raise UserError(f"{folder} has no evaluation; make one with compress evaluate (looked in {looked})")
+    searched = ", ".join(places)
+    raise UserError(f"{folder} has no evaluation; make one with compress evaluate (searched {searched})")

@@ -1,4 +1,4 @@
-"""Model -> features on disk -> FAISS indices -> protocols -> metrics.json and report.html."""
+"""`compress evaluate`: a model's features on disk, scored by protocols, written as metrics.json and report.html."""
 
 import json
 from collections.abc import Callable
@@ -18,87 +18,100 @@ if TYPE_CHECKING:
     import numpy as np
 
     from compress_ssl.pipeline.datasets.base import Dataset
-    from compress_ssl.pipeline.evaluators.base import Split
+    from compress_ssl.pipeline.evaluators.base import Evaluator, Split
     from compress_ssl.pipeline.evaluators.results import Result
     from compress_ssl.pipeline.evaluators.scored_model import ScoredModel
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
-THUMBNAIL = 96  # pixels, of the report's pictures
+THUMBNAIL_SIDE = 96  # pixels: longest side of an image in the report, which shows it at 64 CSS pixels
 
 
 @dataclass(frozen=True)
 class Config:
     """Score a student, the teacher of a store, or any model: neighbours, clusters, linear probes, a classifier.
 
-    Features, index and finished protocols stay on disk; the same command computes what is missing.
+    Features, the FAISS index and finished protocols are kept on disk; the same command computes what is missing.
     """
 
-    val: str = flag(help="images to score, labelled: folder:PATH, digits:split=test, ...")
-    train: str | None = flag(None, "images to learn neighbours and clusters from (default: those of the run or store)")
-    limit: int | None = flag(None, "with --train: only this many of them, evenly spread, as the export does")
-    run: Path | None = flag(None, "a run of compress distill: its student is scored")
-    store: str | None = flag(None, "a feature store: its teacher is scored, from stored view 0 where it has it")
-    cache: Path | None = flag(None, "with --store URL: folder for its local copy (default: the XDG cache)")
-    model: str | None = flag(None, "any model: timm:NAME, cifar-resnet:20, ...")
-    protocol: tuple[str, ...] = flag(("nn", "knn:k=20", "cluster", "linear"), "nn, knn:k=20, cluster, linear, ...")
-    out: Path | None = flag(None, "folder (default: RUN/evaluation, STORE-evaluation; here for a URL)")
-    teacher: Path | None = flag(None, "evaluation of the teacher, to stand beside in the report")
-    image_size: int | None = flag(None, "side in pixels (default: as trained, the model's own)")
-    batch_size: int = flag(64, "images per forward on a device", short="-b")
-    workers: int | None = flag(None, "loader processes (default: one per core up to 16; 4 on CPU)", short="-j")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1")
-    precision: str = flag("fp32", "fp32, bf16, fp16")
+    val: str = flag(help="images to score, with labels: folder:PATH, digits:split=test, ...")
+    train: str | None = flag(None, "images for neighbours, clusters and probes (default: those of the run or store)")
+    limit: int | None = flag(None, "with --train: use only this many of them, evenly spread, as the export does")
+    run: Path | None = flag(None, "a run of compress distill, whose student is scored")
+    store: str | None = flag(None, "a feature store, whose teacher is scored; its view 0 is used if stored")
+    cache: Path | None = flag(None, "with --store URL: the folder of its local copy (default: the XDG cache)")
+    model: str | None = flag(None, "any model to score: timm:NAME, cifar-resnet:20, ...")
+    protocol: tuple[str, ...] = flag(("nn", "knn:k=20", "cluster", "linear"), "score with nn, knn:k=20, cluster, ...")
+    out: Path | None = flag(None, "folder to write (default: RUN/evaluation or STORE-evaluation; in . for a URL)")
+    teacher: Path | None = flag(None, "the teacher's evaluation, shown beside the scores in the report")
+    image_size: int | None = flag(None, "side of the images in pixels (default: as trained, or the model's own)")
+    batch_size: int = flag(64, "images per forward pass", short="-b")
+    workers: int | None = flag(None, "loader processes (default: one per core, at most 16; 4 on CPU)", short="-j")
+    device: str = flag("auto", "device of the model: auto, cpu, cuda, cuda:1")
+    precision: str = flag("fp32", "arithmetic of the model: fp32, bf16, fp16")
     overwrite: bool = flag(False, "start anew; an earlier evaluation is set aside, not deleted")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Score what is missing. Returns {"summary", "evaluation", "metrics"}."""
-    check(config)
+    """Compute what is missing. Returns {"summary", "evaluation": the folder, "metrics": those of metrics.json}.
+
+    Raises UserError for what the user can mend, before any feature is computed where that is possible.
+    """
+    check_flags(config)
     from compress_ssl.pipeline.evaluators import PROTOCOLS
 
     evaluators = {spec: PROTOCOLS.build(spec) for spec in config.protocol}
-    subject = open_subject(config, any(getattr(e, "augment", False) for e in evaluators.values()))
-    out = config.out or subject.home
-    anew = config.overwrite and artifact.replaceable(out, "evaluation")
-    earlier = None if anew else artifact.claimed(Folder(out), "evaluation")
-    train_data, val_data = open_sets(config, subject)
+    scored = open_scored_model(config, any(evaluator.needs_augmented for evaluator in evaluators.values()))
+    out = config.out or scored.default_out
+    replaces = config.overwrite and artifact.replaceable(out, "evaluation")
+    earlier = None if replaces else artifact.claimed(Folder(out), "evaluation")
+    train_data, val_data = open_datasets(config, scored)
     if earlier:
-        require_its_images(config, subject, earlier, train_data, val_data)
-    suits(evaluators, subject, train_data, val_data)
+        require_same_images(config, scored, earlier, train_data, val_data)
+    check_protocols(evaluators, scored, train_data, val_data)
 
     from compress_ssl.pipeline.runtime.device import choose_device
 
     choose_device(config.device)
     identity = {
-        "model": {"weights": subject.weights, "preprocessing": subject.preprocessing},
-        "crop_ratio": subject.spec.crop_ratio,
+        "model": {"weights": scored.weights, "preprocessing": scored.preprocessing},
+        "crop_ratio": scored.views.crop_ratio,
         "data": {"train": train_data.fingerprint, "val": val_data.fingerprint},
         "precision": config.precision,
     }
-    about = {"model": subject.model, "train": train_spec(config, subject), "val": config.val}
-    if config.overwrite and (aside := artifact.move_aside(out, "evaluation")):  # only now, when little is refused
-        echo(f"set the earlier {out} aside as {aside}")
+    about = {"model": scored.model, "train": train_spec(config, scored), "val": config.val}
+    if config.overwrite:
+        aside = artifact.move_aside(out, "evaluation")  # after the checks: a refused command moves nothing
+        if aside:
+            echo(f"set the earlier {out} aside as {aside}")
     artifact.claim(Folder(out), "evaluation", identity, about)
-    train, val = splits(config, subject, train_data, val_data, out)
-    metrics, results = score(config, subject, evaluators, train, val, train_data, out)
+    train, val = load_splits(config, scored, train_data, val_data, out)
+    metrics, results = run_protocols(config, scored, evaluators, train, val, train_data, out)
     Folder(out).put("metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
-    page = write_report(config, subject, metrics, results, train, val, train_data, val_data, out)
-    return {"summary": f"{headline(metrics)}\n{page}", "evaluation": str(out), "metrics": metrics}
+    page = write_report(config, scored, metrics, results, train, val, train_data, val_data, out)
+    return {"summary": f"{summarize(metrics)}\n{page}", "evaluation": str(out), "metrics": metrics}
 
 
-def check(config: Config) -> None:
-    """All that can be refused before torch is imported."""
+# ---------------------------------------------------------------- flags
+
+
+def check_flags(config: Config) -> None:
+    """Check flags, specs and manifests: all that needs no torch, so that a typing error is reported at once.
+
+    Raises UserError.
+    """
     require(config, {"batch_size": POSITIVE, "image_size": POSITIVE, "limit": POSITIVE, "workers": NOT_NEGATIVE})
     require(config, {"precision": one_of("fp32", "bf16", "fp16")})
     given = [name for name in ("run", "store", "model") if getattr(config, name)]
     if len(given) != 1:
         raise UserError(f"give one of --run, --store and --model; given: {' and '.join(given) or 'none'}")
     if config.model and not (config.out and config.train):
-        raise UserError("--model needs --train and --out: a bare model knows neither images nor a folder of its own")
+        raise UserError(
+            "--model needs --train and --out: a model spec names neither training images nor a folder to write"
+        )
     if config.limit and not config.train:
-        raise UserError("--limit goes with --train; the images of a run or store are as many as they were")
+        raise UserError("--limit needs --train: the images of a run or store are always those it was made from")
     if config.store and config.image_size:
-        raise UserError("--image-size does not go with --store: its features are stored already")
+        raise UserError("--image-size cannot be used with --store: its features are stored at one size; leave it out")
     from compress_ssl.pipeline.datasets import DATASETS
     from compress_ssl.pipeline.evaluators import PROTOCOLS
     from compress_ssl.pipeline.models import MODELS
@@ -115,34 +128,42 @@ def check(config: Config) -> None:
         artifact.read(open_storage(config.store), "store")
 
 
-def open_subject(config: Config, augment: bool) -> "ScoredModel":
+# ---------------------------------------------------------------- model and images
+
+
+def open_scored_model(config: Config, augment: bool) -> "ScoredModel":
+    """The model that --run, --store or --model names; `augment`: a protocol needs random views too."""
     from compress_ssl.pipeline.evaluators import scored_model
-    from compress_ssl.pipeline.models import build
 
     if config.run:
-        return scored_model.from_run(config.run, config.image_size, build)
+        return scored_model.open_run(config.run, config.image_size)
     if config.store:
-        return scored_model.from_store(open_store(config, config.store, augment), build)
+        return scored_model.open_teacher(open_store(config, config.store, augment))
     assert config.model and config.out
-    return scored_model.from_model(config.model, config.image_size, config.out, build)
+    return scored_model.open_model(config.model, config.image_size, config.out)
 
 
-def open_store(config: Config, where: str, augment: bool) -> "FeatureStore":
-    """The store, by way of a local copy if it is remote: of view 0, of all views to augment."""
+def open_store(config: Config, location: str, augment: bool) -> "FeatureStore":
+    """The store at a path or URL; of a URL, a local copy of view 0 or, with `augment`, of all stored views."""
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.store.local_cache import fetch
 
-    store = FeatureStore(open_storage(where))
+    store = FeatureStore(open_storage(location))
     used = store.stored_views if augment else [v for v in store.stored_views if v == 0]
-    return fetch(store, used, config.cache) if is_url(where) else store
+    return fetch(store, used, config.cache) if is_url(location) else store
 
 
-def train_spec(config: Config, subject: "ScoredModel") -> str:
-    return config.train or str((subject.data or {}).get("spec"))
+def train_spec(config: Config, scored: "ScoredModel") -> str:
+    """The spec of the training images, as it is written to metrics.json."""
+    return config.train or str((scored.data or {}).get("spec"))
 
 
-def open_sets(config: Config, subject: "ScoredModel") -> tuple["Dataset", "Dataset"]:
-    """Training and validation images. Raises UserError for a class in val that train lacks."""
+def open_datasets(config: Config, scored: "ScoredModel") -> tuple["Dataset", "Dataset"]:
+    """(training images, validation images).
+
+    Raises UserError if the images of a run or store have moved or changed, or if --val has a class that labelled
+    training images lack: no protocol could predict it.
+    """
     from compress_ssl.pipeline.datasets import DATASETS
     from compress_ssl.pipeline.store import source_images
 
@@ -150,72 +171,79 @@ def open_sets(config: Config, subject: "ScoredModel") -> tuple["Dataset", "Datas
         train = DATASETS.build(config.train)
         train = train.subset(config.limit) if config.limit else train
     else:
-        assert subject.data
+        assert scored.data
         of = str(config.run or config.store)
-        ids = subject.ids or tuple
-        train = source_images.open_recorded(subject.data, ids, given=None, flag="--train", of=of)
+        ids = scored.sample_ids or tuple
+        train = source_images.open_recorded(scored.data, ids, given=None, flag="--train", of=of)
     val = DATASETS.build(config.val)
     unknown = [name for name in val.classes if name not in train.classes]
     if unknown and (train.label >= 0).any():
         raise UserError(
             f"{len(unknown)} of {len(val.classes)} classes of --val {config.val} are not among the training images, "
-            f"the first is {unknown[0]!r}; give training images of all classes with --train, or take them out of --val"
+            f"the first is {unknown[0]!r}; give training images of all classes with --train, or remove these classes "
+            "from --val"
         )
     return train, val
 
 
-def require_its_images(
-    config: Config, subject: "ScoredModel", earlier: dict[str, Any], train: "Dataset", val: "Dataset"
+def require_same_images(
+    config: Config, scored: "ScoredModel", earlier: dict[str, Any], train: "Dataset", val: "Dataset"
 ) -> None:
-    """Raises UserError if the evaluation that is there was made from other images."""
-    for which, dataset, asked in (("train", train, train_spec(config, subject)), ("val", val, config.val)):
+    """Raises Mismatch if an earlier evaluation in the folder was made from other images.
+
+    earlier: its manifest. The claim of the folder would refuse them too, but without naming the images.
+    """
+    for which, dataset, spec in (("train", train, train_spec(config, scored)), ("val", val, config.val)):
         if earlier["identity"]["data"][which] != dataset.fingerprint:
             raise artifact.Mismatch(
-                f"{config.out or subject.home} was made with the {which} images of {earlier['about'][which]} as they "
-                f"were then, and those of {asked} are others; choose another --out, or start anew with --overwrite"
+                f"{config.out or scored.default_out} was made with the {which} images of {earlier['about'][which]} as "
+                f"they were then, and those of {spec} are others; choose another --out, or start anew with --overwrite"
             )
 
 
-def suits(evaluators: dict[str, Any], subject: "ScoredModel", train: Any, val: Any) -> None:
-    """Refuse a protocol for another model, or for labels where there are none, before hours of features."""
+def check_protocols(
+    evaluators: dict[str, "Evaluator"], scored: "ScoredModel", train: "Dataset", val: "Dataset"
+) -> None:
+    """Raises UserError for a protocol that is for another model or lacks labels, before features are computed."""
     from compress_ssl.pipeline.evaluators.base import require_labels
 
     sets = {"training": train, "validation": val}
     for spec, evaluator in evaluators.items():
-        if getattr(evaluator, "of", "") not in ("", subject.weights):
+        if evaluator.model_digest not in ("", scored.weights):
             raise UserError(
-                f"--protocol {spec} was made for another model than {subject.model['name']}; give the head of this "
+                f"--protocol {spec} was made for another model than {scored.model['name']}; give the head of this "
                 "one: its run's head.safetensors, or one made from its store with compress label-head"
             )
         require_labels(spec, **{which: sets[which] for which in evaluator.needs_labels})
 
 
-def splits(
-    config: Config, subject: "ScoredModel", train: "Dataset", val: "Dataset", out: Path
-) -> tuple["Split", "Split"]:
-    """Features of both sets on disk, resumed where they stopped; labels joined by class name.
+# ---------------------------------------------------------------- features
 
-    Both have the classes of the training images, or, where these have no labels, of the validation images.
+
+def load_splits(
+    config: Config, scored: "ScoredModel", train: "Dataset", val: "Dataset", out: Path
+) -> tuple["Split", "Split"]:
+    """(training split, validation split) of view 0. Features that are not stored yet are computed into OUT/features.
+
+    Both splits share one list of classes: those of the training images, then those that only the validation images
+    have (possible only if the training images have no labels).
     """
     classes = (*train.classes, *(name for name in val.classes if name not in train.classes))
-    first = subject.stored(train) or embed_set(config, subject, train, out / "features" / "train")
-    second = subject.stored(val) or embed_set(config, subject, val, out / "features" / "val")
-    return split(first, train, classes), split(second, val, classes)
+    first = scored.find_store(train) or embed_dataset(config, scored, train, out / "features" / "train")
+    second = scored.find_store(val) or embed_dataset(config, scored, val, out / "features" / "val")
+    return build_split(first, train, classes), build_split(second, val, classes)
 
 
-def embed_set(config: Config, subject: "ScoredModel", dataset: "Dataset", folder: Path) -> "FeatureStore":
-    """View 0 of a data set through the subject, as a store of one exact view."""
-    from compress_ssl.pipeline.extraction.embed import embed
-    from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
-    from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
+def embed_dataset(config: Config, scored: "ScoredModel", dataset: "Dataset", folder: Path) -> "FeatureStore":
+    """The scored model's features of view 0, as a store with one view in float32, resumed where it stopped."""
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.store.shards import shard_rows
 
-    arrays = {"embedding": [subject.model["width"]]}
+    arrays = {"embedding": [scored.model["width"]]}
     identity = {
         "data": {"fingerprint": dataset.fingerprint, "images": len(dataset)},
-        "teacher": {"weights": subject.weights, "preprocessing": subject.preprocessing},
-        "views": {**subject.spec.record(), "policy": "none"},
+        "teacher": {"weights": scored.weights, "preprocessing": scored.preprocessing},
+        "views": {**scored.views.record(), "policy": "none"},
         "arrays": arrays,
         "codec": "float32",
         "batch_size": config.batch_size,
@@ -224,25 +252,34 @@ def embed_set(config: Config, subject: "ScoredModel", dataset: "Dataset", folder
     }
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     store = FeatureStore.create(Folder(folder), identity, {"views": 1}, tables)
-    if pending := store.pending():
-        device = choose_device(config.device)
-        rows = sum(s.stop - s.start for s in pending)
-        with (
-            StopRequest() as stop,
-            progress_bar(f"features {folder.name}", store.images, "images", store.images - rows) as bar,
-        ):
-            forward = FeatureExtractor(subject.build(), device, config.precision, config.batch_size)
-            workers = loader_workers(config.workers, device)
-            embed(
-                store, dataset, subject.spec, forward, workers=workers, progress=bar.advance,
-                stopped=lambda: stop.requested,
-            )  # fmt: skip
-            stop.check("features so far are kept; repeat the command to continue")
+    if store.pending():
+        embed_pending(config, scored, dataset, store, folder.name)
     return store
 
 
-def split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -> "Split":
-    """The usable rows of view 0, labels as numbers into `classes`. Raises UserError if there are none."""
+def embed_pending(config: Config, scored: "ScoredModel", dataset: "Dataset", store: "FeatureStore", title: str) -> None:
+    """Compute the features that a store lacks, with a progress bar. A stop signal keeps those of complete shards."""
+    from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
+    from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
+
+    device = choose_device(config.device)
+    missing = sum(shard.stop - shard.start for shard in store.pending())  # images
+    done = store.images - missing
+    with StopRequest() as stop, progress_bar(f"features {title}", store.images, "images", done) as bar:
+        forward = FeatureExtractor(scored.build_embedder(), device, config.precision, config.batch_size)
+        workers = loader_workers(config.workers, device)
+        embed(
+            store, dataset, scored.views, forward, workers=workers, progress=bar.advance,
+            stopped=lambda: stop.requested,
+        )  # fmt: skip
+        stop.check("the features so far are kept; repeat the command to continue")
+
+
+def build_split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -> "Split":
+    """The usable images of a store's view 0, with labels as numbers into `classes`, joined by class name.
+
+    Raises UserError if no image is usable.
+    """
     import numpy as np
 
     from compress_ssl.pipeline.datasets.decode import GOOD
@@ -253,30 +290,37 @@ def split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -
         _, name, why = store.bad_images()[0]
         raise UserError(
             f"none of the {len(dataset)} images of {store.storage} can be used, the first is {name}: {why}; "
-            "mend them, then repeat the command with another --out"
+            "repair the files, then repeat the command with another --out"
         )
     if len(rows) < len(dataset):
         echo(f"{len(dataset) - len(rows)} of {len(dataset)} images cannot be used and are left out")
     number = {name: y for y, name in enumerate(classes)}
+    # One more entry at the end: a label of -1 (none) indexes it and stays -1.
     joined = np.array([number.get(name, -1) for name in dataset.classes] + [-1], np.int64)
     return Split(store.read("embedding", 0)[rows], joined[dataset.label[rows]], rows, classes)
 
 
-def score(
-    config: Config, subject: "ScoredModel", evaluators: dict[str, Any], train: "Split", val: "Split",
+# ---------------------------------------------------------------- scores
+
+
+def run_protocols(
+    config: Config, scored: "ScoredModel", evaluators: dict[str, "Evaluator"], train: "Split", val: "Split",
     train_data: "Dataset", out: Path,
 ) -> tuple[dict[str, Any], dict[str, "Result"]]:  # fmt: skip
-    """metrics.json as a dictionary, and the results, with every protocol ever scored here."""
+    """(contents of metrics.json, results by protocol spec). Protocols of earlier commands in OUT are included.
+
+    A protocol with a finished result in OUT/results is not run again.
+    """
     from compress_ssl.pipeline.evaluators.results import Results
 
     metrics: dict[str, Any] = {
-        "model": subject.model,
+        "model": scored.model,
         "data": {
-            "train": train_spec(config, subject), "train_images": len(train),
+            "train": train_spec(config, scored), "train_images": len(train),
             "val": config.val, "val_images": len(val), "classes": len(train.classes),
         },
     }  # fmt: skip
-    results, augmented = Results(Folder(out)), augmenter(config, subject, train, train_data)
+    results, augmented = Results(Folder(out)), make_augmenter(config, scored, train, train_data)
     for spec, evaluator in evaluators.items():
         if results.get(evaluator) is None:
             results.put(evaluator, spec, evaluator(train, val, out, augmented))
@@ -284,23 +328,36 @@ def score(
     return metrics | scores, found
 
 
-def augmenter(
-    config: Config, subject: "ScoredModel", train: "Split", dataset: "Dataset"
+def make_augmenter(
+    config: Config, scored: "ScoredModel", train: "Split", dataset: "Dataset"
 ) -> "Callable[[int], np.ndarray] | None":
-    """epoch -> (n, d) features of another random view of every training image.
+    """epoch -> (n, d) features of another random view of every training image; None if none can be had.
 
-    From the store, its random views in turn; else crops and flips seen afresh.
+    With a store that holds these images, its stored random views are used in turn; a store of view 0 alone has none.
+    Otherwise the images are embedded again in every epoch, in a new random crop and flip.
     """
-    if stored := subject.stored(dataset):
-        drawn = [view for view in stored.stored_views if view]
-        return (lambda epoch: stored.read("embedding", drawn[epoch % len(drawn)])[train.rows]) if drawn else None
-    return partial(fresh_features, config, subject, dataset, train.rows)
+    store = scored.find_store(dataset)
+    if store is not None:
+        return stored_view_reader(store, train.rows)
+    return partial(embed_random_view, config, scored, dataset, train.rows)
 
 
-def fresh_features(
-    config: Config, subject: "ScoredModel", dataset: "Dataset", rows: "np.ndarray", epoch: int
+def stored_view_reader(store: "FeatureStore", rows: "np.ndarray") -> "Callable[[int], np.ndarray] | None":
+    """epoch -> (n, d) stored features of these rows in a random view, a different one for each of V - 1 epochs."""
+    random_views = [view for view in store.stored_views if view]  # view 0 is the centre crop
+    if not random_views:
+        return None
+    return lambda epoch: store.read("embedding", random_views[epoch % len(random_views)])[rows]
+
+
+def embed_random_view(
+    config: Config, scored: "ScoredModel", dataset: "Dataset", rows: "np.ndarray", epoch: int
 ) -> "np.ndarray":
-    """(n, d) features of crops and flips never seen before, one for each of these rows."""
+    """(n, d) features of these rows in random crops and flips, other ones in every epoch.
+
+    The view numbers carry the bit FRESH, so none of them is a stored view. Raises UserError if an image cannot be
+    read any more.
+    """
     import torch
 
     from compress_ssl.pipeline.extraction.features import view_features
@@ -309,60 +366,70 @@ def fresh_features(
     from compress_ssl.pipeline.views.numbering import FRESH
 
     device = choose_device(config.device)
-    embedder = subject.build().to(device).to(memory_format=torch.channels_last)  # as `embed` leaves it
-    spec = ViewSpec("crop-flip", subject.spec.seed, subject.spec.crop_ratio)
+    embedder = scored.build_embedder().to(device).to(memory_format=torch.channels_last)  # as FeatureExtractor sets it
+    spec = ViewSpec("crop-flip", scored.views.seed, scored.views.crop_ratio)
     workers = loader_workers(config.workers, device)
-    features, seen = view_features(embedder, dataset, spec, device, config.precision, FRESH + epoch, rows, workers)
-    if len(seen) != len(rows):
-        raise UserError(f"{len(rows) - len(seen)} training images can no longer be read; put them back")
+    features, embedded_rows = view_features(
+        embedder, dataset, spec, device, config.precision, FRESH + epoch, rows, workers
+    )
+    if len(embedded_rows) != len(rows):
+        raise UserError(f"{len(rows) - len(embedded_rows)} training images can no longer be read; restore them")
     return features.cpu().numpy()
 
 
+# ---------------------------------------------------------------- report
+
+
 def write_report(
-    config: Config, subject: "ScoredModel", metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
+    config: Config, scored: "ScoredModel", metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
     val: "Split", train_data: "Dataset", val_data: "Dataset", out: Path,
 ) -> Path:  # fmt: skip
+    """Write report.html and its figures; returns the path of the page."""
     from compress_ssl.pipeline.report import evaluation
 
     sets = {"train": train_data, "val": val_data}
-    return evaluation.write(
+    return evaluation.write_report(
         out,
         metrics,
         train=train,
         val=val,
         results=results,
-        teacher=teacher_metrics(config, subject, metrics),
-        curves=jsonl.read_jsonl(subject.run / "metrics.jsonl") if subject.run else None,
-        pictures=lambda which, i: thumbnail(sets[which], i),
+        teacher=read_teacher_metrics(config, scored, metrics),
+        curves=jsonl.read_jsonl(scored.run / "metrics.jsonl") if scored.run else None,
+        load_image=lambda which, i: load_thumbnail(sets[which], i),
     )
 
 
-def teacher_metrics(config: Config, subject: "ScoredModel", metrics: dict[str, Any]) -> dict[str, Any] | None:
-    """The teacher's metrics.json, if it was scored on the same images."""
-    place = config.teacher or subject.beside
-    if place is None or not (place / "metrics.json").exists():
+def read_teacher_metrics(config: Config, scored: "ScoredModel", metrics: dict[str, Any]) -> dict[str, Any] | None:
+    """The teacher's metrics.json if there is one of as many images and classes, else None.
+
+    Raises UserError if --teacher names a folder without one.
+    """
+    folder = config.teacher or scored.teacher_evaluation
+    if folder is None or not (folder / "metrics.json").exists():
         if config.teacher:
             raise UserError(f"--teacher {config.teacher} holds no metrics.json; score the teacher first, with --store")
         return None
-    teacher = artifact.read_json(Folder(place), "metrics.json")
-    same = all(teacher["data"][k] == metrics["data"][k] for k in ("train_images", "val_images", "classes"))
+    teacher = artifact.read_json(Folder(folder), "metrics.json")
+    # Counts and not paths: the same images may be reached by another path on another machine.
+    same = all(teacher["data"][key] == metrics["data"][key] for key in ("train_images", "val_images", "classes"))
     if not same:
-        echo(f"{place} was scored on other images, so it is left out of the report")
+        echo(f"{folder} was scored on other images, so it is left out of the report")
     return teacher if same else None
 
 
-def thumbnail(dataset: "Dataset", i: int) -> "np.ndarray":
-    """A small picture of image i, (H, W, 3) uint8."""
+def load_thumbnail(dataset: "Dataset", i: int) -> "np.ndarray":
+    """Image i reduced to at most THUMBNAIL_SIDE pixels, (H, W, 3) uint8."""
     import numpy as np
     from PIL import Image
 
     image = Image.fromarray(dataset.load(i)[0])
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return np.asarray(image)
 
 
-def headline(metrics: dict[str, Any]) -> str:
-    """The scores in one line."""
+def summarize(metrics: dict[str, Any]) -> str:
+    """The model and its scores in one line."""
     from compress_ssl.pipeline.report.metrics import headline_scores
 
     scores = "  ".join(f"{title} {value:.2f}" for title, value in headline_scores(metrics).items())

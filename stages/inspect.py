@@ -1,4 +1,4 @@
-"""`compress inspect PATH`: what anything that compress made is, and how far it got."""
+"""`compress inspect PATH`: shows what a folder made by compress is and how far it got."""
 
 import json
 import re
@@ -18,95 +18,125 @@ if TYPE_CHECKING:
 class Config:
     """What a store, run or evaluation is and how far it got."""
 
-    path: str = flag(help="what compress made: a folder, or a URL", place=True)
-    students: int = flag(1, "of a store: the students, in all, that are to learn from it ...")
-    epochs: float = flag(200.0, "... and the epochs of each, to say what the store saves")
+    path: str = flag(help="a folder that compress made, or its URL", place=True)
+    students: int = flag(1, "of a store: the number of students that are to be trained on it ...")
+    epochs: float = flag(200.0, "... and the epochs of each, to estimate what the store saves")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Returns {"summary", "kind", ...}: the manifest and the progress."""
+    """Returns {"summary", "kind", "manifest"} and what the describe_* function of that kind returns.
+
+    For a store it also returns the numbers of `compute_savings`. Raises UserError for a folder of another origin.
+    """
     storage = open_storage(config.path)
     manifest = artifact.read(storage)
     require(config, {"students": POSITIVE, "epochs": POSITIVE})
-    figures: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     if manifest["kind"] == "store":
         from compress_ssl.pipeline.store.feature_store import FeatureStore
 
-        here = FeatureStore(storage)
-        figures = savings(here, config)
-        found = store(here, figures)
+        store = FeatureStore(storage)
+        numbers = compute_savings(store, config)
+        described = describe_store(store, numbers)
+    elif manifest["kind"] == "run":
+        described = describe_run(storage, manifest)
+    elif manifest["kind"] == "evaluation":
+        described = describe_evaluation(storage, manifest)
     else:
-        tell = {"run": distillation, "evaluation": evaluation}.get(manifest["kind"], settings)
-        found = tell(storage, manifest)
-    lines = [f"{config.path}: {manifest['kind']}", *(f"  {k}: {v}" for k, v in found.items())]
-    return {"summary": "\n".join(lines), "kind": manifest["kind"], **found, **figures, "manifest": manifest}
+        described = describe_identity(storage, manifest)
+    lines = [f"{config.path}: {manifest['kind']}", *(f"  {key}: {value}" for key, value in described.items())]
+    return {"summary": "\n".join(lines), "kind": manifest["kind"], **described, **numbers, "manifest": manifest}
 
 
-def store(here: "FeatureStore", figures: dict[str, Any]) -> dict[str, Any]:
-    """A store in words. figures: its `savings`."""
-    about, total, drawn = here.about, -(-here.images // here.rows), here.identity["views"]
-    exported = "data" in about  # an evaluation's features name neither their images nor their model
-    of = f" of {about['data']['spec']}, {len(about['classes'])} classes" if exported else ", scored by an evaluation"
-    held = f"{here.stored_views.start} to {here.views - 1}" if here.stored_views.start else here.views
-    cost = f"{format_duration(figures['device_seconds'])}, {figures['images_per_s'] or 0:.0f} images/s"
-    return {
-        "fingerprint": here.fingerprint,
-        "data": f"{here.images} images{of}",
-        "teacher": f"{about['teacher'] if exported else 'what was scored'}, {here.arrays['embedding'][0]} dimensions",
-        "views": f"{held}, {drawn['policy']}, seed {drawn['seed']}",
-        **({"local crops": f"{len(here.local)} of {here.identity['local']['size']} pixels"} if here.local else {}),
-        "arrays": ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in here.arrays.items()),
-        "codec": here.identity["codec"],
-        "shards": f"{total - figures['pending']} of {total} done, {here.rows} rows each",
-        "bad images": len(here.bad_images()),
-        "on disk": format_bytes(figures["bytes"]),
-        "cost": f"{cost}, {figures['views_per_s']:.0f} views/s" if figures["device_seconds"] else "not known",
-        **({"copied from": about["copied"]["from"]} if "copied" in about else {}),
-        **({"saves": saved(figures)} if exported else {}),
+# ---------------------------------------------------------------- a store
+
+
+def describe_store(store: "FeatureStore", savings: dict[str, Any]) -> dict[str, Any]:
+    """A store in words, by title. savings: the numbers of `compute_savings`."""
+    about, identity = store.about, store.identity
+    exported = "data" in about  # false for an evaluation's features, which name neither their images nor their model
+    if exported:
+        origin, teacher = f" of {about['data']['spec']}, {len(about['classes'])} classes", about["teacher"]
+    else:
+        origin, teacher = ", scored by an evaluation", "what was scored"
+    first = store.stored_views.start  # above 0 if view 0 is not stored
+    views = f"{first} to {store.views - 1}" if first else str(store.views)
+    shards = -(-store.images // store.rows)
+    described: dict[str, Any] = {
+        "fingerprint": store.fingerprint,
+        "data": f"{store.images} images{origin}",
+        "teacher": f"{teacher}, {store.arrays['embedding'][0]} dimensions",
+        "views": f"{views}, {identity['views']['policy']}, seed {identity['views']['seed']}",
     }
+    if store.local:
+        described["local crops"] = f"{len(store.local)} of {identity['local']['size']} pixels"
+    described |= {
+        "arrays": ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in store.arrays.items()),
+        "codec": identity["codec"],
+        "shards": f"{shards - savings['pending']} of {shards} done, {store.rows} rows each",
+        "bad images": len(store.bad_images()),
+        "on disk": format_bytes(savings["bytes"]),
+        "cost": format_cost(savings),
+    }
+    if "copied" in about:
+        described["copied from"] = about["copied"]["from"]
+    if exported:
+        described["saves"] = format_savings(savings)
+    return described
 
 
-def savings(here: "FeatureStore", config: Config) -> dict[str, Any]:
-    """What the store cost and saves, as numbers.
+def compute_savings(store: "FeatureStore", config: Config) -> dict[str, Any]:
+    """What the store cost and what it saves, as numbers.
 
-    The teacher once over N images in V views is N * V forwards; a live one is N forwards for each
-    student and epoch. So the store pays from V epochs on, all students' together.
+    To embed N images in V views the teacher needs N * V forward passes, once. Without a store it needs N passes for
+    each student and epoch. So the store pays from V epochs on, summed over all students.
     """
-    history, count = here.history(), len(here.all_views)
-    seconds, images, views = (sum(e.get(name, 0) for e in history) for name in ("seconds", "images", "views"))
+    history, view_count = store.history(), len(store.all_views)
+    seconds, images, views = (sum(entry.get(key, 0) for entry in history) for key in ("seconds", "images", "views"))
     return {
         "students": config.students,
         "epochs": config.epochs,
         "device_seconds": seconds,
         "images_per_s": images / seconds if seconds else None,
         "views_per_s": views / seconds if seconds else None,
-        "stored_forwards": here.images * count,
-        "live_forwards": round(here.images * config.students * config.epochs),
-        "break_even_epochs": count,
-        "bytes": here.storage.size(),
-        "pending": len(here.pending()),
+        "stored_forwards": store.images * view_count,
+        "live_forwards": round(store.images * config.students * config.epochs),
+        "break_even_epochs": view_count,
+        "bytes": store.storage.size(),
+        "pending": len(store.pending()),
     }
 
 
-def saved(figures: dict[str, Any]) -> str:
-    """`savings` in words."""
-    live, rate = figures["live_forwards"], figures["views_per_s"]
-    spared = live - figures["stored_forwards"]
-    worth = f", {format_duration(spared / rate)} of this device" if rate and spared > 0 else ""
+def format_cost(savings: dict[str, Any]) -> str:
+    """The device time of the export and its rates, in words."""
+    seconds = savings["device_seconds"]
+    if not seconds:
+        return "not known"
+    rates = f"{savings['images_per_s'] or 0:.0f} images/s, {savings['views_per_s']:.0f} views/s"
+    return f"{format_duration(seconds)}, {rates}"
+
+
+def format_savings(savings: dict[str, Any]) -> str:
+    """The numbers of `compute_savings` in words."""
+    live, rate = savings["live_forwards"], savings["views_per_s"]
+    saved = live - savings["stored_forwards"]
+    time = f", {format_duration(saved / rate)} of this device" if rate and saved > 0 else ""
     return (
-        f"{spared} of {live} teacher forwards for {figures['students']} students x {figures['epochs']:g} epochs{worth}"
-        f"; pays from {figures['break_even_epochs']} epochs on, all students' together"
+        f"{saved} of {live} teacher forwards for {savings['students']} students x {savings['epochs']:g} epochs{time}"
+        f"; pays from {savings['break_even_epochs']} epochs on, all students' together"
     )
 
 
-def distillation(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
+# ---------------------------------------------------------------- a run
 
+
+def describe_run(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
+    """A run of distill in words and numbers, by title: its settings, the last logged step and its checkpoints."""
     rows = jsonl.parse_jsonl(storage.get("metrics.jsonl").decode()) if storage.exists("metrics.jsonl") else []
     last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
     scores = [row["val_nn"] for row in rows if "val_nn" in row]
-    steps = sorted(int(m[1]) for key in storage.list("checkpoints") if (m := re.search(r"step-(\d+)\.pt$", key)))
     identity = manifest["identity"]
-    return {
+    described: dict[str, Any] = {
         "student": identity["student"]["spec"],
         "method": identity["method"],
         "store": f"{manifest['about']['store']} ({identity['store']})",
@@ -114,25 +144,39 @@ def distillation(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
         "last logged step": last.get("step", 0),
         "epoch": last.get("epoch", 0),
         "loss": last.get("loss"),
-        **({"best val nearest neighbour": max(scores)} if scores else {}),
-        "checkpoints": ", ".join(map(str, steps)) or "none",
-        "finished": storage.exists("student.safetensors"),
     }
+    if scores:
+        described["best val nearest neighbour"] = max(scores)
+    described["checkpoints"] = ", ".join(map(str, list_checkpoints(storage))) or "none"
+    described["finished"] = storage.exists("student.safetensors")
+    return described
 
 
-def evaluation(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
+def list_checkpoints(storage: Storage) -> list[int]:
+    """The steps of a run's checkpoints, ascending."""
+    matches = [re.search(r"step-(\d+)\.pt$", key) for key in storage.list("checkpoints")]
+    return sorted(int(match[1]) for match in matches if match)
+
+
+# ---------------------------------------------------------------- an evaluation, and anything else
+
+
+def describe_evaluation(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation by title: its model, its images, the scores of each protocol and the path of its page."""
     scores = artifact.read_json(storage, "metrics.json") if storage.exists("metrics.json") else {}
+    about = manifest["about"]
     return {
-        "model": f"{manifest['about']['model']['name']} ({manifest['about']['model']['role']})",
-        "train": manifest["about"]["train"],
-        "val": manifest["about"]["val"],
+        "model": f"{about['model']['name']} ({about['model']['role']})",
+        "train": about["train"],
+        "val": about["val"],
         **{name: json.dumps(found) for name, found in scores.items() if name not in ("model", "data")},
         "report": f"{storage}/report.html" if storage.exists("report.html") else "not yet",
     }
 
 
-def settings(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Anything else of ours: what it was made with."""
-    identity = manifest["identity"].items()
-    made = {name: value if isinstance(value, str) else json.dumps(value) for name, value in identity}
-    return {**made, "on disk": format_bytes(storage.size())}
+def describe_identity(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Any other kind of folder: the settings it was made with, and its size."""
+    settings = {
+        name: value if isinstance(value, str) else json.dumps(value) for name, value in manifest["identity"].items()
+    }
+    return {**settings, "on disk": format_bytes(storage.size())}

@@ -1,4 +1,4 @@
-"""`compress label-head`: a linear head on stored embeddings, fitted to a few labels, for simclr-v2."""
+"""`compress label-head`: fits a linear head on stored embeddings to a few labels, for the method simclr-v2."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -7,41 +7,45 @@ from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
-from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.storage import open_storage
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from compress_ssl.pipeline.models.linear_head import LinearHead
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 
 @dataclass(frozen=True)
 class Config:
-    """Fit a linear head to a few labels, on the stored embeddings alone: no image is opened.
+    """Fit a linear head to a few labels, from the stored embeddings alone: no image is opened.
 
-    What makes a teacher without labels a task's teacher; distill reads it as --method simclr-v2:head=FILE.
+    The head makes a self-supervised teacher predict classes; distill reads it with --method simclr-v2:head=FILE.
     """
 
     store: str = flag(help="the teacher's feature store, with labels")
-    out: Path = flag(help="the file to write, as head.safetensors")
-    labels: str = flag("10%", "which labels may be used: a share of each class, as 1%, or a file of image ids")
-    strength: float = flag(1.0, "inverse of the L2 penalty: smaller is smoother")
-    seed: int = flag(0, "of which images a share takes")
+    out: Path = flag(help="the file to write, for instance head.safetensors")
+    labels: str = flag("10%", "labels to use: a share of each class, such as 1%, or a file of image ids")
+    strength: float = flag(1.0, "inverse of the L2 penalty (scikit-learn's C): a smaller value fits a smoother head")
+    seed: int = flag(0, "seed that selects the images of a share")
     overwrite: bool = flag(False, "replace the file")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Fit and write the head. Returns {"summary", "head", "labelled", "classes", "top1": on the other labels}."""
-    require(config, {"strength": POSITIVE, "seed": (lambda x: x >= 0, "must be 0 or more")})
-    share = share_of(config.labels)
+    """Fit and write the head. Returns {"summary", "head", "labelled", "classes", "top1"}.
+
+    "top1" is the accuracy in percent on the labels that were not used, None if there are none. Raises UserError if
+    the flags, the labels or the store do not allow a fit.
+    """
+    require(config, {"strength": POSITIVE, "seed": NOT_NEGATIVE})
+    share = parse_share(config.labels)
     storage = open_storage(config.store)
     artifact.read(storage, "store")
     if config.out.exists() and not config.overwrite:
         raise UserError(f"{config.out} is there already; name another --out, or replace it with --overwrite")
 
     import numpy as np
-    import torch
 
     from compress_ssl.pipeline.datasets.decode import GOOD
     from compress_ssl.pipeline.models import linear_head
@@ -51,58 +55,79 @@ def run(config: Config) -> dict[str, Any]:
     store = FeatureStore(storage)
     source_images.require_exported(store)
     store.require_complete([0])
-    label = np.where(store.table("status") == GOOD, store.table("label"), -1)
-    rows = named(store, config.labels) if share is None else linear_head.choose_labelled(label, share, config.seed)
+    label = np.where(store.table("status") == GOOD, store.table("label"), -1)  # (N,), -1: no label or a bad image
+    if share is None:
+        rows = find_rows(store, config.labels)
+    else:
+        rows = linear_head.choose_labelled(label, share, config.seed)
     rows = rows[label[rows] >= 0]
     if not len(rows):
-        raise UserError(f"{config.store} has no labelled image among those asked for; export with class subfolders")
-    features = store.read("embedding", 0)
-    names = store.about["classes"]
+        raise UserError(
+            f"none of the images selected from {config.store} by --labels {config.labels} has a label; select "
+            "others, or export images that lie in one folder per class"
+        )
+    features, names = store.read("embedding", 0), store.about["classes"]
     head = linear_head.fit(features[rows], label[rows], names, config.strength)
-    said = {"store": store.fingerprint, "labels": config.labels, "labelled": str(len(rows))}
-    linear_head.save(head, config.out, {"weights": store.identity["teacher"]["weights"], **said})
-    rest = np.setdiff1d(np.flatnonzero(label >= 0), rows)
-    with torch.no_grad():
-        top1 = float((head(torch.from_numpy(features[rest])).argmax(1).numpy() == label[rest]).mean()) * 100
-    seen = f"; top-1 {top1:.2f} % on the {len(rest)} labels it has not seen" if len(rest) else ""
+    origin = {"store": store.fingerprint, "labels": config.labels, "labelled": str(len(rows))}
+    linear_head.save(head, config.out, {"weights": store.identity["teacher"]["weights"], **origin})
+    others = np.setdiff1d(np.flatnonzero(label >= 0), rows)
+    top1 = score_head(head, features[others], label[others]) if len(others) else None
+    score = "" if top1 is None else f"; top-1 {top1:.2f} % on the {len(others)} labels it has not seen"
     return {
-        "summary": f"{config.out}: {len(names)} classes from {len(rows)} labels, view 0 of each{seen}",
+        "summary": f"{config.out}: {len(names)} classes from {len(rows)} labels, view 0 of each{score}",
         "head": str(config.out),
         "labelled": len(rows),
         "classes": len(names),
-        "top1": top1 if len(rest) else None,
+        "top1": top1,
     }
 
 
-def share_of(text: str) -> float | None:
-    """`1%` -> 0.01; None for what is a file. Raises UserError."""
+def score_head(head: "LinearHead", features: "np.ndarray", label: "np.ndarray") -> float:
+    """Top-1 in percent of a head on embeddings (n, D) with labels (n,)."""
+    import torch
+
+    with torch.no_grad():
+        prediction = head(torch.from_numpy(features)).argmax(1).numpy()
+    return float((prediction == label).mean()) * 100
+
+
+def parse_share(text: str) -> float | None:
+    """`1%` -> 0.01; None for the path of a file. Raises UserError for anything else."""
     if text.endswith("%"):
         try:
             share = float(text[:-1]) / 100
         except ValueError:
             share = 0.0
         if not 0 < share <= 1:
-            raise UserError(f"--labels is {text}, but a share must be more than 0% and at most 100%")
+            raise UserError(
+                f"--labels is {text}, but a share must be more than 0% and at most 100%; give for instance 10%"
+            )
         return share
     if not Path(text).is_file():
         raise UserError(f"--labels {text} is neither a share, as 10%, nor a file of image ids; check the path")
     return None
 
 
-def named(store: "FeatureStore", file: str) -> "np.ndarray":
-    """Rows of the images that a file lists, by id or by file name. Raises UserError for one that is not there."""
+def find_rows(store: "FeatureStore", file: str) -> "np.ndarray":
+    """(n,) int64 rows, ascending, of the images listed in a text file, one id or file name in a line.
+
+    Raises UserError for a name that the store lacks and for a file name that several images share.
+    """
     import numpy as np
 
     ids = [str(name) for name in store.table("sample_id")]
-    short = [name.rpartition("/")[2] for name in ids]
-    shared = {name for name, count in Counter(short).items() if count > 1}
-    row = {name: i for i, name in enumerate(short)} | {name: i for i, name in enumerate(ids)}
-    asked = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
-    if doubtful := [name for name in asked if name in shared and name not in ids]:
-        raise UserError(f"{file} names {doubtful[0]}, and several images are called so; give ids, as {ids[0]}")
-    if missing := [name for name in asked if name not in row]:
+    file_names = [name.rpartition("/")[2] for name in ids]
+    shared = {name for name, count in Counter(file_names).items() if count > 1}
+    # An id takes precedence over an equal file name.
+    row = {name: i for i, name in enumerate(file_names)} | {name: i for i, name in enumerate(ids)}
+    listed = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+    ambiguous = [name for name in listed if name in shared and name not in ids]
+    if ambiguous:
+        raise UserError(f"{file} names {ambiguous[0]}, and several images have this file name; give ids, as {ids[0]}")
+    missing = [name for name in listed if name not in row]
+    if missing:
         raise UserError(
-            f"{len(missing)} of {len(asked)} ids in {file} are not in {store.storage}, the first is {missing[0]}; "
+            f"{len(missing)} of {len(listed)} ids in {file} are not in {store.storage}, the first is {missing[0]}; "
             f"they look like {ids[0]}"
         )
-    return np.array(sorted({row[name] for name in asked}), np.int64)
+    return np.array(sorted({row[name] for name in listed}), np.int64)

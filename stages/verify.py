@@ -1,4 +1,4 @@
-"""`compress verify STORE`: every digest, then the live teacher against a sample of what is stored."""
+"""`compress verify STORE`: checks every digest, then embeds a sample again and compares it with the stored features."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,6 @@ from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.runtime.lease import require_free
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.storage import open_storage
-from compress_ssl.pipeline.views import numbering
 from compress_ssl.pipeline.views.numbering import LOCAL, view_name
 
 if TYPE_CHECKING:
@@ -19,37 +18,40 @@ if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
-LOSS = 0.001  # of cosine to the live feature, beyond the codec's: another device or precision passes, another view not
-CONTROL_MARGIN = 5.0  # times as much below what the codec keeps as the right one, on average: a control's cosine
-ROUNDING = 1e-6  # of a cosine in single precision
-MIN_SAMPLE = 16  # images embedded again, if there are so many
-SHOWN = 10  # damages listed by name
+MAX_COSINE_LOSS = 0.001  # beyond the codec's own loss. Another device or precision loses less, another view loses more
+CONTROL_MARGIN = 5.0  # a control's mean cosine gap must be more than this many times the true one's
+ROUNDING = 1e-6  # of a cosine in float32: the smallest gap that CONTROL_MARGIN multiplies
+MIN_SAMPLE = 16  # images embedded again, or all of a smaller store: a share of 0.001 of few images would be none
+MAX_LISTED = 10  # damaged places that are printed by name
 
 
 @dataclass(frozen=True)
 class Config:
     """Check a store: every digest, then the live teacher against a sample of the stored features.
 
-    --repair restores small files from their second copies and marks damaged shards, so that the
-    command that made the store makes exactly those again.
+    --repair restores small files from their second copies and marks damaged shards as missing, so that
+    repeating the command that made the store computes exactly those again.
     """
 
-    store: str = flag(help="a feature store", place=True)
+    store: str = flag(help="a feature store: a folder or URL", place=True)
     data: str | None = flag(None, "the images, if they have moved since the export")
     teacher: str | None = flag(None, "the teacher, if its weights have moved since the export")
     sample: float = flag(0.001, "share of the images to embed again, at least 16 of them; 0 checks digests only")
-    repair: bool = flag(False, "mend what can be mended")
-    batch_size: int | None = flag(None, "images per forward (default: as exported)", short="-b")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1")
-    precision: str | None = flag(None, "fp32, bf16, fp16 (default: as exported)")
-    seed: int = flag(0, "of the sample")
+    repair: bool = flag(False, "restore small files and mark damaged shards to be computed again")
+    batch_size: int | None = flag(None, "images per forward pass (default: as exported)", short="-b")
+    device: str = flag("auto", "device of the teacher: auto, cpu, cuda, cuda:1")
+    precision: str | None = flag(None, "arithmetic of the teacher: fp32, bf16, fp16 (default: as exported)")
+    seed: int = flag(0, "seed that selects the sample")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Returns {"summary", "damaged", "mended", "cosine", ...}. Raises UserError if something is wrong."""
+    """Returns {"summary", "damaged", "mended", "pending"}, and with a sample what `judge` returns.
+
+    Raises UserError if the store is damaged and --repair is not given, or if stored features do not fit the teacher.
+    """
     require(config, {"batch_size": POSITIVE, "sample": (lambda x: 0 <= x <= 1, "must be from 0 to 1")})
     require(config, {"precision": one_of("fp32", "bf16", "fp16")})
-    damaged, mended = digests(config)
+    damaged, mended = check_digests(config)
     if damaged and not config.repair:
         raise UserError(
             f"{config.store} is damaged in {pluralize(len(damaged), 'place')} ({'; '.join(damaged[:3])}); "
@@ -65,31 +67,37 @@ def run(config: Config) -> dict[str, Any]:
             text += f"; {pluralize(pending, 'row block')} to be computed again: repeat the command that made it"
         return {"summary": text, "damaged": damaged, "mended": mended, "pending": pending}
     found = {"damaged": [], "mended": [], "pending": pending}
-    text = f"{config.store}: every digest is right" + (
-        f", {pluralize(pending, 'row block')} pending" if pending else ""
-    )
+    text = f"{config.store}: every digest is right"
+    if pending:
+        text += f", {pluralize(pending, 'row block')} pending"
     if config.sample:
-        live = compare(config, store)
-        text += f"; {live['said']}"
-        found |= live
+        verdict = compare_sample(config, store)
+        text += f"; {verdict['said']}"
+        found |= verdict
     return {"summary": text, **found}
 
 
-def digests(config: Config) -> tuple[list[str], list[str]]:
-    """(what is damaged, what was mended), small files first: shards are read by way of them."""
+# ---------------------------------------------------------------- digests
+
+
+def check_digests(config: Config) -> tuple[list[str], list[str]]:
+    """(damaged places, repaired places). Small files are checked first, because they are needed to find the shards.
+
+    Without --repair the shards are not checked if a small file is damaged.
+    """
     from compress_ssl.pipeline.store import integrity
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     storage = open_storage(config.store)
     if config.repair:
-        integrity.read_manifest(storage)  # first: only a store has a lease
+        integrity.read_manifest(storage)  # before the lease: another kind of folder has none, and is refused here
         require_free(storage)
     damaged: list[str] = []
     mended: list[str] = []
 
     def note(damage: integrity.Damage) -> None:
         damaged.append(f"{damage.key}: {damage.what}")
-        if len(damaged) <= SHOWN:
+        if len(damaged) <= MAX_LISTED:
             echo(f"damaged: {damaged[-1]}")
         if config.repair:
             damage.repair()
@@ -106,133 +114,170 @@ def digests(config: Config) -> tuple[list[str], list[str]]:
     return damaged, mended
 
 
-def compare(config: Config, store: "FeatureStore") -> dict[str, Any]:
-    """Embed a sample of (i, v) again: cosine to the stored row, and to those of a wrong view and a wrong image.
+# ---------------------------------------------------------------- the live teacher
 
-    Raises UserError if pixels, weights or features are not what the store says.
+
+@dataclass
+class Comparison:
+    """Cosines of live features to stored ones, one (n,) array per view, and to two controls that must be lower."""
+
+    config: Config
+    store: "FeatureStore"
+    stored: list["np.ndarray"] = field(default_factory=list)  # to the stored feature of the same (i, v)
+    ideal: list["np.ndarray"] = field(default_factory=list)  # to the live feature itself after the store's codec
+    wrong_view: list["np.ndarray"] = field(default_factory=list)  # control: to another view of the same image
+    wrong_image: list["np.ndarray"] = field(default_factory=list)  # control: to the same view of another image
+    exact: int = 0  # features that equal the stored ones bit for bit
+    place: str = ""  # where in the store the first feature that does not fit was found instead, as a sentence
+
+
+def compare_sample(config: Config, store: "FeatureStore") -> dict[str, Any]:
+    """Embed a sample of (i, v) again and compare it with the store; returns what `judge` returns.
+
+    Raises UserError if the pixels, the weights or the features are not those of the export.
     """
+    import numpy as np
+
+    from compress_ssl.pipeline.store import source_images
+
+    # The pixels are checked before any arithmetic, so that `judge` may name the arithmetic as the cause.
+    dataset, _ = source_images.open_store_images(store, config.data)
+    rows, views = select_sample(config, store)
+    if not len(rows):
+        return {"said": "no row block is complete, so no feature was embedded again"}
+    live, comparison = embed_again(config, store, dataset), Comparison(config, store)
+    with progress_bar("live teacher", len(rows), "images") as bar:
+        for view in np.unique(views).tolist():
+            of_view = rows[views == view]
+            compare_view(comparison, view, of_view, live(of_view, view))
+            bar.advance(len(of_view))
+    return judge(comparison)
+
+
+def select_sample(config: Config, store: "FeatureStore") -> tuple["np.ndarray", "np.ndarray"]:
+    """(rows (n,) in ascending order, one view (n,) for each), random by --seed, of complete row blocks."""
     import numpy as np
 
     from compress_ssl.pipeline.datasets.decode import GOOD
     from compress_ssl.pipeline.runtime import philox
-    from compress_ssl.pipeline.store import source_images
 
-    dataset, _ = source_images.open_store_images(store, config.data)  # the same pixels, before any arithmetic
     rows = np.flatnonzero(store.table("status") == GOOD)
     rows = rows[~np.isin(rows // store.rows, [shard.block for shard in store.pending()])]
     count = min(len(rows), max(MIN_SAMPLE, round(config.sample * store.images)))
     if not count:
-        return {"said": "no row block is complete, so no feature was embedded again"}
+        return rows, rows
     order = philox.permutation(config.seed, philox.PICK, 0, len(rows))
     rows = np.sort(rows[order[:count]])
     views = np.array(store.all_views)[philox.words(config.seed, philox.PICK, rows, 1, 1)[:, 0] % len(store.all_views)]
-    if store.local and not np.any(views & numbering.LOCAL):
-        views[0] = store.local[0]
-    live, found = embed_again(config, store, dataset), Likeness(config, store)
-    with progress_bar("live teacher", count, "images") as bar:
-        for view in np.unique(views):
-            mine = rows[views == view]
-            again, stored = live(mine, int(view)), store.read_rows(array_of(int(view)), int(view), mine)
-            kind, alike = store.codecs[array_of(int(view))], views_like(store, int(view))
-            kept = kind.decode(*kind.encode(again))
-            right, ideal = cosine(again, stored), cosine(again, kept)
-            found.right.append(right)
-            found.ideal.append(ideal)
-            if len(alike) > 1:
-                other = alike[(alike.index(view) + 1) % len(alike)]
-                found.wrong_view.append(cosine(again, store.read_rows(array_of(other), other, mine)))
-            if len(mine) > 1:
-                found.wrong_image.append(cosine(again, np.roll(stored, 1, axis=0)))
-            worst = int((right - ideal).argmin())
-            if right[worst] < ideal[worst] - LOSS and not found.place:
-                found.place = whereabouts(store, int(mine[worst]), int(view), again[worst], ideal[worst] - LOSS)
-            found.exact += int((kept == stored).all(1).sum())
-            bar.advance(len(mine))
-    return judge(found)
+    if store.local and not np.any(views & LOCAL):
+        views[0] = store.local[0]  # a store with local crops has at least one of them in the sample
+    return rows, views
 
 
-@dataclass
-class Likeness:
-    """Cosines of live features to stored ones, an array per view: the claim, and two controls that must not fit."""
+def compare_view(comparison: Comparison, view: int, rows: "np.ndarray", live: "np.ndarray") -> None:
+    """Add one view: live (n, D) features of these rows (n,), compared with the stored ones and the two controls."""
+    import numpy as np
 
-    config: Config
-    store: "FeatureStore"
-    right: list["np.ndarray"] = field(default_factory=list)
-    ideal: list["np.ndarray"] = field(default_factory=list)  # of what the codec keeps of the live feature itself
-    wrong_view: list["np.ndarray"] = field(default_factory=list)
-    wrong_image: list["np.ndarray"] = field(default_factory=list)
-    exact: int = 0  # rows equal to the bit
-    place: str = ""  # where the first feature that does not fit lies instead
+    store, array = comparison.store, array_name(view)
+    stored, codec = store.read_rows(array, view, rows), store.codecs[array]
+    decoded = codec.decode(*codec.encode(live))  # what a right store would hold
+    cosines, ideal = cosine(live, stored), cosine(live, decoded)
+    comparison.stored.append(cosines)
+    comparison.ideal.append(ideal)
+    group = views_of_group(store, view)
+    if len(group) > 1:
+        other = group[(group.index(view) + 1) % len(group)]
+        comparison.wrong_view.append(cosine(live, store.read_rows(array_name(other), other, rows)))
+    if len(rows) > 1:
+        comparison.wrong_image.append(cosine(live, np.roll(stored, 1, axis=0)))
+    worst = int((cosines - ideal).argmin())
+    least = ideal[worst] - MAX_COSINE_LOSS
+    if cosines[worst] < least and not comparison.place:
+        comparison.place = locate_feature(store, int(rows[worst]), view, live[worst], least)
+    comparison.exact += int((decoded == stored).all(1).sum())
 
 
-def array_of(view: int) -> str:
-    """The array that holds a view's embedding."""
+def array_name(view: int) -> str:
+    """The name of the array that holds a view's embedding."""
     return "local_embedding" if view & LOCAL else "embedding"
 
 
-def views_like(store: "FeatureStore", view: int) -> Sequence[int]:
-    """Numbers of all views, or of all local crops."""
+def views_of_group(store: "FeatureStore", view: int) -> Sequence[int]:
+    """The numbers of all stored views of this view's kind: all local crops for a local crop, else all other views."""
     return store.local if view & LOCAL else store.stored_views
 
 
-def whereabouts(store: "FeatureStore", row: int, view: int, feature: "np.ndarray", least: float) -> str:
-    """Where in its row block a feature lies that is not where it should be; nothing if no cosine reaches `least`."""
+def locate_feature(store: "FeatureStore", row: int, view: int, feature: "np.ndarray", least: float) -> str:
+    """A sentence about where in its row block a feature (D,) is stored; "" if no stored cosine reaches `least`."""
     import numpy as np
 
     start, stop = store.span(row // store.rows)
-    numbers = views_like(store, view)
-    found = [cosine(feature[None], store.read(array_of(v), v, slice(start, stop))) for v in numbers]
-    v, i = np.unravel_index(np.argmax(found), (len(numbers), stop - start))
-    if found[v][i] < least:
+    views = views_of_group(store, view)
+    cosines = [cosine(feature[None], store.read(array_name(v), v, slice(start, stop))) for v in views]
+    v, i = np.unravel_index(np.argmax(cosines), (len(views), stop - start))
+    if cosines[v][i] < least:
         return ""
-    there = view_name(numbers[int(v)])
+    there = view_name(views[int(v)])
     return f"that of (row {row}, {view_name(view)}) is stored as (row {start + i}, {there}): rows or views are mixed up"
 
 
-def judge(found: Likeness) -> dict[str, Any]:
-    """In words, and as numbers. Raises UserError if a row does not fit, or if the controls fit as well."""
-    import numpy as np
-
-    from compress_ssl.pipeline.runtime.device import choose_device
-
-    config, right, ideal = found.config, np.concatenate(found.right), np.concatenate(found.ideal)
-    parts = {"wrong_view": found.wrong_view, "wrong_image": found.wrong_image}
-    controls = {name: float(np.concatenate(part).mean()) for name, part in parts.items() if part}
-    stored_in = found.store.identity["precision"]
-    now_in = config.precision or stored_in
-    how = f"on {choose_device(config.device)} in {now_in}" + (
-        "" if now_in == stored_in else f" (stored in {stored_in})"
-    )
-    scores = "".join(f", a {name.replace('_', ' ')} scores {score:.5f}" for name, score in controls.items())
-    said = (
-        f"{len(right)} features embedded again {how}: cosine {right.min():.5f} at least, {right.mean():.5f} on average"
-        f"{scores}; {found.exact} equal to the bit"
-    )
-    if low := int((right < ideal - LOSS).sum()):
-        arithmetic = "the pixels were checked first, so the arithmetic differs: another device, precision or version?"
-        why = f"more than {LOSS} below what {found.store.identity['codec']} keeps it is not this teacher's feature"
-        raise UserError(f"{config.store}: {low} of {said}; {why}: {found.place or arithmetic}")
-    for name, score in controls.items():
-        if ideal.mean() - score <= CONTROL_MARGIN * max(ROUNDING, ideal.mean() - right.mean()):
-            raise UserError(
-                f"{config.store}: {said}; a {name.replace('_', ' ')} fits nearly as well, so this proves nothing: the "
-                "teacher hardly tells the images apart"
-            )
-    return {"said": said, "cosine": float(right.min()), **controls, "exact": found.exact, "how": how}
-
-
 def cosine(a: "np.ndarray", b: "np.ndarray") -> "np.ndarray":
-    """(n,) cosines of rows."""
+    """(n,) cosines of the rows of a (n, D) or (1, D) and b (n, D)."""
     import numpy as np
 
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return (a * b).sum(1) / np.maximum(lengths, 1e-12)
+    return (a * b).sum(1) / np.maximum(lengths, 1e-12)  # a row of zeros has cosine 0, not NaN
+
+
+def judge(comparison: Comparison) -> dict[str, Any]:
+    """{"said": the result in words, "cosine": the lowest, "wrong_view", "wrong_image": means, "exact", "how"}.
+
+    Raises UserError if a feature does not fit, or if a control fits nearly as well as the stored features do.
+    """
+    import numpy as np
+
+    config, store = comparison.config, comparison.store
+    stored, ideal = np.concatenate(comparison.stored), np.concatenate(comparison.ideal)
+    parts = {"wrong_view": comparison.wrong_view, "wrong_image": comparison.wrong_image}
+    controls = {name: float(np.concatenate(part).mean()) for name, part in parts.items() if part}
+    how = describe_arithmetic(config, store.identity["precision"])
+    scores = "".join(f", a {name.replace('_', ' ')} scores {score:.5f}" for name, score in controls.items())
+    said = (
+        f"{len(stored)} features embedded again {how}: cosine {stored.min():.5f} at least, {stored.mean():.5f} on "
+        f"average{scores}; {comparison.exact} equal to the bit"
+    )
+    low = int((stored < ideal - MAX_COSINE_LOSS).sum())
+    if low:
+        arithmetic = "the pixels were checked first, so the arithmetic differs: another device, precision or version?"
+        why = f"more than {MAX_COSINE_LOSS} below what {store.identity['codec']} keeps it is not this teacher's feature"
+        raise UserError(f"{config.store}: {low} of {said}; {why}: {comparison.place or arithmetic}")
+    gap = max(ROUNDING, ideal.mean() - stored.mean())
+    for name, score in controls.items():
+        if ideal.mean() - score <= CONTROL_MARGIN * gap:
+            raise UserError(
+                f"{config.store}: {said}; a {name.replace('_', ' ')} fits nearly as well, so this proves nothing: the "
+                "teacher's features of different images or views are nearly the same; check the teacher and its weights"
+            )
+    return {"said": said, "cosine": float(stored.min()), **controls, "exact": comparison.exact, "how": how}
+
+
+def describe_arithmetic(config: Config, stored_precision: str) -> str:
+    """Device and precision of the live teacher in words, with the store's precision where that is another one."""
+    from compress_ssl.pipeline.runtime.device import choose_device
+
+    precision = config.precision or stored_precision
+    text = f"on {choose_device(config.device)} in {precision}"
+    return text if precision == stored_precision else f"{text} (stored in {stored_precision})"
 
 
 def embed_again(
     config: Config, store: "FeatureStore", dataset: "Dataset"
 ) -> Callable[["np.ndarray", int], "np.ndarray"]:
-    """(rows (n,), view) -> (n, D) features by the live teacher, in batches of the exported size."""
+    """Build a function (rows (n,), view) -> (n, D) features by the live teacher, in batches of the exported size.
+
+    The batch size is kept because another one may change the last bits of a feature. The function raises UserError
+    for an image whose content is not the exported one.
+    """
     import numpy as np
 
     from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
@@ -244,25 +289,32 @@ def embed_again(
     identity, embedder = store.identity, load_live_teacher(store, config.teacher)
     batch = config.batch_size or identity["batch_size"]
     forward = FeatureExtractor(embedder, choose_device(config.device), config.precision or identity["precision"], batch)
-    size, how = embedder.preprocessing.size, embedder.preprocessing.interpolation
-    small = identity.get("local", {}).get("size", 0)
+    size, interpolation = embedder.preprocessing.size, embedder.preprocessing.interpolation
+    local_size = identity.get("local", {}).get("size", 0)  # pixels; 0: the store has no local crops
     view_dataset = ViewDataset(
-        dataset, ViewSpec(**identity["views"]), store.table("view_key"), [(size, how)], [], [(small, how)]
+        dataset,
+        ViewSpec(**identity["views"]),
+        store.table("view_key"),
+        [(size, interpolation)],
+        [],
+        [(local_size, interpolation)],
     )
-    content = store.table("content")
+    content = store.table("content")  # (N,) hashes of the images as exported
 
     def live(rows: "np.ndarray", view: int) -> "np.ndarray":
         out = []
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
             wanted, none = np.full((len(part), 1), view), np.empty((len(part), 0), np.int64)
-            view_batch = view_dataset.load(
-                ViewRequest(part, none, wanted) if view & LOCAL else ViewRequest(part, wanted)
-            )
+            request = ViewRequest(part, none, wanted) if view & LOCAL else ViewRequest(part, wanted)
+            view_batch = view_dataset.load(request)
             changed = np.flatnonzero((view_batch.content != content[part]) | (view_batch.status != 0))
             if len(changed):
-                raise UserError(f"image {dataset.ids[int(part[changed[0]])]} changed since {config.store} was made")
-            pixels = view_batch.local[0] if view & LOCAL else view_batch.pixels[0]
+                raise UserError(
+                    f"image {dataset.ids[int(part[changed[0]])]} changed since {config.store} was made; restore it, or "
+                    "export these images to another store"
+                )
+            pixels = view_batch.local[0] if view & LOCAL else view_batch.pixels[0]  # (B, 1, 3, S, S) uint8
             out.append(forward(pixels[:, 0])["embedding"])
         return np.concatenate(out)
 

@@ -1,4 +1,4 @@
-"""`compress inspect` tells of anything that compress made; what is no teacher's store is refused as one."""
+"""`compress inspect` describes every kind of folder; commands that need a teacher's store refuse other stores."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,46 +17,54 @@ from compress_ssl.stages import distill, evaluate, export_teacher, inspect, labe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 built: list[str] = []
+"""One entry for every time that the fixture `made` builds the live teacher."""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 40 digits in made/store, its teacher scored on other images in made/scored."""
-    home = tmp_path_factory.mktemp("made")
-    how: dict[str, Any] = {"batch_size": 20, "workers": 0, "device": "cpu"}
+    folder = tmp_path_factory.mktemp("made")
+    options: dict[str, Any] = {"batch_size": 20, "workers": 0, "device": "cpu"}
     teacher = "convnet:channels=4+8,pretrained=false"
-    export_teacher.run(export_teacher.Config("digits", teacher, home / "store", limit=40, views=2, image_size=8, **how))
+    export_teacher.run(
+        export_teacher.Config("digits", teacher, folder / "store", limit=40, views=2, image_size=8, **options)
+    )
     live = scored_model.load_live_teacher
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scored_model, "load_live_teacher", lambda *how: (built.append("teacher"), live(*how))[1])
+        count = lambda *arguments: (built.append("teacher"), live(*arguments))[1]  # noqa: E731
+        patch.setattr(scored_model, "load_live_teacher", count)
         evaluate.run(
             evaluate.Config(
-                val="digits:split=test", train="digits:split=test", limit=60, store=str(home / "store"),
-                out=home / "scored", protocol=("linear:epochs=3,augment=true",), **how,
+                val="digits:split=test", train="digits:split=test", limit=60, store=str(folder / "store"),
+                out=folder / "scored", protocol=("linear:epochs=3,augment=true",), **options,
             )
         )  # fmt: skip
-    return home
+    return folder
 
 
-def test_the_live_teacher_is_built_once_however_many_epochs_of_views_are_wanted(made: Path) -> None:
+def test_the_live_teacher_is_built_once_for_any_number_of_epochs_of_random_views(made: Path) -> None:
     assert built == ["teacher"]
 
 
-def test_a_store_is_listed_and_its_history_read_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_inspecting_a_store_lists_it_once_and_reads_its_history_once(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
     for name in ("history", "pending"):
-        act: Callable[..., Any] = getattr(FeatureStore, name)
-        monkeypatch.setattr(FeatureStore, name, lambda self, name=name, act=act: (asked.append(name), act(self))[1])
-    told = inspect.run(inspect.Config(str(made / "store")))
-    assert sorted(asked) == ["history", "pending"]
-    assert told["shards"] == "1 of 1 done, 240 rows each" and told["data"] == "40 images of digits, 10 classes"
-    assert told["saves"].startswith("7920 of 8000 teacher forwards for 1 students x 200 epochs")
+        method: Callable[..., Any] = getattr(FeatureStore, name)
+        monkeypatch.setattr(
+            FeatureStore, name, lambda self, name=name, method=method: (calls.append(name), method(self))[1]
+        )
+    found = inspect.run(inspect.Config(str(made / "store")))
+    assert sorted(calls) == ["history", "pending"]
+    assert found["shards"] == "1 of 1 done, 240 rows each" and found["data"] == "40 images of digits, 10 classes"
+    assert found["saves"].startswith("7920 of 8000 teacher forwards for 1 students x 200 epochs")
 
 
-def test_the_features_of_an_evaluation_are_shown_for_what_they_are(made: Path) -> None:
-    told = inspect.run(inspect.Config(str(made / "scored/features/train")))
-    assert told["data"] == "60 images, scored by an evaluation" and told["teacher"] == "what was scored, 8 dimensions"
-    assert "saves" not in told and told["kind"] == "store"
+def test_the_features_of_an_evaluation_are_described_as_such(made: Path) -> None:
+    found = inspect.run(inspect.Config(str(made / "scored/features/train")))
+    assert found["data"] == "60 images, scored by an evaluation" and found["teacher"] == "what was scored, 8 dimensions"
+    assert "saves" not in found and found["kind"] == "store"
 
 
 @pytest.mark.parametrize(
@@ -69,21 +77,23 @@ def test_the_features_of_an_evaluation_are_shown_for_what_they_are(made: Path) -
     ],
     ids=["verify", "evaluate", "label-head", "distill"],
 )
-def test_and_are_no_teachers_store(use: Callable[[str, Path], Any], made: Path, tmp_path: Path) -> None:
+def test_a_command_that_needs_a_teachers_store_refuses_the_features_of_an_evaluation(
+    use: Callable[[str, Path], Any], made: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="scored/features/val holds the features of view 0 .* no teacher's store"):
         use(str(made / "scored/features/val"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_their_digests_can_be_checked(made: Path) -> None:
+def test_verify_checks_the_digests_of_an_evaluations_features(made: Path) -> None:
     assert "every digest is right" in verify.run(verify.Config(str(made / "scored/features/val"), sample=0))["summary"]
 
 
-def test_what_is_neither_store_run_nor_evaluation_is_shown_by_what_it_was_made_with(tmp_path: Path) -> None:
+def test_any_other_kind_of_folder_is_described_by_the_settings_it_was_made_with(tmp_path: Path) -> None:
     image_cache.build_cache(Digits().subset(9), tmp_path / "decoded")
-    told = inspect.run(inspect.Config(str(tmp_path / "decoded")))
-    assert told["kind"] == "decoded images" and '"images": 9' in told["data"] and told["on disk"]
+    found = inspect.run(inspect.Config(str(tmp_path / "decoded")))
+    assert found["kind"] == "decoded images" and '"images": 9' in found["data"] and found["on disk"]
     artifact.claim(Folder(tmp_path / "demo"), "demo", {"teacher": "digits-teacher", "epochs": 2.0})
-    told = inspect.run(inspect.Config(str(tmp_path / "demo")))
-    assert (told["kind"], told["teacher"], told["epochs"]) == ("demo", "digits-teacher", "2.0")
-    assert "  teacher: digits-teacher" in told["summary"]
+    found = inspect.run(inspect.Config(str(tmp_path / "demo")))
+    assert (found["kind"], found["teacher"], found["epochs"]) == ("demo", "digits-teacher", "2.0")
+    assert "  teacher: digits-teacher" in found["summary"]

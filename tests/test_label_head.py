@@ -1,4 +1,4 @@
-"""`compress label-head`: a classifier fitted to the stored embeddings and a few labels."""
+"""`compress label-head` fits a linear head to a few labels from the stored embeddings alone."""
 
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ NAMES = ["ant", "bee", "cat"]
 
 
 def blobs(classes: int, n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
+    """(features (n, 6), labels (n,)) of Gaussian classes."""
+    random = np.random.default_rng(seed)
     label = np.arange(n) % classes
-    return (rng.normal(size=(classes, 6))[label] * 2 + rng.normal(size=(n, 6))).astype(np.float32), label
+    return (random.normal(size=(classes, 6))[label] * 2 + random.normal(size=(n, 6))).astype(np.float32), label
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -33,7 +34,7 @@ def test_a_head_is_logistic_regression_on_standardised_unit_features_with_the_sc
     head = linear_head.fit(features, label, NAMES[:classes], 0.5)
     plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.5, max_iter=2000)).fit(normalize(features), label)
     fresh, _ = blobs(classes, seed=3)
-    p = head(torch.from_numpy(fresh * 7)).softmax(1).numpy()  # the length of an embedding does not matter
+    p = head(torch.from_numpy(fresh * 7)).softmax(1).numpy()  # times 7: the length of an embedding does not matter
     np.testing.assert_allclose(p, plain.predict_proba(normalize(fresh)), atol=2e-3)
 
 
@@ -43,7 +44,7 @@ def test_a_class_without_examples_is_never_predicted() -> None:
     assert set(head(torch.randn(500, 6)).argmax(1).tolist()) == {0, 2}
 
 
-def test_a_share_has_at_least_one_image_of_every_class_and_is_a_function_of_the_seed() -> None:
+def test_a_share_takes_at_least_one_image_of_every_class_and_depends_only_on_the_seed() -> None:
     label = np.array([0] * 50 + [1] * 30 + [2] * 3 + [-1] * 9)
     rows = linear_head.choose_labelled(label, 0.1, 0)
     assert np.bincount(label[rows]).tolist() == [5, 3, 1] and (np.diff(rows) > 0).all()
@@ -54,49 +55,53 @@ def test_a_share_has_at_least_one_image_of_every_class_and_is_a_function_of_the_
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    top, rng = tmp_path_factory.mktemp("few"), np.random.default_rng(0)
+    """A store of 30 images in three classes; each class has a file called first.png."""
+    top, random = tmp_path_factory.mktemp("few"), np.random.default_rng(0)
     for i in range(IMAGES):
         file = top / "images" / NAMES[i % 3] / (f"{i:02d}.png" if i > 2 else "first.png")
         file.parent.mkdir(parents=True, exist_ok=True)
         colour = np.eye(3)[i % 3] * 200
-        Image.fromarray((colour + rng.integers(0, 55, (12, 12, 3))).astype(np.uint8)).save(file)
+        Image.fromarray((colour + random.integers(0, 55, (12, 12, 3))).astype(np.uint8)).save(file)
     teacher = "convnet:channels=4+8,pretrained=false"
-    how: dict[str, Any] = {"views": 2, "image_size": 8, "workers": 0, "device": "cpu", "codec": "float32"}
-    export_teacher.run(export_teacher.Config(str(top / "images"), teacher, top / "store", **how))
+    options: dict[str, Any] = {"views": 2, "image_size": 8, "workers": 0, "device": "cpu", "codec": "float32"}
+    export_teacher.run(export_teacher.Config(str(top / "images"), teacher, top / "store", **options))
     return top / "store"
 
 
-def run_label_head(store: Path, out: Path, **flags: Any) -> dict[str, Any]:
-    return label_head.run(label_head.Config(store=store, out=out, **flags))
+def fit_head(store: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """What the command returns."""
+    return label_head.run(label_head.Config(store=store, out=out, **options))
 
 
-def test_the_command_fits_on_the_labels_it_may_use_and_scores_on_the_others(store: Path, tmp_path: Path) -> None:
-    found = run_label_head(store, tmp_path / "head.safetensors", labels="20%")
+def test_the_command_fits_the_head_on_the_selected_labels_and_scores_it_on_the_others(
+    store: Path, tmp_path: Path
+) -> None:
+    found = fit_head(store, tmp_path / "head.safetensors", labels="20%")
     assert (found["labelled"], found["classes"]) == (6, 3)
-    here = FeatureStore(Folder(store))
-    features, label = here.read("embedding", 0), here.table("label")
+    opened = FeatureStore(Folder(store))
+    features, label = opened.read("embedding", 0), opened.table("label")
     rows = linear_head.choose_labelled(label, 0.2, 0)
     head = linear_head.load(tmp_path / "head.safetensors")
-    want = linear_head.fit(features[rows], label[rows], NAMES)
-    torch.testing.assert_close(head.weight, want.weight)
-    rest = np.setdiff1d(np.arange(IMAGES), rows)
-    hits = (head(torch.from_numpy(features[rest])).argmax(1).numpy() == label[rest]).mean()
+    expected = linear_head.fit(features[rows], label[rows], NAMES)
+    torch.testing.assert_close(head.weight, expected.weight)
+    others = np.setdiff1d(np.arange(IMAGES), rows)
+    hits = (head(torch.from_numpy(features[others])).argmax(1).numpy() == label[others]).mean()
     assert found["top1"] == pytest.approx(100 * hits) and head.names == ("ant", "bee", "cat")
 
 
-def test_labels_can_be_chosen_by_a_file_of_ids_or_of_file_names(store: Path, tmp_path: Path) -> None:
+def test_labels_can_be_selected_by_a_file_of_ids_or_file_names(store: Path, tmp_path: Path) -> None:
     (tmp_path / "ids").write_text("ant/03.png\n04.png\n\n05.png\n")
-    assert run_label_head(store, tmp_path / "head", labels=str(tmp_path / "ids"))["labelled"] == 3
+    assert fit_head(store, tmp_path / "head", labels=str(tmp_path / "ids"))["labelled"] == 3
     (tmp_path / "odd").write_text("ant/03.png\n99.png\n")
     with pytest.raises(UserError, match=r"1 of 2 ids in .*odd are not in .*, the first is 99.png; they look like ant/"):
-        run_label_head(store, tmp_path / "other", labels=str(tmp_path / "odd"))
-    (tmp_path / "doubtful").write_text("first.png\n03.png\n")
-    with pytest.raises(UserError, match="names first.png, and several images are called so; give ids, as ant/"):
-        run_label_head(store, tmp_path / "other", labels=str(tmp_path / "doubtful"))
+        fit_head(store, tmp_path / "other", labels=str(tmp_path / "odd"))
+    (tmp_path / "ambiguous").write_text("first.png\n03.png\n")
+    with pytest.raises(UserError, match="names first.png, and several images have this file name; give ids, as ant/"):
+        fit_head(store, tmp_path / "other", labels=str(tmp_path / "ambiguous"))
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("options", "message"),
     [
         ({"labels": "0%"}, "must be more than 0% and at most 100%"),
         ({"labels": "ten%"}, "must be more than 0%"),
@@ -104,26 +109,26 @@ def test_labels_can_be_chosen_by_a_file_of_ids_or_of_file_names(store: Path, tmp
         ({"strength": 0.0}, "--strength is 0.0, but must be more than 0"),
     ],
 )
-def test_wrong_flags_are_refused_and_nothing_is_written(
-    flags: dict[str, Any], message: str, store: Path, tmp_path: Path
+def test_an_option_out_of_range_is_refused_and_no_file_is_written(
+    options: dict[str, Any], message: str, store: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        run_label_head(store, tmp_path / "head", **flags)
+        fit_head(store, tmp_path / "head", **options)
     assert not (tmp_path / "head").exists()
 
 
 def test_an_existing_file_is_replaced_only_with_overwrite(store: Path, tmp_path: Path) -> None:
-    run_label_head(store, tmp_path / "head")
+    fit_head(store, tmp_path / "head")
     before = (tmp_path / "head").read_bytes()
     with pytest.raises(UserError, match="is there already; name another --out, or replace it with --overwrite"):
-        run_label_head(store, tmp_path / "head", labels="50%")
+        fit_head(store, tmp_path / "head", labels="50%")
     assert (tmp_path / "head").read_bytes() == before
-    run_label_head(store, tmp_path / "head", labels="50%", overwrite=True)
+    fit_head(store, tmp_path / "head", labels="50%", overwrite=True)
     assert (tmp_path / "head").read_bytes() != before
-    run_label_head(store, tmp_path / "again", labels="50%")
+    fit_head(store, tmp_path / "again", labels="50%")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "head").read_bytes()
 
 
-def test_labels_of_one_class_are_refused() -> None:
+def test_labels_of_a_single_class_are_refused() -> None:
     with pytest.raises(UserError, match="two classes at least"):
         linear_head.fit(np.ones((4, 6), np.float32), np.zeros(4, int), NAMES)

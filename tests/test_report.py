@@ -1,4 +1,4 @@
-"""What the pages say, show and never do."""
+"""What the pages contain: scores, images and names; and what they must never contain: markup from names, links."""
 
 import html
 import io
@@ -20,7 +20,7 @@ from compress_ssl.pipeline.report import metrics as scores
 from compress_ssl.pipeline.report.html import printable
 
 ROOT = Path(__file__).parents[1]
-EVIL = ("<script>alert(1)</script>", "a\"b'&amp;$\\frac$", "猫\udcff", "plain")
+MARKUP_NAMES = ("<script>alert(1)</script>", "a\"b'&amp;$\\frac$", "猫\udcff", "plain")
 
 METRICS: dict[str, Any] = {
     "model": {"name": "small", "role": "student", "parameters": 1_000_000, "width": 128},
@@ -38,7 +38,7 @@ CURVES = [{"step": s, "loss": 5 / (1 + s), "lr": 0.1, "val_nn": 50.0 if s % 10 =
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    """METRICS with `nn__top1=1` and the like; None removes a family."""
+    """METRICS with changes such as `nn__top1=1`; a value of None removes a protocol."""
     out = json.loads(json.dumps(METRICS))
     for key, value in changes.items():
         family, _, name = key.partition("__")
@@ -78,14 +78,14 @@ def results() -> dict[str, Result]:
     }
 
 
-def pictures(which: str, row: int) -> np.ndarray:
+def load_image(which: str, row: int) -> np.ndarray:
     side = {"train": (100, 140), "val": (8, 8)}[which]
-    return np.full((*side, 3), (row * 7 % 256, row * 31 % 256, 90), np.uint8)  # plain: quick to compress
+    return np.full((*side, 3), (row * 7 % 256, row * 31 % 256, 90), np.uint8)  # of one colour, which compresses fast
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the figures are not the point: an empty one for each."""
+def empty_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces every figure by an empty one, for tests that do not look at figures."""
     dot = io.BytesIO()
     Image.new("RGBA", (1, 1)).save(dot, "PNG")
     monkeypatch.setattr(figures, "render", lambda chart: dot.getvalue())
@@ -93,17 +93,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of everything, with names that want to break out."""
-    train, val = splits(EVIL)
+    """A report with every section, and with names that contain markup."""
+    train, val = splits(MARKUP_NAMES)
     metrics = changed(model__name="<b>me</b> & $x$", data__note="</section>" + "x" * 300)
     folder = tmp_path_factory.mktemp("evaluation")
-    return evaluation.write(
-        folder, metrics, train=train, val=val, results=results(), teacher=TEACHER, curves=CURVES, pictures=pictures
+    return evaluation.write_report(
+        folder, metrics, train=train, val=val, results=results(), teacher=TEACHER, curves=CURVES, load_image=load_image
     )
 
 
 class Parsed(HTMLParser):
-    """What a browser makes of a page."""
+    """The elements, attributes and text that a browser reads from a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -134,20 +134,20 @@ def assert_self_contained(text: str) -> None:
     assert not re.search(r"https?:|url\(|@import|<script|<link|<iframe|\bon\w+\s*=", text)
 
 
-def test_the_report_is_one_file_that_asks_the_network_for_nothing(page: Path) -> None:
+def test_the_report_is_one_file_that_loads_nothing_from_the_network(page: Path) -> None:
     text = page.read_text()
     assert_self_contained(text)
     assert len(re.findall("src=", text)) > 50
 
 
-def test_names_are_text_in_the_page_and_never_markup(page: Path) -> None:
+def test_names_appear_as_text_in_the_page_and_never_as_markup(page: Path) -> None:
     text = Parsed(page.read_text()).text
     for name in ("<script>alert(1)</script>", "a\"b'&amp;$\\frac$", "<b>me</b> & $x$"):
         assert name in text
-    assert "猫\\udcff" in text  # its byte that is no UTF-8 does not stop the page
+    assert "猫\\udcff" in text  # a byte that is not UTF-8 is escaped
 
 
-def test_every_tag_that_opens_closes(page: Path) -> None:
+def test_every_tag_that_is_opened_is_closed(page: Path) -> None:
     assert Parsed(page.read_text()).open == []
 
 
@@ -164,7 +164,7 @@ def replaced(value: Any, text: str) -> Any:
     return text if isinstance(value, str) else value
 
 
-def named(text: str, **model: Any) -> dict[str, Any]:
+def metrics_with(text: str, **model: Any) -> dict[str, Any]:
     """METRICS with this text wherever a metrics.json may hold one, keys that differ from data set to data set too."""
     metrics = replaced(changed(classifier={"top1": 70.0, "head": ""}, model__method="", model__spec=""), text)
     metrics["model"] |= {text: [text, text], "nested": {text: text}, **model}
@@ -177,40 +177,49 @@ def write_named(folder: Path, text: str) -> Parsed:
     """A report in which the classes and the protocols have this text as well."""
     train, val = splits(tuple(f"{text}{n}" for n in range(4)))
     found = results() | {"linear": Result({"protocol": text}, results()["linear"].arrays)}
-    page = evaluation.write(
-        folder, named(text), train=train, val=val, results=found, teacher=TEACHER, curves=CURVES, pictures=pictures
+    page = evaluation.write_report(
+        folder,
+        metrics_with(text),
+        train=train,
+        val=val,
+        results=found,
+        teacher=TEACHER,
+        curves=CURVES,
+        load_image=load_image,
     )
     return Parsed(page.read_text())
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("empty_figures")
 def test_no_name_in_a_report_makes_an_element_or_an_attribute(tmp_path: Path) -> None:
     plain, hostile = (write_named(tmp_path / str(n), text) for n, text in enumerate(("plain", HOSTILE)))
     assert hostile.elements == plain.elements and hostile.open == []
     assert all(source.startswith("data:image/") for source in hostile.values["src"])
     assert hostile.values["title"] == {f"{SHOWN}{n}" for n in range(4)} <= hostile.values["alt"]
-    of_the_json = json.dumps(named("plain")).count("plain")  # which escapes its strings in its own way
-    assert hostile.text.count(SHOWN) == plain.text.count("plain") - of_the_json > 20
+    in_raw_json = json.dumps(metrics_with("plain")).count("plain")  # JSON escapes its strings differently
+    assert hostile.text.count(SHOWN) == plain.text.count("plain") - in_raw_json > 20
     assert printable(hostile.text) == hostile.text
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("empty_figures")
 def test_no_name_in_a_comparison_makes_an_element_or_an_attribute() -> None:
     pages = []
     for text in ("plain", HOSTILE):
-        rows = [named(text, run=f"/runs/{n}/{text}") for n in range(2)]  # namesakes: their runs are shown
-        pages.append(Parsed(comparison.compare([*rows, named(text, role="teacher"), {}])[1]))
+        rows = [
+            metrics_with(text, run=f"/runs/{n}/{text}") for n in range(2)
+        ]  # equal specs, so that their runs are shown
+        pages.append(Parsed(comparison.compare([*rows, metrics_with(text, role="teacher"), {}])[1]))
     plain, hostile = pages
     assert hostile.elements == plain.elements and hostile.open == []
     assert hostile.text.count(SHOWN) == plain.text.count("plain") > 10
     assert printable(hostile.text) == hostile.text
 
 
-def test_figures_lie_beside_the_page_as_opaque_png(page: Path) -> None:
+def test_figures_are_also_written_beside_the_page_as_opaque_png(page: Path) -> None:
     figures = {p.name: Image.open(io.BytesIO(p.read_bytes())) for p in (page.parent / "figures").iterdir()}
     assert set(figures) == {f"{n}.png" for n in ("training", "clusters", "neighbours", "confusion", "linear")}
     assert {figure.mode for figure in figures.values()} == {"RGB"}
-    assert all(np.asarray(figure).std() > 5 for figure in figures.values())  # something is drawn
+    assert all(np.asarray(figure).std() > 5 for figure in figures.values())  # not a blank image
 
 
 def test_the_page_shows_each_score_beside_the_teachers(page: Path) -> None:
@@ -221,72 +230,74 @@ def test_the_page_shows_each_score_beside_the_teachers(page: Path) -> None:
     assert lead in " ".join(text.split())
 
 
-def test_the_centre_crop_probe_and_the_selection_on_validation_are_labelled(page: Path) -> None:
+def test_the_page_names_the_probes_protocol_and_its_selection_on_validation(page: Path) -> None:
     text = page.read_text()
     assert "centre-crop features, whitened" in text and "selected on the very set it is scored on" in text
 
 
-def test_green_and_red_tiles_are_those_whose_labels_agree_and_do_not(page: Path) -> None:
+def test_a_neighbours_tile_is_green_if_its_label_agrees_and_red_if_not(page: Path) -> None:
     train, val = splits()
     tiles = re.findall(r'<div class="strip">(.*?)</div>\s*(?=<div class="strip"|</div>)', page.read_text(), re.DOTALL)
     strips = [strip for strip in tiles if 'class="query' in strip]
     near = results()["nn"].arrays["neighbors"]
     agreements = {int(n): int((train.label[row] == val.label[n]).sum()) for n, row in enumerate(near)}
-    assert len(strips) == image_grids.STRIPS
+    assert len(strips) == image_grids.NEIGHBOUR_ROWS
     for strip in strips:
         same, other = (len(re.findall(f'class="{tone}', strip)) for tone in ("yes", "no"))
         assert same + other == 8 and f"{same} of 8 agree" in strip and same in agreements.values()
 
 
-@pytest.mark.usefixtures("quick")
-def test_pictures_are_asked_for_by_row_of_the_data_set_not_by_place(tmp_path: Path) -> None:
-    asked: list[tuple[str, int]] = []
+@pytest.mark.usefixtures("empty_figures")
+def test_images_are_loaded_by_their_row_in_the_data_set_not_by_their_index_in_the_split(tmp_path: Path) -> None:
+    loaded: list[tuple[str, int]] = []
 
-    def ask(which: str, row: int) -> np.ndarray:
-        asked.append((which, row))
-        return pictures(which, row)
+    def load(which: str, row: int) -> np.ndarray:
+        loaded.append((which, row))
+        return load_image(which, row)
 
     train, val = splits()
-    evaluation.write(tmp_path, METRICS, train=train, val=val, results=results(), pictures=ask)
-    assert {which for which, _ in asked} == {"train", "val"}
-    assert all(row in (train if which == "train" else val).rows for which, row in asked)
-    assert all(type(row) is int for _, row in asked)
+    evaluation.write_report(tmp_path, METRICS, train=train, val=val, results=results(), load_image=load)
+    assert {which for which, _ in loaded} == {"train", "val"}
+    assert all(row in (train if which == "train" else val).rows for which, row in loaded)
+    assert all(type(row) is int for _, row in loaded)
 
 
-@pytest.mark.usefixtures("quick")
-def test_pictures_are_drawn_by_the_seed_alone(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("empty_figures")
+def test_which_images_are_shown_depends_only_on_the_seed(tmp_path: Path) -> None:
     train, val = splits()
     some = {"nn": results()["nn"]}
     pages = [
-        evaluation.write(
-            tmp_path / str(n), {}, train=train, val=val, results=some, pictures=pictures, seed=seed
+        evaluation.write_report(
+            tmp_path / str(n), {}, train=train, val=val, results=some, load_image=load_image, seed=seed
         ).read_bytes()
         for n, seed in enumerate((1, 1, 2))
     ]
     assert pages[0] == pages[1] != pages[2]
 
 
-@pytest.mark.usefixtures("quick")
-def test_what_is_not_given_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("empty_figures")
+def test_sections_without_data_are_left_out_of_the_page(tmp_path: Path) -> None:
     train, val = splits(labelled=False)
-    bare = {"cluster": Result({}, {"train_assignment": np.zeros(60, np.int64)})}
+    unlabelled = {"cluster": Result({}, {"train_assignment": np.zeros(60, np.int64)})}
     scores = {"clusters": 4, "top1": None, "hungarian_top1": None, "nmi": None}
-    page = evaluation.write(tmp_path, {"cluster": scores}, train=train, val=val, results=bare, pictures=pictures)
+    page = evaluation.write_report(
+        tmp_path, {"cluster": scores}, train=train, val=val, results=unlabelled, load_image=load_image
+    )
     text = page.read_text()
     assert "no scores" in text and "Random images of random clusters" in text
     assert not any(word in text for word in ("Training</h2>", "Nearest neighbours", ">teacher<", "mapped to"))
-    assert evaluation.write(tmp_path, {}, train=train, val=val, results={}).exists()
+    assert evaluation.write_report(tmp_path, {}, train=train, val=val, results={}).exists()
 
 
-def test_rows_of_the_journal_that_lack_a_value_are_skipped() -> None:
+def test_rows_of_the_metrics_log_that_lack_a_value_are_skipped() -> None:
     rows: list[dict[str, Any]] = [
         {"step": 3, "loss": 1.0},
         {"step": 1, "loss": float("nan")},
         {"step": 2, "loss": 4.0, "val_nn": None},
         {},
     ]
-    np.testing.assert_array_equal(evaluation.series(rows, "loss"), [[2, 4], [3, 1]])
-    assert evaluation.series(rows, "val_nn").shape == (0, 2)
+    np.testing.assert_array_equal(evaluation.select_series(rows, "loss"), [[2, 4], [3, 1]])
+    assert evaluation.select_series(rows, "val_nn").shape == (0, 2)
 
 
 def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
@@ -295,26 +306,26 @@ def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
     confusion[3, 7] = 99
     found = {"cluster": Result({}, {"confusion": confusion, "train_assignment": np.zeros(1, np.int64)})}
     train, val = splits(names)
-    text = evaluation.write(tmp_path, METRICS, train=train, val=val, results=found).read_text()
+    text = evaluation.write_report(tmp_path, METRICS, train=train, val=val, results=found).read_text()
     assert 'n00000003 &rarr; n00000007</td><td class="n">99' in text
     with Image.open(tmp_path / "figures" / "confusion.png") as figure:
         assert figure.width < 2000
 
 
-def test_a_picture_of_another_kind_is_a_bug_and_said_so() -> None:
+def test_an_image_of_another_type_or_shape_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
-        image_grids.square(np.zeros((3, 8, 8), np.float32))
+        image_grids.crop_square(np.zeros((3, 8, 8), np.float32))
 
 
-def test_drawing_touches_no_pyplot_and_no_settings() -> None:
+def test_drawing_neither_imports_pyplot_nor_changes_matplotlibs_settings() -> None:
     code = (
         "import sys, matplotlib; before = dict(matplotlib.rcParams)\n"
         "from compress_ssl.pipeline.report import comparison\n"
         "comparison.compare([{'model': {'name': 'a', 'parameters': 5}, 'nn': {'top1': 1.0}}])\n"
         "print('matplotlib.pyplot' in sys.modules, before == dict(matplotlib.rcParams))"
     )
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert said.stdout.strip() == "False True", said
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert finished.stdout.strip() == "False True", finished
 
 
 # ---------------------------------------------------------------- comparison
@@ -329,32 +340,32 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("empty_figures")
 def test_the_teacher_is_the_first_row_and_the_others_keep_their_order() -> None:
     text, _ = comparison.compare(rows())
     assert [line.split()[0] for line in text.splitlines()[2:6]] == ["large", "one", "two", "three"]
 
 
-@pytest.mark.usefixtures("quick")
-def test_the_best_student_of_each_column_is_marked_ties_as_shown_too() -> None:
+@pytest.mark.usefixtures("empty_figures")
+def test_the_best_student_of_each_column_is_marked_and_so_are_scores_that_read_the_same() -> None:
     text, page = comparison.compare(rows())
     lines = {line.split()[0]: line for line in text.splitlines()}
-    assert "52.0*" in lines["two"] and "52.0*" in lines["three"]  # as far as one can read they are equal
+    assert "52.0*" in lines["two"] and "52.0*" in lines["three"]  # equal as they are shown
     assert "*" not in lines["large"] and "49.0*" not in lines["one"]
     assert "* best of the students" in text
     assert "<b>52.0</b>" in page and "<b>60.1</b>" not in page
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_protocol_that_a_row_lacks_is_a_dash() -> None:
+@pytest.mark.usefixtures("empty_figures")
+def test_a_protocol_that_a_row_lacks_is_shown_as_a_dash() -> None:
     text, page = comparison.compare(rows())
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert lines["two"].split()[-3:] == ["–"] * 3 and "–" not in lines["one"]
     assert page.count('<td class="n">–</td>') == 3
 
 
-@pytest.mark.usefixtures("quick")
-def test_the_columns_of_the_table_stand_under_their_heads() -> None:
+@pytest.mark.usefixtures("empty_figures")
+def test_the_columns_of_the_text_table_are_aligned_with_their_titles() -> None:
     text, _ = comparison.compare(rows())
     head, rule, *lines = text.splitlines()[:6]
     for start, end in [match.span() for match in re.finditer("-+", rule)][2:]:
@@ -365,7 +376,7 @@ def test_the_columns_of_the_table_stand_under_their_heads() -> None:
     assert [head.index(title) for title in order] == sorted(head.index(title) for title in order)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("empty_figures")
 def test_augmented_and_centre_crop_probes_never_share_a_column() -> None:
     augmented = changed(linear__protocol="augmented training images, whitened")
     text, _ = comparison.compare([METRICS, augmented])
@@ -381,22 +392,22 @@ def test_both_probes_of_one_evaluation_have_columns_and_notes_of_their_own() -> 
     assert list(own)[-6:] == [
         f"Linear{kind}{what}" for kind in ("", " (augmented)") for what in ("", " top-5", " best")
     ]
-    assert "(centre-crop features, whitened)" in scores.meaning("Linear", both)
-    assert "(augmented training images)" in scores.meaning("Linear (augmented)", both)
+    assert "(centre-crop features, whitened)" in scores.explain_title("Linear", both)
+    assert "(augmented training images)" in scores.explain_title("Linear (augmented)", both)
 
 
-def test_both_probes_are_drawn_each_with_its_protocol_the_first_asked_of_each(tmp_path: Path) -> None:
+def test_the_first_probe_of_each_kind_is_drawn_with_its_protocol(tmp_path: Path) -> None:
     curve = {"curve": np.linspace(1, 50, 12).reshape(4, 3)}
-    said = {"linear:epochs=4": "centre crops", "linear": "later", "linear:augment=true": "augmented & flipped"}
-    found = {spec: Result({"protocol": protocol}, curve) for spec, protocol in said.items()}
+    protocols = {"linear:epochs=4": "centre crops", "linear": "later", "linear:augment=true": "augmented & flipped"}
+    found = {spec: Result({"protocol": protocol}, curve) for spec, protocol in protocols.items()}
     train, val = splits()
-    text = evaluation.write(tmp_path, {}, train=train, val=val, results=found).read_text()
+    text = evaluation.write_report(tmp_path, {}, train=train, val=val, results=found).read_text()
     assert re.findall("Protocol: (.*?)</p>", text) == ["centre crops.", "augmented &amp; flipped."]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"linear.png", "linear_augmented.png"}
 
 
-@pytest.mark.usefixtures("quick")
-def test_rows_of_different_data_are_pointed_out() -> None:
+@pytest.mark.usefixtures("empty_figures")
+def test_a_warning_names_the_keys_in_which_the_data_of_rows_differ() -> None:
     assert "same data" not in comparison.compare(rows())[0]
     text, page = comparison.compare([*rows(), changed(data__val="folder:/other")])
     assert "Not all rows were evaluated on the same data; they differ in: val." in text
@@ -407,10 +418,10 @@ def test_the_comparison_is_self_contained_and_escapes_names() -> None:
     text, page = comparison.compare([changed(model__name="<script>x</script>\n$y$"), TEACHER, {}, {"model": None}])
     assert_self_contained(page)
     assert html.escape("<script>x</script>") in page
-    assert len(text.splitlines()) == 2 + 4 + 2  # a line break in a name breaks no row
+    assert len(text.splitlines()) == 2 + 4 + 2  # a line break in a name does not break a row
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("empty_figures")
 def test_without_any_score_there_is_still_a_table() -> None:
     text, page = comparison.compare([{"model": {"name": "a"}}])
     assert text.splitlines()[2].split() == ["a", "–", "–", "–"] and "<table" in page
@@ -419,15 +430,15 @@ def test_without_any_score_there_is_still_a_table() -> None:
 
 def test_names_in_the_scatter_cover_neither_points_nor_each_other() -> None:
     x, y = np.array([50.0, 50, 50, 120]), np.array([80.0, 81, 82, 81])
-    places = figures.places(x, y, ["one", "two", "three", "four"], 200.0)
+    labels = figures.place_labels(x, y, ["one", "two", "three", "four"], 200.0)
     boxes = []
-    for a, b, (side, rise), name in zip(x, y, places, ("one", "two", "three", "four"), strict=True):
+    for a, b, (side, rise), name in zip(x, y, labels, ("one", "two", "three", "four"), strict=True):
         left, right = sorted((a + side * 7, a + side * (7 + 4.6 * len(name))))
         boxes.append((left, right, b + rise))
     for n, (left, right, height) in enumerate(boxes):
         assert not any(left < r and near < right and abs(height - h) < 10 for near, r, h in boxes[:n])
 
 
-def test_a_drawn_figure_is_transparent_so_that_any_page_shows_through() -> None:
+def test_a_rendered_figure_has_a_transparent_background() -> None:
     image = Image.open(io.BytesIO(figures.render(figures.Chart(lambda figure: None, (1, 1)))))
     assert image.mode == "RGBA" and np.asarray(image)[..., 3].max() == 0

@@ -1,4 +1,4 @@
-"""The ways to score features: each a protocol of the field, by name."""
+"""The protocols that score frozen features, each by its name: `PROTOCOLS.build("knn:k=20")` is an `Evaluator`."""
 
 from compress_ssl.pipeline.runtime.registry import Registry
 

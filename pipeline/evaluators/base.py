@@ -1,4 +1,4 @@
-"""What a protocol takes and gives: two splits of features in, metrics and arrays out.
+"""What a protocol takes and returns: two splits of features in, metrics and arrays out.
 
 Shapes: n images of a split, d dims, C classes. All accuracies are percentages in [0, 100].
 """
@@ -10,19 +10,26 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.evaluators.results import Result
 from compress_ssl.pipeline.runtime.artifact import UserError
 
-__all__ = ["Evaluator", "Result", "Split", "per_class", "percent", "require_labels"]
+__all__ = ["AugmentedFeatures", "Evaluator", "Result", "Split", "per_class", "percent", "require_labels"]
+
+AugmentedFeatures = Callable[[int], np.ndarray]
+"""epoch -> (n, d) raw features of another random view of every training image, in the order of the training split."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Features of the usable images of one data set, view 0. Both splits share one class list."""
+    """Features of the usable images of one data set, in view 0. Both splits of a command share one class list.
 
-    features: np.ndarray  # (n, d) float32, raw: every protocol normalises for itself
-    label: np.ndarray  # (n,) int64 into `classes`, -1 where there is none
-    rows: np.ndarray  # (n,) int64: i, the row in the data set, for drawing the image
+    Raises ValueError if the arrays do not describe the same n images.
+    """
+
+    features: np.ndarray  # (n, d) float32, raw: every protocol does its own normalisation
+    label: np.ndarray  # (n,) int64 into `classes`, -1 for an image without a label
+    rows: np.ndarray  # (n,) int64: i, the row in the data set; the report loads the image by it
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -35,51 +42,71 @@ class Split:
 
 
 class Evaluator(Protocol):
-    """A protocol with its options. The same splits and options give the same Result.
+    """A protocol with its options, as a frozen dataclass. The same splits and options give the same Result.
 
-    One that is made for a single model says so by `of`, the digest of its weights.
+    The fields of the dataclass are the options of the spec (`knn:k=20`), and by them a finished result is found
+    again on disk: see `results.Results`.
     """
 
     name: ClassVar[str]  # the key in metrics.json
-    needs_labels: ClassVar[tuple[str, ...]]  # of which images: "training", "validation"
+    needs_labels: ClassVar[tuple[str, ...]]  # the splits that must have labels, of "training" and "validation"
 
-    def __call__(
-        self, train: Split, val: Split, folder: Path, augmented: Callable[[int], np.ndarray] | None = None
-    ) -> Result:
-        """`folder` takes files too large to return; `augmented(epoch)` is (n, d) raw features of a fresh
-        augmented view of every training image, in the order of `train`, where the caller can make them."""
+    @property
+    def model_digest(self) -> str:
+        """Digest of the weights of the one model that this evaluator fits; "" if it fits every model."""
+        return ""
+
+    @property
+    def needs_augmented(self) -> bool:
+        """True if the protocol calls `augmented`, so that a store must have other views than view 0 at hand."""
+        return False
+
+    def __call__(self, train: Split, val: Split, folder: Path, augmented: AugmentedFeatures | None = None) -> Result:
+        """Score features of `val`, with those of `train` as neighbours, clusters or training set.
+
+        `folder` takes files that are too large for a Result. `augmented` is None where the caller has neither images
+        nor stored views. Raises UserError if the splits lack what the protocol needs.
+        """
         ...
 
 
-def require_labels(protocol: str, **sets: Split) -> None:
+def require_labels(protocol: str, **sets: Split | Dataset) -> None:
     """require_labels("nn", training=train, validation=val) raises UserError unless every image has a label.
 
-    Training images must be of two classes or more. A class of `val` that `train` lacks is the caller's to
-    refuse; here its images count as errors.
+    The sets are splits, or data sets before their features are computed.
+    The training images must have at least two classes. Whether `val` has a class that `train` lacks is checked by
+    the caller (stages/evaluate.py); here images of such a class count as errors.
     """
     for which, split in sets.items():
         if not len(split):
             raise UserError(f"protocol {protocol!r}: there are no {which} images; give a set that has some")
-        if missing := int((split.label < 0).sum()):
+        missing = int((split.label < 0).sum())
+        if missing:
             raise UserError(
                 f"protocol {protocol!r} needs labels, but {missing} of {len(split)} {which} images have none; give a "
                 "set with a folder per class, or score without labels: --protocol cluster:clusters=K"
             )
     train = sets.get("training")
-    if train and len(found := np.unique(train.label)) < 2:
+    if not train:
+        return
+    present = np.unique(train.label)
+    if len(present) < 2:
         raise UserError(
-            f"protocol {protocol!r}: every training image is of the one class {train.classes[int(found[0])]!r}, so any "
-            "feature would score 100; give a training set of two classes or more"
+            f"protocol {protocol!r}: every training image is of the one class {train.classes[int(present[0])]!r}, so "
+            "any feature would score 100; give a training set of two classes or more"
         )
 
 
 def percent(hits: np.ndarray) -> float:
-    """The share of True, in percent."""
+    """The share of True in a boolean array, in percent."""
     return 100 * float(np.mean(hits))
 
 
 def per_class(prediction: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
-    """(C,) float64: the accuracy within each class in percent, NaN for a class without images."""
+    """(C,) float64: the accuracy within each class in percent, NaN for a class without images.
+
+    prediction and label: (n,) int64, a label in 0..C-1.
+    """
     images = np.bincount(label, minlength=classes)
     hits = np.bincount(label[prediction == label], minlength=classes)
     return np.divide(100.0 * hits, images, out=np.full(classes, np.nan), where=images > 0)

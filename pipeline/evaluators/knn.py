@@ -1,23 +1,37 @@
-"""Weighted k nearest neighbours, as DINO, EsViT and solo-learn score."""
+"""The weighted k-nearest-neighbour protocol of DINO, EsViT and solo-learn."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from compress_ssl.pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
+from compress_ssl.pipeline.evaluators.base import (
+    AugmentedFeatures,
+    Evaluator,
+    Result,
+    Split,
+    per_class,
+    percent,
+    require_labels,
+)
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.search import exact
 
+VOTE_ROWS = 1024  # validation images per block of votes: (1024, C) float64 is 8 MB for 1000 classes
+
 
 @dataclass(frozen=True, kw_only=True)
-class WeightedNeighbors:
+class WeightedNeighbors(Evaluator):
     """Top-1 of a vote of the k nearest training images, each with weight exp(cosine / temperature).
 
-    Wu et al. 2018, sec. 3.4; k = 20 and temperature 0.07 as in Caron et al. 2021 (DINO). Of two
-    classes with the same vote the first in the class list wins.
+    Score of class c for an image q: the sum over the k nearest x with label c of exp(cos(q, x) / temperature). The
+    class of the largest sum is predicted; of two classes with the same sum the first in the class list wins.
+
+    Source: Wu et al. 2018 (arXiv 1805.01978, section 3.4), where k = 200; the defaults k = 20 and temperature 0.07
+    are those of DINO (Caron et al. 2021, arXiv 2104.14294).
+
+    Options: `k` in images; `temperature` in units of the cosine, above 0.
     """
 
     k: int = 20
@@ -27,16 +41,14 @@ class WeightedNeighbors:
 
     def __post_init__(self) -> None:
         if self.k < 1:
-            raise UserError(f"protocol 'knn': k={self.k} neighbours cannot vote; give k=1 or more")
+            raise UserError(f"protocol 'knn': k={self.k} is not a number of neighbours; give k=1 or more")
         if not self.temperature > 0:
             raise UserError(f"protocol 'knn': temperature={self.temperature} must be above 0, for instance 0.07")
 
-    def __call__(
-        self, train: Split, val: Split, folder: Path, augmented: Callable[[int], np.ndarray] | None = None
-    ) -> Result:
-        """Metrics {"20": {"top1"}}: the key is k, with the temperature if it is not 0.07.
+    def __call__(self, train: Split, val: Split, folder: Path, augmented: AugmentedFeatures | None = None) -> Result:
+        """Metrics {"20": {"top1"}}: the key is k, followed by the temperature if it is not 0.07.
 
-        Arrays: `prediction` (n_val,); `per_class` (C,) in percent.
+        Arrays: `prediction` (n_val,); `per_class` (C,) in percent. Raises UserError for fewer than k training images.
         """
         require_labels(self.name, training=train, validation=val)
         if self.k > len(train):
@@ -51,12 +63,13 @@ class WeightedNeighbors:
         return Result({key: {"top1": percent(prediction == val.label)}}, arrays)
 
     def _vote(self, cosine: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
-        """(n, k) similarities and labels -> (n,) winning classes; by blocks, for (n, C) votes are large."""
+        """(n,) int64: the winning class of each image, from (n, k) cosines and (n, k) labels of its neighbours."""
         winner = np.empty(len(label), np.int64)
-        for start in range(0, len(label), 1024):
-            near, vote = cosine[start : start + 1024].astype(np.float64), label[start : start + 1024]
-            weight = np.exp((near - near[:, :1]) / self.temperature)  # the nearest weighs 1: no overflow
-            cell = np.arange(len(vote))[:, None] * classes + vote
-            votes = np.bincount(cell.ravel(), weight.ravel(), minlength=len(vote) * classes)
-            winner[start : start + 1024] = votes.reshape(len(vote), classes).argmax(axis=1)
+        for start in range(0, len(label), VOTE_ROWS):
+            block = slice(start, start + VOTE_ROWS)
+            near, voted = cosine[block].astype(np.float64), label[block]
+            weight = np.exp((near - near[:, :1]) / self.temperature)  # relative to the nearest, so exp cannot overflow
+            cell = np.arange(len(voted))[:, None] * classes + voted  # index into the flattened (rows, C) votes
+            votes = np.bincount(cell.ravel(), weight.ravel(), minlength=len(voted) * classes)
+            winner[block] = votes.reshape(len(voted), classes).argmax(axis=1)
         return winner

@@ -1,34 +1,51 @@
-"""The whitened linear layer of CompRess on frozen features."""
+"""The linear protocol of CompRess: a linear layer on frozen, whitened features.
 
-from collections.abc import Callable
+Shapes: n training and n_val validation images, d dims, C classes, B images of a batch.
+"""
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from compress_ssl.pipeline.evaluators.base import Result, Split, per_class, percent, require_labels
+from compress_ssl.pipeline.evaluators.base import (
+    AugmentedFeatures,
+    Evaluator,
+    Result,
+    Split,
+    per_class,
+    percent,
+    require_labels,
+)
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.search import exact
 
 if TYPE_CHECKING:
     import torch
 
-EPS = 1e-5  # added to the variance. Of normalised features that is at most 1/d on average, so it is not nothing
+EPS = 1e-5  # added to the variance as by the authors. Not negligible: of unit vectors that is about 1/d or less
+BLOCK = 4096  # rows handled at once: (4096, d) in float64 for the variance, (4096, C) logits for the ranking
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProbe:
+class LinearProbe(Evaluator):
     """Top-1 and top-5 of a linear layer trained on frozen, L2-normalised, whitened features.
 
-    Koohpayegani et al. 2020, eval_linear.py: x = (f/|f| - mean) / sqrt(var + 1e-5), the statistics
-    over the centre crops of the whole training set (unbiased variance) and fixed; Linear with bias;
-    SGD, momentum 0.9, weight decay on weight and bias; the rate divided by 10 after 15/40 and 30/40
-    of the epochs. The paper trains on random crops and flips: that is augment=true. The default,
-    centre crops alone, is a protocol of its own and says so.
+    The layer's input is x = (f/|f| - mean) / sqrt(var + 1e-5); mean and unbiased variance are those of the centre
+    crops of the whole training set and stay fixed. The layer has a bias and is trained by SGD on cross-entropy with
+    weight decay on both weight and bias. The learning rate is divided by 10 after 15/40 and again after 30/40 of the
+    epochs.
 
-    `last` is the layer after the last epoch. `best` is the best epoch on validation, which is what
+    Source: CompRess (Koohpayegani et al. 2020, arXiv 2010.14713, "Linear"; eval_linear.py of the authors). The paper
+    trains on random crops and flips: that is augment=true. The default trains on centre crops alone and is named as
+    a protocol of its own in the metrics and in the report.
+
+    Two scores: `last` is the layer after the last epoch. `best` is the epoch with the best top-1 on validation, which
     the authors report; it is selected on the set it is scored on.
+
+    Options: `augment`; `epochs`; `lr`, `momentum` and `weight_decay` of SGD; `batch_size` in images; `seed` of the
+    initial layer and of the order of images; `device` ("auto": cuda where there is one, else cpu).
     """
 
     augment: bool = False
@@ -49,14 +66,18 @@ class LinearProbe:
         if not self.lr > 0:
             raise UserError(f"protocol 'linear': lr={self.lr} must be above 0, for instance 0.01")
 
-    def __call__(
-        self, train: Split, val: Split, folder: Path, augmented: Callable[[int], np.ndarray] | None = None
-    ) -> Result:
-        """Metrics `last` and `best` {"top1", "top5"}, `protocol`. With fewer than five classes top-5 is 100.
+    @property
+    def needs_augmented(self) -> bool:
+        """True with augment=true: every epoch trains on another random view of each image."""
+        return self.augment
 
-        Arrays: `curve` (epochs, 3): mean training loss in nats, top-1, top-5 on validation; of the last
-        epoch `weight` (C, d), `bias` (C,) and `prediction` (n_val,), `per_class` (C,) in percent; `mean`
-        and `scale` (d,): x = (f/|f| - mean) * scale. The global random state is neither read nor moved.
+    def __call__(self, train: Split, val: Split, folder: Path, augmented: AugmentedFeatures | None = None) -> Result:
+        """Metrics `last` and `best` {"top1", "top5"} and `protocol`. With fewer than five classes top5 is 100.
+
+        Arrays: `curve` (epochs, 3), mean training loss in nats, top-1 and top-5 on validation; of the last epoch
+        `weight` (C, d), `bias` (C,), `prediction` (n_val,) and `per_class` (C,) in percent; `mean` and `scale` (d,)
+        with x = (f/|f| - mean) * scale. The global random state is neither used nor changed. Raises UserError if
+        augment=true and there is no `augmented`.
         """
         require_labels(self.name, training=train, validation=val)
         if self.augment and augmented is None:
@@ -67,15 +88,15 @@ class LinearProbe:
         import torch
 
         unit = exact.normalize(train.features)
-        mean, scale = whitening(unit)
+        mean, scale = whitening_statistics(unit)
         centre = None if self.augment else _whiten(unit, mean, scale)
-        held_out = torch.from_numpy(_whiten(exact.normalize(val.features), mean, scale))
+        held_out = torch.from_numpy(_whiten(exact.normalize(val.features), mean, scale))  # (n_val, d)
         layer = _Layer(self, unit.shape[1], len(train.classes))
         label = torch.from_numpy(train.label.astype(np.int64))
         curve = np.empty((self.epochs, 3))
         for epoch in range(self.epochs):
-            x = _view(augmented, epoch, unit.shape, mean, scale) if augmented and centre is None else centre
-            loss = layer.train(torch.from_numpy(x), label, self.rate(epoch))
+            x = _whitened_view(augmented, epoch, unit.shape, mean, scale) if augmented and centre is None else centre
+            loss = layer.train(torch.from_numpy(x), label, self.learning_rate(epoch))
             ranking = layer.rank(held_out)
             hits = ranking == val.label[:, None]
             curve[epoch] = loss, percent(hits[:, 0]), percent(hits.any(axis=1))
@@ -84,14 +105,15 @@ class LinearProbe:
         arrays |= {"prediction": ranking[:, 0], "per_class": per_class(ranking[:, 0], val.label, len(val.classes))}
         return Result(self._metrics(curve), arrays)
 
-    def rate(self, epoch: int) -> float:
+    def learning_rate(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""
         drops = sum(epoch >= -(-self.epochs * part // 40) for part in (15, 30))
         return self.lr * 0.1**drops
 
     def _metrics(self, curve: np.ndarray) -> dict[str, Any]:
+        """The metrics of a (epochs, 3) curve. The text of `protocol` is what the report shows beside the scores."""
         best = int(curve[:, 1].argmax())
-        seen = "augmented training images" if self.augment else "centre-crop features"
+        trained_on = "augmented training images" if self.augment else "centre-crop features"
         return {
             "last": {"top1": float(curve[-1, 1]), "top5": float(curve[-1, 2])},
             "best": {
@@ -100,19 +122,19 @@ class LinearProbe:
                 "epoch": best + 1,
                 "selected_on": "validation",
             },
-            "protocol": f"{seen}, whitened",
+            "protocol": f"{trained_on}, whitened",
         }
 
 
 class _Layer:
-    """A linear layer and its optimiser, with randomness of its own."""
+    """A linear layer (C, d) with its SGD optimiser and its own random generator."""
 
     def __init__(self, probe: LinearProbe, dims: int, classes: int) -> None:
         import torch
 
-        self.batch_size, self.device = probe.batch_size, _device(probe.device)
+        self.batch_size, self.device = probe.batch_size, _choose_device(probe.device)
         self.random = torch.Generator().manual_seed(probe.seed)
-        bound = dims**-0.5  # torch.nn.Linear's own start: U(-1/sqrt(d), 1/sqrt(d)) for both
+        bound = dims**-0.5  # torch.nn.Linear draws weight and bias from U(-1/sqrt(d), 1/sqrt(d))
         parts = [torch.empty(classes, dims), torch.empty(classes)]
         self.weight, self.bias = (
             part.uniform_(-bound, bound, generator=self.random).to(self.device).requires_grad_() for part in parts
@@ -122,11 +144,14 @@ class _Layer:
         )
 
     def train(self, x: "torch.Tensor", label: "torch.Tensor", rate: float) -> float:
-        """One epoch over x (n, d) and label (n,) in a new random order, the last batch ragged; the mean loss."""
+        """Train one epoch on x (n, d) and label (n,) in a new random order; returns the mean loss in nats.
+
+        The last batch has the n % batch_size images that are left.
+        """
         import torch
 
         self.sgd.param_groups[0]["lr"] = rate
-        total = torch.zeros((), dtype=torch.float64, device=self.device)  # read once: no wait for the device per step
+        total = torch.zeros((), dtype=torch.float64, device=self.device)  # read once an epoch: a step does not wait
         for rows in torch.randperm(len(x), generator=self.random).split(self.batch_size):
             logits = torch.nn.functional.linear(x[rows].to(self.device), self.weight, self.bias)  # (B, C)
             loss = torch.nn.functional.cross_entropy(logits, label[rows].to(self.device))
@@ -137,52 +162,59 @@ class _Layer:
         return total.item() / len(x)
 
     def rank(self, x: "torch.Tensor") -> np.ndarray:
-        """(n, up to 5) int64: the likeliest classes of each row, best first."""
+        """(n, min(5, C)) int64: the classes with the largest logits for each row of x (n, d), the largest first."""
         import torch
 
         most, ranks = min(5, len(self.bias)), []
         with torch.no_grad():
-            for part in x.split(4096):
-                logits = torch.nn.functional.linear(part.to(self.device), self.weight, self.bias)  # (4096, C)
+            for part in x.split(BLOCK):
+                logits = torch.nn.functional.linear(part.to(self.device), self.weight, self.bias)  # (BLOCK, C)
                 ranks.append(logits.topk(most).indices.cpu())
         return torch.cat(ranks).numpy()
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Weight (C, d) and bias (C,)."""
+        """(weight (C, d), bias (C,)) on the CPU."""
         return self.weight.detach().cpu().numpy(), self.bias.detach().cpu().numpy()
 
 
-def whitening(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+# ---------------------------------------------------------------- whitening
+
+
+def whitening_statistics(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mean, scale), each (d,) float32, of (n, d) normalised features: scale = 1 / sqrt(var + 1e-5).
 
-    The variance is unbiased. A dimension that never fires has scale 316, as in the authors' code.
+    The variance is unbiased. A dimension that is constant has scale 316, as in the authors' code.
     """
     mean = unit.mean(axis=0, dtype=np.float64)
     square = np.zeros_like(mean)
-    for start in range(0, len(unit), 4096):  # in float64, a block at a time
-        square += np.square(unit[start : start + 4096] - mean).sum(axis=0)
+    for start in range(0, len(unit), BLOCK):  # by blocks, because float64 doubles the memory
+        square += np.square(unit[start : start + BLOCK] - mean).sum(axis=0)
     scale = 1 / np.sqrt(square / (len(unit) - 1) + EPS)
     return mean.astype(np.float32), scale.astype(np.float32)
 
 
 def _whiten(unit: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """In place: the caller's own copy, which may be most of the memory."""
+    """Whiten in place: `unit` is the caller's own copy, and a second one might not fit into memory."""
     unit -= mean
     unit *= scale
     return unit
 
 
-def _view(
-    augmented: Callable[[int], np.ndarray], epoch: int, shape: tuple[int, ...], mean: np.ndarray, scale: np.ndarray
+def _whitened_view(
+    augmented: AugmentedFeatures, epoch: int, shape: tuple[int, ...], mean: np.ndarray, scale: np.ndarray
 ) -> np.ndarray:
-    """(n, d): this epoch's augmented features, whitened by the centre crops' statistics."""
+    """(n, d): the augmented features of an epoch, whitened by the statistics of the centre crops."""
     features = augmented(epoch)
     if features.shape != shape:
         raise ValueError(f"augmented({epoch}) gave features of shape {features.shape}, not {shape}")
     return _whiten(exact.normalize(features), mean, scale)
 
 
-def _device(name: str) -> "torch.device":
+# ---------------------------------------------------------------- device
+
+
+def _choose_device(name: str) -> "torch.device":
+    """The torch device of an option. Raises UserError if torch cannot allocate on it."""
     import torch
 
     try:

@@ -1,4 +1,8 @@
-"""What protocols found, on disk: results/NAME-OPTIONS.npz, then NAME-OPTIONS.json, which says it is done."""
+"""Finished results of protocols on disk: results/NAME-OPTIONS.npz, then results/NAME-OPTIONS.json.
+
+OPTIONS is a fingerprint of the evaluator's dataclass fields, so their names, types and defaults are part of the
+format on disk. The .json file is written last: a result without it is not finished and is computed again.
+"""
 
 import io
 import json
@@ -14,72 +18,81 @@ from compress_ssl.pipeline.runtime.storage import Folder
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What one protocol found."""
+    """What one protocol computed: numbers for metrics.json and arrays for the report."""
 
     metrics: dict[str, Any]  # goes into metrics.json under the protocol's name
-    arrays: dict[str, np.ndarray]  # what the report draws; saved beside
+    arrays: dict[str, np.ndarray]  # drawn by the report, saved as .npz
 
 
 class Results:
-    """All results of an evaluation folder, those of earlier commands too."""
+    """All results of one evaluation folder, those of earlier commands included."""
 
     def __init__(self, folder: Folder):
         self.folder = folder
 
     def get(self, evaluator: Any) -> Result | None:
-        """An evaluator's result with just these options, if it is there and whole."""
-        found = self._read(_name(evaluator))
-        return found[1] if found and found[0]["options"] == json.loads(json.dumps(_options(evaluator))) else None
+        """The finished result of an evaluator with exactly these options; None if there is none that can be read."""
+        found = self._read(_file_name(evaluator))
+        if found is None:
+            return None
+        saved, result = found
+        return result if saved["options"] == json.loads(json.dumps(_options(evaluator))) else None
 
     def put(self, evaluator: Any, spec: str, result: Result) -> Result:
-        """Write a result, arrays first."""
-        name, buffer = _name(evaluator), io.BytesIO()
+        """Write a result, the arrays first, and return it."""
+        name = _file_name(evaluator)
+        buffer = io.BytesIO()
         np.savez(buffer, **result.arrays)  # type: ignore[arg-type]
-        self.folder.delete(f"results/{name}.json")  # one of another digest must not vouch for these arrays
+        # An earlier .json may be of other computed options (another head's digest): it must not mark these arrays done.
+        self.folder.delete(f"results/{name}.json")
         self.folder.put(f"results/{name}.npz", buffer.getvalue())
-        said = {"name": evaluator.name, "protocol": spec, "options": _options(evaluator), "metrics": result.metrics}
-        self.folder.put(f"results/{name}.json", json.dumps(said, indent=1).encode())
+        record = {"name": evaluator.name, "protocol": spec, "options": _options(evaluator), "metrics": result.metrics}
+        self.folder.put(f"results/{name}.json", json.dumps(record, indent=1).encode())
         return result
 
-    def gather(self, last: Iterable[Any]) -> tuple[dict[str, Any], dict[str, Result]]:
-        """(metrics by key of metrics.json, results by spec) of all that is here; those of `last` win a key.
+    def gather(self, latest: Iterable[Any]) -> tuple[dict[str, Any], dict[str, Result]]:
+        """(metrics by key of metrics.json, results by spec) of all finished results in the folder.
 
-        Several knn protocols share one key; an augmented linear probe has a key of its own.
+        The evaluators of `latest` come last: where several results have the same key, theirs replaces the others.
+        Several knn protocols share the key "knn", side by side; an augmented linear probe has a key of its own.
         """
-        asked = [_name(evaluator) for evaluator in last]
-        there = sorted(key.removeprefix("results/").removesuffix(".json") for key in self.folder.list("results"))
-        names = [name for name in there if not name.endswith(".npz") and name not in asked] + asked
+        latest_names = [_file_name(evaluator) for evaluator in latest]
+        stems = sorted(key.removeprefix("results/").removesuffix(".json") for key in self.folder.list("results"))
+        earlier = [name for name in stems if not name.endswith(".npz") and name not in latest_names]
         metrics: dict[str, Any] = {}
         results: dict[str, Result] = {}
-        for name in names:
-            if (found := self._read(name)) is None:
+        for name in earlier + latest_names:
+            found = self._read(name)
+            if found is None:
                 continue
             saved, result = found
             key = saved["name"] + "_augmented" * bool(saved["options"].get("augment"))
             metrics[key] = {**metrics.get(key, {}), **result.metrics} if key == "knn" else result.metrics
-            results.pop(saved["protocol"], None)
+            results.pop(saved["protocol"], None)  # so that the new one is the last in the order of the dictionary
             results[saved["protocol"]] = result
         return metrics, results
 
     def _read(self, name: str) -> tuple[dict[str, Any], Result] | None:
+        """(record, result) of one file name; None if it is missing or damaged, so that it is computed again."""
         try:
             saved = json.loads(self.folder.get(f"results/{name}.json"))
             with np.load(io.BytesIO(self.folder.get(f"results/{name}.npz"))) as arrays:
                 return saved, Result(saved["metrics"], dict(arrays))
         except (FileNotFoundError, ValueError, KeyError, OSError):
-            return None  # not there, or cut short: it is made again
+            return None
 
 
 def _options(evaluator: Any) -> dict[str, Any]:
-    """What decides a result: the fields that two evaluators are compared by."""
+    """What decides a result: the dataclass fields by which two evaluators are compared."""
     return {field.name: getattr(evaluator, field.name) for field in fields(evaluator) if field.compare}
 
 
-def _name(evaluator: Any) -> str:
-    """A file name that stands for a protocol with the options a user gave.
+def _file_name(evaluator: Any) -> str:
+    """The stem of a result's two files, from the protocol's name and the options that a user can give.
 
-    What an evaluator found out for itself, as the digest of a file, is not in it: another one takes its place.
+    Fields that the evaluator computes (init=False, such as the digest of a head's file) are left out of it: the
+    result of a changed file replaces the earlier one, and `Results.get` tells them apart by the stored options.
     """
-    found = {field.name for field in fields(evaluator) if not field.init}
-    given = {name: value for name, value in _options(evaluator).items() if name not in found}
+    computed = {field.name for field in fields(evaluator) if not field.init}
+    given = {name: value for name, value in _options(evaluator).items() if name not in computed}
     return f"{evaluator.name}-{artifact.fingerprint(given)[:12]}"

@@ -1,4 +1,4 @@
-"""What an evaluation scores: a run's student, a store's teacher, or any model."""
+"""The model that an evaluation scores: the student of a run, the teacher of a store, or any model by its spec."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ import safetensors
 import safetensors.torch
 import torch
 
+from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.extraction.teacher import load_live_teacher
+from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import UserError
@@ -19,33 +21,40 @@ from compress_ssl.pipeline.store import source_images
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.views.augment import ViewSpec
 
-Build = Callable[..., Embedder]  # (spec, image_size=, pretrained_default=) -> Embedder
+RANDOM_WEIGHTS_SEED = 0  # of a model scored untrained: `compress distill --seed 0` starts from the same weights
+MAX_REASON = 200  # characters of a library's error text that are repeated in ours
 
 
 @dataclass
 class ScoredModel:
-    """How to build it, how it sees, where it belongs."""
+    """A model with what an evaluation records of it, how its images are rendered, and where the results belong."""
 
-    model: dict[str, Any]  # for metrics.json: name, role, parameters, width, spec
-    weights: str  # digest
-    preprocessing: dict[str, Any]
-    spec: ViewSpec
-    build: Callable[[], Embedder]  # the same one every time
-    home: Path  # where its evaluation goes by default
-    data: dict[str, Any] | None = None  # the images it came from: {"spec", "limit"}
-    store: FeatureStore | None = None  # stored features, for the teacher
+    model: dict[str, Any]  # written to metrics.json: name, role, parameters, width in dims, spec, ...
+    weights: str  # digest of the weights
+    preprocessing: dict[str, Any]  # record of views.preprocessing.Preprocessing
+    views: ViewSpec
+    build_embedder: Callable[[], Embedder]  # returns the same network at every call
+    default_out: Path  # the evaluation folder if --out is not given
+    data: dict[str, Any] | None = None  # the images it was trained or exported on: {"spec", "limit"}
+    store: FeatureStore | None = None  # of a teacher: its stored features
     run: Path | None = None
-    ids: Callable[[], Any] | None = None  # sample ids of its images, if they are a selection
-    beside: Path | None = None  # where the teacher's evaluation would be
+    sample_ids: Callable[[], Any] | None = None  # ids of the images in `data`, needed if they are a selection
+    teacher_evaluation: Path | None = None  # of a student: the folder where its teacher's evaluation is by default
 
-    def stored(self, dataset: Any) -> FeatureStore | None:
-        """The store that holds this subject's features of these very images, if there is one."""
+    def find_store(self, dataset: Dataset) -> FeatureStore | None:
+        """The store that holds this model's features of exactly these images; None if there is none."""
         store = self.store
         return store if store and store.identity["data"]["fingerprint"] == dataset.fingerprint else None
 
 
-def from_run(folder: Path, image_size: int | None, build: Build) -> ScoredModel:
-    """A student: its network as the run's manifest names it, its weights from student.safetensors."""
+# ---------------------------------------------------------------- a run's student
+
+
+def open_run(folder: Path, image_size: int | None) -> ScoredModel:
+    """The student of a run: the network named in the run's manifest with the weights in student.safetensors.
+
+    image_size: side in pixels, None for the side it was trained with. Raises UserError if the run is not finished.
+    """
     manifest = artifact.read(Folder(folder), "run")
     about, student = manifest["about"], manifest["identity"]["student"]
     file = folder / "student.safetensors"
@@ -56,64 +65,77 @@ def from_run(folder: Path, image_size: int | None, build: Build) -> ScoredModel:
     load_student(embedder, file)
     model = {"name": about["name"], "role": "student", "parameters": about["parameters"], "width": student["width"]}
     return ScoredModel(
-        {**model, "spec": student["spec"], "run": str(folder), "method": manifest["identity"]["method"]},
-        embedder.digest(),
-        embedder.preprocessing.record(),
-        ViewSpec(**about["views_spec"]),
-        lambda: embedder,
-        folder / "evaluation",
-        about["data"],
-        ids=lambda: FeatureStore(open_storage(about["store"])).table("sample_id"),
+        model={**model, "spec": student["spec"], "run": str(folder), "method": manifest["identity"]["method"]},
+        weights=embedder.digest(),
+        preprocessing=embedder.preprocessing.record(),
+        views=ViewSpec(**about["views_spec"]),
+        build_embedder=lambda: embedder,
+        default_out=folder / "evaluation",
+        data=about["data"],
+        sample_ids=lambda: FeatureStore(open_storage(about["store"])).table("sample_id"),
         run=folder,
-        beside=artifact.sibling(about["store"], "-evaluation"),
+        teacher_evaluation=artifact.sibling(about["store"], "-evaluation"),
     )
 
 
 def load_student(embedder: Embedder, file: Path) -> None:
-    """Put the weights of a student.safetensors into its backbone. Raises UserError if they are damaged."""
+    """Load a student.safetensors into the embedder's backbone. Raises UserError if the file is damaged."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
             claimed = opened.metadata()["digest"]
         embedder.backbone.load_state_dict(safetensors.torch.load_file(file))
-        why = "" if embedder.digest() == claimed else "the weights do not fit their digest"
+        reason = "" if embedder.digest() == claimed else "the weights do not fit their digest"
     except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError) as wrong:
-        why = " ".join(str(wrong).split())[:200] or type(wrong).__name__
-    if why:
-        raise UserError(f"{file} is damaged ({why}); delete it and repeat the distill command, which writes it anew")
+        reason = " ".join(str(wrong).split())[:MAX_REASON] or type(wrong).__name__
+    if reason:
+        raise UserError(f"{file} is damaged ({reason}); delete it and repeat the distill command to write it again")
 
 
-def from_store(store: FeatureStore, build: Build) -> ScoredModel:
-    """A teacher: its features from the store; the network itself is built only for other images."""
+# ---------------------------------------------------------------- a store's teacher
+
+
+def open_teacher(store: FeatureStore) -> ScoredModel:
+    """The teacher of a store. Its features are read from view 0 of the store where that view is stored.
+
+    The network itself is built only when features of other images are needed. Raises UserError for a store without
+    a teacher (features of an evaluation) and for one whose view 0 is not complete.
+    """
     source_images.require_exported(store)
-    if 0 in store.stored_views:
+    has_view_0 = 0 in store.stored_views
+    if has_view_0:
         store.require_complete([0])
     where, teacher, about = str(store.storage), store.identity["teacher"], store.about
-
     model = {"name": teacher["name"], "role": "teacher", "parameters": about["parameters"], "width": teacher["width"]}
     return ScoredModel(
-        {**model, "spec": about["teacher"], "store": where},
-        teacher["weights"],
-        teacher["preprocessing"],
-        ViewSpec(**store.identity["views"]),
-        cache(partial(load_live_teacher, store)),
-        artifact.sibling(where, "-evaluation"),
-        about["data"],
-        store=store if 0 in store.stored_views else None,
-        ids=lambda: store.table("sample_id"),
+        model={**model, "spec": about["teacher"], "store": where},
+        weights=teacher["weights"],
+        preprocessing=teacher["preprocessing"],
+        views=ViewSpec(**store.identity["views"]),
+        build_embedder=cache(partial(load_live_teacher, store)),
+        default_out=artifact.sibling(where, "-evaluation"),
+        data=about["data"],
+        store=store if has_view_0 else None,
+        sample_ids=lambda: store.table("sample_id"),
     )
 
 
-def from_model(spec: str, image_size: int | None, home: Path, build: Build) -> ScoredModel:
-    """Any model by its spec. Random weights are those a run with --seed 0 begins with."""
-    torch.manual_seed(0)
+# ---------------------------------------------------------------- any model
+
+
+def open_model(spec: str, image_size: int | None, out: Path) -> ScoredModel:
+    """Any model by its spec, for instance `timm:resnet18`; `out` is the folder of its evaluation.
+
+    A model without pretrained weights gets those that a run with --seed 0 starts from.
+    """
+    torch.manual_seed(RANDOM_WEIGHTS_SEED)
     embedder = build(spec, image_size=image_size, pretrained_default=False)
     parameters = sum(p.numel() for p in embedder.backbone.parameters())
     model = {"name": embedder.name, "role": "model", "parameters": parameters, "width": embedder.width}
     return ScoredModel(
-        {**model, "spec": spec},
-        embedder.digest(),
-        embedder.preprocessing.record(),
-        ViewSpec("crop-flip", 0, embedder.preprocessing.crop_ratio),
-        lambda: embedder,
-        home,
+        model={**model, "spec": spec},
+        weights=embedder.digest(),
+        preprocessing=embedder.preprocessing.record(),
+        views=ViewSpec("crop-flip", 0, embedder.preprocessing.crop_ratio),
+        build_embedder=lambda: embedder,
+        default_out=out,
     )

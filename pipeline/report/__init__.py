@@ -1,1 +1,1 @@
-"""Pages and figures: they draw what evaluators hand over."""
+"""HTML pages and figures of finished evaluations: `evaluation.write_report` for one, `comparison.compare` for many."""

@@ -1,4 +1,4 @@
-"""Many evaluations in one table, as text and as a page."""
+"""Compares many evaluations: one table as plain text and as an HTML page, with accuracy plotted against size."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from compress_ssl.pipeline.report import figures
 from compress_ssl.pipeline.report.html import EmbeddedChart, embed_chart, render_template
-from compress_ssl.pipeline.report.metrics import NOTES, Metrics, headline_scores, is_teacher, model
+from compress_ssl.pipeline.report.metrics import MEANINGS, Metrics, headline_scores, is_teacher, model_record
 from compress_ssl.pipeline.runtime.formatting import (
     DASH,
     flatten,
@@ -19,115 +19,160 @@ from compress_ssl.pipeline.runtime.formatting import (
 )
 
 FACTS = ["model", "role", "parameters", "width"]  # the columns before the scores
-WORDS = 2  # the first of them are words and stand to the left
-PLOTTED = ("NN", "Cluster", "Linear", "Linear (augmented)", "Classifier")  # scores against size,
-MOST = 3  # the first that there are
+TEXT_COLUMNS = 2  # the first of FACTS are text and aligned left; all other columns are numbers and aligned right
+PLOTTED = ("NN", "Cluster", "Linear", "Linear (augmented)", "Classifier")  # scores that may be plotted against size
+MAX_PANELS = 3  # of the chart: as many of PLOTTED as fit side by side, the first ones that are present
+MAX_CELL = 60  # characters of a cell in the plain-text table
 
 
 def compare(rows: Sequence[Metrics]) -> tuple[str, str]:
-    """(plain table, HTML page) of many metrics.json: teachers first, then in the order given.
+    """(plain-text table, HTML page) of many metrics.json: teachers first, then in the order given.
 
-    The best score of a column is marked, among the rows that are not a teacher if there are any. A
-    protocol that a row lacks is a dash. Says so when the rows were not evaluated on the same data.
+    The best score of each column is marked; teachers do not take part unless all rows are teachers. A protocol that
+    a row lacks is a dash. A warning says in what the rows differ if they were not evaluated on the same data.
     """
     rows = sorted(rows, key=lambda row: not is_teacher(row))
-    table, warning = tabulate(rows), unlike(rows)
-    used = [key for key in NOTES if any(key in title.split() for title in table.head)]
+    table, warning = build_table(rows), describe_differences(rows)
+    used = [key for key in MEANINGS if any(key in title.split() for title in table.head)]
     page = render_template(
         "comparison.html",
         title="Comparison",
         role="",
         table=table,
-        words=WORDS,
+        text_columns=TEXT_COLUMNS,
         warning=warning,
-        sizes=_sizes(rows),
-        terms={key: NOTES[key] for key in used},
+        sizes=_plot_sizes(rows),
+        terms={key: MEANINGS[key] for key in used},
     )
-    return plain(table, warning), page
+    return to_text(table, warning), page
+
+
+# ---------------------------------------------------------------- table
 
 
 @dataclass(frozen=True)
 class Row:
+    """One evaluation in the table."""
+
     cells: list[str]
-    best: set[int]  # the columns in which none is better
+    best: set[int]  # the columns in which no other row is better
     teacher: bool
 
 
 @dataclass(frozen=True)
 class Table:
+    """The table as text cells."""
+
     head: list[str]
     rows: list[Row]
-    legend: str  # what is marked; "" where there are no scores
+    legend: str  # what the mark means; "" where there are no scores
 
 
-def tabulate(rows: Sequence[Metrics]) -> Table:
+def build_table(rows: Sequence[Metrics]) -> Table:
+    """The table of many metrics.json, in the order given."""
     scores = [headline_scores(row) for row in rows]
-    fullest = sorted(scores, key=lambda score: -len(score))  # so that the columns stand in the order of this row
+    fullest = sorted(scores, key=lambda score: -len(score))  # the row with most scores decides the order of columns
     titles = list(dict.fromkeys(title for score in fullest for title in score))
-    rivals = [n for n, row in enumerate(rows) if not is_teacher(row)] or list(range(len(rows)))
-    top = {t: max((round(scores[n][t], 1) for n in rivals if t in scores[n]), default=None) for t in titles}
-    made, named = [], names(rows)
+    ranked = [n for n, row in enumerate(rows) if not is_teacher(row)] or list(range(len(rows)))
+    best_of = {title: _best([scores[n] for n in ranked], title) for title in titles}
+    names = display_names(rows)
+    table_rows = []
     for n, row in enumerate(rows):
-        own, who = scores[n], model(row)
-        facts = [named[n], ", ".join(str(who[key]) for key in ("role", "method") if who.get(key)) or DASH]
-        facts += [format_count(who.get("parameters")), format_number(who.get("width"))]
-        cells = facts + [format_score(own.get(title)) for title in titles]
-        wins = {len(FACTS) + t for t, title in enumerate(titles) if title in own and round(own[title], 1) == top[title]}
-        made.append(Row(cells, wins if n in rivals else set(), is_teacher(row)))
-    legend = f"best of the {'students' if len(rivals) < len(rows) else 'rows'}" if titles else ""
-    return Table([*FACTS, *titles], made, legend)
+        own = scores[n]
+        cells = _fact_cells(row, names[n]) + [format_score(own.get(title)) for title in titles]
+        best = {
+            len(FACTS) + column
+            for column, title in enumerate(titles)
+            if title in own and round(own[title], 1) == best_of[title]
+        }
+        table_rows.append(Row(cells, best if n in ranked else set(), is_teacher(row)))
+    legend = f"best of the {'students' if len(ranked) < len(rows) else 'rows'}" if titles else ""
+    return Table([*FACTS, *titles], table_rows, legend)
 
 
-def names(rows: Sequence[Metrics]) -> list[str]:
-    """What each row's model is called: as it was ordered, and where its run lies if it has namesakes."""
-    who = [model(row) for row in rows]
-    called = [str(each.get("spec") or each.get("name", DASH)) for each in who]
-    out = []
-    for name, each in zip(called, who, strict=True):
-        namesakes = [other for other, theirs in zip(who, called, strict=True) if theirs == name]
-        runs = [str(other["run"]) for other in namesakes if "run" in other]
-        if "run" in each and len(set(runs)) > 1:
-            name += f" ({os.path.relpath(str(each['run']), os.path.commonpath(runs))})"
-        out.append(name)
-    return out
+def _best(scores: Sequence[dict[str, float]], title: str) -> float | None:
+    """The best score of a column as it is shown, in tenths of a percent, so that equal cells are both marked."""
+    return max((round(score[title], 1) for score in scores if title in score), default=None)
 
 
-def unlike(rows: Sequence[Metrics]) -> str:
-    """A warning if the rows' data records differ, with the keys that do."""
+def _fact_cells(row: Metrics, name: str) -> list[str]:
+    """The cells of FACTS."""
+    model = model_record(row)
+    role = ", ".join(str(model[key]) for key in ("role", "method") if model.get(key))
+    return [name, role or DASH, format_count(model.get("parameters")), format_number(model.get("width"))]
+
+
+def display_names(rows: Sequence[Metrics]) -> list[str]:
+    """The name of each row's model: its spec, with its run's path where several runs have the same spec."""
+    models = [model_record(row) for row in rows]
+    specs = [str(model.get("spec") or model.get("name", DASH)) for model in models]
+    names = []
+    for spec, model in zip(specs, models, strict=True):
+        same = [other for other, other_spec in zip(models, specs, strict=True) if other_spec == spec]
+        runs = [str(other["run"]) for other in same if "run" in other]
+        if "run" in model and len(set(runs)) > 1:
+            names.append(f"{spec} ({os.path.relpath(str(model['run']), os.path.commonpath(runs))})")
+        else:
+            names.append(spec)
+    return names
+
+
+def describe_differences(rows: Sequence[Metrics]) -> str:
+    """A warning that names the keys in which the rows' data records differ; "" if they are equal."""
     records = [dict(flatten(row.get("data") or {})) for row in rows]
     keys = sorted({key for record in records for key in record})
-    odd = [key for key in keys if len({json.dumps(r.get(key), sort_keys=True, default=str) for r in records}) > 1]
-    return f"Not all rows were evaluated on the same data; they differ in: {', '.join(odd)}." if odd else ""
+    differing = []
+    for key in keys:
+        values = {json.dumps(record.get(key), sort_keys=True, default=str) for record in records}
+        if len(values) > 1:
+            differing.append(key)
+    if not differing:
+        return ""
+    return f"Not all rows were evaluated on the same data; they differ in: {', '.join(differing)}."
 
 
-def plain(table: Table, warning: str) -> str:
-    """Names to the left, numbers to the right, * for the best."""
+def to_text(table: Table, warning: str) -> str:
+    """The table as plain text: names aligned left, numbers right, * after the best of a column."""
     cells = [table.head]
-    for made in table.rows:
-        cells.append([shorten(cell, 60) + ("*" if n in made.best else "") for n, cell in enumerate(made.cells)])
-    cells = [[c if c.endswith("*") or n < len(FACTS) else c + " " for n, c in enumerate(row)] for row in cells]
-    width = [max(len(row[n]) for row in cells) for n in range(len(table.head))]
-    lines = [
-        "  ".join(c.ljust(w) if n < WORDS else c.rjust(w) for n, (c, w) in enumerate(zip(row, width, strict=True)))
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * w for w in width))
-    lines += [f"* {table.legend}"] * bool(table.legend) + [warning] * bool(warning)
+    for row in table.rows:
+        cells.append([shorten(cell, MAX_CELL) + ("*" if n in row.best else "") for n, cell in enumerate(row.cells)])
+    # A score without a mark gets a space in its place, so that the digits of a column stand below each other.
+    cells = [[c if c.endswith("*") or n < len(FACTS) else c + " " for n, c in enumerate(line)] for line in cells]
+    widths = [max(len(line[n]) for line in cells) for n in range(len(table.head))]
+    lines = [_align(line, widths) for line in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if table.legend:
+        lines.append(f"* {table.legend}")
+    if warning:
+        lines.append(warning)
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def _sizes(rows: Sequence[Metrics]) -> EmbeddedChart | None:
-    """Parameters against some of the scores; nothing where no row has both."""
-    panels: dict[str, list[figures.Dot]] = {}
-    for row, name in zip(rows, names(rows), strict=True):
-        who, own = model(row), headline_scores(row)
-        size = who.get("parameters")
+def _align(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """One line of the plain-text table."""
+    padded = [
+        cell.ljust(width) if n < TEXT_COLUMNS else cell.rjust(width)
+        for n, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(padded)
+
+
+# ---------------------------------------------------------------- chart
+
+
+def _plot_sizes(rows: Sequence[Metrics]) -> EmbeddedChart | None:
+    """The chart of up to three scores against the number of parameters; None if no row has both."""
+    dots: dict[str, list[figures.Dot]] = {}
+    for row, name in zip(rows, display_names(rows), strict=True):
+        size, own = model_record(row).get("parameters"), headline_scores(row)
+        if not (is_finite(size) and size > 0):
+            continue
         for title in PLOTTED:
-            if is_finite(size) and size > 0 and title in own:
-                dot = figures.Dot(name, size, own[title], is_teacher(row))
-                panels.setdefault(title, []).append(dot)
-    panels = {title: panels[title] for title in [title for title in PLOTTED if title in panels][:MOST]}
-    if not panels:
+            if title in own:
+                dots.setdefault(title, []).append(figures.Dot(name, size, own[title], is_teacher(row)))
+    present = [title for title in PLOTTED if title in dots]
+    if not present:
         return None
+    chart = figures.draw_scatter({title: dots[title] for title in present[:MAX_PANELS]})
     note = "Star: a teacher. The axis of parameters is logarithmic."
-    return embed_chart("compare", figures.scatter(panels), "accuracy against number of parameters", note)
+    return embed_chart("compare", chart, "accuracy against number of parameters", note)

@@ -1,6 +1,7 @@
-"""A page: one HTML file with styles and figures inside, nothing fetched, no script.
+"""Renders a page as one self-contained HTML file: styles and figures are inside it, and it has no links or scripts.
 
-Light or dark by the reader's setting. The HTML lies in TEMPLATES; what is filled in is always escaped.
+The page is light or dark by the reader's browser setting. The templates are Jinja files in TEMPLATES, and every
+value that is filled in is escaped.
 """
 
 import base64
@@ -19,15 +20,16 @@ from compress_ssl.pipeline.runtime import formatting
 from compress_ssl.pipeline.runtime.storage import Folder
 
 TEMPLATES = Path(__file__).parent / "templates"
+
 FILTERS = ("bar_length", "format_count", "format_difference", "format_score", "format_value", "share")
 """Functions of runtime/formatting.py that the templates use."""
 
-# Control characters other than tab and line break, marks that turn the direction of text, and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters other than tab and line break, marks that change the direction of text, and lone surrogates."""
 
 
 def render_template(name: str, **data: Any) -> str:
-    """The page that the template TEMPLATES/NAME makes of the data."""
+    """The HTML of the template TEMPLATES/NAME, filled with `data`. Raises jinja2.UndefinedError for a missing name."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -42,7 +44,10 @@ def render_template(name: str, **data: Any) -> str:
 
 
 def printable(value: Any) -> Any:
-    """A value as text, what cannot be printed written as in Python, like \\x1b; HTML of our macros as it is."""
+    """A value as text in which unprintable characters are escaped as in Python source, like \\x1b.
+
+    HTML that a macro of ours made is returned unchanged.
+    """
     if hasattr(value, "__html__"):
         return value
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
@@ -50,29 +55,34 @@ def printable(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class EmbeddedChart:
-    """A drawn chart as the templates show it."""
+    """A rendered chart, as the templates show it."""
 
     source: str  # a data URI
     alt: str
-    note: str  # below it, where there is one
-    width: float  # inches, at most
+    note: str  # the text below the chart, "" for none
+    width: float  # inches: the page shows it no wider than this
 
 
 def embed_chart(name: str, chart: Chart, alt: str, note: str = "", *, folder: Folder | None = None) -> EmbeddedChart:
-    """Draw a chart for the page; where there is a folder, also into FOLDER/figures/NAME.png."""
-    drawn = figures.render(chart)
+    """Render a chart for the page; with a folder, also write it to FOLDER/figures/NAME.png."""
+    png = figures.render(chart)
     if folder:
-        save_figure(folder, name, drawn)
-    return EmbeddedChart(data_uri(drawn), alt, note, chart.size[0])
+        save_figure(folder, name, png)
+    return EmbeddedChart(data_uri(png), alt, note, chart.size[0])
 
 
-def save_figure(folder: Folder, name: str, drawn: bytes) -> None:
-    """Write a transparent PNG to FOLDER/figures/NAME.png, made opaque on white: alone, it may be read on anything."""
-    ink, data = Image.open(io.BytesIO(drawn)).convert("RGBA"), io.BytesIO()
-    Image.alpha_composite(Image.new("RGBA", ink.size, "white"), ink).convert("RGB").save(data, "PNG")
-    folder.put(f"figures/{name}.png", data.getvalue())
+def save_figure(folder: Folder, name: str, png: bytes) -> None:
+    """Write a transparent PNG to FOLDER/figures/NAME.png on a white background.
+
+    The page is transparent behind its charts; a single file may be opened in a viewer with a dark background.
+    """
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    opaque = io.BytesIO()
+    Image.alpha_composite(white, image).convert("RGB").save(opaque, "PNG")
+    folder.put(f"figures/{name}.png", opaque.getvalue())
 
 
 def data_uri(image: bytes, kind: str = "png") -> str:
-    """An image file as the address that holds it whole."""
+    """The data URI that contains an image file; `kind` is its MIME subtype, "png" or "jpeg"."""
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
