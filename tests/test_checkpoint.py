@@ -45,8 +45,8 @@ def test_only_the_latest_few_are_kept_and_last_is_the_newest(tmp_path: Path) -> 
     for step in (5, 10, 12, 100):
         checkpoint.save(tmp_path, step, parts(float(step)))
         assert checkpoint.load(tmp_path / "last.pt")["step"] == step
-        assert len(checkpoint.steps(tmp_path)) <= checkpoint.KEEP
-    assert checkpoint.steps(tmp_path) == [12, 100]
+        assert len(checkpoint.list_steps(tmp_path)) <= checkpoint.KEEP
+    assert checkpoint.list_steps(tmp_path) == [12, 100]
     assert files(tmp_path) == ["last.pt", "step-00000012.pt", "step-00000100.pt"]
     assert os.path.samefile(tmp_path / "last.pt", tmp_path / "step-00000100.pt"), "the disk holds it once"
 
@@ -62,14 +62,14 @@ def test_after_going_back_what_came_later_is_gone_with_the_first_save(tmp_path: 
         checkpoint.save(tmp_path, step, parts())
     (tmp_path / "step-00000030.pt").write_bytes(b"damaged")
     checkpoint.save(tmp_path, 25, parts())
-    assert checkpoint.steps(tmp_path) == [20, 25]
+    assert checkpoint.list_steps(tmp_path) == [20, 25]
 
 
 def test_a_folder_without_checkpoints_has_no_steps(tmp_path: Path) -> None:
     (tmp_path / ".step-00000001.pt.1234.part").touch()
     (tmp_path / "best.pt").touch()
-    assert checkpoint.steps(tmp_path) == []
-    assert checkpoint.steps(tmp_path / "not there") == []
+    assert checkpoint.list_steps(tmp_path) == []
+    assert checkpoint.list_steps(tmp_path / "not there") == []
 
 
 class Crash(BaseException):
@@ -100,13 +100,13 @@ def test_a_crash_while_saving_leaves_the_former_or_the_new_one_to_go_on_from(
             broken.setattr(Folder, "delete", crash)
         with pytest.raises(Crash):
             checkpoint.save(tmp_path, 30, parts(30.0))
-    for name in [*(f"step-{step:08d}.pt" for step in checkpoint.steps(tmp_path)), "last.pt"]:
+    for name in [*(f"step-{step:08d}.pt" for step in checkpoint.list_steps(tmp_path)), "last.pt"]:
         there = parts()
         step = checkpoint.restore(tmp_path / name, there)["step"]
         assert value(there) == step
-    assert checkpoint.steps(tmp_path)[-1] == (20 if where in ("write", "replace") else 30)
+    assert checkpoint.list_steps(tmp_path)[-1] == (20 if where in ("write", "replace") else 30)
     checkpoint.save(tmp_path, 40, parts(40.0))
-    assert checkpoint.steps(tmp_path) == [{"write": 20, "replace": 20}.get(where, 30), 40]
+    assert checkpoint.list_steps(tmp_path) == [{"write": 20, "replace": 20}.get(where, 30), 40]
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 40
 
 
@@ -144,7 +144,7 @@ def test_a_damaged_file_is_refused_in_words(damage: str, tmp_path: Path) -> None
         file.write_bytes(data)
         flip(file, place_of_a_tensor(file) + 1 if damage == "a flipped bit in a tensor" else len(data) - 60)
     there = parts(1.0)
-    with pytest.raises(UserError, match="step-00000007.pt is damaged .*; delete it to go on from an earlier one"):
+    with pytest.raises(UserError, match="step-00000007.pt is damaged .*; delete it to continue from an earlier one"):
         checkpoint.restore(file, there)
     assert value(there) == 1.0, "nothing was loaded"
 
@@ -168,8 +168,8 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path: Pat
 @pytest.mark.parametrize(
     ("odd", "words"),
     [
-        ("missing", "it differs in scaler"),
-        ("left over", "it differs in average"),
+        ("missing", "checkpoint and run differ in scaler"),
+        ("left over", "checkpoint and run differ in average"),
         ("shape", "student: .*size mismatch"),
         ("keys", "student: .*Missing key"),
         ("nothing", "average: "),

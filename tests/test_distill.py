@@ -301,14 +301,14 @@ for module in sys.argv[1:]:
     importlib.import_module(module)
 print("ready", flush=True)
 for line in sys.stdin:
-    order = json.loads(line)
+    job = json.loads(line)
     if not (pid := os.fork()):
         os.setsid()
-        for number, name in enumerate(("/dev/null", order["stdout"], order["stderr"])):
+        for number, name in enumerate(("/dev/null", job["stdout"], job["stderr"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
-        os.environ["DIE"] = order["die"]
-        sys.argv = ["compress", *order["line"]]
-        compress_ssl.cli.main()
+        os.environ["DIE"] = job["die"]
+        sys.argv = ["compress", *job["line"]]
+        cli.main()
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -333,9 +333,9 @@ class Warm:
 
     def start(self, line: list[str], die: str = "") -> int:
         """-> its process id. DIE=SIGNAL:N makes the suicidal student send a signal at its Nth training forward."""
-        order = {"line": line, "die": die, "stdout": str(self.folder / "stdout"), "stderr": str(self.folder / "stderr")}
+        job = {"line": line, "die": die, "stdout": str(self.folder / "stdout"), "stderr": str(self.folder / "stderr")}
         assert self.process.stdin
-        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return int(self._answer())
 
@@ -356,7 +356,7 @@ def until(there: Callable[[], bool], seconds: float = 120) -> None:
 
 
 def newest(out: Path) -> int:
-    return max(checkpoint.steps(out / "checkpoints"), default=0)
+    return max(checkpoint.list_steps(out / "checkpoints"), default=0)
 
 
 @pytest.fixture
@@ -750,7 +750,7 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_an_earlier_one_serves(
     crashed_at(run, 9)
     newest_file = tmp_path / "run/checkpoints/step-00000008.pt"
     newest_file.write_bytes(newest_file.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="step-00000008.pt is damaged .*; delete it to go on from an earlier one"):
+    with pytest.raises(UserError, match="step-00000008.pt is damaged .*; delete it to continue from an earlier one"):
         run()
     newest_file.unlink()
     run()
@@ -843,14 +843,14 @@ def test_a_run_is_the_plain_loop_over_pairs_of_pixels_and_stored_features(
     source, digits = FeatureStore(Folder(store)), Digits().subset(IMAGES)
     table = np.stack([source.read("embedding", v) for v in range(4)], 1)  # (N, V, D)
     spec = ViewSpec(**source.identity["views"])
-    plan = StepSampler(0, np.arange(IMAGES), (1, 2, 3), BATCH, 1, "same", 6)
+    sampler = StepSampler(0, np.arange(IMAGES), (1, 2, 3), BATCH, 1, "same", 6)
     torch.manual_seed(0)
     student = build(CONVNET, image_size=8).train()
     average = {name: p.detach().clone() for name, p in student.named_parameters()}
     speed = {name: torch.zeros_like(p) for name, p in student.named_parameters()}
     queue: list[tuple[Tensor, Tensor]] = []
     for step in range(6):
-        i, v, u = plan.at(step)
+        i, v, u = sampler.step_indices(step)
         pixels = [
             render_views(digits.load(j)[0], spec, draw_variates(0, j, w), w, [(8, "bilinear")])[0]
             for j, w in zip(i, v, strict=True)
@@ -983,19 +983,19 @@ def test_a_student_that_writes_into_its_input_spoils_it_for_no_other(run: Callab
 def test_a_gpus_pixels_come_in_pinned_memory(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training_run, asked = session_of(config(store, tmp_path / "run")), []
     monkeypatch.setattr(
-        "compress_ssl.pipeline.training.run.iterate_views", lambda view_dataset, workers, pin: asked.append(pin)
+        "compress_ssl.pipeline.training.batches.iterate_views", lambda view_dataset, workers, pin: asked.append(pin)
     )
     training_run.load_views(2)
-    training_run.device = torch.device("cuda")
+    training_run.batches.device = torch.device("cuda")
     training_run.load_views(2)
     assert asked == [False, True]
 
 
 def test_an_array_read_for_a_bank_is_not_carried_through_every_batch(store: Path, tmp_path: Path) -> None:
     training_run = session_of(config(store, tmp_path / "run"))
-    training_run.features.clear()  # as of a method that looks at no array of the store
-    assert training_run.read(torch.tensor([3, 5]), torch.tensor([1, 2])).shape == (2, 16)
-    assert training_run.batch(0).teacher == {}
+    training_run.batches.features.clear()  # as for a method that reads no array of the store in its batches
+    assert training_run.batches.read_features(torch.tensor([3, 5]), torch.tensor([1, 2])).shape == (2, 16)
+    assert training_run.batches.build_batch(0).teacher == {}
 
 
 def test_peers_are_digested_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
