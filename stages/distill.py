@@ -184,6 +184,7 @@ def check(config: Config) -> None:
     finite = (lambda x: 0 < x < float("inf"), "must be more than 0 and finite")
     require(config, {name: finite for name in ("epochs", "val_every", "lr", "clip")})
     require(config, {"workers": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "warmup_epochs": NOT_NEGATIVE})
+    # The choices are repeated here because importing them from `training` would import torch.
     require(
         config,
         {
@@ -197,7 +198,9 @@ def check(config: Config) -> None:
         },
     )
     if config.devices and launch_env.is_launched():
-        raise UserError("--devices was given, but torchrun has started the ranks already; leave --devices out")
+        raise UserError(
+            "--devices starts ranks, but this process is already one of several, as by torchrun; leave --devices out"
+        )
     if config.epochs and config.steps:
         raise UserError("--epochs and --steps were both given; keep one")
     from compress_ssl.pipeline.methods import METHODS
