@@ -104,7 +104,7 @@ def supervised(store: Path, seed: int, out: Path) -> Path:
     view_dataset = ViewDataset(dataset, spec, images.table("view_key"), [(sees.size, sees.interpolation)], plan)
     for step, view_batch in enumerate(iterate_views(view_dataset, workers=0)):
         sgd.param_groups[0]["lr"] = RATES["sgd"] * schedule(step / plan.steps)
-        rows, pixels = torch.from_numpy(plan.at(step)[0]), view_batch.pixels[0].flatten(0, 1)
+        rows, pixels = torch.from_numpy(plan.step_indices(step)[0]), view_batch.pixels[0].flatten(0, 1)
         loss = F.cross_entropy(layer(student(student.prepare(pixels))), label[rows])
         sgd.zero_grad()
         loss.backward()

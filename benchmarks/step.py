@@ -36,7 +36,7 @@ def measure() -> dict[str, object]:
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in (alone, taught)]
     with tempfile.TemporaryDirectory() as folder:
         features = TeacherFeatures(hydrate.made(Path(folder) / "store", IMAGES, 1, D))
-        features.rows(np.arange(1), np.zeros(1, np.int64))  # an epoch's view is read once
+        features.read(np.arange(1), np.zeros(1, np.int64))  # an epoch's view is read once
         rounds = []
         for step in range(ROUNDS + 1):
             parts = dict.fromkeys(PARTS, 0.0)
@@ -75,7 +75,7 @@ def step_taught(
     rows = (np.arange(B) * 61 + step * B) % IMAGES  # scattered, as a shuffled epoch is
     views = np.zeros(B, np.int64)
     with _added(parts, "features"):
-        teacher = torch.from_numpy(features.rows(rows, views))[:, None]  # (B, 1, D)
+        teacher = torch.from_numpy(features.read(rows, views))[:, None]  # (B, 1, D)
     optimizer.zero_grad(set_to_none=True)
     i, v = torch.from_numpy(rows), torch.from_numpy(views)[:, None]
     batch = Batch(step, i, v, v, {"embedding": teacher}, [model.prepare(pixels)])

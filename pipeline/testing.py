@@ -22,8 +22,9 @@ from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.training import checkpoint
-from compress_ssl.pipeline.training.learner import Learner, TrainingSettings
+from compress_ssl.pipeline.training.learner import Learner
 from compress_ssl.pipeline.training.schedule import Schedule
+from compress_ssl.pipeline.training.settings import TrainingSettings
 from compress_ssl.pipeline.training.student import Student
 from compress_ssl.pipeline.views.numbering import LOCAL
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
@@ -169,7 +170,7 @@ def _require_strict(learner: Learner, name: str) -> None:
         less = {**saved, "method": {k: v for k, v in saved["method"].items() if k != key}}
         torch.save(less, home / "less.pt")
         try:
-            checkpoint.restore(home / "less.pt", learner.parts(learner.students[0]))
+            checkpoint.restore(home / "less.pt", learner.checkpoint_parts(learner.students[0]))
         except UserError:
             continue
         raise AssertionError(f"{name} is restored from a checkpoint that lacks {key}")

@@ -1,9 +1,19 @@
-"""Feature store + images -> students: what they look at, who learns what, and what is delivered."""
+"""`compress distill`: train students from a feature store and its images, and export their weights.
+
+From the command to the place where a loss is computed:
+
+    run -> train -> Trainer.train           the loop: pixels, one step, logs, checkpoints (training/trainer.py)
+        -> TrainingRun.step                 one step of all learners of the run          (training/run.py)
+        -> Learner.step                     one step of one method with its students     (training/learner.py)
+        -> Method.forward                   the loss of a batch                          (methods/)
+
+One pass over the images may serve several commands (a sweep): each image is decoded once for all their students.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compress_ssl.pipeline.distributed import launch
 from compress_ssl.pipeline.runtime import artifact, launch_env
@@ -12,9 +22,11 @@ from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, o
 from compress_ssl.pipeline.runtime.lease import require_free
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
-from compress_ssl.pipeline.training import run_folders as roster
+from compress_ssl.pipeline.training.run_folders import list_run_folders, require_run_folders
 
 if TYPE_CHECKING:
+    import torch
+
     from compress_ssl.pipeline.datasets.base import Dataset
     from compress_ssl.pipeline.methods.base import Method, Recipe
     from compress_ssl.pipeline.models.embedder import Embedder
@@ -24,71 +36,67 @@ if TYPE_CHECKING:
     from compress_ssl.pipeline.training.sampler import StepSampler
 
 PER_STUDENT = {
-    "student",
-    "method",
-    "out",
-    "image_size",
-    "views_per_step",
-    "ema",
-    "precision",
-    "compile",
-    "channels_last",
-}
-"""What may differ between commands that share a pass, besides what a recipe says."""
+    "student", "method", "out", "image_size", "views_per_step", "ema", "precision", "compile", "channels_last",
+}  # fmt: skip
+"""Names of flags that may differ between commands that share a pass, besides those that override a recipe."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train students to mimic the teacher's relative similarities, read from a store.
+    """Train students to reproduce the teacher's similarities between images, read from a feature store.
 
-    Optimiser, rate, batch size and epochs default to the method's published recipe. The same
-    command again continues; a larger --epochs trains on.
+    Optimizer, learning rate, batch size and epochs default to the method's published recipe. Running the same
+    command again continues an interrupted run; a larger --epochs makes a finished run longer.
     """
 
     store: str = flag(help="the teacher's feature store: a folder, s3://BUCKET/PREFIX, ...")
     student: tuple[str, ...] = flag(help="timm:NAME, torchvision:NAME, cifar-resnet:20, ...; may be repeated")
     method: str = flag(help="compress-2q, compress-1q, seed, ... (compress methods lists them), python:module:Class")
-    out: Path = flag(help="folder of the run; with several students, of their runs")
-    data: str | None = flag(None, "the images, if they have moved since the export")
-    epochs: float | None = flag(None, "passes over the images (default: as published)")
-    steps: int | None = flag(None, "optimiser steps, instead of --epochs")
-    batch_size: int | None = flag(None, "images per step on each device", short="-b")
-    pairing: str = flag("same", "same, fresh or cross: how student and teacher views go together")
-    views: int | None = flag(None, "use only views 0 to this-1 of the store (default: all it has now)")
-    views_per_step: int | None = flag(None, "views of each image in a step, from one decode (default: the method's)")
-    image_size: int | None = flag(None, "side in pixels (default: the student's own)")
-    seed: int = flag(0, "of order, initial weights and everything random in a step")
-    optimizer: str | None = flag(None, "sgd, adam, adamw or lars")
-    lr: float | None = flag(None, "base learning rate (default: published, scaled with the batch)")
-    momentum: float | None = flag(None, "of SGD; beta 1 of AdamW")
-    weight_decay: float | None = flag(None)
-    norm_decay: bool | None = flag(None, "weight decay on norms and biases too (default: as published)")
-    schedule: str | None = flag(None, "cosine, step or constant")
-    warmup_epochs: float | None = flag(None, "epochs of linear warm-up")
-    clip: float | None = flag(None, "clip the gradient to this norm (default: as published, mostly not)")
-    ema: float | None = flag(None, "average the student with this decay; the average is what is kept")
-    precision: str = flag("fp32", "fp32, bf16, fp16; similarities are always fp32")
-    compile: bool = flag(False, "torch.compile the student")
-    channels_last: bool = flag(True, "memory format of images and student")
-    val: str | None = flag(None, "labelled images for a nearest-neighbour check while training")
-    val_every: float = flag(1.0, "epochs between checks")
+    out: Path = flag(help="folder of the run; for several students, the folder that holds their runs")
+    data: str | None = flag(None, "where the images are now, if they have moved since the export")
+    epochs: float | None = flag(None, "passes over the images (default: the method's published recipe)")
+    steps: int | None = flag(None, "number of optimizer steps, instead of --epochs")
+    batch_size: int | None = flag(
+        None, "images per step on each device (default: as published, for all devices together)", short="-b"
+    )
+    pairing: str = flag("same", "same, fresh or cross: whether student and teacher see the same view")
+    views: int | None = flag(None, "use only this many views, from view 0 on (default: all that the store has now)")
+    views_per_step: int | None = flag(None, "views per image and step (default: as many as the method needs)")
+    image_size: int | None = flag(None, "side of the student's input images in pixels (default: the student's own)")
+    seed: int = flag(0, "seed of sampling order, initial weights and per-step randomness")
+    optimizer: str | None = flag(None, "sgd, adam, adamw or lars (default: as published)")
+    lr: float | None = flag(None, "base learning rate (default: as published, scaled with the batch size)")
+    momentum: float | None = flag(None, "momentum of SGD and LARS; beta 1 of Adam and AdamW (default: as published)")
+    weight_decay: float | None = flag(None, "weight decay (default: as published)")
+    norm_decay: bool | None = flag(None, "apply weight decay to norms and biases too (default: as published)")
+    schedule: str | None = flag(None, "learning rate schedule: cosine, step or constant (default: as published)")
+    warmup_epochs: float | None = flag(None, "epochs of linear learning rate warm-up (default: as published)")
+    clip: float | None = flag(None, "clip the gradient to this norm (default: as published; most methods do not clip)")
+    ema: float | None = flag(None, "export a moving average of the student's weights, with this decay per step")
+    precision: str = flag("fp32", "fp32, bf16 or fp16; similarities are always computed in fp32")
+    compile: bool = flag(False, "compile the student with torch.compile")
+    channels_last: bool = flag(True, "use the channels-last memory format for images and student")
+    val: str | None = flag(None, "labelled images for nearest-neighbour validation while training")
+    val_every: float = flag(1.0, "epochs between validations")
     save_every: int = flag(500, "steps between checkpoints")
     workers: int | None = flag(None, "loader processes (default: one per core up to 16; 4 on CPU)", short="-j")
-    cache_images: Path | None = flag(None, "a folder for decoded images: each is decoded once, not every epoch")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1")
-    devices: int | None = flag(None, "train on so many devices of this machine; with torchrun leave it out")
-    sync_bn: bool = flag(False, "on several CUDA devices, batch norm over the batches of all")
-    allow_other_pixels: bool = flag(False, "train though this machine renders views differently from the exporting one")
+    cache_images: Path | None = flag(None, "folder for decoded images: each is decoded once, not once per epoch")
+    device: str = flag("auto", "device to train on: auto, cpu, cuda, cuda:1")
+    devices: int | None = flag(None, "number of devices of this machine to train on; do not give it under torchrun")
+    sync_bn: bool = flag(False, "compute batch norm statistics over the batches of all CUDA devices")
+    allow_other_pixels: bool = flag(
+        False, "train even if this machine renders views differently from the exporting one"
+    )
     cache: Path | None = flag(None, "folder for the local copy of a remote store (default: the XDG cache)")
-    overwrite: bool = flag(False, "start anew; an earlier run is set aside, not deleted")
+    overwrite: bool = flag(False, "start anew; an earlier run is renamed, not deleted")
 
 
 class CannotSharePass(UserError):
-    """These commands cannot share a pass over the images; each alone says why, or runs."""
+    """These configs cannot share a pass over the images; run them separately. Nothing was trained."""
 
 
 class PartialFailure(UserError):
-    """Some of several students diverged; the runs of the others are `finished`."""
+    """Some of several students diverged. `finished`: the run folders of the others."""
 
     def __init__(self, message: str, finished: Sequence[Path]):
         super().__init__(message)
@@ -96,7 +104,11 @@ class PartialFailure(UserError):
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train to the end, or continue. Returns {"summary", "runs": [...], "steps"}; {} on ranks other than the first."""
+    """Train to the end, continuing from the last checkpoint if there is one.
+
+    Returns {"summary", "runs": [folder, ...], "steps"}, and {} on ranks other than 0. With --devices, it starts
+    this command again as ranks and returns what the launcher returns. The loop itself is `Trainer.train`.
+    """
     if config.devices and not launch_env.is_launched():
         check(config)
         return launch.launch_ranks(config.devices, ["distill", *to_flags(replace(config, devices=None))])
@@ -104,23 +116,25 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def train_together(configs: Sequence[Config]) -> dict[str, Any]:
-    """One pass over the images for all these commands, whose `looks` are equal. Returns what `run` does.
+    """Train all configs in one pass over the images. Returns what `run` returns.
 
-    Raises Apart if they cannot share it after all; nothing is trained then.
+    Their `data_pass_key`s must be equal. Raises CannotSharePass if the configs cannot share a pass for another
+    reason, found before anything is trained.
     """
     if not launch_env.is_launched():
-        return distill(configs)
+        return _train_in_this_process(configs)
     from compress_ssl.pipeline.distributed import collectives
 
     with collectives.process_group():
-        return distill(configs)
+        return _train_in_this_process(configs)
 
 
-def distill(configs: Sequence[Config]) -> dict[str, Any]:
-    """`share` in one process, alone or as one of several ranks."""
+def _train_in_this_process(configs: Sequence[Config]) -> dict[str, Any]:
+    """`train_together` in one process, which is alone or one of several ranks."""
+    # ---------------------------------------------------------------- checks before torch is imported
     for each in configs:
         check(each)
-    config = configs[0]
+    config = configs[0]  # what concerns the images is equal in all configs
     storage = open_storage(config.store)
     artifact.read(storage, "store")
 
@@ -128,43 +142,49 @@ def distill(configs: Sequence[Config]) -> dict[str, Any]:
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.store.local_cache import fetch
 
+    # ---------------------------------------------------------------- reading
     store = FeatureStore(storage)
     dataset = open_images(config, store)
     val = open_val(config)
-    if is_url(config.store):
+    if is_url(config.store):  # training reads each view many times: it needs a local copy
         with collectives.rank_zero_first():
             store = fetch(store, [*views_used(config, store), *store.local], config.cache)
-    plan = build_sampler(config, store)
-    for each in configs:
-        if views_used(each, store) != plan.views:
+    sampler = build_sampler(config, store)
+    for each in configs:  # runs begun before and after the store grew have different views
+        if views_used(each, store) != sampler.views:
             raise CannotSharePass(f"{each.out} was begun with other views than {config.out}")
+
+    # ---------------------------------------------------------------- training
     try:
-        training_run = prepare(configs, store, cached_images(config, dataset), plan)
+        training_run = prepare(configs, store, cached_images(config, dataset), sampler)
     except UserError as problem:
         raise CannotSharePass(str(problem)) if len(configs) > 1 else problem from None
-    finished = training_run.start >= plan.steps
+    finished = training_run.start >= sampler.steps
     if not finished:
         train(config, training_run, val)
-    return export_students(
-        training_run, f"is finished already, {training_run.start} steps" if finished else f"{plan.steps} steps"
-    )
+    progress = f"is finished already, {training_run.start} steps" if finished else f"{sampler.steps} steps"
+    return export_students(training_run, progress)
 
 
 def data_pass_key(config: Config) -> tuple[Any, ...]:
-    """Equal for commands that one pass over the images can serve: they differ in students and how these learn."""
+    """A key that is equal for configs which need the same images, views and steps.
+
+    Such configs differ only in their students and in how these are trained, so that one pass can serve all of them.
+    """
     recipe = recipe_of(config)
-    free = {f.name for f in fields(recipe)} | PER_STUDENT
-    same = [getattr(config, f.name) for f in fields(config) if f.name not in free]
-    return (*same, recipe.batch_size, config.steps or recipe.epochs, views_per_step(config), reads(config))
+    may_differ = {f.name for f in fields(recipe)} | PER_STUDENT
+    shared = [getattr(config, f.name) for f in fields(config) if f.name not in may_differ]
+    return (*shared, recipe.batch_size, config.steps or recipe.epochs, views_per_step(config), reads_features(config))
 
 
 def check(config: Config) -> None:
-    """All that can be refused before torch is imported."""
+    """Raises UserError for a config that can be refused before torch is imported, which takes seconds."""
     counts = ("steps", "batch_size", "views", "views_per_step", "image_size", "save_every", "devices")
     require(config, {name: POSITIVE for name in counts})
     finite = (lambda x: 0 < x < float("inf"), "must be more than 0 and finite")
     require(config, {name: finite for name in ("epochs", "val_every", "lr", "clip")})
     require(config, {"workers": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "warmup_epochs": NOT_NEGATIVE})
+    # The choices are repeated here because importing them from `training` would import torch.
     require(
         config,
         {
@@ -178,7 +198,9 @@ def check(config: Config) -> None:
         },
     )
     if config.devices and launch_env.is_launched():
-        raise UserError("--devices starts ranks, and torchrun did so already; leave --devices out")
+        raise UserError(
+            "--devices starts ranks, but this process is already one of several, as by torchrun; leave --devices out"
+        )
     if config.epochs and config.steps:
         raise UserError("--epochs and --steps were both given; keep one")
     from compress_ssl.pipeline.methods import METHODS
@@ -189,16 +211,16 @@ def check(config: Config) -> None:
     METHODS.parse(config.method)
     if not config.student:
         raise UserError("no --student was given; name at least one, for example --student cifar-resnet:20")
-    roster.require_run_folders(config.out, config.student, run_folders(config), config.overwrite)
+    require_run_folders(config.out, config.student, run_folders(config), config.overwrite)
 
 
 def run_folders(config: Config) -> list[Path]:
-    """Of each student."""
-    return roster.run_folders(config.out, config.student, lambda: method_of(config).needs.peers)
+    """The folder of each student's run, in the order of --student."""
+    return list_run_folders(config.out, config.student, lambda: method_of(config).needs.peers)
 
 
 def method_of(config: Config) -> "type[Method]":
-    """The method's class: what it needs and its published recipe."""
+    """The method's class, which holds its needs and its published recipe. Imports the method."""
     from compress_ssl.pipeline.methods import METHODS
 
     spec = METHODS.check(config.method, given=("context",))
@@ -206,35 +228,43 @@ def method_of(config: Config) -> "type[Method]":
 
 
 def recipe_of(config: Config) -> "Recipe":
-    """The published recipe with the flags that were given."""
+    """The method's published recipe, overridden by the flags that were given."""
     recipe = method_of(config).recipe
-    flags = [f.name for f in fields(recipe) if f.name != "drops"]
-    return replace(recipe, **{n: v for n in flags if (v := getattr(config, n)) is not None})
+    given = {f.name: getattr(config, f.name) for f in fields(recipe) if f.name != "drops"}  # drops have no flag
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
 def open_images(config: Config, store: "FeatureStore") -> "Dataset":
-    """The images of the store, from where they are now."""
+    """The images of the store, opened where they are now.
+
+    Raises UserError if they are other images, or if this machine renders them differently from the exporting one
+    (which --allow-other-pixels turns into a warning).
+    """
     from compress_ssl.pipeline.store import source_images
 
-    dataset, unlike = source_images.open_store_images(store, config.data, allow_other_pixels=config.allow_other_pixels)
-    if unlike:
-        echo(f"warning: {unlike}")
+    dataset, difference = source_images.open_store_images(
+        store, config.data, allow_other_pixels=config.allow_other_pixels
+    )
+    if difference:
+        echo(f"warning: {difference}")
     return dataset
 
 
-def cached_images(config: Config, dataset: "Dataset") -> Any:
-    """The images, decoded once into a folder, if that was asked for."""
+def cached_images(config: Config, dataset: "Dataset") -> "Dataset":
+    """The data set itself, or with --cache-images, one that reads the decoded images from that folder."""
     if config.cache_images is None:
         return dataset
     from compress_ssl.pipeline.datasets import image_cache
     from compress_ssl.pipeline.distributed import collectives
 
-    lacking = image_cache.count_pending(dataset, config.cache_images)
-    with collectives.rank_zero_first(), progress_bar("decode", len(dataset), "images", len(dataset) - lacking) as bar:
-        return image_cache.build_cache(dataset, config.cache_images, bar.advance)
+    pending = image_cache.count_pending(dataset, config.cache_images)
+    with collectives.rank_zero_first(), progress_bar("decode", len(dataset), "images", len(dataset) - pending) as bar:
+        cached = image_cache.build_cache(dataset, config.cache_images, bar.advance)
+    return cast("Dataset", cached)  # it has a Dataset's attributes without being a subclass
 
 
 def open_val(config: Config) -> "Dataset | None":
+    """The labelled images of --val, or None. Raises UserError if none of them has a label."""
     from compress_ssl.pipeline.datasets import DATASETS
 
     if config.val is None:
@@ -246,89 +276,109 @@ def open_val(config: Config) -> "Dataset | None":
 
 
 def build_sampler(config: Config, store: "FeatureStore") -> "StepSampler":
-    """What every step looks at, and how many steps there are. A published batch size is that of all ranks together."""
+    """The sampler of this rank: images and views of every step, and the number of steps.
+
+    --batch-size is per rank; a published batch size is that of all ranks together.
+    """
     from compress_ssl.pipeline.distributed import collectives
-    from compress_ssl.pipeline.training import sampler
+    from compress_ssl.pipeline.training.sampler import make_sampler
 
     recipe = recipe_of(config)
     batch = recipe.batch_size * (collectives.world_size() if config.batch_size else 1)
-    plan = sampler.make_sampler(
+    sampler = make_sampler(
         store, views_used(config, store), seed=config.seed, batch=batch, views_per_step=views_per_step(config),
-        pairing=config.pairing, epochs=recipe.epochs, steps=config.steps, reads=reads(config),
+        pairing=config.pairing, epochs=recipe.epochs, steps=config.steps,
+        reads_features=reads_features(config),
     )  # fmt: skip
-    if plan.batch < batch:
-        echo(f"batch of {plan.batch} instead of {batch}: that is all the usable images")
-    return plan
+    if sampler.batch < batch:
+        echo(f"batch of {sampler.batch} instead of {batch}: that is all the usable images")
+    return sampler
 
 
 def views_per_step(config: Config) -> int:
-    """Views of an image that a step shows: peers that see views of their own share them out."""
+    """Views per image and step. Independent peers divide them among themselves.
+
+    Raises UserError for fewer views than the method needs.
+    """
     needs = method_of(config).needs
-    each = config.views_per_step or needs.views
-    if each < needs.views:
-        raise UserError(f"{config.method} needs --views-per-step {needs.views} or more, not {each}")
-    return each * (len(config.student) if needs.independent else 1)
+    per_student = config.views_per_step or needs.views
+    if per_student < needs.views:
+        raise UserError(f"{config.method} needs --views-per-step {needs.views} or more, not {per_student}")
+    return per_student * (len(config.student) if needs.independent else 1)
 
 
-def reads(config: Config) -> bool:
-    """Whether the method looks at the teacher's features at all."""
+def reads_features(config: Config) -> bool:
+    """Whether the method reads teacher features at all (mutual learning among students does not)."""
     return bool(method_of(config).needs.arrays)
 
 
 def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
-    """Stored views to train on: the random ones if there are any, else the plain one.
+    """Stored views to train on: the random views 1, 2, ... if there are any, otherwise view 0.
 
-    A run goes on with the views it began with, also when the store has grown since.
+    A run continues with the views with which it began, even if the store has more views by now.
+    Raises UserError for more views than the store has.
     """
     folder = Folder(run_folders(config)[0])
-    begun = not config.overwrite and folder.exists(artifact.MANIFEST)
-    total = config.views or (artifact.read(folder, "run")["about"]["views"] if begun else store.views)
+    has_begun = not config.overwrite and folder.exists(artifact.MANIFEST)
+    total = config.views or (artifact.read(folder, "run")["about"]["views"] if has_begun else store.views)
     if total > store.views:
         raise UserError(f"--views {total} was asked, but {config.store} has {store.views}; export more, or use fewer")
-    held = tuple(range(store.stored_views.start, total))
-    if not held:
+    stored = tuple(range(store.stored_views.start, total))
+    if not stored:
         raise UserError(f"--views {total} was asked, but {config.store} holds views from {store.stored_views.start} on")
-    return tuple(v for v in held if v) or held
+    return tuple(v for v in stored if v) or stored
 
 
-def prepare(configs: Sequence[Config], store: "FeatureStore", dataset: "Dataset", plan: "StepSampler") -> "TrainingRun":
-    """Build the lessons, claim their folders, and go back to where they stopped."""
+def prepare(
+    configs: Sequence[Config], store: "FeatureStore", dataset: "Dataset", sampler: "StepSampler"
+) -> "TrainingRun":
+    """Build the learners of all configs, claim their run folders and restore their newest checkpoints."""
     from compress_ssl.pipeline.distributed import collectives
     from compress_ssl.pipeline.training.run import TrainingRun
 
     device = collectives.rank_device(configs[0].device)
-    learners = [learner for config in configs for learner in build_learners(config, store, plan, device)]
-    plan = plan.with_crops(store, [learner.method.needs for learner in learners])
-    training_run = TrainingRun(store, dataset, plan, learners, device)
-    training_run.require_sizes()
-    if collectives.rank() == 0:  # only now, when nothing else can be refused
-        for folder in [folder for config in configs if config.overwrite for folder in run_folders(config)]:
+    learners = [learner for config in configs for learner in build_learners(config, store, sampler, device)]
+    sampler = sampler.with_local_crops(store, [learner.method.needs for learner in learners])
+    training_run = TrainingRun(store, dataset, sampler, learners, device)
+    training_run.batches.require_sizes()
+    if collectives.rank() == 0:
+        # Only now are earlier runs moved aside: a command that is refused must leave them in their place.
+        overwritten = [folder for config in configs if config.overwrite for folder in run_folders(config)]
+        for folder in overwritten:
             require_free(Folder(folder))
-            if aside := artifact.move_aside(folder, "run"):
+            aside = artifact.move_aside(folder, "run")
+            if aside:
                 echo(f"set the earlier {folder} aside as {aside}")
     training_run.claim()
     training_run.restore()
     return training_run
 
 
-def build_learners(config: Config, store: "FeatureStore", plan: "StepSampler", device: Any) -> list["Learner"]:
-    """Each student with a method of its own, or all of them as peers in one; everything from the seed."""
+def build_learners(
+    config: Config, store: "FeatureStore", sampler: "StepSampler", device: "torch.device"
+) -> list["Learner"]:
+    """One learner per student, or one for all students if the method trains them as peers.
+
+    All initial weights are a function of the seed.
+    """
     from compress_ssl.pipeline.distributed import collectives
     from compress_ssl.pipeline.methods import METHODS
     from compress_ssl.pipeline.methods.base import MethodContext
     from compress_ssl.pipeline.store import teacher_heads
-    from compress_ssl.pipeline.training.learner import Learner, TrainingSettings
+    from compress_ssl.pipeline.training.learner import Learner
+    from compress_ssl.pipeline.training.settings import TrainingSettings
     from compress_ssl.pipeline.training.student import Student
 
     folders, learners, recipe = run_folders(config), [], recipe_of(config)
-    training = TrainingSettings.of(
-        recipe, plan, lr=config.lr, ema=config.ema, precision=config.precision, seed=config.seed
+    settings = TrainingSettings.from_recipe(
+        recipe, sampler, lr=config.lr, ema=config.ema, precision=config.precision, seed=config.seed
     )
-    everyone = range(len(folders))
-    for numbers in [everyone] if method_of(config).needs.peers else [[number] for number in everyone]:
+    numbers_of_all = list(range(len(folders)))
+    groups = [numbers_of_all] if method_of(config).needs.peers else [[number] for number in numbers_of_all]
+    for numbers in groups:
         group = [Student(folders[n], build_student(config, n, device), config.ema) for n in numbers]
         context = MethodContext(
-            [student.model for student in group], store.arrays, plan.rows, int(plan.epoch_views(0)[1][0]),
+            [student.model for student in group], store.arrays, sampler.rows, int(sampler.epoch_views(0)[1][0]),
             config.seed, heads=teacher_heads.load_heads(store), images=store.images,
         )  # fmt: skip
         method = METHODS.build(config.method, context=context).to(device)
@@ -336,14 +386,17 @@ def build_learners(config: Config, store: "FeatureStore", plan: "StepSampler", d
         method.check_inputs(config.method, store.arrays, config.pairing)
         for student in group:
             student.enable_outputs(method.needs.outputs, compiled=config.compile)
-        learners.append(Learner(group, method, training, name=config.method, warmup_epochs=recipe.warmup_epochs))
+        learners.append(Learner(group, method, settings, name=config.method, warmup_epochs=recipe.warmup_epochs))
         for note in context.notes:
             echo(note)
     return learners
 
 
-def build_student(config: Config, number: int, device: Any) -> "Embedder":
-    """A student from the seed; peers of one architecture begin with weights of their own."""
+def build_student(config: Config, number: int, device: "torch.device") -> "Embedder":
+    """Student `number` of the config on the device, with initial weights from the seed.
+
+    Peers of the same spec get different seeds, hence different initial weights.
+    """
     import torch
 
     from compress_ssl.pipeline.distributed import collectives
@@ -352,13 +405,13 @@ def build_student(config: Config, number: int, device: Any) -> "Embedder":
     spec = config.student[number]
     torch.manual_seed(config.seed + config.student[:number].count(spec))
     embedder = build(spec, image_size=config.image_size, pretrained_default=False)
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    embedder = embedder.to(device).to(memory_format=layout)
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    embedder = embedder.to(device).to(memory_format=memory_format)
     return collectives.convert_sync_batchnorm(embedder, device) if config.sync_bn else embedder
 
 
 def train(config: Config, training_run: "TrainingRun", val: "Dataset | None") -> None:
-    """From where the session stands to its end."""
+    """Take the remaining steps of a run. This starts the training loop, `Trainer.train`."""
     from compress_ssl.pipeline.runtime.device import loader_workers
     from compress_ssl.pipeline.training.trainer import Trainer
 
@@ -366,21 +419,29 @@ def train(config: Config, training_run: "TrainingRun", val: "Dataset | None") ->
     Trainer(training_run, val, config.val_every, config.save_every, workers).train()
 
 
-def export_students(training_run: "TrainingRun", what: str) -> dict[str, Any]:
-    """Write the bare students and say what was made. Raises Partly if one of several diverged."""
+def export_students(training_run: "TrainingRun", progress: str) -> dict[str, Any]:
+    """Write the weights of each finished student and return what `run` returns. progress: how far the run is.
+
+    Raises PartialFailure if one of several students diverged.
+    """
     from compress_ssl.pipeline.distributed import collectives
 
     lines, runs = [], []
-    taught = [(w, a) for w in training_run.learners if not w.failure for a in w.students]
-    for learner, student in taught if collectives.rank() == 0 else []:
+    finished = [
+        (learner, student) for learner in training_run.learners if not learner.failure for student in learner.students
+    ]
+    for learner, student in finished if collectives.rank() == 0 else []:
         file = student.export(learner.method.exported_head())
         best = f", best val nearest neighbour {student.best:.2f} %" if student.best >= 0 else ""
-        lines.append(f"{student.folder}: {what}, {file.name}{best}")
+        lines.append(f"{student.folder}: {progress}, {file.name}{best}")
         runs.append(str(student.folder))
-    collectives.barrier()  # rank 0 has written
-    if over := [learner.failure for learner in training_run.learners if learner.failure]:
+    collectives.barrier()  # no rank may end before rank 0 has written
+    failures = [learner.failure for learner in training_run.learners if learner.failure]
+    if failures:
         for line in lines:
             echo(line)
-        others = [student.folder for _, student in taught]
-        raise PartialFailure(f"{' '.join(over)}. The other {len(others)} students are finished", others)
-    return {} if collectives.rank() else {"summary": "\n".join(lines), "runs": runs, "steps": training_run.plan.steps}
+        others = [student.folder for _, student in finished]
+        raise PartialFailure(f"{' '.join(failures)}. The other {len(others)} students are finished", others)
+    return (
+        {} if collectives.rank() else {"summary": "\n".join(lines), "runs": runs, "steps": training_run.sampler.steps}
+    )

@@ -1,7 +1,7 @@
-"""`compress sweep FILE.yaml`: a grid of students, methods and stores, trained, scored and compared.
+"""`compress sweep FILE.yaml`: train, evaluate and compare a grid of students, methods and stores.
 
-A command made of commands: it writes no file of its own but the page at the end. Commands that look at the same
-images in the same order share one pass over them.
+A sweep runs the commands `distill`, `evaluate` and `compare`; of its own, it writes nothing. Combinations that need
+the same images in the same order share one pass over them (`distill.data_pass_key`).
 """
 
 import itertools
@@ -22,92 +22,118 @@ from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.storage import open_storage
 from compress_ssl.stages import compare, distill, evaluate
 
-NUMBER = re.compile(r"[-+]?[0-9.]+e[-+]?[0-9]+")
-"""1e-3 and the like, which YAML takes for text unless they have a dot and a sign."""
+EXPONENT_NUMBER = re.compile(r"[-+]?[0-9.]+e[-+]?[0-9]+")
+"""Numbers like 1e-3, which YAML 1.1 reads as text unless they have a dot and a signed exponent."""
 
 KEYS = ("out", "store", "student", "method", "at_once", "distill", "evaluate")
+"""The keys of a sweep's file."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Run a grid from a YAML file, with as few passes over the images as it takes.
+    """Run a grid from a YAML file, with as few passes over the images as possible.
 
-    `store`, `method` and any flag under `distill` may be a list: every combination is run. Those that
-    look at the same images in the same order (methods, rates, ...) are trained in one pass, up to
-    `at_once` students of them. The same command again continues, and adds what was added to the file.
+    `store`, `method` and any flag under `distill` may be a list: every combination is run. Combinations that need the
+    same images in the same order (other methods, learning rates, ...) are trained in one pass, up to `at_once`
+    students at a time. Running the same command again continues, and also runs what was added to the file.
     """
 
-    file: Path = flag(help="keys: out, store, student, method, at_once; distill, evaluate hold their flags", place=True)
-    dry_run: bool = flag(False, "list the passes")
+    file: Path = flag(
+        help="YAML file with the keys out, store, student, method, at_once; distill and evaluate hold flags", place=True
+    )
+    dry_run: bool = flag(False, "list the passes without running them")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One distill command: all students of one combination."""
+    """One combination of the grid: a distill command that trains all students of the sweep."""
 
-    name: str  # of its folder, below the sweep's
+    name: str  # of its folder, relative to the sweep's
     config: distill.Config
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Returns {"summary", "passes", "runs", "page"}. Raises UserError at the end if a combination failed."""
-    plan = read(config.file)
-    cells = list(cells_of(plan))
+    """Returns {"summary", "passes", "runs", "page"}; of a dry run, the first two.
+
+    Raises UserError before anything is trained for what can be checked, and at the end if a combination failed.
+    """
+    plan = read_plan(config.file)
+    cells = list(expand_cells(plan))
+    evaluation_flags = check_plan(plan, cells, config.file)
+    passes = group_into_passes(cells, plan.get("at_once"))
+    names = [" + ".join(cell.name for cell in group) for group in passes]
+    if config.dry_run:
+        students = sum(len(cell.config.student) for cell in cells)
+        total = f"{len(passes)} pass{'es' * (len(passes) > 1)} over the images for {students} students"
+        return {"summary": "\n".join([*names, total]), "passes": names}
+
+    # ---------------------------------------------------------------- training
+    unfinished: dict[Path, str] = {}
+    for number, group in enumerate(passes):
+        echo(f"pass {number + 1} of {len(passes)}: {names[number]}")
+        unfinished |= train(group)
+
+    # ---------------------------------------------------------------- evaluation
+    folders = [folder for cell in cells for folder in distill.run_folders(cell.config)]
+    runs = [folder for folder in folders if folder not in unfinished]
+    evaluations = evaluate_all(cells, runs, evaluation_flags)
+    page = Path(plan["out"]) / "compare.html"
+    if evaluations:
+        summary = compare.run(compare.Config(tuple(map(str, evaluations)), page))["summary"]
+    else:
+        summary = "nothing to compare"
+
+    failed = list(dict.fromkeys(unfinished.values()))
+    if failed:
+        rest = f"; the others are in {page}" if evaluations else ""
+        raise UserError(f"{len(failed)} of {len(cells)} combinations failed, the first is {failed[0]}{rest}")
+    return {"summary": summary, "passes": names, "runs": list(map(str, runs)), "page": str(page)}
+
+
+def check_plan(plan: Mapping[str, Any], cells: Sequence[Cell], file: Path) -> dict[str, Any]:
+    """Check every combination, the evaluation and the stores, before the first combination is trained.
+
+    Returns the flags of `evaluate`, converted to the types of its Config. Raises UserError.
+    """
     for name, count in Counter(cell.name for cell in cells).items():
         if count > 1:
             raise UserError(f"{count} combinations would share the folder {name}; rename a store, or take one out")
-    scoring = options(
-        evaluate.Config,
-        plan.get("evaluate") or {},
-        f"evaluate of {config.file}",
-        without=("run", "store", "model", "out"),
-    )
-    for protocol in scoring.get("protocol", ()):
+    set_by_sweep = ("run", "store", "model", "out")
+    flags = parse_flags(evaluate.Config, plan.get("evaluate") or {}, f"evaluate of {file}", without=set_by_sweep)
+    for protocol in flags.get("protocol", ()):
         PROTOCOLS.check(protocol)
     for store in dict.fromkeys(cell.config.store for cell in cells):
         artifact.read(open_storage(store), "store")
     for cell in cells:
-        distill.check(cell.config)  # all of them before the first begins
-    passes = passes_of(cells, plan.get("at_once"))
-    names = [" + ".join(cell.name for cell in one) for one in passes]
-    if config.dry_run:
-        students = sum(len(cell.config.student) for cell in cells)
-        return {
-            "summary": "\n".join(
-                [*names, f"{len(passes)} pass{'es' * (len(passes) > 1)} over the images for {students} students"]
-            ),
-            "passes": names,
-        }
-    unfinished: dict[Path, str] = {}
-    for number, one in enumerate(passes):
-        echo(f"pass {number + 1} of {len(passes)}: {names[number]}")
-        unfinished |= train(one)
-    places = [folder for cell in cells for folder in distill.run_folders(cell.config)]
-    runs = [folder for folder in places if folder not in unfinished]
-    rows = score(cells, runs, scoring)
-    page = Path(plan["out"]) / "compare.html"
-    made = compare.run(compare.Config(tuple(map(str, rows)), page)) if rows else {"summary": "nothing to compare"}
-    if failed := list(dict.fromkeys(unfinished.values())):
-        rest = f"; the others are in {page}" if rows else ""
-        raise UserError(f"{len(failed)} of {len(cells)} combinations failed, the first is {failed[0]}{rest}")
-    return {"summary": made["summary"], "passes": names, "runs": list(map(str, runs)), "page": str(page)}
+        distill.check(cell.config)
+    return flags
 
 
-def passes_of(cells: Sequence[Cell], at_once: int | None) -> list[list[Cell]]:
-    """Cells that can share a pass over the images together, up to so many students; else one by one."""
-    groups: dict[Any, list[list[Cell]]] = {}
+# ---------------------------------------------------------------- training
+
+
+def group_into_passes(cells: Sequence[Cell], at_once: int | None) -> list[list[Cell]]:
+    """Groups of cells that can share a pass over the images, with at most `at_once` students each.
+
+    A single cell with more students than that is a group of its own.
+    """
+    by_key: dict[Any, list[list[Cell]]] = {}
     for cell in cells:
-        alike = groups.setdefault(distill.data_pass_key(cell.config), [[]])
-        if at_once and sum(len(other.config.student) for other in [*alike[-1], cell]) > at_once and alike[-1]:
-            alike.append([])
-        alike[-1].append(cell)
-        if cell.config.devices:  # ranks are started by a command of one method
-            alike.append([])
-    return [one for alike in groups.values() for one in alike if one]
+        groups = by_key.setdefault(distill.data_pass_key(cell.config), [[]])
+        students = sum(len(other.config.student) for other in [*groups[-1], cell])
+        if at_once and students > at_once and groups[-1]:
+            groups.append([])
+        groups[-1].append(cell)
+        if cell.config.devices:  # a launcher starts ranks for one distill command, so for one cell
+            groups.append([])
+    return [group for groups in by_key.values() for group in groups if group]
 
 
 def train(cells: Sequence[Cell]) -> dict[Path, str]:
-    """One pass -> why a run is not finished, by its folder. If it cannot be shared, each cell alone."""
+    """Train cells in one pass, or one by one if they cannot share it.
+
+    Returns the folders of the runs that are not finished, each with the error that ended it.
+    """
     finished: Sequence[Path] = ()
     try:
         if len(cells) > 1:
@@ -122,57 +148,71 @@ def train(cells: Sequence[Cell]) -> dict[Path, str]:
         why, finished = str(problem), problem.finished
     except UserError as problem:
         why = str(problem)
-    except SystemExit as end:  # of ranks; they have said why
-        if end.code != 2:
+    except SystemExit as end:  # raised by the launcher of ranks, which have printed their error
+        if end.code != 2:  # 2: a UserError; everything else ends the sweep too
             raise
         why = "a rank failed, see above"
-    said = {
+    unfinished = {
         folder: f"{cell.name}: {why}"
         for cell in cells
         for folder in distill.run_folders(cell.config)
         if folder not in finished
     }
-    for failure in dict.fromkeys(said.values()):
+    for failure in dict.fromkeys(unfinished.values()):
         echo(f"failed: {failure}")
-    return said
+    return unfinished
 
 
-def score(cells: Sequence[Cell], runs: list[Path], scoring: dict[str, Any]) -> list[Path]:
-    """Evaluations of the teachers and of the runs, for `compare`; none if the file says nothing of evaluating."""
-    if not scoring:
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate_all(cells: Sequence[Cell], runs: list[Path], flags: dict[str, Any]) -> list[Path]:
+    """Evaluate the teacher of each store and each run, for `compare`; returns the evaluations' folders.
+
+    flags: of `evaluate`; nothing is evaluated without any.
+    """
+    if not flags:
         return []
     stores = dict.fromkeys(cell.config.store for cell in cells)
-    asked = [evaluate.Config(**scoring, store=store) for store in stores]
-    return [*map(evaluation, asked), *(evaluation(evaluate.Config(**scoring, run=folder)) for folder in runs)]
+    teachers = [evaluate.Config(**flags, store=store) for store in stores]
+    students = [evaluate.Config(**flags, run=folder) for folder in runs]
+    return [run_evaluation(config) for config in [*teachers, *students]]
 
 
-def evaluation(asked: evaluate.Config) -> Path:
-    """Its folder. One of a run that has been trained on since is set aside."""
+def run_evaluation(config: evaluate.Config) -> Path:
+    """Evaluate and return the evaluation's folder.
+
+    If the folder holds an evaluation of the same run with earlier weights, that one is moved aside.
+    """
     try:
-        return Path(evaluate.run(asked)["evaluation"])
-    except artifact.Mismatch as other:
-        if other.differing != ["model.weights"]:
+        return Path(evaluate.run(config)["evaluation"])
+    except artifact.Mismatch as mismatch:
+        if mismatch.differing != ["model.weights"]:
             raise
-    return Path(evaluate.run(replace(asked, overwrite=True))["evaluation"])
+    return Path(evaluate.run(replace(config, overwrite=True))["evaluation"])
 
 
-def read(file: Path) -> dict[str, Any]:
-    """The file as a dictionary with known keys. Raises UserError."""
+# ---------------------------------------------------------------- the file
+
+
+def read_plan(file: Path) -> dict[str, Any]:
+    """The content of a sweep's file. Raises UserError if it is not YAML, or has unknown or missing keys."""
     import yaml
 
     try:
         plan = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; give a YAML file with {', '.join(KEYS)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as wrong:
-        raise UserError(f"{file} is no YAML: {' '.join(str(wrong).split())[:200]}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise UserError(f"{file} is no YAML: {' '.join(str(problem).split())[:200]}") from None
     if not isinstance(plan, dict):
         raise UserError(f"{file} holds no keys; it needs {', '.join(KEYS)}")
     for key in plan:
         if key not in KEYS:
             hint = did_you_mean(str(key), KEYS) or "."
             raise UserError(f"{file} has an unknown key {key!r}{hint} Known: {', '.join(KEYS)}")
-    if missing := [key for key in ("out", "store", "student", "method") if not plan.get(key)]:
+    missing = [key for key in ("out", "store", "student", "method") if not plan.get(key)]
+    if missing:
         raise UserError(f"{file} lacks {' and '.join(missing)}")
     limit = plan.get("at_once")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
@@ -180,66 +220,72 @@ def read(file: Path) -> dict[str, Any]:
     return plan
 
 
-def cells_of(plan: Mapping[str, Any]) -> Iterator[Cell]:
-    """Every combination of stores, methods and lists under `distill`."""
-    asked = {key.replace("-", "_"): value for key, value in (plan.get("distill") or {}).items()}
-    axes = {key: value for key, value in asked.items() if isinstance(value, list)}
-    fixed = {key: value for key, value in asked.items() if key not in axes}
-    stores, methods = listed(plan["store"]), listed(plan["method"])
+def expand_cells(plan: Mapping[str, Any]) -> Iterator[Cell]:
+    """Every combination of the stores, the methods and the lists under `distill`. Raises UserError for bad flags."""
+    flags = {key.replace("-", "_"): value for key, value in (plan.get("distill") or {}).items()}
+    axes = {key: value for key, value in flags.items() if isinstance(value, list)}
+    fixed = {key: value for key, value in flags.items() if key not in axes}
+    stores, methods = as_list(plan["store"]), as_list(plan["method"])
+    set_by_sweep = ("store", "student", "method", "out")
     for store, method, *values in itertools.product(stores, methods, *axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        folder = "/".join([safe(Path(store).name)] * (len(stores) > 1) + [safe(method)])
-        said = options(distill.Config, fixed | chosen, "distill", without=("store", "student", "method", "out"))
-        folder += "".join(f",{key}={safe(text(said[key]))}" for key in chosen)
-        where = Path(plan["out"]) / folder
-        given = {"store": store, "student": tuple(listed(plan["student"])), "method": method, "out": where}
-        yield Cell(folder, distill.Config(**typed(distill.Config, given), **said))
+        parsed = parse_flags(distill.Config, fixed | chosen, "distill", without=set_by_sweep)
+        folder = "/".join([folder_part(Path(store).name)] * (len(stores) > 1) + [folder_part(method)])
+        folder += "".join(f",{key}={folder_part(format_value(parsed[key]))}" for key in chosen)
+        out = Path(plan["out"]) / folder
+        given = {"store": store, "student": tuple(as_list(plan["student"])), "method": method, "out": out}
+        yield Cell(folder, distill.Config(**convert_values(distill.Config, given), **parsed))
 
 
-def options(config: Any, asked: Mapping[str, Any], where: str, without: tuple[str, ...]) -> dict[str, Any]:
-    """Flags of a command as keyword arguments of its Config. Raises UserError for unknown ones."""
+def parse_flags(config: Any, flags: Mapping[str, Any], where: str, without: tuple[str, ...]) -> dict[str, Any]:
+    """Flags of a command as keyword arguments of its Config class.
+
+    where: what the error texts call the section. without: flags that the sweep itself sets. Raises UserError for
+    unknown flags, for missing ones and for values of a wrong type.
+    """
     known = [f.name for f in fields(config) if f.name not in (*without, "overwrite")]
-    said = {key.replace("-", "_"): value for key, value in asked.items()}
-    for key in said:
+    given = {key.replace("-", "_"): value for key, value in flags.items()}
+    for key in given:
         if key not in known:
             raise UserError(f"{where} has no flag {key!r}{did_you_mean(key, known) or '.'} Known: {', '.join(known)}")
     required = [f.name for f in fields(config) if f.default is MISSING and f.name in known]
-    if said and (missing := [name for name in required if name not in said]):
+    missing = [name for name in required if name not in given]
+    if given and missing:
         raise UserError(f"{where} needs {missing[0]}")
-    return typed(config, said)
+    return convert_values(config, given)
 
 
-def typed(config: Any, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as the fields of a Config want them: paths, tuples, numbers. Raises UserError."""
+def convert_values(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values from YAML as a Config's fields require them: paths, tuples, numbers. Raises UserError."""
     hints = typing.get_type_hints(config)
-    out = {}
-    for key, value in said.items():
-        kinds = typing.get_args(hints[key]) or (hints[key],)
-        if float in kinds and isinstance(value, str) and NUMBER.fullmatch(value):
+    converted = {}
+    for key, value in values.items():
+        types = typing.get_args(hints[key]) or (hints[key],)  # of `float | None`, both
+        if float in types and isinstance(value, str) and EXPONENT_NUMBER.fullmatch(value):
             value = float(value)
         if typing.get_origin(hints[key]) is tuple:
-            value = tuple(map(str, listed(value)))
-        elif Path in kinds:
+            value = tuple(map(str, as_list(value)))
+        elif Path in types:
             value = Path(value).expanduser()
-        elif float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        elif float in types and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        elif not isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type))):
-            wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-            raise UserError(f"{key} is {value!r}, but must be {wanted}")
-        out[key] = value
-    return out
+        elif not isinstance(value, tuple(each for each in types if isinstance(each, type))):
+            expected = " or ".join(each.__name__ for each in types if each is not type(None))
+            raise UserError(f"{key} is {value!r}, but must be {expected}")
+        converted[key] = value
+    return converted
 
 
-def listed(value: Any) -> list[str]:
-    """One or many, as text."""
+def as_list(value: Any) -> list[str]:
+    """A list of texts from one value or from a list of values."""
     return [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
 
 
-def text(value: Any) -> str:
-    """A value in a folder's name: 0.01, 1e-2 and 0.010 are one."""
+def format_value(value: Any) -> str:
+    """A flag's value for a folder's name; equal numbers have one text, so that 0.01 and 1e-2 are one folder."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def safe(text: str) -> str:
-    """A piece of a folder's name."""
+def folder_part(text: str) -> str:
+    """The text with characters that do not belong in a folder's name replaced by hyphens."""
     return re.sub(r"[^\w.=,+-]+", "-", text).strip("-")

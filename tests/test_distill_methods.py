@@ -1,4 +1,4 @@
-"""Every method in the loop: stopped and run again, diverging, several students in one pass, stores that lack things."""
+"""Every method in the training loop: resumed, diverging, with several students, and with stores that lack arrays."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ from test_distill import (
     crash,
     crashed_at,
     export,
-    newest,
+    newest_step,
     stopped_by_signal,
 )
 
@@ -43,7 +43,7 @@ from compress_ssl.stages import distill, label_head
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = "convnet:channels=3+6"
-warm = plain.warm
+fork_server = plain.fork_server
 
 CASES: dict[str, dict[str, Any]] = {
     "regression": {"method": "regression:norm=batch"},
@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 digits in 7 views and 2 local crops, with regions, and a head for a tenth of the labels."""
+    """120 digits in 7 views and 2 local crops, with regions, and a head trained on a fifth of the labels."""
     out = tmp_path_factory.mktemp("rich") / "store"
     export(out, views=7, keep="embedding,regions", local_views=2)
     label_head.run(label_head.Config(store=out, out=out.parent / "head.safetensors", labels="20%"))
@@ -72,54 +72,54 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(store: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """run("name", method=...) trains in tmp_path/name."""
 
-    def made(name: str = "run", **said: Any) -> dict[str, Any]:
-        method = said.pop("method").replace("HEAD", str(store.parent / "head.safetensors"))
-        said = {"student": (CONVNET,), **said}
-        return distill.run(plain.config(said.pop("store", store), tmp_path / name, method=method, **said))
+    def train(name: str = "run", **flags: Any) -> dict[str, Any]:
+        method = flags.pop("method").replace("HEAD", str(store.parent / "head.safetensors"))
+        flags = {"student": (CONVNET,), **flags}
+        return distill.run(plain.config(flags.pop("store", store), tmp_path / name, method=method, **flags))
 
-    return made
+    return train
 
 
-def homes(out: Path) -> list[Path]:
-    """The runs in a folder."""
+def runs_in(out: Path) -> list[Path]:
+    """The run folders below a folder, sorted."""
     return sorted(manifest.parent for manifest in out.rglob("manifest.json"))
 
 
-# ---------------------------------------------------------------- stopped and run again
+# ---------------------------------------------------------------- stopped and resumed
 
 
-def test_every_method_of_the_menu_is_stopped_and_run_again() -> None:
+def test_every_registered_method_has_a_case_of_resuming() -> None:
     cases = [*plain.CASES.values(), *CASES.values()]
     assert {case.get("method", "compress-1q").partition(":")[0] for case in cases} == set(METHODS.entries) - {"python"}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_stopped_at_any_step_and_run_again_is_never_stopped_to_the_bit(
+def test_a_run_stopped_at_any_step_and_resumed_equals_an_uninterrupted_one_to_the_bit(
     name: str, run: Callable[..., Any], tmp_path: Path
 ) -> None:
     case = {"ema": 0.9, **CASES[name]}
 
-    def again() -> Any:
+    def train() -> Any:
         return run("stopped", **case)
 
-    stopped_by_signal(again, 0, signal.SIGTERM)
-    crashed_at(again, 6)  # goes back to step 4
+    stopped_by_signal(train, 0, signal.SIGTERM)
+    crashed_at(train, 6)  # the next one resumes from step 4
     save, calls = checkpoint.save, []
 
-    def between(*said: Any) -> None:
-        calls.append(said)
+    def save_once(*arguments: Any) -> None:
+        calls.append(arguments)
         if len(calls) > 1:
-            crash()  # of several students one is saved at step 8, the others at step 4
-        save(*said)
+            crash()  # one of several students is saved at step 8, the others at step 4
+        save(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(plain.Crash):
-        patch.setattr(checkpoint, "save", between)
-        again()
-    stopped_by_signal(again, 10, signal.SIGINT)
-    again()
+        patch.setattr(checkpoint, "save", save_once)
+        train()
+    stopped_by_signal(train, 10, signal.SIGINT)
+    train()
     run("whole", **case)
-    assert len(homes(tmp_path / "whole")) == len(case.get("student", (CONVNET,)))
-    for one, other in zip(homes(tmp_path / "stopped"), homes(tmp_path / "whole"), strict=True):
+    assert len(runs_in(tmp_path / "whole")) == len(case.get("student", (CONVNET,)))
+    for one, other in zip(runs_in(tmp_path / "stopped"), runs_in(tmp_path / "whole"), strict=True):
         assert one.name == other.name or len(case.get("student", (CONVNET,))) == 1
         assert_same_run(one, other)
 
@@ -129,52 +129,52 @@ KILLED = {name: plain.CASES[name] for name in ("compress-1q", "compress-2q", "co
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", KILLED)
-def test_killed_at_random_moments_it_ends_at_the_same_bits(
-    name: str, kills: int, store: Path, tmp_path: Path, warm: plain.Warm
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(
+    name: str, kills: int, store: Path, tmp_path: Path, fork_server: plain.ForkServer
 ) -> None:
     case = {"student": (CONVNET,), "ema": 0.9, "save_every": 5, **KILLED[name], "val": None}
     case["method"] = case.get("method", "compress-1q").replace("HEAD", str(store.parent / "head.safetensors"))
     whole = plain.config(store, tmp_path / "whole", **case, steps=20 + 20 * kills)
-    line, chance = ["distill", *to_flags(replace(whole, out=tmp_path / "killed"))], random.Random(name)
+    line, generator = ["distill", *to_flags(replace(whole, out=tmp_path / "killed"))], random.Random(name)
 
     def steps() -> int:
-        return min(map(newest, homes(tmp_path / "killed")), default=0)
+        return min(map(newest_step, runs_in(tmp_path / "killed")), default=0)
 
-    died = 0
+    killed = 0
     for _ in range(kills):
-        victim, goal = warm.start(line), steps() + 5
-        plain.until(lambda goal=goal: steps() >= goal)  # type: ignore[misc]
-        time.sleep(chance.uniform(0, 0.1))
-        with contextlib.suppress(ProcessLookupError):  # it was faster
-            os.kill(victim, signal.SIGKILL)
-        died += warm.wait()[0] == -signal.SIGKILL
-    assert died
-    warm.start(line)
-    status, told = warm.wait()
-    assert status == 0, told
-    assert not list((tmp_path / "killed").rglob("*.part")), "what the killed ones left half-written"
+        pid, goal = fork_server.start(line), steps() + 5
+        plain.wait_until(lambda goal=goal: steps() >= goal)  # type: ignore[misc]
+        time.sleep(generator.uniform(0, 0.1))
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.kill(pid, signal.SIGKILL)
+        killed += fork_server.wait()[0] == -signal.SIGKILL
+    assert killed
+    fork_server.start(line)
+    status, stderr = fork_server.wait()
+    assert status == 0, stderr
+    assert not list((tmp_path / "killed").rglob("*.part")), "part files of killed processes are left"
     distill.run(whole)
-    for one, other in zip(homes(tmp_path / "killed"), homes(tmp_path / "whole"), strict=True):
+    for one, other in zip(runs_in(tmp_path / "killed"), runs_in(tmp_path / "whole"), strict=True):
         assert_same_run(one, other)
 
 
 @pytest.mark.parametrize("name", ["compress-2q", "compress-2q-momentum", "compress-1q", "seed", *CASES])
-def test_a_rate_far_too_high_never_leaves_a_broken_checkpoint(
+def test_a_learning_rate_far_too_high_never_leaves_a_checkpoint_with_bad_weights(
     name: str, run: Callable[..., Any], tmp_path: Path
 ) -> None:
     case = {**CASES.get(name, {"method": name}), "lr": 1e30, "clip": None}
     with pytest.raises(UserError, match=r"not finite|the loss is (nan|inf)"):
         run(save_every=1, **case)
-    assert homes(tmp_path / "run")
-    for home in homes(tmp_path / "run"):
-        assert not (home / "student.safetensors").exists()
-        for file in (home / "checkpoints").glob("*"):
+    assert runs_in(tmp_path / "run")
+    for folder in runs_in(tmp_path / "run"):
+        assert not (folder / "student.safetensors").exists()
+        for file in (folder / "checkpoints").glob("*"):
             saved = checkpoint.load(file)
             assert all(bool(t.isfinite().all()) for t in saved["student"].values())
 
 
 @pytest.mark.parametrize(("student", "projectors"), [("convnet:channels=4+8", 2), ("convnet:channels=4+16", 0)])
-def test_esvit_projects_a_student_of_another_width_than_the_teacher(
+def test_esvit_projects_a_student_whose_width_differs_from_the_teachers(
     student: str, projectors: int, run: Callable[..., Any], tmp_path: Path
 ) -> None:
     run(method="esvit:bank=50,crops=0", student=(student,), steps=2, lr=0.01)
@@ -185,50 +185,52 @@ def test_esvit_projects_a_student_of_another_width_than_the_teacher(
 # ---------------------------------------------------------------- several students
 
 
-def test_peers_of_one_spec_are_name_and_name_2_and_begin_apart(run: Callable[..., Any], tmp_path: Path) -> None:
-    made = run(method="dogo", student=(CONVNET, CONVNET, TINY), steps=1, lr=1e-9)
+def test_peers_of_one_spec_have_folders_name_and_name_2_and_different_initial_weights(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    result = run(method="dogo", student=(CONVNET, CONVNET, TINY), steps=1, lr=1e-9)
     names = ["convnet-channels-4-8", "convnet-channels-4-8-2", "convnet-channels-3-6"]
-    assert [Path(run).name for run in made["runs"]] == names
+    assert [Path(run).name for run in result["runs"]] == names
     one, two = (safetensors.torch.load_file(tmp_path / "run" / name / "student.safetensors") for name in names[:2])
     assert not torch.allclose(one["blocks.0.0.weight"], two["blocks.0.0.weight"])
     identity = json.loads((tmp_path / "run" / names[1] / "manifest.json").read_text())["identity"]
     assert [peer["spec"] for peer in identity["peers"]] == [CONVNET, CONVNET, TINY]
 
 
-def test_a_peer_that_joins_makes_another_run_and_is_named(run: Callable[..., Any]) -> None:
-    said = {"method": "dogo", "pairing": "fresh", "lr": 1e-9, "steps": 1}
-    run(student=(CONVNET, TINY), **said)
+def test_adding_a_peer_to_a_run_is_refused_with_what_differs(run: Callable[..., Any]) -> None:
+    flags = {"method": "dogo", "pairing": "fresh", "lr": 1e-9, "steps": 1}
+    run(student=(CONVNET, TINY), **flags)
     with pytest.raises(UserError, match=r"other settings: peers\.2 is null there, .* asked; views_per_step is 4"):
-        run(student=(CONVNET, TINY, "convnet:channels=5"), **said)
+        run(student=(CONVNET, TINY, "convnet:channels=5"), **flags)
 
 
-def test_peers_see_views_of_their_own(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_independent_peers_see_different_views(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from compress_ssl.pipeline.methods.dogo import Dogo
 
     seen: list[list[torch.Tensor]] = []
     forward = Dogo.forward
 
-    def noted(self: Dogo, batch: Any, outputs: Any) -> Any:
+    def recording_forward(self: Dogo, batch: Any, outputs: Any) -> Any:
         seen.append(batch.images)
         assert batch.student_views.shape == (BATCH, 4) and len({*batch.student_views[0].tolist()}) == 4
         assert not batch.teacher, "nothing is read from the store"
         return forward(self, batch, outputs)
 
-    monkeypatch.setattr(Dogo, "forward", noted)
+    monkeypatch.setattr(Dogo, "forward", recording_forward)
     run(method="dogo", student=(CONVNET, TINY), steps=2, lr=0.01)
     for one, two in seen:
         assert one.shape == two.shape == (2 * BATCH, 3, 8, 8) and not torch.equal(one, two)
 
 
-def test_peers_that_read_nothing_draw_as_many_fresh_views_as_they_like(run: Callable[..., Any]) -> None:
-    said = {"student": (CONVNET, TINY), "pairing": "fresh", "views": 2, "steps": 3, "lr": 0.01}
-    assert len(run("dogo", method="dogo", **said)["runs"]) == 2, "one random view is stored, and four are shown"
+def test_peers_that_read_no_features_may_use_more_fresh_views_than_are_stored(run: Callable[..., Any]) -> None:
+    flags = {"student": (CONVNET, TINY), "pairing": "fresh", "views": 2, "steps": 3, "lr": 0.01}
+    assert len(run("dogo", method="dogo", **flags)["runs"]) == 2, "one random view is stored, and each step shows four"
     words = "^1 view to train on, but --pairing fresh with --views-per-step 2 needs 2; .* --views 3 or more$"
     with pytest.raises(UserError, match=words):
-        run("frozen", method="dogo-frozen", **said)
+        run("frozen", method="dogo-frozen", **flags)
 
 
-def test_peers_without_views_enough_and_one_alone_are_refused(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_peers_with_too_few_views_and_a_single_peer_are_refused(run: Callable[..., Any], tmp_path: Path) -> None:
     words = "6 views to train on, but --pairing same with --views-per-step 8 needs 8; .* --views 9 .* --pairing fresh$"
     with pytest.raises(UserError, match=words):
         run(method="dogo", student=(CONVNET, TINY, RESNET, "convnet:channels=5"))
@@ -262,16 +264,16 @@ def diverging(tmp_path: Path) -> str:
     return f"python:{tmp_path / 'diverging.py'}"
 
 
-def test_one_of_several_that_diverges_stops_alone_and_is_named_at_the_end(
+def test_of_several_students_only_the_one_that_diverges_stops_and_the_final_error_names_it(
     diverging: str, run: Callable[..., Any], tmp_path: Path
 ) -> None:
     trio = (CONVNET, TINY, "convnet:channels=5")
-    for _ in range(2):  # the same command again goes the same way
+    for _ in range(2):  # the same command again fails in the same way
         with pytest.raises(UserError) as end:
             run(method=f"{diverging}:Fragile", student=trio)
         assert "convnet-channels-3-6: the loss is nan at step 9" in str(end.value)
         assert "The other 2 students are finished" in str(end.value)
-    assert newest(tmp_path / "run/convnet-channels-3-6") == 8
+    assert newest_step(tmp_path / "run/convnet-channels-3-6") == 8
     assert not (tmp_path / "run/convnet-channels-3-6/student.safetensors").exists()
     for student, name in ((CONVNET, "convnet-channels-4-8"), ("convnet:channels=5", "convnet-channels-5")):
         run(name, method=f"{diverging}:Fragile", student=(student,))
@@ -281,57 +283,62 @@ def test_one_of_several_that_diverges_stops_alone_and_is_named_at_the_end(
 def test_peers_stop_together(diverging: str, run: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="convnet-channels-4-8 and .*convnet-channels-3-6: the loss is nan at step 9"):
         run(method=f"{diverging}:Pair", student=(CONVNET, TINY), lr=0.01)
-    assert [newest(home) for home in homes(tmp_path / "run")] == [8, 8]
+    assert [newest_step(folder) for folder in runs_in(tmp_path / "run")] == [8, 8]
     assert not list((tmp_path / "run").rglob("student.safetensors"))
 
 
-def test_students_come_and_go_between_runs_unnoticed_by_the_others(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_adding_and_removing_students_between_commands_does_not_change_the_others(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
     third = "convnet:channels=5"
     names = {CONVNET: "convnet-channels-4-8", TINY: "convnet-channels-3-6", third: "convnet-channels-5"}
-    how = {"method": "crd:negatives=30"}
-    stopped_by_signal(lambda: run("many", student=(CONVNET, TINY), **how), 5, signal.SIGTERM)
-    stopped_by_signal(lambda: run("many", student=(TINY, third), **how), 3, signal.SIGTERM)  # one left, one came
-    assert [newest(tmp_path / "many" / names[s]) for s in (CONVNET, TINY, third)] == [6, 6, 4]
-    run("many", student=(CONVNET, TINY, third), **how)
+    flags = {"method": "crd:negatives=30"}
+    stopped_by_signal(lambda: run("many", student=(CONVNET, TINY), **flags), 5, signal.SIGTERM)
+    # one student is removed, one is added
+    stopped_by_signal(lambda: run("many", student=(TINY, third), **flags), 3, signal.SIGTERM)
+    assert [newest_step(tmp_path / "many" / names[s]) for s in (CONVNET, TINY, third)] == [6, 6, 4]
+    run("many", student=(CONVNET, TINY, third), **flags)
     for student, name in names.items():
-        run(name, student=(student,), **how)
+        run(name, student=(student,), **flags)
         assert_same_run(tmp_path / "many" / name, tmp_path / name)
 
 
-def test_the_last_of_several_students_goes_on_where_its_run_is(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_single_student_of_several_continues_its_run_in_its_own_folder(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
     run(student=(CONVNET, TINY), method="compress-1q", steps=6)
     alone = run(student=(TINY,), method="compress-1q", steps=9)
     assert alone["runs"] == [str(tmp_path / "run/convnet-channels-3-6")]
-    assert newest(tmp_path / "run/convnet-channels-3-6") == 9
-    assert newest(tmp_path / "run/convnet-channels-4-8") == 6
+    assert newest_step(tmp_path / "run/convnet-channels-3-6") == 9
+    assert newest_step(tmp_path / "run/convnet-channels-4-8") == 6
     third = run(student=("convnet:channels=5",), method="compress-1q", steps=2)
     assert third["runs"] == [str(tmp_path / "run/convnet-channels-5")]
     assert not (tmp_path / "run/manifest.json").exists()
 
 
-def test_an_image_is_decoded_once_a_step_however_many_students_sizes_and_crops_look_at_it(
+def test_an_image_is_decoded_once_per_step_for_all_students_sizes_and_crops(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads, steps, load = Counter[int](), [], Digits.load
 
-    def counted(self: Digits, i: int) -> Any:
+    def counting_load(self: Digits, i: int) -> Any:
         loads[i] += 1
         return load(self, i)
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 3, lambda: steps.append(sum(loads.values())))
-        patch.setattr(Digits, "load", counted)
+        patch.setattr(Digits, "load", counting_load)
         students = (CONVNET, TINY, RESNET, "convnet:channels=5")
         run(method="seed:bank=50", student=students, steps=5, views_per_step=3, image_size=None)
     probes = sum(loads.values()) - 5 * BATCH
-    assert 0 <= probes <= 4, "what is looked at before the first step"
+    assert 0 <= probes <= 4, "probe images that are read before the first step"
     assert steps == [4 * BATCH + probes]
 
 
-# ---------------------------------------------------------------- what is delivered, what is lacking
+# ---------------------------------------------------------------- exported heads, missing arrays
 
 
-def test_simclr_v2_delivers_the_students_classifier_beside_it(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_simclr_v2_exports_the_students_classifier(run: Callable[..., Any], tmp_path: Path) -> None:
     run(method="simclr-v2:head=HEAD", steps=2)
     head = linear_head.load(tmp_path / "run/head.safetensors")
     assert (head.classes, head.width, head.names, head.unit) == (10, 8, tuple("0123456789"), False)
@@ -351,7 +358,7 @@ def test_simclr_v2_delivers_the_students_classifier_beside_it(run: Callable[...,
         ("simclr-v2", "compress label-head .* or export with --keep embedding,logits"),
     ],
 )
-def test_a_store_that_lacks_what_a_method_needs_is_refused_with_the_flags(
+def test_a_store_without_an_array_that_a_method_needs_is_refused_with_the_flags_to_export_it(
     method: str, words: str, run: Callable[..., Any], tmp_path: Path
 ) -> None:
     export(tmp_path / "bare", views=3, limit=20)
@@ -381,11 +388,11 @@ def test_a_pairing_that_a_method_cannot_use_is_refused(run: Callable[..., Any], 
 
 
 @pytest.mark.parametrize("method", ["regression", "compress-1q:bank=24"])
-def test_a_feature_that_is_not_finite_is_named_in_a_batch_and_among_anchors(
+def test_a_feature_that_is_not_finite_is_an_error_in_a_batch_and_among_anchors(
     method: str, run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    export(tmp_path / "ill", views=2, limit=24, batch_size=8, codec="float32")
-    store = FeatureStore(Folder(tmp_path / "ill"))
+    export(tmp_path / "damaged", views=2, limit=24, batch_size=8, codec="float32")
+    store = FeatureStore(Folder(tmp_path / "damaged"))
     start, stop = store.span(0)
     rows = slice(start, stop)
     values = np.stack([store.stored("embedding", v, rows)[0] for v in (0, 1)], 1)
@@ -394,5 +401,5 @@ def test_a_feature_that_is_not_finite_is_named_in_a_batch_and_among_anchors(
     tables = store.table("status", rows), store.table("content", rows)
     store.write(Shard(0, start, stop, (0, 1)), {"embedding": (values, None)}, *tables, {})
     with pytest.raises(UserError, match="embedding of image digits/.* in view 1 is not finite; .* compress verify"):
-        run(method=method, store=tmp_path / "ill", batch_size=8)
+        run(method=method, store=tmp_path / "damaged", batch_size=8)
     assert not (tmp_path / "run/student.safetensors").exists()

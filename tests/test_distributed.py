@@ -299,10 +299,10 @@ def test_the_shares_of_all_ranks_are_the_step(local: dict[str, Any]) -> None:
     for step in range(9):
         parts = [replace(whole, rank=rank, size=3) for rank in range(3)]
         for rank, part in enumerate(parts):
-            for mine, all_of_it in zip(part.at(step), whole.at(step), strict=True):
+            for mine, all_of_it in zip(part.step_indices(step), whole.step_indices(step), strict=True):
                 assert np.array_equal(mine, all_of_it[rank::3])
-            crops, request = whole.local_at(step), part[step]
-            assert np.array_equal(request.rows, part.at(step)[0])
+            crops, request = whole.step_local_views(step), part[step]
+            assert np.array_equal(request.rows, part.step_indices(step)[0])
             assert crops is None if request.local is None else np.array_equal(request.local, crops[rank::3])
 
 

@@ -358,12 +358,12 @@ def test_every_step_uses_all_stored_crops_or_as_many_fresh_ones() -> None:
     def plan(**options: Any) -> StepSampler:
         return StepSampler(3, np.arange(10), (1, 2), 4, 1, "same", 100, **options)
 
-    assert plan().local_at(0) is None and not plan().has_local
+    assert plan().step_local_views(0) is None and not plan().has_local
     stored = tuple(range(LOCAL, LOCAL + 6))
     assert plan(local=stored)[7].local.tolist() == [list(stored)] * 4
     seen = set()
     for step in range(30):
-        rows, local = plan(crops=3).at(step)[0], plan(crops=3).local_at(step)
+        rows, local = plan(crops=3).step_indices(step)[0], plan(crops=3).step_local_views(step)
         assert local is not None and local.shape == (4, 3)
         assert np.all(local & LOCAL) and np.all(local & FRESH), "never one that a store keeps"
         seen |= {(int(i), int(v)) for i, views in zip(rows, local, strict=True) for v in views}

@@ -10,22 +10,22 @@ from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.training.schedule import SCHEDULES, Schedule
 
 
-def released(epoch: int, lr: float = 0.01) -> float:
-    """CompRess, util.py: x 0.2 for every milestone (90, 120) that the 1-based epoch is beyond."""
+def published_rate(epoch: int, lr: float = 0.01) -> float:
+    """CompRess' util.py: the rate times 0.2 for each milestone (90, 120) that the 1-based epoch has passed."""
     for milestone in (90, 120):
         if epoch > milestone:
             lr *= 0.2
     return lr
 
 
-@pytest.mark.parametrize("per_epoch", [1, 7, 5005])
-def test_the_step_schedule_is_compress_published_one_epoch_for_epoch(per_epoch: int) -> None:
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 5005])
+def test_the_step_schedule_equals_the_published_one_of_compress_in_every_epoch(steps_per_epoch: int) -> None:
     recipe = TwoQueues.recipe
     assert (recipe.epochs, recipe.lr, recipe.schedule) == (130, 0.01, "step")
-    schedule, steps = Schedule(recipe.schedule, drops=recipe.drops), 130 * per_epoch
+    schedule, steps = Schedule(recipe.schedule, drops=recipe.drops), 130 * steps_per_epoch
     for epoch in range(1, 131):
-        for step in {(epoch - 1) * per_epoch, epoch * per_epoch - 1}:  # the first and the last of the epoch
-            assert recipe.lr * schedule(step / steps) == pytest.approx(released(epoch)), (epoch, step)
+        for step in {(epoch - 1) * steps_per_epoch, epoch * steps_per_epoch - 1}:  # the first and the last of the epoch
+            assert recipe.lr * schedule(step / steps) == pytest.approx(published_rate(epoch)), (epoch, step)
 
 
 def test_a_shorter_run_drops_at_the_same_fractions() -> None:
@@ -57,7 +57,7 @@ def test_cosine_after_a_warm_up_still_ends_at_zero() -> None:
 
 
 @given(st.sampled_from(SCHEDULES), st.floats(0, 1), st.floats(0, 1, exclude_max=True))
-def test_a_factor_is_between_zero_and_one_and_never_rises_after_the_warm_up(
+def test_the_factor_is_between_zero_and_one_and_never_rises_after_the_warm_up(
     kind: str, warmup: float, done: float
 ) -> None:
     schedule = Schedule(kind, warmup)
@@ -66,6 +66,6 @@ def test_a_factor_is_between_zero_and_one_and_never_rises_after_the_warm_up(
     assert done < warmup or schedule(later) <= schedule(done) + 1e-9
 
 
-def test_an_unknown_schedule_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_schedule_is_refused_with_the_list_of_known_ones() -> None:
     with pytest.raises(UserError, match="unknown schedule 'cosin'. Known: cosine, step, constant"):
         Schedule("cosin")

@@ -137,7 +137,7 @@ def test_a_student_of_a_partial_copy_sees_the_pixels_that_the_teacher_saw(
     seen, step = [], TrainingRun.step
 
     def watch(self: TrainingRun, number: int, view_batch: Any, measure: bool) -> Any:
-        rows, student, teacher = self.plan.at(number)
+        rows, student, teacher = self.sampler.step_indices(number)
         for j, (row, view) in enumerate(zip(rows.tolist(), student[:, 0].tolist(), strict=True)):
             original = 2 * row + 1
             shown = view_dataset.load(ViewRequest(np.array([original]), np.array([[view]])))

@@ -1,4 +1,4 @@
-"""One student: how it is checked against labelled images, and what it delivers."""
+"""A student: its validation on labelled images and the file that it exports."""
 
 import math
 from pathlib import Path
@@ -21,32 +21,32 @@ from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
 from compress_ssl.pipeline.views.render import render_views
 
 SIZE = 8
-PLAIN = ViewSpec("crop-flip", 0, 1.0)
+VIEW_SPEC = ViewSpec("crop-flip", 0, 1.0)
 CPU = torch.device("cpu")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def student(spec: str = "convnet:channels=4+5") -> Embedder:
+def build_student(spec: str = "convnet:channels=4+5") -> Embedder:
     torch.manual_seed(0)
     return build(spec, image_size=SIZE)
 
 
-def unit(rows: Tensor) -> list[list[float]]:
+def unit_rows(rows: Tensor) -> list[list[float]]:
     return [[v / math.hypot(*row) for v in row] for row in rows.tolist()]
 
 
-def test_the_check_on_val_is_leave_one_out_by_cosine_on_the_plain_view() -> None:
-    net, digits = student(), Digits(split="test").subset(60)
+def test_validation_is_leave_one_out_by_cosine_on_view_0() -> None:
+    net, digits = build_student(), Digits(split="test").subset(60)
     digits.label[5] = -1  # unlabelled images do not count, neither as queries nor as neighbours
     net.eval()
     with torch.no_grad():
         pixels = [
-            render_views(digits.load(i)[0], PLAIN, draw_variates(0, i, [0]), [0], [(SIZE, "bilinear")])[0]
+            render_views(digits.load(i)[0], VIEW_SPEC, draw_variates(0, i, [0]), [0], [(SIZE, "bilinear")])[0]
             for i in range(60)
         ]
-        z = unit(net(net.prepare(torch.cat(pixels))))
+        z = unit_rows(net(net.prepare(torch.cat(pixels))))
     known = [i for i in range(60) if digits.label[i] >= 0]
     hits = 0
     for i in known:
@@ -54,43 +54,43 @@ def test_the_check_on_val_is_leave_one_out_by_cosine_on_the_plain_view() -> None
         nearest = max(others, key=lambda j: sum(a * b for a, b in zip(z[i], z[j], strict=True)))
         hits += digits.label[nearest] == digits.label[i]
     net.train()
-    assert leave_one_out(net, digits, PLAIN, CPU) == pytest.approx(100 * hits / len(known))
-    assert net.training, "training goes on as it was"
+    assert leave_one_out(net, digits, VIEW_SPEC, CPU) == pytest.approx(100 * hits / len(known))
+    assert net.training, "the model must still be in training mode"
 
 
-def test_checking_leaves_the_batch_norm_statistics_alone() -> None:
-    net = student().train()
+def test_validation_does_not_change_the_batch_norm_statistics() -> None:
+    net = build_student().train()
     before = [buffer.clone() for buffer in net.buffers()]
-    leave_one_out(net, Digits(split="test").subset(30), PLAIN, CPU)
+    leave_one_out(net, Digits(split="test").subset(30), VIEW_SPEC, CPU)
     assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True))
 
 
-def test_features_of_a_view_do_not_depend_on_how_they_are_batched() -> None:
-    net, digits = student(), Digits().subset(50)
-    whole, rows = view_features(net, digits, PLAIN, CPU)
-    parts, some = view_features(net, digits, PLAIN, CPU, rows=np.arange(10, 40), batch=7)
-    assert rows.tolist() == list(range(50)) and some.tolist() == list(range(10, 40))
+def test_features_of_a_view_do_not_depend_on_the_batch_size() -> None:
+    net, digits = build_student(), Digits().subset(50)
+    whole, rows = view_features(net, digits, VIEW_SPEC, CPU)
+    parts, part_rows = view_features(net, digits, VIEW_SPEC, CPU, rows=np.arange(10, 40), batch=7)
+    assert rows.tolist() == list(range(50)) and part_rows.tolist() == list(range(10, 40))
     torch.testing.assert_close(parts, whole[10:40])
 
 
-# ---------------------------------------------------------------- what is delivered
+# ---------------------------------------------------------------- export
 
 
-def test_the_file_of_a_student_is_valid_and_has_one_spelling(tmp_path: Path) -> None:
+def test_a_safetensors_file_is_valid_and_its_bytes_are_a_function_of_its_content(tmp_path: Path) -> None:
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor(5), "c": torch.zeros(0)}
-    said = {"format": "pt", "model": "ümläut", "preprocessing": '{"size": 8}'}
-    assert len({to_bytes(tensors, said) for _ in range(20)}) == 1
-    (tmp_path / "s.safetensors").write_bytes(to_bytes(tensors, said))
+    metadata = {"format": "pt", "model": "ümläut", "preprocessing": '{"size": 8}'}
+    assert len({to_bytes(tensors, metadata) for _ in range(20)}) == 1
+    (tmp_path / "s.safetensors").write_bytes(to_bytes(tensors, metadata))
     back = safetensors.torch.load_file(tmp_path / "s.safetensors")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
     with safetensors.safe_open(tmp_path / "s.safetensors", "pt") as file:
-        assert file.metadata() == said
+        assert file.metadata() == metadata
 
 
-def test_delivered_again_it_is_the_same_file_byte_for_byte(tmp_path: Path) -> None:
-    one, seen = Student(tmp_path, student()), set()
+def test_exporting_again_writes_the_same_bytes(tmp_path: Path) -> None:
+    student, contents = Student(tmp_path, build_student()), set()
     for _ in range(12):
-        seen.add(one.export().read_bytes())
+        contents.add(student.export().read_bytes())
         (tmp_path / "student.safetensors").unlink()
-    assert len(seen) == 1
+    assert len(contents) == 1

@@ -1,4 +1,4 @@
-"""A sweep is the commands it is made of."""
+"""A sweep gives the same results as the commands that it consists of."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def write(folder: Path, store: Path, **changes: object) -> Path:
+def write_file(folder: Path, store: Path, **changes: object) -> Path:
     plan = {
         "out": str(folder / "sweep"),
         "store": str(store),
@@ -40,8 +40,8 @@ def write(folder: Path, store: Path, **changes: object) -> Path:
     return file
 
 
-def test_a_sweep_trains_every_combination_and_ends_in_one_page(store: Path, tmp_path: Path) -> None:
-    file = write(tmp_path, store, method=["regression"])
+def test_a_sweep_trains_every_combination_and_writes_one_comparison(store: Path, tmp_path: Path) -> None:
+    file = write_file(tmp_path, store, method=["regression"])
     made = sweep.run(sweep.Config(file))
     assert made["passes"] == ["regression,lr=1 + regression,lr=0.1"]
     assert len(made["runs"]) == 4
@@ -56,13 +56,13 @@ def test_a_sweep_trains_every_combination_and_ends_in_one_page(store: Path, tmp_
     assert in_the_sweep.read_bytes() == (tmp_path / "alone" / "student.safetensors").read_bytes()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("student.safetensors")}
     assert sweep.run(sweep.Config(file))["runs"] == made["runs"]
-    assert before == {path: path.stat().st_mtime_ns for path in before}, "finished work is left alone"
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "finished runs are not written again"
 
 
 def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path) -> None:
-    made = sweep.run(sweep.Config(write(tmp_path, store), dry_run=True))
+    made = sweep.run(sweep.Config(write_file(tmp_path, store), dry_run=True))
     assert len(made["passes"]) == 1 and "1 pass over the images for 8 students" in made["summary"]
-    limited = sweep.run(sweep.Config(write(tmp_path, store, at_once=4), dry_run=True))["passes"]
+    limited = sweep.run(sweep.Config(write_file(tmp_path, store, at_once=4), dry_run=True))["passes"]
     assert limited == [
         "compress-1q-bank=20,lr=1 + compress-1q-bank=20,lr=0.1", "regression,lr=1 + regression,lr=0.1"
     ]  # fmt: skip
@@ -86,26 +86,26 @@ def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path
         ({"at_once": 0}, "at_once is 0, but must be a number of students"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_trained(
+def test_impossible_settings_are_refused_before_anything_is_trained(
     changes: dict[str, object], words: str, store: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
-        sweep.run(sweep.Config(write(tmp_path, store, **changes)))
+        sweep.run(sweep.Config(write_file(tmp_path, store, **changes)))
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_pass_that_fails_is_named_and_the_others_are_run(store: Path, tmp_path: Path) -> None:
-    file = write(tmp_path, store, method=["compress-1q:bank=500", "regression"], evaluate=None)
+def test_a_failing_combination_is_named_in_the_error_and_the_others_are_trained(store: Path, tmp_path: Path) -> None:
+    file = write_file(tmp_path, store, method=["compress-1q:bank=500", "regression"], evaluate=None)
     with pytest.raises(UserError, match=r"2 of 4 .* failed, the first is compress-1q-bank=500,lr=1: bank=500.*usable"):
         sweep.run(sweep.Config(file))
     assert len(list((tmp_path / "sweep").rglob("student.safetensors"))) == 4
 
 
-def test_a_student_that_diverges_in_a_shared_pass_fails_alone_and_is_not_tried_again(
+def test_only_the_student_that_diverges_in_a_shared_pass_fails_and_it_is_not_trained_again(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    how = {"steps": 4, "batch-size": 20, "image-size": 8, "workers": 0, "lr": [1e30, 0.1]}
-    file = write(tmp_path, store, method=["regression"], student=STUDENTS[0], distill=how, evaluate=None)
+    distill_flags = {"steps": 4, "batch-size": 20, "image-size": 8, "workers": 0, "lr": [1e30, 0.1]}
+    file = write_file(tmp_path, store, method=["regression"], student=STUDENTS[0], distill=distill_flags, evaluate=None)
     with pytest.raises(UserError, match="1 of 2 .* failed, the first is regression,lr=1e.30: .*(not finite|nan|inf)"):
         sweep.run(sweep.Config(file))
     assert capsys.readouterr().err.count("steps 0 to 4") == 1
@@ -121,86 +121,92 @@ class Late(Regression):
 """
 
 
-def test_a_run_that_fails_as_it_grows_is_no_success_because_it_was_finished_once(store: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_when_it_is_made_longer_is_not_in_the_comparison(store: Path, tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(LATE)
     for steps in (2, 5):
-        how = {"steps": steps, "batch-size": 16, "image-size": 8, "workers": 0}
-        file = write(tmp_path, store, method=["regression", f"python:{tmp_path}/late.py:Late"], distill=how)
+        distill_flags = {"steps": steps, "batch-size": 16, "image-size": 8, "workers": 0}
+        file = write_file(
+            tmp_path, store, method=["regression", f"python:{tmp_path}/late.py:Late"], distill=distill_flags
+        )
         if steps == 2:
             assert len(sweep.run(sweep.Config(file))["runs"]) == 4
     with pytest.raises(UserError, match="1 of 2 combinations failed, .*Late: .*not finite|1 of 2 .*the loss is nan"):
         sweep.run(sweep.Config(file))
     page = (tmp_path / "sweep/compare.html").read_text()
-    assert "regression" in page and "late.py" not in page, "what it was after two steps is not what was asked for"
+    assert "regression" in page and "late.py" not in page, (
+        "the result after two steps is not the one that was asked for"
+    )
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was_to_the_same_bits(store: Path, tmp_path: Path) -> None:
-    how = {"steps": [4, 6], "batch-size": 16, "image-size": 8, "workers": 0}
+def test_an_interrupted_sweep_continues_and_ends_with_the_same_bits(store: Path, tmp_path: Path) -> None:
+    distill_flags = {"steps": [4, 6], "batch-size": 16, "image-size": 8, "workers": 0}
     for name in ("stopped", "whole"):
         (tmp_path / name).mkdir()
-    file = write(tmp_path / "stopped", store, distill=how, evaluate=None)
+    file = write_file(tmp_path / "stopped", store, distill=distill_flags, evaluate=None)
     step, taken = TrainingRun.step, []
 
-    def stopping(self: TrainingRun, number: int, *said: object) -> object:
+    def stopping_step(self: TrainingRun, number: int, *arguments: object) -> object:
         taken.append(number)
-        if len(taken) == 6:  # the second of the second pass
+        if len(taken) == 6:  # the second step of the second pass
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, number, *said)  # type: ignore[arg-type]
+        return step(self, number, *arguments)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingRun, "step", stopping)
+        patch.setattr(TrainingRun, "step", stopping_step)
         with pytest.raises(Interrupted, match="saved at step 2 of 6"):
             sweep.run(sweep.Config(file))
         made = sweep.run(sweep.Config(file))
-    assert taken == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5], "no step twice"
-    whole = sweep.run(sweep.Config(write(tmp_path / "whole", store, distill=how, evaluate=None)))
+    assert taken == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5], "no step is taken twice"
+    whole = sweep.run(sweep.Config(write_file(tmp_path / "whole", store, distill=distill_flags, evaluate=None)))
     assert len(made["runs"]) == 8
     for one, other in zip(made["runs"], whole["runs"], strict=True):
         assert (Path(one) / "student.safetensors").read_bytes() == (Path(other) / "student.safetensors").read_bytes()
 
 
-def test_a_store_that_is_not_there_is_refused_by_a_dry_run_too(tmp_path: Path) -> None:
-    file = write(tmp_path, tmp_path / "nowhere")
+def test_a_missing_store_is_refused_by_a_dry_run_too(tmp_path: Path) -> None:
+    file = write_file(tmp_path, tmp_path / "nowhere")
     with pytest.raises(UserError, match="nowhere"):
         sweep.run(sweep.Config(file, dry_run=True))
 
 
-def test_empty_sections_are_none(store: Path, tmp_path: Path) -> None:
+def test_empty_sections_count_as_absent(store: Path, tmp_path: Path) -> None:
     file = tmp_path / "grid.yaml"
     lines = ("out: out", f"store: {store}", f"student: {STUDENTS[0]}", "method: regression", "distill:", "evaluate:")
     file.write_text("\n".join(lines))
     assert sweep.run(sweep.Config(file, dry_run=True))["passes"] == ["regression"]
 
 
-def test_methods_that_look_at_the_same_images_share_a_pass_and_become_what_they_become_alone(
+def test_methods_that_need_the_same_images_share_a_pass_and_equal_runs_trained_alone(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded, load = [], Digits.load
     monkeypatch.setattr(Digits, "load", lambda self, i: decoded.append(i) or load(self, i))
     methods = ["compress-2q:bank=20", "regression", "crd:negatives=10", "seed:bank=20"]
-    how = {"steps": 3, "batch-size": [20, 30], "image-size": 8, "workers": 0}
-    file = write(tmp_path, store, method=methods, distill={**how, "lr": 0.05, "clip": 1.0}, evaluate=None)
+    distill_flags = {"steps": 3, "batch-size": [20, 30], "image-size": 8, "workers": 0}
+    file = write_file(
+        tmp_path, store, method=methods, distill={**distill_flags, "lr": 0.05, "clip": 1.0}, evaluate=None
+    )
     made = sweep.run(sweep.Config(file))
     assert [name.count("batch_size=20") for name in made["passes"]] == [4, 0]
-    probes = 3  # images looked at first, to see that they are the teacher's
+    probes = 3  # images that are read first, to check that they are rendered as for the teacher
     assert len(decoded) == 3 * 20 + probes + 3 * 30 + probes, "one decode of an image per step, for eight students"
     for method in methods:
-        folder = sweep.safe(method) + ",batch_size=20"
+        folder = sweep.folder_part(method) + ",batch_size=20"
         alone = tmp_path / folder
-        said = {"steps": 3, "batch_size": 20, "image_size": 8, "workers": 0, "lr": 0.05, "clip": 1.0}
-        distill.run(distill.Config(store=str(store), student=STUDENTS, method=method, out=alone, **said))
+        flags = {"steps": 3, "batch_size": 20, "image_size": 8, "workers": 0, "lr": 0.05, "clip": 1.0}
+        distill.run(distill.Config(store=str(store), student=STUDENTS, method=method, out=alone, **flags))
         for file in alone.rglob("student.safetensors"):
             assert file.read_bytes() == (tmp_path / "sweep" / folder / file.relative_to(alone)).read_bytes()
 
 
-def test_methods_that_look_at_different_crops_are_trained_apart(tmp_path: Path) -> None:
-    out, said = tmp_path / "rich", {"views": 3, "image_size": 16, "limit": 60, "workers": 0, "local_views": 2}
+def test_methods_that_need_different_local_crops_are_trained_in_separate_passes(tmp_path: Path) -> None:
+    out, flags = tmp_path / "store", {"views": 3, "image_size": 16, "limit": 60, "workers": 0, "local_views": 2}
     export_teacher.run(
         export_teacher.Config(
-            "digits", "convnet:channels=4+8,pretrained=false", str(out), keep="embedding,regions", **said
+            "digits", "convnet:channels=4+8,pretrained=false", str(out), keep="embedding,regions", **flags
         )
     )
-    how = {"steps": 2, "batch-size": 20, "image-size": 16, "workers": 0, "views-per-step": 2, "lr": 0.01}
+    distill_flags = {"steps": 2, "batch-size": 20, "image-size": 16, "workers": 0, "views-per-step": 2, "lr": 0.01}
     methods = ["esvit:bank=20,crops=2", "seed:bank=20,small=true"]
-    made = sweep.run(sweep.Config(write(tmp_path, out, method=methods, distill=how, evaluate=None)))
+    made = sweep.run(sweep.Config(write_file(tmp_path, out, method=methods, distill=distill_flags, evaluate=None)))
     assert len(made["runs"]) == 4

@@ -1,4 +1,7 @@
-"""Save and restore everything a step depends on: by name, atomic, all or nothing."""
+"""Save and restore everything that a training step depends on.
+
+A checkpoint is written atomically, and its parts are restored by name: all of them or none.
+"""
 
 import io
 import os
@@ -15,27 +18,29 @@ import torch
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import PART, Folder
 
-KEEP = 2  # step-*.pt kept, so that several students killed between two saves share a step
-_STEP = re.compile(r"step-(\d+)\.pt$")
+KEEP = 2  # files step-*.pt to keep: if peers are killed between their saves, the step before is one that all have
+STEP_FILE = re.compile(r"step-(\d+)\.pt$")
+"""Name of a checkpoint's file; the number is that of steps taken."""
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Any]) -> None:
-    """checkpoints/step-N.pt from {name: object with state_dict, or plain value}; last.pt is the same file.
+    """Write step-N.pt into the folder, and make last.pt the same file.
 
-    Of earlier ones KEEP - 1 stay; later ones, of a future that was not gone back to, are deleted.
+    parts: name -> an object with `state_dict`, or a plain value. KEEP - 1 checkpoints of earlier steps are kept.
+    Those of later steps are deleted: they belong to a continuation that this run did not take.
     """
     data = to_bytes({"step": step, **parts})
-    home = Folder(folder)
+    target = Folder(folder)
     name = f"step-{step:08d}.pt"
-    home.put(name, data)
+    target.put(name, data)
     link(folder / name, folder / "last.pt")
-    kept = [there for there in steps(folder) if there <= step][-KEEP:]
-    for other in set(steps(folder)) - set(kept):
-        home.delete(f"step-{other:08d}.pt")
+    kept = [earlier for earlier in list_steps(folder) if earlier <= step][-KEEP:]
+    for other in set(list_steps(folder)) - set(kept):
+        target.delete(f"step-{other:08d}.pt")
 
 
 def link(source: Path, target: Path) -> None:
-    """Make target the same file as source, atomically; a copy where links are not to be had."""
+    """Make target a hard link to source, atomically. On file systems without hard links, target becomes a copy."""
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}.{platform.node()}{PART}")
     try:
         os.link(source, part)
@@ -46,43 +51,52 @@ def link(source: Path, target: Path) -> None:
 
 
 def to_bytes(parts: Mapping[str, Any]) -> bytes:
-    """A checkpoint as bytes."""
+    """A checkpoint's file: name -> `state_dict` of the part, or the plain value."""
     buffer = io.BytesIO()
     torch.save({k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}, buffer)
     return buffer.getvalue()
 
 
-def steps(folder: Path) -> list[int]:
-    """Steps that have a checkpoint, ascending."""
-    found = [_STEP.match(name) for name in (os.listdir(folder) if folder.is_dir() else [])]
+def list_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in a folder, ascending; empty if the folder does not exist."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = [STEP_FILE.match(name) for name in names]
     return sorted(int(match.group(1)) for match in found if match)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Raises UserError if the file is not there or damaged."""
+    """Read a checkpoint into memory. Raises UserError if the file is missing or damaged.
+
+    Only tensors and plain values are unpickled (`weights_only`): a checkpoint cannot run code.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch itself reads over a flipped bit
-            if broken := archive.testzip():
+        with zipfile.ZipFile(path) as archive:  # torch does not verify checksums
+            broken = archive.testzip()
+            if broken:
                 raise zipfile.BadZipFile(f"bad checksum of {broken}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except Exception as problem:  # torch and pickle raise nearly anything on damaged files
-        if isinstance(problem, OSError) and problem.errno:
+    except Exception as problem:  # torch and pickle raise many types on damaged files
+        if isinstance(problem, OSError) and problem.errno:  # the disk failed, which says nothing about the file
             raise
         why = " ".join(str(problem).split())[:120]
-        raise UserError(f"checkpoint {path} is damaged ({why}); delete it to go on from an earlier one") from None
+        raise UserError(f"checkpoint {path} is damaged ({why}); delete it to continue from an earlier one") from None
 
 
 def restore(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Load every part by name, strictly, and return the whole; plain values are for the caller to take.
+    """Load every part that has `load_state_dict`, strictly, and return the whole checkpoint.
 
-    Raises UserError if a part is missing, left over or does not fit; nothing is trained from a half.
+    The caller takes plain values from what is returned. Raises UserError if a part is missing, superfluous or
+    does not fit: a partly restored run must not train.
     """
     saved = load(path)
     if set(saved) - {"step"} != set(parts):
-        odd = sorted((set(saved) - {"step"}) ^ set(parts))
-        raise UserError(f"checkpoint {path} does not fit this run: it differs in {', '.join(odd)}")
+        differing = sorted((set(saved) - {"step"}) ^ set(parts))
+        raise UserError(
+            f"checkpoint {path} does not fit this run: checkpoint and run differ in {', '.join(differing)}; "
+            "start anew with --overwrite"
+        )
     for name, part in parts.items():
         if hasattr(part, "load_state_dict"):
             try:

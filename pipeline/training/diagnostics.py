@@ -1,10 +1,16 @@
-"""Numbers that show whether a student learns: has it collapsed, does it agree with the teacher?"""
+"""Numbers logged while training that show whether a student has collapsed and whether it agrees with the teacher."""
 
 from torch import Tensor
 
+EPSILON = 1e-12  # smallest norm to divide by: a zero embedding stays zero
+
 
 def measure(student: Tensor, teacher: Tensor | None) -> dict[str, float]:
-    z = student.detach().flatten(0, 1)
+    """{"spread", "agreement"} of student embeddings (B, W, d) and teacher features (B, W, D).
+
+    Agreement is left out where there are no teacher features or a student sees another number of views.
+    """
+    z = student.detach().flatten(0, 1)  # (B * W, d)
     out = {"spread": spread(z)}
     if teacher is not None and teacher.shape[:2] == student.shape[:2]:
         out["agreement"] = agreement(z, teacher.flatten(0, 1))
@@ -12,15 +18,18 @@ def measure(student: Tensor, teacher: Tensor | None) -> dict[str, float]:
 
 
 def spread(z: Tensor) -> float:
-    """Standard deviation of unit embeddings (n, d) about their mean, 1 if they fill the sphere, 0 if collapsed."""
-    u = z.float() / z.float().norm(dim=1, keepdim=True).clamp_min(1e-12)
+    """Standard deviation of the unit embeddings of z (n, d) about their mean.
+
+    1 if they are spread over the whole sphere, 0 if the student has collapsed to one direction.
+    """
+    u = z.float() / z.float().norm(dim=1, keepdim=True).clamp_min(EPSILON)
     return float((u - u.mean(0)).pow(2).sum(1).mean().sqrt())
 
 
 def agreement(z: Tensor, t: Tensor) -> float:
-    """Share of rows, in percent, whose nearest neighbour in the batch is the same for z (n, d) and t (n, D)."""
+    """Share of rows, in percent, whose nearest other row by cosine is the same in z (n, d) and in t (n, D)."""
     nearest = []
     for x in (z.float(), t.float()):
-        u = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        nearest.append((u @ u.T).fill_diagonal_(-2.0).argmax(1))
+        u = x / x.norm(dim=1, keepdim=True).clamp_min(EPSILON)
+        nearest.append((u @ u.T).fill_diagonal_(-2.0).argmax(1))  # -2 is below every cosine: no row is its own
     return 100.0 * float((nearest[0] == nearest[1]).float().mean())

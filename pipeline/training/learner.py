@@ -1,9 +1,8 @@
-"""A lesson: one method and the students it teaches, one step after another, and their checkpoints."""
+"""A learner: one method, the students that it trains, their optimizer and their checkpoints."""
 
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,191 +10,160 @@ import torch
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.distributed import collectives
-from compress_ssl.pipeline.methods.base import Batch, Method, Outputs, Recipe
+from compress_ssl.pipeline.methods.base import Batch, Method
 from compress_ssl.pipeline.models.precision import autocast
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training import checkpoint, diagnostics
+from compress_ssl.pipeline.training.distillation_module import DistillationModule
 from compress_ssl.pipeline.training.optimizers import make_optimizer
-from compress_ssl.pipeline.training.sampler import StepSampler
-from compress_ssl.pipeline.training.schedule import Schedule
+from compress_ssl.pipeline.training.settings import TrainingSettings
 from compress_ssl.pipeline.training.student import Student
 
-ALL_RANKS = 2**32 - 1  # beside the ranks' numbers: seeds what all of them draw alike
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How an apprentice learns. lr is the base rate of the whole step's batch."""
-
-    optimizer: str
-    lr: float
-    momentum: float
-    weight_decay: float
-    norm_decay: bool  # weight decay on norms and biases too
-    schedule: Schedule
-    clip: float | None  # largest gradient norm
-    ema: float | None  # decay of the averaged student
-    precision: str
-    seed: int
-
-    @classmethod
-    def of(
-        cls, recipe: Recipe, plan: StepSampler, *, lr: float | None, ema: float | None, precision: str, seed: int
-    ) -> "TrainingSettings":
-        """By a recipe, over a plan. Its rate is for a batch of 256 and grows with the batch; `lr` is taken as it is."""
-        rate = recipe.lr * plan.batch / 256 if lr is None else lr
-        epochs = plan.steps * plan.batch / len(plan.rows)
-        schedule = Schedule(recipe.schedule, min(1.0, recipe.warmup_epochs / epochs), recipe.drops)
-        return cls(
-            recipe.optimizer, rate, recipe.momentum, recipe.weight_decay, recipe.norm_decay, schedule,
-            recipe.clip, ema, precision, seed,
-        )  # fmt: skip
-
-
-class DistillationModule(nn.Module):
-    """Students and their method as one module, so that one backward pass averages all their gradients over ranks."""
-
-    def __init__(self, students: Sequence[Student], method: Method):
-        super().__init__()
-        self.students, self.method = list(students), method
-        self.models = nn.ModuleList([student.model for student in students])
-
-    def forward(self, batch: Batch, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        """(a loss of each student, their embeddings (B, W, d)). seed: of what the method draws, on all ranks alike."""
-        outputs = [self._look(batch, number) for number in range(len(self.students))]
-        torch.manual_seed(seed)  # whatever the students drew
-        losses = self.method(batch, outputs)
-        return losses, [out["embedding"].detach() for out in outputs]
-
-    def _look(self, batch: Batch, number: int) -> Outputs:
-        """What a student makes of its views and crops: (B, W, ...) and (B, L, ...) by name."""
-        wanted, forward = self.method.needs.outputs, self.students[number].forward
-        names = [name for name in wanted if not name.startswith("local_")]
-        out = _unflatten(forward(batch.images[number], names), len(batch.rows))
-        if local := [name for name in wanted if name.startswith("local_")]:
-            plain = [name.removeprefix("local_") for name in local]
-            seen = _unflatten(forward(batch.local_images[number], plain), len(batch.rows))
-            out |= {f"local_{name}": value for name, value in seen.items()}
-        return out
+ALL_RANKS = 2**32 - 1  # takes the place of a rank's number in the seed of what all ranks must draw alike
 
 
 class Diverged(UserError):
-    """A loss or weights that are not finite: this lesson is over, others may go on."""
+    """A loss or weights are not finite: this learner stops, other learners of the run continue."""
 
 
 class Learner:
-    """One method with its student, or with all its peers, who succeed, fail and resume together.
+    """One method with its student, or with all its peers, which succeed, fail and resume together.
 
-    What comes of it does not depend on who else learns in the same run.
+    The result does not depend on which other learners train in the same run.
     """
 
     def __init__(
-        self, students: Sequence[Student], method: Method, training: TrainingSettings, *,
+        self, students: Sequence[Student], method: Method, settings: TrainingSettings, *,
         name: str = "", warmup_epochs: float = 0.0,
     ):  # fmt: skip
-        """name: what the user calls the method; warmup_epochs: as asked, the schedule knows their share of the run."""
-        self.students, self.method, self.training = list(students), method, training
+        """name: the method's spec as the user wrote it, for the manifest and messages.
+
+        warmup_epochs: the warm-up as it was asked for, for the manifest; `settings.schedule` holds it as a
+        fraction of the run, which changes when the run is made longer.
+        """
+        self.students, self.method, self.settings = list(students), method, settings
         self.name, self.warmup_epochs = name, warmup_epochs
-        named = "+".join(student.model.spec for student in students)
-        self.seed = training.seed ^ (zlib.crc32(named.encode()) << 32)
-        room = DistillationModule(students, method)
-        self.models, self.room = room.models, collectives.wrap_ddp(room)
+        specs = "+".join(student.model.spec for student in students)
+        self.seed = settings.seed ^ (zlib.crc32(specs.encode()) << 32)  # learners of one run draw independently
+        module = DistillationModule(students, method)
+        self.models, self.module = module.models, collectives.wrap_ddp(module)
         self.optimizer = make_optimizer(
-            training.optimizer, nn.ModuleList([*self.models, method]), lr=training.lr, momentum=training.momentum,
-            weight_decay=training.weight_decay, norm_decay=training.norm_decay,
+            settings.optimizer, nn.ModuleList([*self.models, method]), lr=settings.lr, momentum=settings.momentum,
+            weight_decay=settings.weight_decay, norm_decay=settings.norm_decay,
         )  # fmt: skip
-        place = next(self.models.parameters()).device.type
-        self.scaler = torch.amp.GradScaler(place, enabled=training.precision == "fp16")
-        self.start = 0  # steps it had behind it when it was restored
-        self.failure = ""  # why it ended early
+        device_type = next(self.models.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device_type, enabled=settings.precision == "fp16")
+        self.start = 0  # step of the checkpoint from which it was restored
+        self.failure = ""  # the error that ended it before the run's end
+
+    # ---------------------------------------------------------------- one step
 
     def step(self, batch: Batch, done: float, measure: bool = False) -> list[dict[str, float]]:
-        """One step at `done` of the run, in [0, 1) -> {"loss"} of each student.
+        """Take one optimizer step and return a row {"loss": ...} per student.
 
-        `measure` adds {"lr", "spread", "agreement"}. Randomness (dropout, stochastic depth) is a
-        function of (seed, step, students, rank). A loss is the mean over ranks; Diverged is raised
-        on all of them if one is not finite.
+        done: fraction of the run before this step, in [0, 1), for the schedule. measure: add "lr", "spread" and
+        "agreement" to the rows. The losses are computed by `DistillationModule.forward`, which calls the method.
+
+        Random numbers (dropout, stochastic depth) are a function of (seed, step, students, rank). A loss in a row
+        is the mean over ranks. If one is not finite, every rank raises Diverged.
         """
         self.models.train()
         self.method.train()
-        torch.manual_seed(self._seed_of(batch.step, collectives.rank()))
-        rate = self.training.lr * self.training.schedule(done)
+        torch.manual_seed(self._seed_for(batch.step, collectives.rank()))
+        rate = self.settings.lr * self.settings.schedule(done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(batch.images[0].device, self.training.precision):
-            losses, embeddings = self.room(batch, self._seed_of(batch.step, ALL_RANKS))
+
+        with autocast(batch.images[0].device, self.settings.precision):
+            losses, embeddings = self.module(batch, self._seed_for(batch.step, ALL_RANKS))
         rows = [{"loss": loss} for loss in collectives.all_reduce_mean([float(loss.detach()) for loss in losses])]
         for row in rows:
             if not math.isfinite(row["loss"]):
                 raise self._diverged(f"the loss is {row['loss']}", batch.step)
-        self.scaler.scale(torch.stack(losses).sum() if len(losses) > 1 else losses[0]).backward()
-        if self.training.clip:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.training.clip)
+
+        self._update_weights(losses)
+        self.method.after_step(batch)
+        if measure:
+            self._add_diagnostics(rows, rate, batch, embeddings)
+        return rows
+
+    def _update_weights(self, losses: Sequence[Tensor]) -> None:
+        """Backward pass over the sum of the losses, optimizer step, and the step of the averaged students."""
+        total = torch.stack(list(losses)).sum() if len(losses) > 1 else losses[0]
+        self.scaler.scale(total).backward()
+        if self.settings.clip:
+            self.scaler.unscale_(self.optimizer)  # the limit is for true gradients, not for scaled ones
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for student in self.students:
             student.update_average()
-        self.method.after_step(batch)
-        if measure:
-            teacher = batch.teacher.get("embedding")
-            teacher = None if teacher is None else collectives.gather(teacher)
-            for row, embedding in zip(rows, embeddings, strict=True):
-                row |= {"lr": rate, **diagnostics.measure(collectives.gather(embedding), teacher)}
-        return rows
 
-    def _seed_of(self, step: int, rank: int) -> int:
+    def _add_diagnostics(
+        self, rows: list[dict[str, float]], rate: float, batch: Batch, embeddings: Sequence[Tensor]
+    ) -> None:
+        """Add the learning rate and the diagnostics over the batches of all ranks to each student's row."""
+        teacher = batch.teacher.get("embedding")
+        teacher = None if teacher is None else collectives.gather(teacher)
+        for row, embedding in zip(rows, embeddings, strict=True):
+            row |= {"lr": rate, **diagnostics.measure(collectives.gather(embedding), teacher)}
+
+    def _seed_for(self, step: int, rank: int) -> int:
+        """63 random bits as a function of (seed, step, rank): torch's seeds must fit a signed 64-bit integer."""
         return int(philox.words(self.seed, philox.PICK, step, rank, 2).view("<u8")[0] >> 1)
 
     def _diverged(self, what: str, step: int) -> Diverged:
         folders = " and ".join(str(student.folder) for student in self.students)
         return Diverged(
             f"{folders}: {what} at step {step} (learning rate {self.optimizer.param_groups[0]['lr']:g}, precision "
-            f"{self.training.precision}); the last checkpoint before it is kept. Likely causes: a rate too high "
-            "(lower --lr, add --warmup-epochs or --clip 1), fp16 overflow (--precision bf16), a temperature too low"
+            f"{self.settings.precision}); the last checkpoint before it is kept. Likely causes: a learning rate that "
+            "is too high (lower --lr, add --warmup-epochs or --clip 1), fp16 overflow (--precision bf16), "
+            "a temperature that is too low"
         )
 
-    def parts(self, student: Student) -> dict[str, Any]:
-        """Everything a checkpoint of one student holds, by name: peers' files share all but the student."""
-        return {
-            **student.parts(), "method": self.method, "optimizer": self.optimizer, "scaler": self.scaler
-        }  # fmt: skip
+    # ---------------------------------------------------------------- checkpoints
+
+    def checkpoint_parts(self, student: Student) -> dict[str, Any]:
+        """Name -> what the checkpoint of one student holds. The files of peers differ only in the student's parts."""
+        shared = {"method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
+        return {**student.checkpoint_parts(), **shared}
 
     def save(self, step: int) -> None:
-        """A checkpoint in each student's folder, by rank 0. Raises Diverged if anything learned is not finite."""
+        """Rank 0 writes a checkpoint into each student's folder.
+
+        Every rank raises Diverged, and nothing is written, if a weight or buffer is not finite on any of them.
+        """
         tensors = [*self.models.state_dict().values(), *self.method.parameters()]
         if collectives.all_reduce_max(not all(bool(tensor.isfinite().all()) for tensor in tensors)):
             raise self._diverged("weights are not finite", step)
         for student in self.students if collectives.rank() == 0 else []:
-            checkpoint.save(student.folder / "checkpoints", step, self.parts(student))
+            checkpoint.save(student.folder / "checkpoints", step, self.checkpoint_parts(student))
 
     def save_if_best(self, student: Student, score: float, step: int) -> None:
-        """best.pt, if the score is better than all before."""
+        """Write best.pt if the validation score is higher than all before."""
         if score > student.best:
             student.best = score
-            data = checkpoint.to_bytes({"step": step, **self.parts(student)})
+            data = checkpoint.to_bytes({"step": step, **self.checkpoint_parts(student)})
             Folder(student.folder).put("checkpoints/best.pt", data)
 
     def restore(self) -> None:
-        """Back to the newest checkpoint that all its students have, or stay at step 0 where there is none."""
-        homes = [student.folder / "checkpoints" for student in self.students]
-        self.start = collectives.broadcast(_newest(homes) if collectives.rank() == 0 else 0)
+        """Load the newest checkpoint that all its students have; without one, stay at step 0."""
+        folders = [student.folder / "checkpoints" for student in self.students]
+        newest = _newest_common_step(folders) if collectives.rank() == 0 else 0
+        self.start = collectives.broadcast(newest)
         if not self.start:
             return
-        for student, home in zip(self.students, homes, strict=True):
-            saved = checkpoint.restore(home / f"step-{self.start:08d}.pt", self.parts(student))
+        for student, folder in zip(self.students, folders, strict=True):
+            saved = checkpoint.restore(folder / f"step-{self.start:08d}.pt", self.checkpoint_parts(student))
             student.best = saved["best"]
 
 
-def _newest(homes: Sequence[Path]) -> int:
-    """The last step that has a checkpoint in each folder, 0 if none has; what a crash left behind is swept away."""
-    for home in homes:
-        Folder(home).sweep()
-    return max(set.intersection(*(set(checkpoint.steps(home)) for home in homes)), default=0)
-
-
-def _unflatten(outputs: dict[str, Tensor], images: int) -> Outputs:
-    return {name: value.unflatten(0, (images, -1)) for name, value in outputs.items()}
+def _newest_common_step(folders: Sequence[Path]) -> int:
+    """The last step that has a checkpoint in each folder, 0 if none has. Deletes part files that a crash left."""
+    for folder in folders:
+        Folder(folder).sweep()
+    return max(set.intersection(*(set(checkpoint.list_steps(folder)) for folder in folders)), default=0)

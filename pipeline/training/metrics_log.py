@@ -1,6 +1,7 @@
-"""What a run writes about itself: metrics.jsonl, train.log and TensorBoard events.
+"""The logs of a run: metrics.jsonl, train.log and TensorBoard events.
 
-metrics.jsonl has one JSON object per logged step; a resumed run cuts it back to its step first.
+metrics.jsonl has one JSON object per logged step. A resumed run first removes the rows after the step from which
+it continues. train.log has the same rows as text, with the time; it is only appended to.
 """
 
 import json
@@ -16,9 +17,10 @@ from compress_ssl.pipeline.runtime.storage import Folder
 
 
 class MetricsLog:
-    """`with Journal(folder, step) as log: log.write({"step": 10, "loss": ...})`."""
+    """The three logs of one run: `with MetricsLog(folder, step) as log: log.write({"step": 10, "loss": ...})`."""
 
     def __init__(self, folder: Path, step: int):
+        """step: the step from which the run continues; 0 for a new run."""
         self.folder, self.step = folder, step
 
     def __enter__(self) -> "MetricsLog":
@@ -26,58 +28,62 @@ class MetricsLog:
         Folder(self.folder).put("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._rows = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
         self._text = open(self.folder / "train.log", "a", encoding="utf-8")
-        self._board = EventFile(self.folder / "tensorboard", self.step + 1 if self.step else None)
+        self._events = EventFile(self.folder / "tensorboard", self.step + 1 if self.step else None)
         self.note(f"from step {self.step}")
         return self
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """A row of numbers; it has a `step`."""
+        """Append a row of numbers, one of which is "step", to all three logs."""
         self._rows.write(json.dumps(row) + "\n")
         self._rows.flush()
-        self._board.write(row)
-        self.note("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        self._events.write(row)
+        fields = [
+            f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+        ]
+        self.note("  ".join(fields))
 
     def note(self, text: str) -> None:
-        """A line of train.log."""
+        """Append a line to train.log."""
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self._text.flush()
 
     def __exit__(self, *_: object) -> None:
         self._rows.close()
         self._text.close()
-        self._board.close()
+        self._events.close()
 
 
 class EventFile:
-    """An event file of TensorBoard, written where it is asked for.
+    """A TensorBoard event file, written in the calling thread.
 
-    torch's SummaryWriter writes from a thread, where a full disk ends as a traceback and the training goes on.
+    torch's SummaryWriter writes in a thread of its own: on a full disk that thread fails with a traceback while
+    the training continues. Here the error reaches the caller.
     """
 
     def __init__(self, folder: Path, purge: int | None):
-        """`purge`: what an earlier event file has from this step on does not count."""
+        """purge: TensorBoard ignores what earlier event files hold from this step on; None for a new run."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():017.6f}.{platform.node()}.{os.getpid()}"
-        self._records = RecordWriter(open(folder / name, "xb"))  # noqa: SIM115
-        self._event(file_version="brain.Event:2")
+        self._records = RecordWriter(open(folder / name, "xb"))  # noqa: SIM115 (closed by close)
+        self._write_event(file_version="brain.Event:2")  # TensorBoard requires this first record
         if purge is not None:
-            self._event(step=purge, session_log=SessionLog(status=SessionLog.START))
+            self._write_event(step=purge, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """A row of numbers; it has a `step`."""
+        """Append a row of numbers as scalars. Its "step" is the place of all others on the axis."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=row[name]) for name in row if name != "step"]
-        self._event(step=row["step"], summary=Summary(value=values))
+        self._write_event(step=row["step"], summary=Summary(value=values))
         self._records.flush()
 
     def close(self) -> None:
         self._records.close()
 
-    def _event(self, **what: Any) -> None:
+    def _write_event(self, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self._records.write(Event(wall_time=time.time(), **what).SerializeToString())
+        self._records.write(Event(wall_time=time.time(), **content).SerializeToString())

@@ -1,4 +1,4 @@
-"""Optimisers by name, each over two groups: what decays, and norms and biases where they are spared."""
+"""Optimizers by name, each with up to two parameter groups: with and without weight decay."""
 
 from typing import Any
 
@@ -14,13 +14,16 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "lars")
 def make_optimizer(
     name: str, modules: nn.Module, *, lr: float, momentum: float, weight_decay: float, norm_decay: bool
 ) -> torch.optim.Optimizer:
-    """momentum is beta 1 of adam and adamw. norm_decay: norms and biases decay too.
+    """An optimizer over the parameters of `modules` that require gradients.
 
-    lars (You et al. 2017, as SimCLR uses it) never decays or adapts norms and biases. Raises UserError.
+    momentum: for adam and adamw, this is beta 1 (beta 2 is 0.999). norm_decay: whether weight decay applies to norms
+    and biases too, which are recognised as the parameters with one dimension or none. lars (You et al. 2017,
+    arXiv 1708.03888) neither decays nor adapts these in any case, as in SimCLR (arXiv 2002.05709).
+    Raises UserError for an unknown name.
     """
-    whole = norm_decay and name != "lars"
-    with_decay = [p for p in modules.parameters() if p.requires_grad and (whole or p.ndim > 1)]
-    without = [p for p in modules.parameters() if p.requires_grad and not (whole or p.ndim > 1)]
+    decay_all = norm_decay and name != "lars"
+    with_decay = [p for p in modules.parameters() if p.requires_grad and (decay_all or p.ndim > 1)]
+    without = [p for p in modules.parameters() if p.requires_grad and not (decay_all or p.ndim > 1)]
     groups: list[dict[str, Any]] = [{"params": with_decay, "weight_decay": weight_decay}]
     groups += [{"params": without, "weight_decay": 0.0}] if without else []
     if name == "sgd":

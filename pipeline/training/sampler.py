@@ -1,8 +1,8 @@
-"""What each step looks at: [(i, v_student, v_teacher), ...] as a function of (seed, step).
+"""Which images and views each step shows: [(i, v_student, v_teacher), ...] as a function of (seed, step).
 
-Positions run through one permutation of the good rows after another, so batches never run short:
-one that reaches an epoch's end goes on into the next. An epoch uses the same W views for all
-images, in turns, so that it reads only these from the store.
+The run goes through one permutation of the usable images after another. Every batch is full: one that reaches an
+epoch's end takes its remaining images from the next epoch. Within an epoch all images use the same W views, so that
+an epoch reads only W views from the store. Nothing has to be saved in order to resume.
 """
 
 from collections.abc import Sequence
@@ -22,119 +22,136 @@ from compress_ssl.pipeline.views.loader import ViewRequest
 from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
 
 PAIRINGS = ("same", "fresh", "cross")
+"""How a step pairs the student's views with the teacher's.
+
+same: both see the same stored view. fresh: the student sees a view that was never stored, the teacher a stored one.
+cross: they see two different stored views.
+"""
 
 
 @dataclass(frozen=True)
 class StepSampler:
-    """The order of a run. rows: the good rows; views: stored views used; B images, W views a step.
+    """The images and views of every step of a run, for one of `size` ranks.
 
-    local: stored local crops, all of which every step shows; crops: or so many fresh ones of each image.
-    `at`, `local_at` and the pieces are this rank's share, b = B / size images.
+    A rank's share of a step is b = batch / size images: those at positions rank, rank + size, ... of the global batch.
+    As a sequence, the sampler holds the loader's requests of steps `first` to `steps` - 1.
     """
 
     seed: int
-    rows: np.ndarray
-    views: tuple[int, ...]
-    batch: int
-    views_per_step: int
-    pairing: str
+    rows: np.ndarray  # (n,) int64: i of the usable images
+    views: tuple[int, ...]  # stored views to train on
+    batch: int  # images per step of all ranks together
+    views_per_step: int  # W
+    pairing: str  # one of PAIRINGS
     steps: int
-    reads: bool = True  # whether the stored views are looked at, or only their images
-    first: int = 0  # step that piece 0 is
-    local: tuple[int, ...] = ()
-    crops: int = 0
-    rank: int = 0  # of `size` that share a step: this one has images rank, rank + size, ...
+    reads_features: bool = True  # whether teacher features are read; if not, the stored views need not suffice
+    first: int = 0  # step of request 0
+    local: tuple[int, ...] = ()  # stored local crops: every step shows all of them
+    crops: int = 0  # or this many local crops per image, drawn for each step and never stored
+    rank: int = 0
     size: int = 1
 
     def __post_init__(self) -> None:
         if self.pairing not in PAIRINGS:
             raise UserError(f"--pairing is {self.pairing}, but must be one of {', '.join(PAIRINGS)}")
         need = self.views_per_step + (1 if self.pairing == "cross" and self.views_per_step == 1 else 0)
-        if len(self.views) < need and (self.reads or self.pairing != "fresh"):
-            fresh = "" if self.reads else ", or take --pairing fresh"
+        if len(self.views) < need and (self.reads_features or self.pairing != "fresh"):
+            fresh = "" if self.reads_features else ", or take --pairing fresh"
             raise UserError(
                 f"{pluralize(len(self.views), 'view')} to train on, but --pairing {self.pairing} with "
-                f"--views-per-step {self.views_per_step} needs {need}; give a larger --views if the store has more, "
-                f"repeat the command that made it with --views {need + 1} or more{fresh}"
+                f"--views-per-step {self.views_per_step} needs {need}; give a larger --views if the store has more "
+                f"views, or repeat the command that made it with --views {need + 1} or more{fresh}"
             )
 
+    # ---------------------------------------------------------------- a sequence of requests for the loader
+
     def __len__(self) -> int:
-        """Steps from `first` to the end, as pieces for the loader."""
+        """Number of requests: steps from `first` to the end."""
         return self.steps - self.first
 
     def __getitem__(self, number: int) -> ViewRequest:
         step = self.first + number
-        rows, student, _ = self.at(step)
-        return ViewRequest(rows, student, self.local_at(step))
+        rows, student_views, _ = self.step_indices(step)
+        return ViewRequest(rows, student_views, self.step_local_views(step))
+
+    # ---------------------------------------------------------------- local crops
 
     @property
     def has_local(self) -> bool:
-        """Whether students see local crops."""
+        """Whether steps show local crops."""
         return bool(self.local or self.crops)
 
-    def local_at(self, step: int) -> np.ndarray | None:
-        """(b, L) local crops of a step, int64; None if there are none."""
-        if self.local:
-            return np.tile(np.array(self.local), (self.batch // self.size, 1))
-        if not self.crops:
-            return None
-        return (FRESH | LOCAL) + self._places(step)[0][:, None] * self.crops + np.arange(self.crops)
+    def with_local_crops(self, store: FeatureStore, needs: Sequence[Needs]) -> "StepSampler":
+        """The same sampler with the local crops that methods need: stored ones, or ones drawn for each step.
 
-    def with_crops(self, store: FeatureStore, needs: Sequence[Needs]) -> "StepSampler":
-        """The plan with the local crops that methods look at: the stored ones, or fresh ones.
-
-        Raises UserError if stored ones are not there yet, or if methods want different ones.
+        Raises UserError if the stored ones are incomplete, or if the methods need different local crops.
         """
         stored = any(name.startswith("local_") for need in needs for name in need.arrays)
         fresh = {need.crops for need in needs if need.crops}
         if len(fresh) + stored > 1:
-            raise UserError("the methods look at different local crops, so they cannot share a pass; train them apart")
+            raise UserError(
+                "the methods need different local crops, so they cannot share a pass over the images; "
+                "train them with separate commands"
+            )
         if stored:
             store.require_complete(store.local)
         return replace(self, local=store.local if stored else (), crops=max(fresh, default=0))
 
-    def _places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs (b,), places in the epoch (b,)) of a step's images."""
-        return np.divmod(step * self.batch + np.arange(self.rank, self.batch, self.size), len(self.rows))
+    def step_local_views(self, step: int) -> np.ndarray | None:
+        """(b, L) int64 view numbers of a step's local crops; None if it has none."""
+        if self.local:
+            return np.tile(np.array(self.local), (self.batch // self.size, 1))
+        if not self.crops:
+            return None
+        epochs, _ = self._positions(step)
+        return (FRESH | LOCAL) + epochs[:, None] * self.crops + np.arange(self.crops)
 
-    def at(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    # ---------------------------------------------------------------- images and views
+
+    def step_indices(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows (b,), student views (b, W), teacher views (b, W)) of a step, int64."""
-        epochs, places = self._places(step)
+        epochs, positions = self._positions(step)
         rows: list[np.ndarray] = []
         student: list[np.ndarray] = []
         teacher: list[np.ndarray] = []
         for epoch in np.unique(epochs):
-            mine = places[epochs == epoch]
-            rows.append(self.rows[_shuffled(self.seed, int(epoch), len(self.rows))[mine]])
+            in_epoch = positions[epochs == epoch]
+            rows.append(self.rows[_epoch_order(self.seed, int(epoch), len(self.rows))[in_epoch]])
             for out, views in zip((student, teacher), self.epoch_views(int(epoch)), strict=True):
-                out.append(np.tile(views, (len(mine), 1)))
+                out.append(np.tile(views, (len(in_epoch), 1)))
         return np.concatenate(rows), np.concatenate(student), np.concatenate(teacher)
 
     def epoch_views(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(student (W,), teacher (W,)) views of an epoch: every stored view in turn, in shuffled rounds."""
+        """(student views (W,), teacher views (W,)) of an epoch. Over len(views) epochs, each view is used equally."""
         count, w = len(self.views), self.views_per_step
-        turn = epoch * w + np.arange(w)
-        places = _turns(self.seed, epoch // count, count, w)[epoch % count]
-        stored = np.array(self.views)[places]
+        positions = _view_cycle(self.seed, epoch // count, count, w)[epoch % count]
+        stored = np.array(self.views)[positions]
         if self.pairing == "same":
             return stored, stored
         if self.pairing == "fresh":
-            return FRESH + turn, stored
+            return FRESH + epoch * w + np.arange(w), stored
         if w > 1:
             return stored, np.roll(stored, 1)
+        # cross with one view: the teacher's is any other stored view, at a random distance from 1 to count - 1
         shift = 1 + int(philox.words(self.seed, philox.PAIRING, epoch, 2**31, 1)[0]) % (count - 1)
-        return stored, np.array(self.views)[(places + shift) % count]
+        return stored, np.array(self.views)[(positions + shift) % count]
+
+    def _positions(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs (b,), positions within these epochs (b,)) of a step's images."""
+        return np.divmod(step * self.batch + np.arange(self.rank, self.batch, self.size), len(self.rows))
 
 
 def make_sampler(
     store: FeatureStore, views: Sequence[int], *, seed: int, batch: int, views_per_step: int, pairing: str,
-    epochs: float, steps: int | None, reads: bool = True,
+    epochs: float, steps: int | None, reads_features: bool = True,
 ) -> StepSampler:  # fmt: skip
-    """The plan of this rank over the usable images of a store: `steps` of them, or as many as `epochs` take.
+    """The sampler of this rank over the usable images of a store, for `steps` steps, or for `epochs` without them.
 
-    batch: of all ranks together; all the usable images if they are fewer. reads: whether the method looks at
-    the teacher's features; fresh views without them want no stored ones. Raises UserError for views that are not
-    there, fewer than two usable images, and a batch that the ranks cannot share evenly.
+    batch: images per step of all ranks together; cut to the number of usable images. reads_features: whether a
+    method reads teacher features; without them, --pairing fresh needs no stored views.
+
+    Raises UserError for views that the store lacks, for fewer than two usable images, and for a batch that
+    cannot be divided evenly among the ranks.
     """
     store.require_complete(views)
     rows, size = np.flatnonzero(store.table("status") == GOOD), collectives.world_size()
@@ -142,27 +159,33 @@ def make_sampler(
         raise UserError(f"{store.storage} has {len(rows)} usable images; at least 2 are needed to train")
     batch = min(batch, len(rows))
     if batch % size:
-        each = max(1, round(min(batch, len(rows) - size / 2) / size))
+        per_rank = max(1, round(min(batch, len(rows) - size / 2) / size))
         raise UserError(
-            f"a batch of {batch} images cannot be shared by {size} ranks; give each --batch-size {each}, "
-            f"{each * size} in all, or start another number of them"
+            f"a batch of {batch} images cannot be shared by {size} ranks; give each --batch-size {per_rank}, "
+            f"{per_rank * size} in all, or start a number of ranks that divides {batch}"
         )
     steps = steps or max(1, round(epochs * len(rows) / batch))
     return StepSampler(
-        seed, rows, tuple(views), batch, views_per_step, pairing, steps, reads, rank=collectives.rank(), size=size
-    )
+        seed, rows, tuple(views), batch, views_per_step, pairing, steps, reads_features,
+        rank=collectives.rank(), size=size,
+    )  # fmt: skip
 
 
-@lru_cache(maxsize=2)
-def _shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
+@lru_cache(maxsize=2)  # a batch that crosses an epoch's end needs two epochs
+def _epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """(n,) permutation of the usable images in an epoch."""
     return philox.permutation(seed, philox.ORDER, epoch, n)
 
 
-@lru_cache(maxsize=2)
-def _turns(seed: int, cycle: int, count: int, w: int) -> np.ndarray:
-    """(count, W) places: a cycle of `count` epochs goes round all views W times; no epoch sees one twice."""
+@lru_cache(maxsize=2)  # a batch that crosses a cycle's end needs two cycles
+def _view_cycle(seed: int, cycle: int, count: int, w: int) -> np.ndarray:
+    """(count, W) positions in `views`, one row per epoch of a cycle of `count` epochs.
+
+    W shuffled rounds over all `count` views fill the rows one after another. An epoch in which a round begins has
+    views of the round before: the new round puts these last, so that no epoch has a view twice.
+    """
     order: list[int] = []
     for number in range(cycle * w, cycle * w + w):
-        begun = order[len(order) - len(order) % w :]  # seen already by the epoch in which this round begins
-        order += sorted(philox.permutation(seed, philox.PAIRING, number, count).tolist(), key=begun.__contains__)
+        used = order[len(order) - len(order) % w :]  # views of the row that the round before left incomplete
+        order += sorted(philox.permutation(seed, philox.PAIRING, number, count).tolist(), key=used.__contains__)
     return np.array(order).reshape(count, w)

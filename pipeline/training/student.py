@@ -1,4 +1,4 @@
-"""An apprentice: one student on its way, and what it hands over at the end."""
+"""A student of a run: its model, its moving average, its folder, and the weights that it exports."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.models import linear_head
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.linear_head import LinearHead
@@ -19,53 +20,63 @@ from compress_ssl.pipeline.views.augment import ViewSpec
 
 
 class Student:
-    """One student of a run: its folder, its average, what it delivers. `Lesson` has it learn."""
+    """One student of a run. A `Learner` trains it."""
 
     def __init__(self, folder: Path, model: Embedder, ema: float | None = None):
+        """folder: of the student's run. ema: decay per step of a moving average of the weights; None for no average."""
         self.folder, self.model, self.ema = folder, model, ema
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
         self.forward: Any = model.forward_outputs
-        self.best = -1.0
+        self.best = -1.0  # highest validation score so far, in percent; negative before the first validation
+
+    @property
+    def final_model(self) -> Embedder:
+        """The model that is validated and exported: the moving average where there is one."""
+        return self.average or self.model
+
+    @property
+    def image_size(self) -> tuple[int, str]:
+        """(side in pixels, interpolation) of the images that the student takes."""
+        preprocessing = self.model.preprocessing
+        return preprocessing.size, preprocessing.interpolation
 
     def enable_outputs(self, outputs: Iterable[str], *, compiled: bool = False) -> None:
-        """Have the student give these outputs (`local_` ones too), by torch.compile if asked."""
+        """Enable the outputs that a method needs (`local_` ones too); compiled: run the model by torch.compile."""
         self.model.enable_outputs([name.removeprefix("local_") for name in outputs])
         if compiled:
             self.forward = torch.compile(self.model.forward_outputs)
 
-    @property
-    def final_model(self) -> Embedder:
-        """The student that is evaluated and kept: the average where there is one."""
-        return self.average or self.model
-
     def update_average(self) -> None:
-        """Move the average after the student's step."""
+        """Update the moving average; called after the optimizer's step. Buffers (batch norm statistics) are copied."""
         if self.average is not None and self.ema:
             update_ema(self.average, self.model, self.ema)
             copy_buffers(self.average, self.model)
 
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds of it, by name."""
+    def checkpoint_parts(self) -> dict[str, Any]:
+        """Name -> what a checkpoint holds of the student."""
         return {"student": self.model, "average": self.average, "best": self.best}
 
-    def validate(self, val: Any, spec: ViewSpec, device: torch.device, precision: str, workers: int) -> float:
-        """Leave-one-out nearest-neighbour accuracy on `val`, view 0, in percent."""
+    def validate(self, val: Dataset, spec: ViewSpec, device: torch.device, precision: str, workers: int) -> float:
+        """Leave-one-out nearest-neighbour accuracy of `final_model` on view 0 of labelled images, in percent."""
         return leave_one_out(self.final_model, val, spec, device, precision, workers)
 
     def export(self, head: LinearHead | None = None) -> Path:
-        """Write student.safetensors: the bare backbone, as its own library names it, and how to feed it.
+        """Write student.safetensors and return its path; head: a classifier to write beside it as head.safetensors.
 
-        head: the classifier that its method delivers besides, as head.safetensors.
+        The file holds the backbone's weights under the names of the library that it comes from, so that this library
+        loads them strictly. Its metadata holds the model's spec, its preprocessing and a digest of the weights.
         """
-        looks = json.dumps(self.final_model.preprocessing.record())
-        said = {"model": self.final_model.spec, "preprocessing": looks, "digest": self.final_model.digest()}
-        home, name = Folder(self.folder), "student.safetensors"
-        _put(home, name, to_bytes(self.final_model.backbone.state_dict(), {"format": "pt", **said}))
+        preprocessing = json.dumps(self.final_model.preprocessing.record())
+        metadata = {"model": self.final_model.spec, "preprocessing": preprocessing, "digest": self.final_model.digest()}
+        folder, name = Folder(self.folder), "student.safetensors"
+        _write_if_changed(folder, name, to_bytes(self.final_model.backbone.state_dict(), {"format": "pt", **metadata}))
         if head:
-            _put(home, "head.safetensors", linear_head.to_bytes(head, {"weights": self.final_model.digest()}))
+            data = linear_head.to_bytes(head, {"weights": self.final_model.digest()})
+            _write_if_changed(folder, "head.safetensors", data)
         return self.folder / name
 
 
-def _put(home: Folder, name: str, data: bytes) -> None:
-    if not (home.exists(name) and home.get(name) == data):
-        home.put(name, data)
+def _write_if_changed(folder: Folder, name: str, data: bytes) -> None:
+    """Keep a file that holds these bytes already, so that repeating a finished command changes no file."""
+    if not (folder.exists(name) and folder.get(name) == data):
+        folder.put(name, data)

@@ -1,4 +1,4 @@
-"""The quick score of a student while it trains."""
+"""Validation of a student while it trains, by its nearest neighbours: needs no training of a classifier."""
 
 import torch
 
@@ -6,6 +6,8 @@ from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.extraction.features import view_features
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.views.augment import ViewSpec
+
+CHUNK = 1024  # queries per matrix product: bounds the scores in memory to (1024, N) float32
 
 
 def leave_one_out(
@@ -16,15 +18,19 @@ def leave_one_out(
     precision: str = "fp32",
     workers: int = 0,
 ) -> float:
-    """Share of labelled images, in percent, whose nearest other image by cosine has their label."""
+    """Share of labelled images, in percent, whose nearest other labelled image by cosine has the same label.
+
+    Images without a label count neither as queries nor as neighbours. Only view 0 is used.
+    """
     features, rows = view_features(embedder, dataset, spec, device, precision, workers=workers)
     label = torch.from_numpy(dataset.label[rows]).to(device)
     known = label >= 0
-    unit, label = features[known] / features[known].norm(dim=1, keepdim=True).clamp_min(1e-12), label[known]
+    unit = features[known] / features[known].norm(dim=1, keepdim=True).clamp_min(1e-12)  # (N, d)
+    label = label[known]
     hits = 0
-    for start in range(0, len(unit), 1024):
-        scores = unit[start : start + 1024] @ unit.T
+    for start in range(0, len(unit), CHUNK):
+        scores = unit[start : start + CHUNK] @ unit.T  # (chunk, N) cosines
         own = torch.arange(len(scores), device=device)
-        scores[own, own + start] = -2.0
-        hits += int((label[scores.argmax(1)] == label[start : start + 1024]).sum())
+        scores[own, own + start] = -2.0  # below every cosine: an image is not its own neighbour
+        hits += int((label[scores.argmax(1)] == label[start : start + CHUNK]).sum())
     return 100.0 * hits / max(1, len(unit))
