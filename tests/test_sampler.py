@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
-from compress_ssl.pipeline.store.codecs import CODECS, codec
+from compress_ssl.pipeline.store.codecs import CODECS, build_codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.sampler import PAIRINGS, StepSampler
 from compress_ssl.pipeline.training.teacher_features import TeacherFeatures
@@ -180,7 +180,7 @@ def write_store(folder: Path, kind: str) -> FeatureStore:
     features = np.random.default_rng(0).normal(size=(N, V, D)).astype(np.float32)
     for shard in store.pending():
         n = shard.stop - shard.start
-        part = codec(kind).encode(features[shard.start : shard.stop])
+        part = build_codec(kind).encode(features[shard.start : shard.stop])
         store.write(shard, {"embedding": part}, np.zeros(n, np.uint8), np.zeros(n, np.uint64), {})
     return FeatureStore(Folder(folder))
 
