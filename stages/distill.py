@@ -375,11 +375,12 @@ def build_learners(
     )
     numbers_of_all = list(range(len(folders)))
     groups = [numbers_of_all] if method_of(config).needs.peers else [[number] for number in numbers_of_all]
+    first_view = int(sampler.epoch_views(0)[1][0])  # the first step reads the features of this view anyway
     for numbers in groups:
         group = [Student(folders[n], build_student(config, n, device), config.ema) for n in numbers]
         context = MethodContext(
-            [student.model for student in group], store.arrays, sampler.rows, int(sampler.epoch_views(0)[1][0]),
-            config.seed, heads=teacher_heads.load_heads(store), images=store.images,
+            [student.model for student in group], store.arrays, sampler.rows, first_view, config.seed,
+            heads=teacher_heads.load_heads(store), images=store.images,
         )  # fmt: skip
         method = METHODS.build(config.method, context=context).to(device)
         method = collectives.convert_sync_batchnorm(method, device) if config.sync_bn else method

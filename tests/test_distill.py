@@ -310,7 +310,7 @@ for line in sys.stdin:
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
-IMPORTED = [
+IMPORTED = [  # what a distill command imports, so that a fork starts at once
     "compress_ssl.stages.distill",
     "compress_ssl.pipeline.training.run",
     "compress_ssl.pipeline.methods.compress",
