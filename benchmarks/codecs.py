@@ -18,7 +18,7 @@ from numcodecs import Zstd
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.search.exact import normalize
-from compress_ssl.pipeline.store.codecs import Codec, build_codec
+from compress_ssl.pipeline.store.codecs import Codec, Trained, build_codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import CHUNK_ROWS, ZSTD_LEVEL
 
@@ -50,7 +50,7 @@ def _halves(store: FeatureStore, good: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def _row(name: str, sample: np.ndarray, queries: np.ndarray, anchors: np.ndarray) -> dict[str, Any]:
     kind, trained = build_codec(name), 0.0
-    if kind.trained:
+    if isinstance(kind, Trained):
         book, trained = _timed(lambda: kind.train(sample))
         kind = build_codec(name, lambda: book)
     (coded, packed), encode = _timed(lambda: _encode(kind, anchors))
