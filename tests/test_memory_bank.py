@@ -120,7 +120,7 @@ def test_saved_restored_and_filled_again_it_is_the_same_to_the_bit(start: str, b
     for view, n in enumerate(batches):
         push(ring, list(range(10 * view, 10 * view + n)), view)
     again.load_state_dict(ring.state_dict())
-    again.refill_banks(feature)
+    again.refill(feature)
     for name, tensor in ring.named_buffers():
         assert torch.equal(tensor, dict(again.named_buffers())[name]), name
     assert (again.pointer, again.filled) == (ring.pointer, ring.filled)
