@@ -104,7 +104,7 @@ def test_a_frozen_peer_is_followed_between_two_stored_views(arrays: tuple[str, .
 
 
 def test_one_student_alone_is_no_peer() -> None:
-    with pytest.raises(UserError, match="needs two or more students that teach each other; repeat --student"):
+    with pytest.raises(UserError, match="needs two or more students, not 1; repeat --student"):
         learner("dogo", (), 1)
 
 

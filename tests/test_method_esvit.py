@@ -165,11 +165,11 @@ def test_a_view_is_never_compared_with_itself_whatever_the_pairing() -> None:
 
 
 def test_regions_are_matched_by_their_best_cosine_and_several_may_share_one() -> None:
-    from compress_ssl.pipeline.methods.esvit import matched
+    from compress_ssl.pipeline.methods.esvit import match_regions
 
     theirs, mine = noise(1, B, REGIONS, D), noise(2, B, SEEN, D)
     mine[:, 2] = 5 * mine[:, 1]
-    found = matched(theirs, mine)
+    found = match_regions(theirs, mine)
     for b in range(B):
         for i in range(SEEN):
             cosines = [dot(norm(mine[b, i].tolist()), norm(y)) for y in theirs[b].tolist()]
