@@ -21,9 +21,8 @@ from papers import (
 from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.runtime.artifact import UserError
 
-Views = tuple[
-    list[list[float]], list[list[float]]
-]  # projections of the images' first and second views, [image][dimension] each
+Views = tuple[list[list[float]], list[list[float]]]
+"""Projections of the images' first views and of their second views, [image][dimension] each."""
 
 
 def nt_xent(views: Views, tau: float) -> float:
@@ -37,16 +36,17 @@ def nt_xent(views: Views, tau: float) -> float:
     return total / (2 * B)
 
 
-def relations(views: Views, tau: float) -> list[list[float]]:
+def similarities(views: Views, tau: float) -> list[list[float]]:
+    """(B, B) rows of P, from first to second views."""
     return [softmax([dot(a, b) / tau for b in views[1]]) for a in views[0]]
 
 
 def mutual(mine: Views, other: Views, tau: float) -> float:
     """KL(Q || P); P is of the peer whose loss it is."""
-    return mean(kl(q, p) for p, q in zip(relations(mine, tau), relations(other, tau), strict=True))
+    return mean(kl(q, p) for p, q in zip(similarities(mine, tau), similarities(other, tau), strict=True))
 
 
-def projected(head: torch.nn.Module, embedding: torch.Tensor) -> Views:
+def project(head: torch.nn.Module, embedding: torch.Tensor) -> Views:
     z = head(embedding.flatten(0, 1)).detach().unflatten(0, (B, -1))
     one, two = ([normalize(row) for row in z[:, v].tolist()] for v in (0, 1))
     return one, two
@@ -56,7 +56,7 @@ def projected(head: torch.nn.Module, embedding: torch.Tensor) -> Views:
 def test_each_peers_loss_is_nt_xent_plus_the_mean_kl_to_the_others(peers: int) -> None:
     method = build_method("dogo:tau=0.2,tau_ssl=0.6,weight=0.7", (), peers)
     outs = [student_outputs(0, w=2, peer=p) for p in range(peers)]
-    views = [projected(head, out["embedding"]) for head, out in zip(method.heads, outs, strict=True)]
+    views = [project(head, out["embedding"]) for head, out in zip(method.heads, outs, strict=True)]
     found = take_step(method, make_batch(0, (), w=2, peers=peers), outs)
     for mine in range(peers):
         others = [mutual(views[mine], views[p], 0.2) for p in range(peers) if p != mine]
@@ -110,7 +110,7 @@ def test_the_loss_with_a_frozen_peer_is_over_two_stored_views(arrays: tuple[str,
     assert method.needs.arrays == (target,) and method.needs.views == 2
     assert any("no projection" in note for note in method.notes) == (target == "embedding")
     batch, out = make_batch(0, arrays, w=2), student_outputs(0, w=2)
-    mine = projected(method.head, out["embedding"])
+    mine = project(method.head, out["embedding"])
     t = batch.teacher[target]
     theirs = tuple([normalize(row) for row in t[:, v].tolist()] for v in (0, 1))
     (found,) = take_step(method, batch, [out])

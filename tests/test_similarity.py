@@ -68,14 +68,15 @@ def central_differences(loss: Callable[[list[Vector]], float], at: list[Vector],
         for j in range(len(row)):
             sides = []
             for sign in (1, -1):
-                moved = [list(r) for r in at]
-                moved[i][j] += sign * step
-                sides.append(loss(moved))
+                shifted = [list(r) for r in at]
+                shifted[i][j] += sign * step
+                sides.append(loss(shifted))
             out[i][j] = (sides[0] - sides[1]) / (2 * step)
     return out
 
 
 def rows(n: int, d: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(n, d) standard normal numbers, a function of the seed."""
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
@@ -88,18 +89,19 @@ def pair(
 
 
 def gradient_of(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
+    """Autograd's gradient of the loss in the student's embeddings (B, d)."""
     student = student.detach().requires_grad_()
     return torch.autograd.grad(loss(student), student)[0]
 
 
-def plain_kl(t: Tensor, ta: Tensor, s: Tensor, sa: Tensor, tau_t: float, tau_s: float) -> Tensor:
-    """The loop of `compress` as whole matrices, for sizes where a loop is too slow."""
+def matrix_kl(t: Tensor, ta: Tensor, s: Tensor, sa: Tensor, tau_t: float, tau_s: float) -> Tensor:
+    """`compress` written with whole (B, K) matrices, for sizes at which a loop is too slow."""
     log_p, log_q = (l2_normalize(t) @ ta.T / tau_t).log_softmax(1), (l2_normalize(s) @ sa.T / tau_s).log_softmax(1)
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
 
-def plain_cross_entropy(t: Tensor, s: Tensor, queue: Tensor, tau_t: float, tau_s: float) -> Tensor:
-    """The loop of `seed` as whole matrices."""
+def matrix_cross_entropy(t: Tensor, s: Tensor, queue: Tensor, tau_t: float, tau_s: float) -> Tensor:
+    """`seed` written with whole (B, K) matrices."""
     own = [(l2_normalize(x) * l2_normalize(t)).sum(1, keepdim=True) for x in (t, s)]
     p = (torch.cat([own[0], l2_normalize(t) @ queue.T], 1) / tau_t).softmax(1)
     return -(p * (torch.cat([own[1], l2_normalize(s) @ queue.T], 1) / tau_s).log_softmax(1)).sum(1).mean()
@@ -253,10 +255,10 @@ def test_no_temperature_overflows_or_deviates_from_the_plain_formula(tau_t: floa
     t, ta, s, sa = (l2_normalize(part) * spread + torch.eye(part.shape[1])[0] for part in pair(6, 200, 16, 16, 120))
     ta, sa = l2_normalize(ta), l2_normalize(sa)
     for ours, slow in (
-        (lambda x: relation_kl(t, ta, x, sa, tau_t, tau_s, block=64), lambda x: plain_kl(t, ta, x, sa, tau_t, tau_s)),
+        (lambda x: relation_kl(t, ta, x, sa, tau_t, tau_s, block=64), lambda x: matrix_kl(t, ta, x, sa, tau_t, tau_s)),
         (
             lambda x: relation_cross_entropy(t, x, ta, tau_t, tau_s, block=64),
-            lambda x: plain_cross_entropy(t, x, ta, tau_t, tau_s),
+            lambda x: matrix_cross_entropy(t, x, ta, tau_t, tau_s),
         ),
     ):
         torch.testing.assert_close(ours(s), slow(s), rtol=1e-10, atol=1e-12)
@@ -268,8 +270,8 @@ def test_the_relative_error_of_float32_is_below_1e_5(tau: float) -> None:
     t, ta, s, sa = (part.relu() for part in pair(32, 5000, 96, 64, 130, torch.float32))
     ta, sa = l2_normalize(ta), l2_normalize(sa)
     double = [part.double() for part in (t, ta, s, sa)]
-    want = plain_kl(*double, tau, tau)
-    gradient = gradient_of(lambda x: plain_kl(double[0], double[1], x, double[3], tau, tau), double[2])
+    want = matrix_kl(*double, tau, tau)
+    gradient = gradient_of(lambda x: matrix_kl(double[0], double[1], x, double[3], tau, tau), double[2])
     assert float(relation_kl(t, ta, s, sa, tau, tau)) == pytest.approx(float(want), rel=1e-5)
     got = gradient_of(lambda x: relation_kl(t, ta, x, sa, tau, tau), s)
     assert float((got - gradient).norm() / gradient.norm()) < 1e-5
@@ -278,8 +280,8 @@ def test_the_relative_error_of_float32_is_below_1e_5(tau: float) -> None:
 @pytest.mark.parametrize("tau_t", [0.01, 1e-4])
 def test_the_relative_error_of_float32_is_below_1e_5_for_seed_at_low_temperatures(tau_t: float) -> None:
     t, queue, s, _ = pair(32, 5000, 96, 96, 140, torch.float32)
-    want = plain_cross_entropy(t.double(), s.double(), queue.double(), tau_t, 0.2)
-    gradient = gradient_of(lambda x: plain_cross_entropy(t.double(), x, queue.double(), tau_t, 0.2), s.double())
+    want = matrix_cross_entropy(t.double(), s.double(), queue.double(), tau_t, 0.2)
+    gradient = gradient_of(lambda x: matrix_cross_entropy(t.double(), x, queue.double(), tau_t, 0.2), s.double())
     assert float(relation_cross_entropy(t, s, queue, tau_t, 0.2)) == pytest.approx(float(want), rel=1e-5)
     got = gradient_of(lambda x: relation_cross_entropy(t, x, queue, tau_t, 0.2), s)
     assert float((got - gradient).norm() / gradient.norm()) < 1e-5

@@ -73,9 +73,7 @@ class MethodContext:
     view: int  # a stored view whose features are already in memory when training begins
     seed: int
     notes: list[str] = field(default_factory=list)  # the method appends choices that the user should know about
-    heads: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # tensors of the teacher's frozen heads, named as in its file
+    heads: Mapping[str, Tensor] = field(default_factory=dict)  # the teacher's frozen heads, named as in its file
     images: int = 0  # N, unusable images included: every row is below this
 
     @property

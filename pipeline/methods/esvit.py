@@ -134,12 +134,12 @@ class EsVit(Method):
         """Update centres and banks; one region of each teacher view, drawn at random, enters the bank of regions."""
         rows, views = batch.rows, batch.teacher_views
         y = batch.teacher["regions"].flatten(0, 1)  # (B * W, R', C)
-        self.view.after(rows, views, batch.teacher["embedding"].flatten(0, 1))
+        self.view.update(rows, views, batch.teacher["embedding"].flatten(0, 1))
         # Every rank draws for the images of all ranks and keeps its own, so that the generators stay equal.
         shape = collectives.world_size() * len(rows), views.shape[1]
         drawn = torch.randint(y.shape[1], shape, device=y.device)
         chosen = drawn[collectives.rank() :: collectives.world_size()].flatten()  # (B * W,)
-        self.region.after(rows, views, y if isinstance(self.region, Prototypes) else y[torch.arange(len(y)), chosen])
+        self.region.update(rows, views, y if isinstance(self.region, Prototypes) else y[torch.arange(len(y)), chosen])
 
 
 # ---------------------------------------------------------------- terms of the loss
@@ -174,7 +174,7 @@ class Prototypes(nn.Module):
         """(n, D) -> (n, C)"""
         return self.head(x) @ self.prototypes.T  # type: ignore[operator]
 
-    def after(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
+    def update(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
         """Move the centre towards the mean teacher logits. teacher: (B * W, D), or regions (B * W, R, D)."""
         if not self.fixed:
             mean_logits = self.logits(collectives.gather(teacher.flatten(0, -2))).mean(0)
@@ -198,7 +198,7 @@ class Similarities(nn.Module):
         """teacher (n, D), student (n, D) projected: mean cross-entropy in nats."""
         return relation_cross_entropy(teacher, student, self.bank["teacher"], self.tau_t, self.tau_s)
 
-    def after(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
+    def update(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
         """Push the batch's teacher vectors (B * W, D) into the bank."""
         self.bank.push(rows, views, {"teacher": l2_normalize(teacher)})
 
@@ -223,7 +223,10 @@ def _find_heads(context: MethodContext) -> dict[str, dict[str, Tensor] | None]:
     groups = heads.group_by_head(context.heads)
     dense = next((stem for stem in groups if "dense" in stem), None)
     view = next((stem for stem in groups if stem != dense), None)
-    return {name: None if stem is None else groups[stem] for name, stem in (("embedding", view), ("regions", dense))}
+    return {
+        "embedding": None if view is None else groups[view],
+        "regions": None if dense is None else groups[dense],
+    }
 
 
 def _find_centre(context: MethodContext, name: str) -> Tensor | None:
