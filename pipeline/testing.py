@@ -1,10 +1,4 @@
-"""What every method must keep, tried on made-up data: for methods of your own too.
-
-from compress_ssl.pipeline.testing import check_method
-
-def test_mine_keeps_the_contract():
-    check_method(Mine, strength=2.0)
-"""
+"""check_method: a test of the requirements that the training loop has of every method, for your own methods too."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -29,50 +23,86 @@ from compress_ssl.pipeline.training.student import Student
 from compress_ssl.pipeline.views.numbering import LOCAL
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
-IMAGES, VIEWS, CROPS, B, STEPS = 40, 9, 2, 8, 6
+IMAGES, VIEWS, CROPS = 40, 9, 2
+"""N images of the artificial store, their views V (view 0 included) and their local crops L."""
+
+B, STEPS = 8, 6
+"""Images of a batch, and steps of a run; the run that is resumed stops after half of them. B * STEPS is more than
+IMAGES, so that images come a second time."""
+
 SIZE, SMALL = 16, 8
+"""Sides of views and of local crops in pixels."""
+
 WIDTHS: dict[str, tuple[int, ...]] = {
     "embedding": (6,), "projection": (5,), "logits": (4,), "regions": (9, 6), "local_embedding": (6,),
     "local_projection": (5,),
 }  # fmt: skip
+"""Shape per (i, v) of every array of the artificial store. The width of the embedding differs from the student's 7."""
+
+# ---------------------------------------------------------------- the public check
 
 
 def check_method(
     build: Callable[..., Method], /, *, students: int = 1, heads: Mapping[str, Tensor] | None = None, **options: Any
 ) -> None:
-    """Raises AssertionError, saying what is wrong, unless a method can be trusted with a training run.
+    """Train a method for six steps on artificial data and raise AssertionError if it breaks a requirement.
 
-    It gives one finite loss per student; it moves each student and all that it says it trains; a
-    classifier that it delivers fits the student; run again it is the same to the bit; stopped and
-    restored into a new one it goes on to the bit; a checkpoint that lacks something is refused.
-    build: the class; options: its keys; heads: what the teacher's frozen heads would be called in
-    the store.
+    The data are random features of 40 images and a student with batch norm and dropout, on the CPU; it takes about a
+    second. The assertions, in their order, and what each protects:
+
+    - `forward` returns one loss per student, each a scalar, and each is finite: the loop sums and back-propagates
+      them.
+    - Every parameter of every student has changed, and every trainable parameter of the method has had a gradient:
+      otherwise part of the model is cut off from the loss.
+    - `exported_head` returns None or a LinearHead of the student's width: otherwise the exported file is useless.
+    - A second run from the same seed has the same losses, bit for bit: the method draws from torch's generator only.
+    - A run that is stopped after three steps, saved and restored into newly built objects continues with the same
+      losses, bit for bit: whatever changes from step to step is in the checkpoint.
+    - A checkpoint from which one entry of the method's state is removed is refused with UserError: the method does
+      not load partial states.
+
+    build: the method's class, called as build(context=..., **options). options: its keys. students: number of
+    students, more than one for a method that needs `peers`. heads: tensors of the teacher's frozen heads, named as
+    in the teacher's file. A method that reads an array which its `needs` does not name raises KeyError.
+
+    Example, in a file of tests (the class Cosine is in docs/methods.md):
+        from compress_ssl.pipeline.testing import check_method
+        from mine import Cosine
+
+        def test_cosine_meets_the_requirements_of_a_method():
+            check_method(Cosine, power=2.0)
     """
     with tempfile.TemporaryDirectory() as folder:
-        one = _lesson(build, options, students, heads, Path(folder), seed=0)
-        name = type(one.method).__name__
-        before = [p.detach().clone() for p in one.models.parameters()]
-        whole = [_step(one, step, name) for step in range(STEPS)]
-        _require_moved(one, before, name)
-        _require_head(one, name)
+        learner = _build_learner(build, options, students, heads, Path(folder), seed=0)
+        name = type(learner.method).__name__
+        before = [p.detach().clone() for p in learner.models.parameters()]
+        losses = [_take_step(learner, step, name) for step in range(STEPS)]
+        _require_trained(learner, before, name)
+        _require_head(learner, name)
 
-        again = _lesson(build, options, students, heads, Path(folder), seed=0)
+        repeated = _build_learner(build, options, students, heads, Path(folder), seed=0)
         for step in range(STEPS // 2):
-            assert _step(again, step, name) == whole[step], f"{name} is not the same to the bit when run again"
-        again.save(STEPS // 2)
-
-        other = _lesson(build, options, students, heads, Path(folder), seed=1)
-        other.restore()
-        other.method.refill_banks(_read)
-        for step in range(STEPS // 2, STEPS):
-            assert _step(other, step, name) == whole[step], (
-                f"{name} goes on differently when it is stopped and restored: something that changes from step to step "
-                "is no buffer, no parameter and not in get_extra_state, or randomness does not come from torch"
+            assert _take_step(repeated, step, name) == losses[step], (
+                f"{name} has different losses when it is run again from the same seed; draw from torch's generator only"
             )
-        _require_strict(other, name)
+        repeated.save(STEPS // 2)
+
+        # Another seed: what the restored objects have in common with the saved ones comes from the checkpoint.
+        restored = _build_learner(build, options, students, heads, Path(folder), seed=1)
+        restored.restore()
+        restored.method.refill_banks(_read)
+        for step in range(STEPS // 2, STEPS):
+            assert _take_step(restored, step, name) == losses[step], (
+                f"{name} has different losses after it is saved and restored; keep whatever changes from step to step "
+                "in buffers, parameters or get_extra_state, and draw from torch's generator only"
+            )
+        _require_strict_loading(restored, name)
 
 
-def _lesson(
+# ---------------------------------------------------------------- artificial data
+
+
+def _build_learner(
     build: Callable[..., Method],
     options: Mapping[str, Any],
     students: int,
@@ -80,11 +110,11 @@ def _lesson(
     folder: Path,
     seed: int,
 ) -> Learner:
+    """Students, method and optimizer, as the training loop builds them; `seed` is that of torch."""
     torch.manual_seed(seed)
-    group = [Student(folder / str(number), _student()) for number in range(students)]
-    context = MethodContext(
-        [student.model for student in group], WIDTHS, np.arange(IMAGES), 1, 0, heads=heads or {}, images=IMAGES
-    )
+    group = [Student(folder / str(number), _build_student()) for number in range(students)]
+    models = [student.model for student in group]
+    context = MethodContext(models, WIDTHS, np.arange(IMAGES), 1, 0, heads=heads or {}, images=IMAGES)
     method = build(context=context, **options)
     method.refill_banks(_read)
     for student in group:
@@ -93,7 +123,8 @@ def _lesson(
     return Learner(group, method, TrainingSettings("sgd", 0.05, 0.9, 0.0, True, schedule, None, None, "fp32", 0))
 
 
-def _student() -> Embedder:
+def _build_student() -> Embedder:
+    """A convolutional network of 7 outputs, with batch norm and dropout: both depend on state of the run."""
     body = nn.Sequential(
         nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(6, 7, 3, 2, 1)
     )
@@ -101,76 +132,93 @@ def _student() -> Embedder:
 
 
 def _noise(seed: int, *shape: int) -> Tensor:
+    """Standard normal numbers, a function of the seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _table(name: str) -> Tensor:
-    """(N, V, ...): what a store would hold."""
-    shape = WIDTHS[name]
-    return _noise(sum(map(ord, name)), IMAGES, CROPS if name.startswith("local_") else VIEWS, *shape)
+    """(N, V, ...), or (N, L, ...) of local crops: an array of the artificial store, whose seed is its name."""
+    views = CROPS if name.startswith("local_") else VIEWS
+    return _noise(sum(map(ord, name)), IMAGES, views, *WIDTHS[name])
 
 
 def _read(rows: Tensor, views: Tensor, array: str = "embedding") -> Tensor:
+    """A `memory_bank.Read` of the artificial store."""
     return _table(array)[rows, views & ~LOCAL]
 
 
 def _batch(learner: Learner, step: int) -> Batch:
+    """The batch of a step: the next B images, whose views change with the step."""
     needs, count = learner.method.needs, len(learner.students)
     w = needs.views * (count if needs.independent else 1)
     rows = (torch.arange(B) + step * B) % IMAGES
     teacher = (1 + (torch.arange(w) + step) % (VIEWS - 1)).expand(B, w)
     student = {"same": teacher, "cross": teacher % (VIEWS - 1) + 1, "fresh": teacher + 2**31}[needs.pairings[0]]
     local = (LOCAL + torch.arange(CROPS)).expand(B, CROPS)
-    seen = {
-        name: _table(name)[rows[:, None], local & ~LOCAL if name.startswith("local_") else teacher]
-        for name in needs.arrays
-    }
-    each = needs.views
-    images = [_noise(1000 + 10 * step + n, B * each, 3, SIZE, SIZE) for n in range(count)]
+    features = {}
+    for name in needs.arrays:
+        views = local & ~LOCAL if name.startswith("local_") else teacher
+        features[name] = _table(name)[rows[:, None], views]
+    images = [_noise(1000 + 10 * step + n, B * needs.views, 3, SIZE, SIZE) for n in range(count)]
     crops = [_noise(2000 + 10 * step + n, B * CROPS, 3, SMALL, SMALL) for n in range(count)]
-    return Batch(step, rows, student, teacher, seen, images, crops, local)
+    return Batch(step, rows, student, teacher, features, images, crops, local)
 
 
-def _step(learner: Learner, step: int, name: str) -> list[float]:
+# ---------------------------------------------------------------- assertions
+
+
+def _take_step(learner: Learner, step: int, name: str) -> list[float]:
+    """The students' losses of one training step, whose number, shape and finiteness are asserted."""
     count = len(learner.students)
     forward = type(learner.method).forward
 
-    def watched(self: Any, batch: Batch, outputs: Any) -> list[Tensor]:
+    def checked_forward(self: Any, batch: Batch, outputs: Any) -> list[Tensor]:
         losses = forward(self, batch, outputs)
-        assert len(losses) == count, f"{name} gives {len(losses)} losses for {count} students"
+        assert len(losses) == count, f"{name}.forward returned {len(losses)} losses for {count} students"
         shapes = [tuple(loss.shape) for loss in losses if loss.dim()]
-        assert not shapes, f"{name} gives a loss of shape {shapes[0]}, not a scalar"
+        assert not shapes, f"{name}.forward returned a loss of shape {shapes[0]}, not a scalar"
         return losses
 
-    learner.method.forward = watched.__get__(learner.method)  # type: ignore[method-assign]
+    learner.method.forward = checked_forward.__get__(learner.method)  # type: ignore[method-assign]
     try:
         rows = learner.step(_batch(learner, step), step / STEPS)
-    except UserError as wrong:
-        raise AssertionError(f"{name}: {wrong}") from None
+    except UserError as error:  # the loop's own error for a loss that is not finite
+        raise AssertionError(f"{name}: {error}") from None
     return [row["loss"] for row in rows]
 
 
-def _require_moved(learner: Learner, before: list[Tensor], name: str) -> None:
-    moved = [not torch.equal(p, old) for p, old in zip(learner.models.parameters(), before, strict=True)]
-    assert all(moved), f"{name} leaves {moved.count(False)} of {len(moved)} tensors of the students as they were"
+def _require_trained(learner: Learner, before: list[Tensor], name: str) -> None:
+    """Assert that all students' parameters differ from `before` and that no trainable parameter lacks a gradient."""
+    changed = [not torch.equal(p, old) for p, old in zip(learner.models.parameters(), before, strict=True)]
+    assert all(changed), f"{name} left {changed.count(False)} of {len(changed)} parameters of the students unchanged"
     idle = [key for key, p in learner.method.named_parameters() if p.requires_grad and p.grad is None]
-    assert not idle, f"{name} never trains {', '.join(idle)}; use it, or say requires_grad_(False)"
+    assert not idle, (
+        f"{name} has parameters without a gradient: {', '.join(idle)}; use them, or call requires_grad_(False)"
+    )
 
 
 def _require_head(learner: Learner, name: str) -> None:
+    """Assert that the exported head is None or a LinearHead of the student's width."""
     head, width = learner.method.exported_head(), learner.students[0].model.width
-    assert head is None or isinstance(head, LinearHead), f"{name} delivers a {type(head).__name__}, not a LabelHead"
-    assert head is None or head.width == width, f"{name} delivers a head for {head.width} dimensions, not {width}"
+    assert head is None or isinstance(head, LinearHead), (
+        f"{name}.exported_head returned a {type(head).__name__}, not a LinearHead"
+    )
+    assert head is None or head.width == width, (
+        f"{name}.exported_head returned a head for {head.width} dimensions, but the student has {width}"
+    )
 
 
-def _require_strict(learner: Learner, name: str) -> None:
-    home = learner.students[0].folder / "checkpoints"
-    saved = checkpoint.load(home / f"step-{STEPS // 2:08d}.pt")
-    for key in (key for key in saved["method"] if not key.endswith("num_batches_tracked")):  # torch fills that in
-        less = {**saved, "method": {k: v for k, v in saved["method"].items() if k != key}}
-        torch.save(less, home / "less.pt")
+def _require_strict_loading(learner: Learner, name: str) -> None:
+    """Assert that a checkpoint without one of the entries of the method's state is refused, for each entry."""
+    folder = learner.students[0].folder / "checkpoints"
+    saved = checkpoint.load(folder / f"step-{STEPS // 2:08d}.pt")
+    for key in saved["method"]:
+        if key.endswith("num_batches_tracked"):  # torch sets it to 0 where it is missing
+            continue
+        state = {k: v for k, v in saved["method"].items() if k != key}
+        torch.save({**saved, "method": state}, folder / "incomplete.pt")
         try:
-            checkpoint.restore(home / "less.pt", learner.checkpoint_parts(learner.students[0]))
+            checkpoint.restore(folder / "incomplete.pt", learner.checkpoint_parts(learner.students[0]))
         except UserError:
             continue
-        raise AssertionError(f"{name} is restored from a checkpoint that lacks {key}")
+        raise AssertionError(f"{name} was restored from a checkpoint that lacks {key}; load the state with strict=True")

@@ -1,4 +1,4 @@
-"""The memory bank: a ring of slots, one (i, v) across all columns, of which only what the store lacks is saved."""
+"""MemoryBank: a ring buffer whose slots are one (i, v) in all columns; only what the store lacks is saved."""
 
 from collections import deque
 
@@ -16,11 +16,11 @@ from compress_ssl.pipeline.runtime.artifact import UserError
 
 
 def feature(rows: Tensor, views: Tensor, array: str = "embedding") -> Tensor:
-    """A store that is a formula: (n,) rows and views -> (n, 3)."""
+    """Features of an artificial store, a formula of (i, v): (n,) rows and views -> (n, 3)."""
     return torch.stack([torch.sin(rows + 1.0), torch.cos(views + 2.0 * rows), 1.0 + views], 1).float()
 
 
-def bank(size: int, seed: int = 0) -> MemoryBank:
+def build_bank(size: int, seed: int = 0) -> MemoryBank:
     return MemoryBank(size, {"teacher": 3, "student": 2}, reread={"teacher": "embedding"}, seed=seed)
 
 
@@ -35,12 +35,12 @@ def content(of: MemoryBank) -> set[tuple[float, ...]]:
     return {tuple(row) for row in torch.cat([column.double() for column in columns], 1).tolist()}
 
 
-# ---------------------------------------------------------------- the ring
+# ---------------------------------------------------------------- the ring buffer
 
 
 @given(st.integers(1, 11), st.lists(st.integers(1, 7), max_size=12))
-def test_it_holds_the_latest_slots_whether_or_not_the_batch_divides_its_size(size: int, batches: list[int]) -> None:
-    ring, queue = bank(size), deque[tuple[int, int]](maxlen=size)
+def test_it_holds_the_latest_pushes_whether_or_not_the_batch_divides_its_size(size: int, batches: list[int]) -> None:
+    ring, queue = build_bank(size), deque[tuple[int, int]](maxlen=size)
     number = 0
     for view, n in enumerate(batches):
         rows = list(range(number, number + n))
@@ -48,13 +48,13 @@ def test_it_holds_the_latest_slots_whether_or_not_the_batch_divides_its_size(siz
         push(ring, rows, view)
         queue.extend((i, view) for i in rows)
         assert ring.filled == len(queue) == len(ring["teacher"]) == len(ring["student"])
-        rows_there, views_there = ring.rows[: ring.filled].tolist(), ring.views[: ring.filled].tolist()
-        assert sorted(zip(rows_there, views_there, strict=True)) == sorted(queue)
+        rows_held, views_held = ring.rows[: ring.filled].tolist(), ring.views[: ring.filled].tolist()
+        assert sorted(zip(rows_held, views_held, strict=True)) == sorted(queue)
 
 
 @given(st.integers(1, 11), st.lists(st.integers(1, 7), max_size=12))
 def test_a_slot_is_the_same_image_and_view_in_every_column(size: int, batches: list[int]) -> None:
-    ring = bank(size)
+    ring = build_bank(size)
     for view, n in enumerate(batches):
         push(ring, list(range(10 * view, 10 * view + n)), view)
     rows, views = ring.rows[: ring.filled], ring.views[: ring.filled]
@@ -63,20 +63,20 @@ def test_a_slot_is_the_same_image_and_view_in_every_column(size: int, batches: l
 
 
 def test_a_push_overwrites_the_oldest_slots_and_nothing_else() -> None:
-    ring = bank(5)
+    ring = build_bank(5)
     push(ring, [0, 1, 2], 0)
     push(ring, [3, 4, 5], 1)
     assert ring.rows.tolist() == [5, 1, 2, 3, 4]
     assert (ring.pointer, ring.filled) == (1, 5)
 
 
-def test_it_hands_out_its_slots_without_copying_them() -> None:
-    ring = bank(4)
+def test_anchors_are_a_view_of_the_bank_not_a_copy() -> None:
+    ring = build_bank(4)
     push(ring, [0, 1, 2, 3], 0)
     assert ring["teacher"].data_ptr() == ring.column_teacher.data_ptr()
 
 
-# ---------------------------------------------------------------- how it starts
+# ---------------------------------------------------------------- starts
 
 
 def test_a_random_start_has_expected_norm_one_and_is_a_function_of_the_seed() -> None:
@@ -93,13 +93,13 @@ def test_a_random_start_has_expected_norm_one_and_is_a_function_of_the_seed() ->
 
 
 def test_an_empty_start_has_no_anchors() -> None:
-    ring = bank(5)
+    ring = build_bank(5)
     ring.start("empty")
     ring.refill(feature)
     assert (len(ring["teacher"]), len(ring["student"])) == (0, 0)
 
 
-def test_a_start_from_the_store_holds_the_features_of_these_rows_in_this_view() -> None:
+def test_a_start_from_the_store_holds_the_features_of_the_given_rows_and_view() -> None:
     ring = MemoryBank(4, {"teacher": 3}, reread={"teacher": "embedding"})
     rows = torch.tensor([9, 2, 7, 4])
     ring.start("store", rows, view=5)
@@ -108,19 +108,19 @@ def test_a_start_from_the_store_holds_the_features_of_these_rows_in_this_view() 
     assert torch.equal(ring["teacher"], l2_normalize(feature(rows, torch.full((4,), 5))))
 
 
-# ---------------------------------------------------------------- what is saved
+# ---------------------------------------------------------------- saved state
 
 
 @pytest.mark.parametrize("start", ["empty", "random"])
 @given(st.lists(st.integers(1, 7), max_size=6))
-def test_saved_restored_and_filled_again_it_is_the_same_to_the_bit(start: str, batches: list[int]) -> None:
-    ring, again = bank(9), bank(9)
+def test_a_saved_restored_and_refilled_bank_is_equal_bit_for_bit(start: str, batches: list[int]) -> None:
+    ring, again = build_bank(9), build_bank(9)
     ring.start(start)
     again.start(start)
     for view, n in enumerate(batches):
         push(ring, list(range(10 * view, 10 * view + n)), view)
     again.load_state_dict(ring.state_dict())
-    again.refill_banks(feature)
+    again.refill(feature)
     for name, tensor in ring.named_buffers():
         assert torch.equal(tensor, dict(again.named_buffers())[name]), name
     assert (again.pointer, again.filled) == (ring.pointer, ring.filled)
@@ -130,13 +130,13 @@ def test_saved_restored_and_filled_again_it_is_the_same_to_the_bit(start: str, b
 
 
 @given(st.integers(1, 3), st.integers(1, 700), st.integers(0, 99))
-def test_the_bits_do_not_depend_on_how_many_rows_are_normalised_at_once(block: int, width: int, seed: int) -> None:
+def test_normalised_rows_are_equal_bit_for_bit_whatever_the_block_size(block: int, width: int, seed: int) -> None:
     x = torch.randn(17, width, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(torch.cat([l2_normalize(part) for part in x.split(block)]), l2_normalize(x))
 
 
-def test_the_checkpoint_names_its_slots_and_leaves_out_what_the_store_holds() -> None:
-    ring = bank(4)
+def test_the_state_has_the_rows_and_views_of_slots_but_no_column_of_the_store() -> None:
+    ring = build_bank(4)
     push(ring, [3, 1], 2)
     state = ring.state_dict()
     assert set(state) == {"rows", "views", "column_student", "_extra_state"}
@@ -144,7 +144,7 @@ def test_the_checkpoint_names_its_slots_and_leaves_out_what_the_store_holds() ->
     assert state["rows"].tolist() == [3, 1, -1, -1]
 
 
-def test_it_reads_large_banks_block_by_block() -> None:
+def test_refill_reads_a_bank_in_blocks() -> None:
     ring, asked = MemoryBank(10, {"teacher": 3}, reread={"teacher": "embedding"}), []
     ring.start("store", torch.arange(10))
 
@@ -157,40 +157,40 @@ def test_it_reads_large_banks_block_by_block() -> None:
     assert torch.equal(ring["teacher"], l2_normalize(feature(torch.arange(10), torch.zeros(10))))
 
 
-# ---------------------------------------------------------------- its size
+# ---------------------------------------------------------------- its size and first rows
 
 
-def setting(images: int, seed: int = 0) -> MethodContext:
+def make_context(images: int, seed: int = 0) -> MethodContext:
     return MethodContext([], {"embedding": (3,)}, np.arange(5, 5 + images), 1, seed)
 
 
-def test_its_size_is_the_published_one_where_there_are_images_enough() -> None:
-    large = setting(300)
+def test_its_size_is_the_published_one_if_there_are_enough_images() -> None:
+    large = make_context(300)
     assert bank_size(None, 128, large) == 128
     assert not large.notes
 
 
-def test_a_small_set_caps_it_to_half_its_images_and_says_so() -> None:
-    small = setting(200)
+def test_in_a_small_data_set_its_size_is_half_the_images_and_a_note_tells_so() -> None:
+    small = make_context(200)
     assert bank_size(None, 128, small) == 100
     assert small.notes == ["bank of 100 anchors instead of the published 128: half of 200 images"]
 
 
-def test_an_asked_size_is_taken_as_it_is_up_to_the_number_of_images() -> None:
-    small = setting(200)
+def test_any_size_up_to_the_number_of_images_can_be_asked() -> None:
+    small = make_context(200)
     assert [bank_size(n, 128, small) for n in (1, 150, 200)] == [1, 150, 200]
     assert not small.notes
 
 
 @pytest.mark.parametrize("asked", [201, 0, -1])
-def test_a_size_beyond_the_data_is_refused_with_one_that_fits(asked: int) -> None:
+def test_a_size_out_of_range_is_refused_with_one_that_fits(asked: int) -> None:
     with pytest.raises(UserError, match=f"bank={asked} .* from 1 to the 200 usable images; take bank=100"):
-        bank_size(asked, 128, setting(200))
+        bank_size(asked, 128, make_context(200))
 
 
-def test_the_rows_it_starts_with_are_distinct_good_ones_and_a_function_of_the_seed() -> None:
-    rows = initial_rows(setting(200, seed=1), 150)
+def test_initial_rows_are_distinct_usable_ones_and_a_function_of_the_seed() -> None:
+    rows = initial_rows(make_context(200, seed=1), 150)
     assert len(rows.unique()) == 150
     assert 5 <= int(rows.min()) <= int(rows.max()) < 205
-    assert torch.equal(rows, initial_rows(setting(200, seed=1), 150))
-    assert not torch.equal(rows, initial_rows(setting(200, seed=2), 150))
+    assert torch.equal(rows, initial_rows(make_context(200, seed=1), 150))
+    assert not torch.equal(rows, initial_rows(make_context(200, seed=2), 150))

@@ -1,31 +1,41 @@
-"""Regression on the teacher's embedding, both norms, against plain sums."""
+"""Regression on the teacher's embedding with both norms, compared with sums in plain Python."""
 
 import math
 
 import pytest
 import torch
-from papers import batch, dot, gradients_check, learner, looks, losses, mean, norm, through
+from papers import (
+    apply_linear,
+    build_method,
+    dot,
+    gradient_is_exact,
+    make_batch,
+    mean,
+    normalize,
+    student_outputs,
+    take_step,
+)
 
 W = 2
 
 
-def sides(order: str) -> tuple[list[list[float]], list[list[float]], float]:
-    """(teacher, student through the head, the loss)"""
-    made, now, out = learner(order), batch(0, w=W), looks(0, w=W)
-    t = now.teacher["embedding"].flatten(0, 1).tolist()
-    s = [through(made.head, z) for z in out["embedding"].flatten(0, 1).tolist()]
-    return t, s, losses(made, now, [out])[0]
+def run_step(spec: str) -> tuple[list[list[float]], list[list[float]], float]:
+    """(teacher vectors, projected student vectors, loss) of one step."""
+    method, batch, out = build_method(spec), make_batch(0, w=W), student_outputs(0, w=W)
+    t = batch.teacher["embedding"].flatten(0, 1).tolist()
+    s = [apply_linear(method.head, z) for z in out["embedding"].flatten(0, 1).tolist()]
+    return t, s, take_step(method, batch, [out])[0]
 
 
-def test_with_unit_vectors_it_is_two_minus_two_cosines() -> None:
-    t, s, loss = sides("regression")
-    pairs = [(norm(a), norm(b)) for a, b in zip(t, s, strict=True)]
+def test_norm_l2_is_two_minus_two_cosines() -> None:
+    t, s, loss = run_step("regression")
+    pairs = [(normalize(a), normalize(b)) for a, b in zip(t, s, strict=True)]
     assert loss == pytest.approx(mean(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) for a, b in pairs))
     assert loss == pytest.approx(mean(2 - 2 * dot(a, b) for a, b in pairs))
 
 
-def test_with_batch_norm_it_is_the_mean_square_of_standardised_dimensions() -> None:
-    t, s, loss = sides("regression:norm=batch")
+def test_norm_batch_is_the_mean_squared_difference_of_standardised_dimensions() -> None:
+    t, s, loss = run_step("regression:norm=batch")
 
     def standardised(rows: list[list[float]]) -> list[list[float]]:
         columns = []
@@ -42,24 +52,24 @@ def test_with_batch_norm_it_is_the_mean_square_of_standardised_dimensions() -> N
 
 
 @pytest.mark.parametrize("norm", ["l2", "batch"])
-def test_its_gradient_is_the_losses(norm: str) -> None:
-    made, now = learner(f"regression:norm={norm}"), batch(0, w=W)
-    assert gradients_check(made, now, looks(0, w=W))
-    assert gradients_check(made.requires_grad_(False), now, looks(1, w=W))
+def test_the_gradient_is_exact(norm: str) -> None:
+    method, batch = build_method(f"regression:norm={norm}"), make_batch(0, w=W)
+    assert gradient_is_exact(method, batch, student_outputs(0, w=W))
+    assert gradient_is_exact(method.requires_grad_(False), batch, student_outputs(1, w=W))
 
 
 @pytest.mark.parametrize(("norm", "close"), [("l2", 1e-9), ("batch", 1e-4)])
-def test_the_scale_of_the_teacher_does_not_matter(norm: str, close: float) -> None:
-    made, now, out = learner(f"regression:norm={norm}"), batch(0, w=W), looks(0, w=W)
-    (before,) = losses(made, now, [out])
-    now.teacher["embedding"] = now.teacher["embedding"] * 7
-    assert losses(made, now, [out])[0] == pytest.approx(before, rel=close)
+def test_the_loss_is_invariant_to_the_scale_of_the_teacher(norm: str, close: float) -> None:
+    method, batch, out = build_method(f"regression:norm={norm}"), make_batch(0, w=W), student_outputs(0, w=W)
+    (before,) = take_step(method, batch, [out])
+    batch.teacher["embedding"] = batch.teacher["embedding"] * 7
+    assert take_step(method, batch, [out])[0] == pytest.approx(before, rel=close)
 
 
-def test_a_student_that_has_arrived_has_no_loss() -> None:
-    made, now, out = learner("regression"), batch(0), looks(0)
+def test_a_student_equal_to_the_teacher_has_loss_zero() -> None:
+    method, batch, out = build_method("regression"), make_batch(0), student_outputs(0)
     with torch.no_grad():
-        made.head.weight.zero_()
-        made.head.bias.copy_(now.teacher["embedding"][0, 0])
-    now.teacher["embedding"] = now.teacher["embedding"][:1].expand(4, 1, -1)
-    assert losses(made, now, [out])[0] == pytest.approx(0, abs=1e-12)
+        method.head.weight.zero_()
+        method.head.bias.copy_(batch.teacher["embedding"][0, 0])
+    batch.teacher["embedding"] = batch.teacher["embedding"][:1].expand(4, 1, -1)
+    assert take_step(method, batch, [out])[0] == pytest.approx(0, abs=1e-12)

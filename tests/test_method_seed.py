@@ -1,4 +1,4 @@
-"""SEED in full: the teacher's projection, small crops with a queue of their own."""
+"""SEED with the teacher's projection as the target, and with small crops and their own queue."""
 
 from collections import deque
 
@@ -9,16 +9,16 @@ from papers import (
     STORE,
     B,
     P,
-    batch,
+    build_method,
     cross_entropy,
     dot,
-    gradients_check,
-    learner,
-    looks,
-    losses,
+    gradient_is_exact,
+    make_batch,
     mean,
-    norm,
+    normalize,
     softmax,
+    student_outputs,
+    take_step,
 )  # fmt: skip
 
 from compress_ssl.pipeline.runtime.artifact import UserError
@@ -30,50 +30,51 @@ TARGET = ("projection", "local_projection")
 
 def term(t: list[float], s: list[float], anchors: list[list[float]]) -> float:
     """Fang et al. 2021: the row's own teacher vector comes first among the anchors; tau_t 0.3, tau_s 0.5."""
-    p = softmax([dot(norm(t), a) / 0.3 for a in [norm(t), *anchors]])
-    return cross_entropy(p, [dot(norm(s), a) / 0.5 for a in [norm(t), *anchors]])
+    p = softmax([dot(normalize(t), a) / 0.3 for a in [normalize(t), *anchors]])
+    return cross_entropy(p, [dot(normalize(s), a) / 0.5 for a in [normalize(t), *anchors]])
 
 
 @pytest.mark.parametrize("start", ["empty", "store"])
-def test_views_and_small_crops_each_over_their_own_queue_of_projections(start: str) -> None:
-    made = learner(f"seed:bank=6,tau_t=0.3,tau_s=0.5,start={start}", FULL)
-    assert made.needs.arrays == TARGET and made.needs.outputs == ("embedding", "local_embedding")
-    queues = [deque(bank["teacher"].tolist(), maxlen=6) for bank in (made.bank, made.small_bank)]
+def test_views_and_small_crops_are_each_compared_over_their_own_queue_of_projections(start: str) -> None:
+    method = build_method(f"seed:bank=6,tau_t=0.3,tau_s=0.5,start={start}", FULL)
+    assert method.needs.arrays == TARGET and method.needs.outputs == ("embedding", "local_embedding")
+    queues = [deque(bank["teacher"].tolist(), maxlen=6) for bank in (method.bank, method.small_bank)]
     for step in range(4):
-        now, out = batch(step, TARGET, w=2, crops=CROPS), looks(step, w=2, crops=CROPS)
+        batch, out = make_batch(step, TARGET, w=2, crops=CROPS), student_outputs(step, w=2, crops=CROPS)
         sides = []
         for name, queue in zip(("", "local_"), queues, strict=True):
-            t = now.teacher[f"{name}projection"].flatten(0, 1).tolist()
-            s = made.head(out[f"{name}embedding"].flatten(0, 1)).detach().tolist()
+            t = batch.teacher[f"{name}projection"].flatten(0, 1).tolist()
+            s = method.head(out[f"{name}embedding"].flatten(0, 1)).detach().tolist()
             sides.append(mean(term(a, b, list(queue)) for a, b in zip(t, s, strict=True)))
-        assert losses(made, now, [out])[0] == pytest.approx(sum(sides), rel=1e-5), step
-        queues[0].extend(norm(t) for t in now.teacher["projection"].flatten(0, 1).tolist())
-        queues[1].extend(norm(t) for t in now.teacher["local_projection"][:, 0].tolist())  # only the first crop enters
-    assert set(made.small_bank.views.tolist()) == {LOCAL}
+        assert take_step(method, batch, [out])[0] == pytest.approx(sum(sides), rel=1e-5), step
+        queues[0].extend(normalize(t) for t in batch.teacher["projection"].flatten(0, 1).tolist())
+        # Only the first crop of an image enters the queue.
+        queues[1].extend(normalize(t) for t in batch.teacher["local_projection"][:, 0].tolist())
+    assert set(method.small_bank.views.tolist()) == {LOCAL}
 
 
-def test_small_crops_weigh_as_much_as_views_however_many_there_are() -> None:
+def test_the_weight_of_the_small_crops_loss_does_not_depend_on_their_number() -> None:
     """The mean over 6 B rows, not six means."""
-    made = learner("seed:bank=6,tau_t=0.3,tau_s=0.5", FULL)
-    now, out = batch(0, TARGET, w=1, crops=CROPS), looks(0, w=1, crops=CROPS)
+    method = build_method("seed:bank=6,tau_t=0.3,tau_s=0.5", FULL)
+    batch, out = make_batch(0, TARGET, w=1, crops=CROPS), student_outputs(0, w=1, crops=CROPS)
     twice = {name: value.repeat(1, 2, 1) if name.startswith("local_") else value for name, value in out.items()}
-    (once,) = made(now, [out])
-    now.teacher["local_projection"] = now.teacher["local_projection"].repeat(1, 2, 1)
-    assert float(made(now, [twice])[0].detach()) == pytest.approx(float(once.detach()))
+    (once,) = method(batch, [out])
+    batch.teacher["local_projection"] = batch.teacher["local_projection"].repeat(1, 2, 1)
+    assert float(method(batch, [twice])[0].detach()) == pytest.approx(float(once.detach()))
 
 
-def test_its_gradient_is_the_losses() -> None:
-    made = learner("seed:bank=6,tau_t=0.3,tau_s=0.5", FULL)
-    assert gradients_check(made, batch(0, TARGET, crops=2), looks(0, crops=2))
+def test_the_gradient_is_exact() -> None:
+    method = build_method("seed:bank=6,tau_t=0.3,tau_s=0.5", FULL)
+    assert gradient_is_exact(method, make_batch(0, TARGET, crops=2), student_outputs(0, crops=2))
 
 
 def test_the_head_is_two_layers_from_the_students_width_to_the_targets() -> None:
-    first, _, last = learner("seed:bank=6", FULL).head
+    first, _, last = build_method("seed:bank=6", FULL).head
     assert (first.in_features, first.out_features, last.out_features) == (5, 5, P)
 
 
 @pytest.mark.parametrize(
-    ("order", "arrays", "wanted"),
+    ("spec", "arrays", "wanted"),
     [
         ("seed", ("embedding",), ("embedding",)),
         ("seed", ("embedding", "projection"), ("projection",)),
@@ -82,31 +83,31 @@ def test_the_head_is_two_layers_from_the_students_width_to_the_targets() -> None
         ("seed", ("embedding", "local_embedding"), ("embedding", "local_embedding")),
     ],
 )
-def test_what_it_compares_with_follows_from_the_store_and_can_be_said(
-    order: str, arrays: tuple[str, ...], wanted: tuple[str, ...]
+def test_the_arrays_it_reads_follow_from_the_store_and_the_keys(
+    spec: str, arrays: tuple[str, ...], wanted: tuple[str, ...]
 ) -> None:
-    assert learner(order, arrays).needs.arrays == wanted
+    assert build_method(spec, arrays).needs.arrays == wanted
 
 
 @pytest.mark.parametrize(
-    ("order", "flags"),
+    ("spec", "flags"),
     [
         ("seed:target=projection", "needs 'projection' .* --keep embedding,projection"),
         ("seed:small=true", "needs 'local_embedding' .* export with --local-views 6"),
     ],
 )
-def test_what_the_store_lacks_is_refused_with_the_flags_that_put_it_there(order: str, flags: str) -> None:
+def test_a_missing_array_is_refused_with_the_flags_that_add_it(spec: str, flags: str) -> None:
     with pytest.raises(UserError, match=flags):
-        learner(order)
+        build_method(spec)
 
 
-def test_a_queue_of_small_crops_is_read_from_the_store_again() -> None:
-    made = learner("seed:bank=6", FULL)
-    rows = made.small_bank.rows
+def test_the_queue_of_small_crops_is_read_from_the_store() -> None:
+    method = build_method("seed:bank=6", FULL)
+    rows = method.small_bank.rows
     assert len(set(rows.tolist())) == 6 and int(rows.max()) < IMAGES
     for j, i in enumerate(rows.tolist()):
-        assert made.small_bank["teacher"][j].tolist() == pytest.approx(
-            norm(STORE["local_projection"][i, 0].tolist()), rel=1e-5
+        assert method.small_bank["teacher"][j].tolist() == pytest.approx(
+            normalize(STORE["local_projection"][i, 0].tolist()), rel=1e-5
         )
-    assert not [name for name in made.state_dict() if "column" in name]
-    assert made.bank.size == 6 and B == 4
+    assert not [name for name in method.state_dict() if "column" in name]
+    assert method.bank.size == 6 and B == 4

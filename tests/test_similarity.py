@@ -1,4 +1,4 @@
-"""The losses over anchors, against loops in double precision written down from the papers."""
+"""The similarity losses, compared with loops in double precision transcribed from the papers."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from compress_ssl.pipeline.models.precision import l2_normalize
 
 Vector = list[float]
 
-# ---------------------------------------------------------------- the papers, slowly
+# ---------------------------------------------------------------- the papers' formulas in plain Python
 
 
 def length_one(x: Vector) -> Vector:
@@ -40,7 +40,7 @@ def compress(
 ) -> float:  # fmt: skip
     """Koohpayegani et al. 2020: p = softmax(t . a / tau), q likewise, KL(p || q), mean over the batch.
 
-    With own, each row has one anchor more: (t itself, own).
+    With `own`, each row has one more anchor: t itself for the teacher, own for the student.
     """
     total = 0.0
     for row, (t, s) in enumerate(zip(teacher, student, strict=True)):
@@ -61,21 +61,22 @@ def seed(teacher: list[Vector], student: list[Vector], queue: list[Vector], tau_
     return total / len(teacher)
 
 
-def slope(loss: Callable[[list[Vector]], float], at: list[Vector], step: float = 1e-5) -> list[Vector]:
-    """Central differences of a loss in every coordinate."""
+def central_differences(loss: Callable[[list[Vector]], float], at: list[Vector], step: float = 1e-5) -> list[Vector]:
+    """The numerical gradient of a loss in every coordinate."""
     out = [[0.0] * len(row) for row in at]
     for i, row in enumerate(at):
         for j in range(len(row)):
             sides = []
             for sign in (1, -1):
-                moved = [list(r) for r in at]
-                moved[i][j] += sign * step
-                sides.append(loss(moved))
+                shifted = [list(r) for r in at]
+                shifted[i][j] += sign * step
+                sides.append(loss(shifted))
             out[i][j] = (sides[0] - sides[1]) / (2 * step)
     return out
 
 
 def rows(n: int, d: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(n, d) standard normal numbers, a function of the seed."""
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
@@ -87,19 +88,20 @@ def pair(
     return teacher, l2_normalize(rows(k, dt, start + 2, dtype)), student, l2_normalize(rows(k, ds, start + 3, dtype))
 
 
-def slope_of(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
+def gradient_of(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
+    """Autograd's gradient of the loss in the student's embeddings (B, d)."""
     student = student.detach().requires_grad_()
     return torch.autograd.grad(loss(student), student)[0]
 
 
-def plain_kl(t: Tensor, ta: Tensor, s: Tensor, sa: Tensor, tau_t: float, tau_s: float) -> Tensor:
-    """The loop of `compress` as whole matrices, for sizes where a loop is too slow."""
+def matrix_kl(t: Tensor, ta: Tensor, s: Tensor, sa: Tensor, tau_t: float, tau_s: float) -> Tensor:
+    """`compress` written with whole (B, K) matrices, for sizes at which a loop is too slow."""
     log_p, log_q = (l2_normalize(t) @ ta.T / tau_t).log_softmax(1), (l2_normalize(s) @ sa.T / tau_s).log_softmax(1)
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
 
-def plain_cross_entropy(t: Tensor, s: Tensor, queue: Tensor, tau_t: float, tau_s: float) -> Tensor:
-    """The loop of `seed` as whole matrices."""
+def matrix_cross_entropy(t: Tensor, s: Tensor, queue: Tensor, tau_t: float, tau_s: float) -> Tensor:
+    """`seed` written with whole (B, K) matrices."""
     own = [(l2_normalize(x) * l2_normalize(t)).sum(1, keepdim=True) for x in (t, s)]
     p = (torch.cat([own[0], l2_normalize(t) @ queue.T], 1) / tau_t).softmax(1)
     return -(p * (torch.cat([own[1], l2_normalize(s) @ queue.T], 1) / tau_s).log_softmax(1)).sum(1).mean()
@@ -113,7 +115,7 @@ blocks = st.integers(1, 12)
 
 
 @given(shapes, taus, taus, blocks, st.booleans())
-def test_compress_is_the_papers_loop_for_any_sizes_and_both_temperatures(
+def test_compress_equals_the_papers_loop_for_any_sizes_and_temperatures(
     shape: tuple[int, int, int, int, int], tau_t: float, tau_s: float, block: int, with_own: bool
 ) -> None:
     t, ta, s, sa = pair(*shape)
@@ -129,23 +131,23 @@ def test_compress_is_the_papers_loop_for_any_sizes_and_both_temperatures(
 
 
 @pytest.mark.parametrize("tau_t, tau_s", [(0.04, 0.04), (0.1, 0.5), (0.01, 0.2)])
-def test_the_gradient_of_compress_is_that_of_the_papers_loop(tau_t: float, tau_s: float) -> None:
+def test_the_gradient_of_compress_equals_that_of_the_papers_loop(tau_t: float, tau_s: float) -> None:
     t, ta, s, sa = pair(3, 7, 5, 4, 10)
     s.requires_grad_()
     for own in (None, rows(3, 4, 11)):
         assert torch.autograd.gradcheck(lambda x, own=own: relation_kl(t, ta, x, sa, tau_t, tau_s, own=own, block=3), s)
     (grad,) = torch.autograd.grad(relation_kl(t, ta, s, sa, tau_t, tau_s), s)
-    slow = slope(lambda x: compress(t.tolist(), ta.tolist(), x, sa.tolist(), tau_t, tau_s), s.tolist())
+    slow = central_differences(lambda x: compress(t.tolist(), ta.tolist(), x, sa.tolist(), tau_t, tau_s), s.tolist())
     torch.testing.assert_close(grad, torch.tensor(slow, dtype=torch.float64), rtol=1e-6, atol=1e-8)
 
 
-def test_compress_sends_gradient_to_the_student_only() -> None:
+def test_the_gradient_of_compress_reaches_only_the_student() -> None:
     parts = [part.requires_grad_() for part in pair(3, 7, 5, 4, 20)]
     relation_kl(*parts, 0.04, 0.04).backward()
     assert [part.grad is not None for part in parts] == [False, False, True, False]
 
 
-def test_compress_is_zero_with_zero_slope_where_student_and_teacher_agree() -> None:
+def test_compress_and_its_gradient_are_zero_if_student_and_teacher_are_equal() -> None:
     t, ta, _, _ = pair(3, 7, 5, 5, 30)
     s = t.clone().requires_grad_()
     loss = relation_kl(t, ta, s, ta, 0.04, 0.04)
@@ -158,7 +160,7 @@ def test_compress_is_zero_with_zero_slope_where_student_and_teacher_agree() -> N
 
 
 @given(shapes, taus, taus, blocks)
-def test_seed_is_the_papers_loop_with_the_own_teacher_vector_among_the_anchors(
+def test_seed_equals_the_papers_loop_with_the_own_teacher_vector_as_an_anchor(
     shape: tuple[int, int, int, int, int], tau_t: float, tau_s: float, block: int
 ) -> None:
     b, k, d, _, start = shape
@@ -171,30 +173,30 @@ def test_seed_is_the_papers_loop_with_the_own_teacher_vector_among_the_anchors(
 
 
 @pytest.mark.parametrize("tau_t, tau_s", [(0.01, 0.2), (0.1, 0.07), (1e-4, 0.2)])
-def test_the_gradient_of_seed_is_that_of_the_papers_loop(tau_t: float, tau_s: float) -> None:
+def test_the_gradient_of_seed_equals_that_of_the_papers_loop(tau_t: float, tau_s: float) -> None:
     t, queue, s, _ = pair(3, 7, 5, 5, 40)
     s.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: relation_cross_entropy(t, x, queue, tau_t, tau_s, block=3), s)
     (grad,) = torch.autograd.grad(relation_cross_entropy(t, s, queue, tau_t, tau_s), s)
-    slow = slope(lambda x: seed(t.tolist(), x, queue.tolist(), tau_t, tau_s), s.tolist())
+    slow = central_differences(lambda x: seed(t.tolist(), x, queue.tolist(), tau_t, tau_s), s.tolist())
     torch.testing.assert_close(grad, torch.tensor(slow, dtype=torch.float64), rtol=1e-6, atol=1e-8)
 
 
-def test_seed_sends_gradient_to_the_student_only() -> None:
+def test_the_gradient_of_seed_reaches_only_the_student() -> None:
     t, queue, s, _ = (part.requires_grad_() for part in pair(3, 7, 5, 5, 50))
     relation_cross_entropy(t, s, queue, 0.01, 0.2).backward()
     assert (t.grad, queue.grad) == (None, None)
     assert s.grad is not None and float(s.grad.abs().sum()) > 0
 
 
-def test_a_sharp_seed_is_contrastive_learning_against_the_teacher_as_the_fixed_key() -> None:
+def test_seed_at_a_low_teacher_temperature_is_info_nce_with_the_teacher_as_key() -> None:
     t, queue, s, _ = pair(3, 7, 5, 5, 60)
     logits = torch.cat([(l2_normalize(s) * l2_normalize(t)).sum(1, keepdim=True), l2_normalize(s) @ queue.T], 1) / 0.2
     info_nce = torch.nn.functional.cross_entropy(logits, torch.zeros(3, dtype=torch.int64))
     assert float(relation_cross_entropy(t, s, queue, 1e-4, 0.2)) == pytest.approx(float(info_nce), rel=1e-9)
 
 
-# ---------------------------------------------------------------- both
+# ---------------------------------------------------------------- both losses
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "compress": lambda t, s, a, b, **how: relation_kl(t, a, s, b, 0.04, 0.1, **how),
@@ -205,7 +207,7 @@ each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 @each_loss
 @given(st.integers(0, 999), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
-def test_the_length_of_embeddings_does_not_matter(
+def test_the_loss_is_invariant_to_the_scale_of_embeddings(
     loss: Callable[..., Tensor], start: int, longer_t: float, longer_s: float
 ) -> None:
     t, ta, s, sa = pair(3, 6, 4, 4, start)
@@ -214,120 +216,120 @@ def test_the_length_of_embeddings_does_not_matter(
 
 @each_loss
 @given(st.integers(0, 999), st.permutations(range(6)))
-def test_the_order_of_the_bank_does_not_matter(loss: Callable[..., Tensor], start: int, order: list[int]) -> None:
+def test_the_loss_is_invariant_to_the_order_of_the_bank(
+    loss: Callable[..., Tensor], start: int, order: list[int]
+) -> None:
     t, ta, s, sa = pair(3, 6, 4, 4, start)
     assert float(loss(t, s, ta[order], sa[order])) == pytest.approx(float(loss(t, s, ta, sa)), rel=1e-9)
 
 
 @each_loss
 @given(st.integers(0, 999))
-def test_the_gradient_is_orthogonal_to_the_embedding_whose_length_does_not_matter(
-    loss: Callable[..., Tensor], start: int
-) -> None:
+def test_the_gradient_is_orthogonal_to_the_embedding(loss: Callable[..., Tensor], start: int) -> None:
     t, ta, s, sa = pair(3, 6, 4, 4, start)
-    grad = slope_of(lambda x: loss(t, x, ta, sa), s)
+    grad = gradient_of(lambda x: loss(t, x, ta, sa), s)
     assert float((grad * s).sum(1).abs().max()) < 1e-12 * max(1.0, float(grad.norm() * s.norm()))
 
 
 @given(shapes, taus, taus)
-def test_a_divergence_is_never_negative(shape: tuple[int, int, int, int, int], tau_t: float, tau_s: float) -> None:
+def test_the_kl_divergence_is_never_negative(shape: tuple[int, int, int, int, int], tau_t: float, tau_s: float) -> None:
     t, ta, s, sa = pair(*shape)
     assert float(relation_kl(t, ta, s, sa, tau_t, tau_s)) > -1e-14
 
 
 @each_loss
 @pytest.mark.parametrize("kind", ["double", "float"])
-def test_the_size_of_a_block_changes_rounding_only(loss: Callable[..., Tensor], kind: str) -> None:
+def test_the_block_size_changes_rounding_only(loss: Callable[..., Tensor], kind: str) -> None:
     t, ta, s, sa = (getattr(part, kind)() for part in pair(8, 300, 24, 24, 110))
     near = dict(rtol=1e-12, atol=1e-15) if kind == "double" else dict(rtol=1e-5, atol=1e-7)
-    whole = loss(t, s, ta, sa, block=300), slope_of(lambda x: loss(t, x, ta, sa, block=300), s)
+    whole = loss(t, s, ta, sa, block=300), gradient_of(lambda x: loss(t, x, ta, sa, block=300), s)
     for block in (1, 7, 100, 299, 301, 10_000):
-        again = loss(t, s, ta, sa, block=block), slope_of(lambda x, n=block: loss(t, x, ta, sa, block=n), s)
+        again = loss(t, s, ta, sa, block=block), gradient_of(lambda x, n=block: loss(t, x, ta, sa, block=n), s)
         torch.testing.assert_close(again, whole, **near)
 
 
 @pytest.mark.parametrize("tau_t, tau_s", [(0.04, 0.04), (0.01, 0.2), (1e-3, 1e-3), (1e-4, 0.2), (0.2, 1e-4)])
 @pytest.mark.parametrize("spread", [1.0, 0.1], ids=["anywhere", "all in one direction"])
-def test_no_temperature_overflows_or_leaves_the_slow_formula(tau_t: float, tau_s: float, spread: float) -> None:
-    """In double precision, whose rounding of a cosine (1e-16) is still nothing after division by 1e-4."""
+def test_no_temperature_overflows_or_deviates_from_the_plain_formula(tau_t: float, tau_s: float, spread: float) -> None:
+    """In double precision, whose rounding error of a cosine (1e-16) is negligible even after division by 1e-4."""
     t, ta, s, sa = (l2_normalize(part) * spread + torch.eye(part.shape[1])[0] for part in pair(6, 200, 16, 16, 120))
     ta, sa = l2_normalize(ta), l2_normalize(sa)
     for ours, slow in (
-        (lambda x: relation_kl(t, ta, x, sa, tau_t, tau_s, block=64), lambda x: plain_kl(t, ta, x, sa, tau_t, tau_s)),
+        (lambda x: relation_kl(t, ta, x, sa, tau_t, tau_s, block=64), lambda x: matrix_kl(t, ta, x, sa, tau_t, tau_s)),
         (
             lambda x: relation_cross_entropy(t, x, ta, tau_t, tau_s, block=64),
-            lambda x: plain_cross_entropy(t, x, ta, tau_t, tau_s),
+            lambda x: matrix_cross_entropy(t, x, ta, tau_t, tau_s),
         ),
     ):
         torch.testing.assert_close(ours(s), slow(s), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(slope_of(ours, s), slope_of(slow, s), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(gradient_of(ours, s), gradient_of(slow, s), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("tau", [0.02, 0.04, 0.2])
-def test_single_precision_is_within_a_hundred_thousandth_of_double(tau: float) -> None:
+def test_the_relative_error_of_float32_is_below_1e_5(tau: float) -> None:
     t, ta, s, sa = (part.relu() for part in pair(32, 5000, 96, 64, 130, torch.float32))
     ta, sa = l2_normalize(ta), l2_normalize(sa)
     double = [part.double() for part in (t, ta, s, sa)]
-    want = plain_kl(*double, tau, tau)
-    slope = slope_of(lambda x: plain_kl(double[0], double[1], x, double[3], tau, tau), double[2])
+    want = matrix_kl(*double, tau, tau)
+    gradient = gradient_of(lambda x: matrix_kl(double[0], double[1], x, double[3], tau, tau), double[2])
     assert float(relation_kl(t, ta, s, sa, tau, tau)) == pytest.approx(float(want), rel=1e-5)
-    got = slope_of(lambda x: relation_kl(t, ta, x, sa, tau, tau), s)
-    assert float((got - slope).norm() / slope.norm()) < 1e-5
+    got = gradient_of(lambda x: relation_kl(t, ta, x, sa, tau, tau), s)
+    assert float((got - gradient).norm() / gradient.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("tau_t", [0.01, 1e-4])
-def test_a_sharp_seed_in_single_precision_is_within_a_hundred_thousandth_of_double(tau_t: float) -> None:
+def test_the_relative_error_of_float32_is_below_1e_5_for_seed_at_low_temperatures(tau_t: float) -> None:
     t, queue, s, _ = pair(32, 5000, 96, 96, 140, torch.float32)
-    want = plain_cross_entropy(t.double(), s.double(), queue.double(), tau_t, 0.2)
-    slope = slope_of(lambda x: plain_cross_entropy(t.double(), x, queue.double(), tau_t, 0.2), s.double())
+    want = matrix_cross_entropy(t.double(), s.double(), queue.double(), tau_t, 0.2)
+    gradient = gradient_of(lambda x: matrix_cross_entropy(t.double(), x, queue.double(), tau_t, 0.2), s.double())
     assert float(relation_cross_entropy(t, s, queue, tau_t, 0.2)) == pytest.approx(float(want), rel=1e-5)
-    got = slope_of(lambda x: relation_cross_entropy(t, x, queue, tau_t, 0.2), s)
-    assert float((got - slope).norm() / slope.norm()) < 1e-5
+    got = gradient_of(lambda x: relation_cross_entropy(t, x, queue, tau_t, 0.2), s)
+    assert float((got - gradient).norm() / gradient.norm()) < 1e-5
 
 
-class Witness(TorchDispatchMode):
-    """Counts matrix products, and the numbers in the largest tensor made that is no view of `known`."""
+class AllocationCounter(TorchDispatchMode):
+    """Counts matrix products, and the elements of the largest tensor that is created and no view of `known`."""
 
     def __init__(self, *known: Tensor):
         super().__init__()
         self.known = {part.untyped_storage().data_ptr() for part in known}
-        self.products = self.numbers = 0
+        self.products = self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.products += "mm" in func.name()
         for made in out if isinstance(out, tuple | list) else [out]:
             if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in self.known:
-                self.numbers = max(self.numbers, made.untyped_storage().nbytes() // made.element_size())
+                self.elements = max(self.elements, made.untyped_storage().nbytes() // made.element_size())
         return out
 
 
 @each_loss
-def test_nothing_larger_than_three_blocks_is_kept_and_no_bank_is_copied(loss: Callable[..., Tensor]) -> None:
+def test_no_tensor_is_larger_than_three_blocks_and_no_bank_is_copied(loss: Callable[..., Tensor]) -> None:
     b, block = 4, 50
     t, ta, s, sa = (part.float() for part in pair(b, 500, 8, 8, 150))
     s.requires_grad_()
-    with Witness(ta, sa) as seen:
+    with AllocationCounter(ta, sa) as counter:
         loss(t, s, ta, sa, block=block).backward()
-    assert seen.numbers == 3 * b * block
+    assert counter.elements == 3 * b * block
 
 
 @each_loss
-def test_without_a_gradient_to_find_only_the_similarities_are_multiplied(loss: Callable[..., Tensor]) -> None:
+def test_without_gradient_the_only_matrix_products_are_the_similarities(loss: Callable[..., Tensor]) -> None:
     t, ta, s, sa = pair(3, 6, 4, 4, 170)
     s.requires_grad_()
-    with Witness() as training:
+    with AllocationCounter() as training:
         value = loss(t, s, ta, sa)
         value.backward()
-    with torch.no_grad(), Witness() as scoring:
+    with torch.no_grad(), AllocationCounter() as scoring:
         assert torch.equal(loss(t, s, ta, sa), value)
-    assert (training.products, scoring.products) == (3, 2)  # the two pulls are one product
+    assert (training.products, scoring.products) == (3, 2)  # both sums of weighted anchors are one product
 
 
 @each_loss
-def test_a_bank_may_move_on_before_the_backward_pass(loss: Callable[..., Tensor]) -> None:
+def test_a_bank_may_be_overwritten_before_the_backward_pass(loss: Callable[..., Tensor]) -> None:
     t, ta, s, sa = pair(3, 6, 4, 4, 160)
-    want = slope_of(lambda x: loss(t, x, ta, sa), s)
+    want = gradient_of(lambda x: loss(t, x, ta, sa), s)
     s.requires_grad_()
     value = loss(t, s, ta, sa)
     ta.zero_(), sa.zero_()
@@ -343,7 +345,7 @@ def test_a_second_derivative_is_refused(loss: Callable[..., Tensor]) -> None:
 
 
 @each_loss
-def test_a_compiled_student_learns_from_the_same_gradient(loss: Callable[..., Tensor]) -> None:
+def test_the_gradient_of_a_compiled_student_is_the_same(loss: Callable[..., Tensor]) -> None:
     t, ta, s, sa = pair(3, 6, 4, 4, 190)
     student = torch.nn.Linear(4, 4).double()
 
@@ -351,8 +353,8 @@ def test_a_compiled_student_learns_from_the_same_gradient(loss: Callable[..., Te
         return loss(t, student(x), ta, sa)
 
     compiled = torch.compile(whole, backend="eager")
-    slopes = [torch.autograd.grad(act(s), list(student.parameters())) for act in (whole, compiled)]
-    torch.testing.assert_close(slopes[0], slopes[1])
+    gradients = [torch.autograd.grad(act(s), list(student.parameters())) for act in (whole, compiled)]
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_banks_of_different_length_are_refused() -> None:
@@ -362,23 +364,21 @@ def test_banks_of_different_length_are_refused() -> None:
 
 
 @each_loss
-def test_similarities_are_single_precision_inside_autocast(loss: Callable[..., Tensor]) -> None:
+def test_similarities_are_computed_in_float32_inside_autocast(loss: Callable[..., Tensor]) -> None:
     t, ta, s, sa = (part.float() for part in pair(4, 50, 32, 32, 70))
-    s = s.bfloat16()  # what a student's forward under autocast hands over
+    s = s.bfloat16()  # the dtype of a student's output under autocast
     want = float(loss(t.double(), s.double(), ta.double(), sa.double()))
     with torch.autocast("cpu", torch.bfloat16):
         got = loss(t, s, ta, sa)
         coarse = (l2_normalize(s) @ sa.T).dtype
-    assert coarse == torch.bfloat16, "this test would prove nothing"
+    assert coarse == torch.bfloat16, "autocast was not active, so that the test proves nothing"
     assert got.dtype == torch.float32
     assert float(got) == pytest.approx(want, rel=1e-5)
 
 
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_embeddings_are_scored_in_single_precision(
-    loss: Callable[..., Tensor], dtype: torch.dtype
-) -> None:
+def test_half_precision_embeddings_are_compared_in_float32(loss: Callable[..., Tensor], dtype: torch.dtype) -> None:
     t, ta, s, sa = (part.float() for part in pair(4, 9, 8, 8, 80))
     got = loss(t.to(dtype), s.to(dtype), ta, sa)
     assert got.dtype == torch.float32
@@ -386,7 +386,7 @@ def test_half_precision_embeddings_are_scored_in_single_precision(
 
 
 @each_loss
-def test_an_empty_bank_gives_zero_and_zero_slope(loss: Callable[..., Tensor]) -> None:
+def test_an_empty_bank_has_loss_and_gradient_zero(loss: Callable[..., Tensor]) -> None:
     t, _, s, _ = pair(3, 1, 4, 4, 90)
     s.requires_grad_()
     got = loss(t, s, torch.empty(0, 4, dtype=torch.float64), torch.empty(0, 4, dtype=torch.float64))
@@ -396,7 +396,7 @@ def test_an_empty_bank_gives_zero_and_zero_slope(loss: Callable[..., Tensor]) ->
 
 
 @each_loss
-def test_a_zero_embedding_gives_no_nan(loss: Callable[..., Tensor]) -> None:
+def test_a_zero_embedding_has_finite_loss_and_gradient(loss: Callable[..., Tensor]) -> None:
     t, ta, s, sa = (part.float() for part in pair(3, 6, 4, 4, 100))
     t[0], s[1] = 0, 0
     s.requires_grad_()
@@ -406,7 +406,7 @@ def test_a_zero_embedding_gives_no_nan(loss: Callable[..., Tensor]) -> None:
     assert s.grad is not None and bool(s.grad.isfinite().all())
 
 
-def test_unit_keeps_double_precision_and_raises_half_to_single() -> None:
+def test_l2_normalize_keeps_float64_and_converts_half_precision_to_float32() -> None:
     x = rows(5, 7, 1)
     assert l2_normalize(x).dtype == torch.float64
     torch.testing.assert_close(l2_normalize(x).norm(dim=1), torch.ones(5, dtype=torch.float64), rtol=1e-12, atol=0)

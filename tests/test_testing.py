@@ -1,4 +1,4 @@
-"""The contract of methods: all of the menu keep it, and what breaks it is caught and named."""
+"""check_method: every registered method passes it, and each kind of mistake is found and named in the error."""
 
 from pathlib import Path
 from typing import Any
@@ -31,20 +31,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS.entries if name != "python"])
-def test_every_method_of_the_menu_keeps_the_contract(name: str) -> None:
-    kind = METHODS.resolve(name)
-    check_method(kind, students=3 if kind.needs.peers else 1, **KEYS[name])  # type: ignore[attr-defined]
+def test_every_registered_method_passes(name: str) -> None:
+    build = METHODS.resolve(name)
+    check_method(build, students=3 if build.needs.peers else 1, **KEYS[name])  # type: ignore[attr-defined]
 
 
-def test_a_head_in_the_place_of_logits_and_prototypes_keep_it_too(tmp_path: Path) -> None:
+def test_simclr_v2_with_a_label_head_and_esvit_with_prototypes_pass(tmp_path: Path) -> None:
     save(LinearHead(torch.randn(3, 6), torch.zeros(3), "abc"), tmp_path / "head", {})
     check_method(METHODS.resolve("simclr-v2"), head=tmp_path / "head")
     dino = {"head.mlp.0.weight": torch.randn(4, 6), "head.last_layer.weight": torch.randn(5, 4)}
     check_method(METHODS.resolve("esvit"), heads=dino | {f"d_dense{k[4:]}": v for k, v in dino.items()}, crops=2)
 
 
-class Fine(Method):
-    """Squared distance: the least that a method can be."""
+class Correct(Method):
+    """Squared distance: a smallest method that passes."""
 
     def __init__(self, *, context: MethodContext):
         super().__init__()
@@ -54,8 +54,8 @@ class Fine(Method):
         return [(self.head(out["embedding"]) - batch.teacher["embedding"]).square().mean() for out in outputs]
 
 
-class Forgetful(Fine):
-    steps = 0
+class CountsStepsOutsideItsState(Correct):
+    steps = 0  # a plain attribute, which no checkpoint holds
 
     def forward(self, batch: Batch, outputs: Any) -> list[Tensor]:
         return [loss * (1 + self.steps) for loss in super().forward(batch, outputs)]
@@ -64,80 +64,80 @@ class Forgetful(Fine):
         self.steps += 1
 
 
-class Dice(Fine):
+class DrawsFromNumpy(Correct):
     def forward(self, batch: Batch, outputs: Any) -> list[Tensor]:
         return [loss * np.random.rand() for loss in super().forward(batch, outputs)]
 
 
-class Detached(Fine):
+class DetachesTheStudent(Correct):
     def forward(self, batch: Batch, outputs: Any) -> list[Tensor]:
         return super().forward(batch, [{"embedding": out["embedding"].detach()} for out in outputs])
 
 
-class Idle(Fine):
+class HasAnUnusedLayer(Correct):
     def __init__(self, *, context: MethodContext):
         super().__init__(context=context)
         self.spare = nn.Linear(2, 2)
 
 
-class Rows(Fine):
+class ReturnsALossPerImage(Correct):
     def forward(self, batch: Batch, outputs: Any) -> list[Tensor]:
         return [(self.head(outputs[0]["embedding"]) - batch.teacher["embedding"]).square().mean((1, 2))]
 
 
-class Twice(Fine):
+class ReturnsTwoLosses(Correct):
     def forward(self, batch: Batch, outputs: Any) -> list[Tensor]:
         return super().forward(batch, outputs) * 2
 
 
-class Infinite(Fine):
+class ReturnsInfinity(Correct):
     def forward(self, batch: Batch, outputs: Any) -> list[Tensor]:
         return [loss / 0 for loss in super().forward(batch, outputs)]
 
 
-class Lenient(Fine):
+class LoadsPartialStates(Correct):
     def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
         return super().load_state_dict(state, strict=False, assign=assign)
 
 
-class Shelf(Fine):
+class ExportsADictionary(Correct):
     def exported_head(self) -> Any:
         return {"head": self.head.weight}
 
 
-class Broad(Fine):
+class ExportsAHeadOfAnotherWidth(Correct):
     def exported_head(self) -> LinearHead:
         return LinearHead(torch.ones(2, 3), torch.ones(2), None)
 
 
-class Unasked(Fine):
+class ReadsWhatItsNeedsDoNotName(Correct):
     needs = Needs(arrays=("projection",))
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("method", "message"),
     [
-        (Forgetful, "goes on differently when it is stopped and restored"),
-        (Dice, "not the same to the bit when run again"),
-        (Detached, "leaves .* tensors of the students as they were"),
-        (Idle, "never trains spare.weight, spare.bias"),
-        (Rows, r"gives a loss of shape \(8,\), not a scalar"),
-        (Twice, "gives 2 losses for 1 students"),
-        (Infinite, "the loss is inf"),
-        (Shelf, "delivers a dict, not a LabelHead"),
-        (Broad, "delivers a head for 3 dimensions, not 7"),
-        (Lenient, "restored from a checkpoint that lacks head.weight"),
+        (CountsStepsOutsideItsState, "has different losses after it is saved and restored"),
+        (DrawsFromNumpy, "has different losses when it is run again from the same seed"),
+        (DetachesTheStudent, "left .* parameters of the students unchanged"),
+        (HasAnUnusedLayer, "parameters without a gradient: spare.weight, spare.bias"),
+        (ReturnsALossPerImage, r"returned a loss of shape \(8,\), not a scalar"),
+        (ReturnsTwoLosses, "returned 2 losses for 1 students"),
+        (ReturnsInfinity, "the loss is inf"),
+        (ExportsADictionary, "returned a dict, not a LinearHead"),
+        (ExportsAHeadOfAnotherWidth, "returned a head for 3 dimensions, but the student has 7"),
+        (LoadsPartialStates, "restored from a checkpoint that lacks head.weight"),
     ],
 )
-def test_what_breaks_it_is_caught_and_named(kind: type[Method], words: str) -> None:
-    with pytest.raises(AssertionError, match=words):
-        check_method(kind)
+def test_a_mistake_is_found_and_named(method: type[Method], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_method(method)
 
 
-def test_what_is_not_asked_for_is_not_there() -> None:
+def test_an_array_that_needs_does_not_name_is_missing_from_the_batch() -> None:
     with pytest.raises(KeyError, match="embedding"):
-        check_method(Unasked)
+        check_method(ReadsWhatItsNeedsDoNotName)
 
 
-def test_the_least_that_a_method_can_be_is_enough() -> None:
-    check_method(Fine)
+def test_a_smallest_method_passes() -> None:
+    check_method(Correct)

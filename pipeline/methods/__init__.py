@@ -1,4 +1,8 @@
-"""How a student learns from stored features. A method is one file here and one line below."""
+"""Distillation methods: losses between a student's outputs and the teacher's stored features.
+
+A method is one file of this package and one line of METHODS. Code outside the package imports `base`,
+`memory_bank` and `similarity` only, and builds methods through METHODS.
+"""
 
 from compress_ssl.pipeline.runtime.registry import Registry
 

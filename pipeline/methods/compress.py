@@ -1,4 +1,7 @@
-"""CompRess: similarity distributions over memory banks. Koohpayegani, Tejankar, Pirsiavash, NeurIPS 2020."""
+"""CompRess: the student reproduces the teacher's similarity distribution over a memory bank.
+
+Koohpayegani, Tejankar, Pirsiavash, NeurIPS 2020, arXiv 2010.14713.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -24,15 +27,37 @@ from compress_ssl.pipeline.models.moving_average import update_ema
 from compress_ssl.pipeline.models.precision import l2_normalize
 
 PUBLISHED = 128_000
+"""Slots of the published memory banks, K in the paper."""
+
 RECIPE = Recipe(lr=0.01, weight_decay=1e-4, batch_size=256, epochs=130, schedule="step")
+"""The released code's settings: SGD, lr times 0.2 after epochs 90 and 120."""
 
 
 class TwoQueues(Method):
-    """CompRess 2q: teacher and student each against their own bank, slot j of both being the same (i, v).
+    """CompRess 2q: KL between similarities to a teacher bank and to a student bank, aligned by (i, v).
 
-    Widths may differ, no projection is trained; the backbone's own embedding is what learns. The
-    bank is scored before the batch enters it. `start=random` is the release's (meaningless anchors
-    until the bank has turned over once); `empty` begins with the first batch.
+    Koohpayegani, Tejankar, Pirsiavash, "CompRess: Self-Supervised Learning by Compressing Representations",
+    NeurIPS 2020, arXiv 2010.14713. With t, s the L2-normalised embeddings of an image by teacher and
+    student, and a_j, c_j the embeddings of anchor j = 1 .. K by teacher and student:
+
+        p_j = softmax_j(t · a_j / tau)    q_j = softmax_j(s · c_j / tau)    loss = KL(p || q), batch mean, in nats
+
+    D and d may differ and no projection is trained: the loss acts on the backbone's embedding itself. The loss
+    is computed before the batch enters the banks, so an image is never its own anchor.
+
+    Keys:
+        bank: slots K; by default 128000, at most half the usable images.
+        tau: temperature of both sides, more than 0.
+        start: anchors of the first step. `empty` has none, the first loss is 0 and the banks grow by one batch
+            per step; `random` is that of the released code, K random vectors, which mean nothing until the
+            banks have been overwritten once.
+
+    Raises UserError for a tau that is not positive and for a bank of more slots than usable images.
+
+    Difference from the released code: its default start is `random`.
+
+    Example:
+        compress distill --store teacher --student timm:resnet18 --method compress-2q:tau=0.04 --out run
     """
 
     recipe = RECIPE
@@ -52,26 +77,35 @@ class TwoQueues(Method):
         size = bank_size(bank, PUBLISHED, context)
         self.bank = MemoryBank(size, columns, reread={"teacher": "embedding"}, seed=context.seed)
         self.bank.start(start)
-        self._seen: dict[str, Tensor] = {}
+        self._to_enqueue: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         t, s = batch.teacher["embedding"].flatten(0, 1), outputs[0]["embedding"].flatten(0, 1)  # (B * W, D), (.., d)
-        self._seen = {"teacher": l2_normalize(t), "student": self.key(batch, s)}
+        self._to_enqueue = {"teacher": l2_normalize(t), "student": self.key(batch, s)}
         return [relation_kl(t, self.bank["teacher"], s, self.bank["student"], self.tau, self.tau)]
 
     def key(self, batch: Batch, student: Tensor) -> Tensor:
-        """What enters the student's bank: (B * W, d) unit vectors."""
+        """Unit vectors (B * W, d) that enter the student's bank, from the student's embedding (B * W, d)."""
         return l2_normalize(student.detach())
 
     def after_step(self, batch: Batch) -> None:
-        self.bank.push(batch.rows, batch.teacher_views, self._seen)
+        self.bank.push(batch.rows, batch.teacher_views, self._to_enqueue)
 
 
 class TwoQueuesMomentum(TwoQueues):
-    """CompRess 2q whose student bank is filled by a slow copy of the student on the same pixels.
+    """CompRess 2q whose student bank is filled by a momentum encoder, a moving average of the student.
 
-    The copy sees the same view, its batch norm layers use the batch's statistics, all else is in
-    evaluation mode; after each step its parameters move by 1 - `momentum` towards the student's.
+    The loss is that of compress-2q (arXiv 2010.14713); only c_j differs, which is the momentum encoder's
+    embedding of the same pixels. As in the released code, the encoder's batch norm layers use the batch's
+    statistics and all its other layers are in evaluation mode; after each optimizer step its parameters become
+    momentum * encoder + (1 - momentum) * student. Its buffers are not averaged.
+
+    Keys:
+        bank, tau, start: as for compress-2q.
+        momentum: from 0 to 1; published 0.999.
+
+    Example:
+        compress distill --store teacher --student timm:resnet18 --method compress-2q-momentum --out run
     """
 
     def __init__(
@@ -86,10 +120,11 @@ class TwoQueuesMomentum(TwoQueues):
         super().__init__(context=context, bank=bank, tau=tau, start=start)
         require_fractions(momentum=momentum)
         self.momentum = momentum
-        self._student = [context.students[0]]  # in a list: it is not ours to checkpoint
+        self._student = [context.students[0]]  # in a list, so that it is no submodule: the run saves the student itself
         self.slow = copy.deepcopy(context.students[0]).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TwoQueuesMomentum":
+        """As nn.Module.train; of the momentum encoder only batch norm layers change their mode."""
         super().train(mode)
         self.slow.eval()
         for module in self.slow.modules():
@@ -108,10 +143,25 @@ class TwoQueuesMomentum(TwoQueues):
 
 
 class OneQueue(Method):
-    """CompRess 1q: teacher and student both against the teacher's bank.
+    """CompRess 1q: KL between teacher's and student's similarities to one bank of teacher embeddings.
 
-    The student reaches the teacher's width through one linear layer, which is dropped at the end.
-    `start=store` fills the bank with stored features, so that anchors mean something from step 0.
+    Koohpayegani, Tejankar, Pirsiavash, "CompRess: Self-Supervised Learning by Compressing Representations",
+    NeurIPS 2020, arXiv 2010.14713. The loss of compress-2q with c_j = a_j: both sides are
+    compared with the teacher's anchors. A trained linear layer d -> D takes the student's embedding to the
+    teacher's width; it is not part of the exported student.
+
+    Keys:
+        bank: slots K; by default 128000, at most half the usable images.
+        tau: temperature of both sides, more than 0.
+        start: anchors of the first step. `store` fills the bank with stored features, which are meaningful
+            anchors from step 0; `empty` has none; `random` is that of the released code.
+
+    Raises UserError for a tau that is not positive and for a bank of more slots than usable images.
+
+    Difference from the released code: the default start, `store` instead of `random`.
+
+    Example:
+        compress distill --store teacher --student timm:resnet18 --method compress-1q:bank=65536 --out run
     """
 
     recipe = RECIPE
@@ -129,17 +179,17 @@ class OneQueue(Method):
         self.tau = tau
         self.head = nn.Linear(context.students[0].width, context.teacher_width)
         size = bank_size(bank, PUBLISHED, context)
-        columns, again = {"teacher": context.teacher_width}, {"teacher": "embedding"}
-        self.bank = MemoryBank(size, columns, reread=again, seed=context.seed)
+        columns, reread = {"teacher": context.teacher_width}, {"teacher": "embedding"}
+        self.bank = MemoryBank(size, columns, reread=reread, seed=context.seed)
         self.bank.start(start, initial_rows(context, size), context.view)
-        self._seen: dict[str, Tensor] = {}
+        self._to_enqueue: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         t = batch.teacher["embedding"].flatten(0, 1)  # (B * W, D)
         s = self.head(outputs[0]["embedding"].flatten(0, 1))  # (B * W, D)
-        self._seen = {"teacher": l2_normalize(t)}
+        self._to_enqueue = {"teacher": l2_normalize(t)}
         anchors = self.bank["teacher"]
         return [relation_kl(t, anchors, s, anchors, self.tau, self.tau)]
 
     def after_step(self, batch: Batch) -> None:
-        self.bank.push(batch.rows, batch.teacher_views, self._seen)
+        self.bank.push(batch.rows, batch.teacher_views, self._to_enqueue)

@@ -1,4 +1,4 @@
-"""EsViT: view and region terms across views. Li et al., ICLR 2022, with a frozen teacher."""
+"""EsViT: view-level and region-level losses across views. Li et al., ICLR 2022, arXiv 2106.09785."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,21 +28,46 @@ from compress_ssl.pipeline.models.moving_average import move
 from compress_ssl.pipeline.models.precision import at_least_float32, l2_normalize
 from compress_ssl.pipeline.runtime.artifact import UserError
 
+LOCAL = ("local_embedding", "local_regions")
+"""Student outputs of the local crops."""
+
+BANK_SIZE = 4096
+"""Default slots of each bank of a teacher without heads. The paper has no bank; the value is ours."""
+
 
 class EsVit(Method):
-    """Cross-entropy between views, and between each student region and the teacher region most like it.
+    """EsViT: cross-entropy between views, and between each student region and its most similar teacher region.
 
-    Every other view of an image is compared with each stored one: the step's views and `crops` small
-    ones that the student alone sees. Linear projectors, dropped at the end, take the student to the
-    teacher's widths where these differ. A student region learns from the region of the other view whose feature has the
-    largest cosine to its own, projected, wherever that lies. Half the loss are views, half regions.
+    Li et al., "Efficient Self-supervised Vision Transformers for Representation Learning", ICLR 2022, arXiv
+    2106.09785. The student's views are the step's W views and `crops` local crops; each is compared with every
+    teacher view of the same image but itself. With t, s the embeddings of two such views, y_j and z_i their R' and R
+    regions, all of the student's after a linear projector to the teacher's width (only where the widths differ):
 
-    What is compared: prototypes, if the teacher brought its DINO heads (`head=head+head_dense+dino_loss`
-    when it was exported). The heads stay frozen on both sides, unlike in the paper, where the student
-    trains its own; centres are those of the file, else running means of what the teacher says
-    (`momentum`). A teacher without heads is compared by similarity: softmax over a bank of `bank`
-    teacher vectors of earlier steps, one bank for views and one for regions, and the vector itself.
-    Temperatures stay put (the release warms tau_t up from 0.04 to 0.07).
+        loss = 0.5 H(p(t), q(s)) + 0.5 mean_i H(p(y_j*(i)), q(z_i)),    j*(i) = argmax_j cos(y_j, z_i)
+
+    mean over the batch and over the pairs of views, in nats. If the teacher's DINO heads were exported
+    (`head=head+head_dense+dino_loss`), p and q are distributions over the heads' prototypes:
+
+        p(x) = softmax((h(x) - c) / tau_t)    q(x) = softmax(h(x) / tau_s)
+
+    h is the frozen head, c the centre from the teacher's file, else a moving average of h over the batches. Without
+    heads, p and q are softmaxes of cosines to the teacher vector itself and to a bank of earlier teacher vectors, one
+    bank for views and one for regions, as in SEED.
+
+    Keys:
+        crops: local crops per image and step, 0 or more.
+        bank: slots of each bank; by default 4096, at most half the usable images. Not used with heads.
+        tau_t, tau_s: temperatures of teacher and student, more than 0.
+        momentum: of a centre that is a moving average, from 0 to 1.
+
+    Raises UserError for values outside these ranges and for a store without regions.
+
+    Differences from the paper: the teacher is frozen, not a moving average of the student; the student uses the
+    teacher's frozen heads instead of training its own; regions are matched after the projector; tau_t is constant
+    (the published commands raise it from 0.04 to 0.07). The bank of a teacher without heads is our addition.
+
+    Example:
+        compress distill --store teacher --student timm:swin_tiny_patch4_window7_224 --method esvit:crops=4 --out run
     """
 
     needs = Needs(("embedding", "regions"), ("embedding", "regions"), views=2)
@@ -70,68 +95,71 @@ class EsVit(Method):
         if crops:
             self.needs = replace(type(self).needs, outputs=(*self.needs.outputs, *LOCAL), crops=crops)
         student = context.students[0].enable_outputs(("regions",))
-        kept = heads.group_by_head(context.heads)
-        dense = next((stem for stem in kept if "dense" in stem), None)
-        view = next((stem for stem in kept if stem != dense), None)
+        tensors_of = _find_heads(context)
         terms: dict[str, Prototypes | Similarities] = {}
         size = 0
-        for name, stem in (("embedding", view), ("regions", dense)):
-            tensors = kept.get(stem) if stem is not None else None
+        for name in ("embedding", "regions"):
+            tensors = tensors_of[name]
             width, target = student.shapes[name][-1], context.widths[name][-1]
-            if tensors and (protos := heads.prototypes(tensors)) is not None:
-                centre = _centre(context, "center_grid" if name == "regions" else "center")
-                terms[name] = Prototypes(width, target, heads.ProjectionHead(tensors), protos, centre, momentum)
+            prototypes = heads.prototypes(tensors) if tensors else None
+            if tensors and prototypes is not None:
+                centre = _find_centre(context, "center_grid" if name == "regions" else "center")
+                terms[name] = Prototypes(width, target, heads.ProjectionHead(tensors), prototypes, centre, momentum)
             else:
-                size = size or bank_size(bank, 4096, context)
+                size = size or bank_size(bank, BANK_SIZE, context)  # computed once: it may append a note
                 terms[name] = Similarities(width, target, size, name, context)
             terms[name].tau_t, terms[name].tau_s = tau_t, tau_s
         self.view, self.region = terms["embedding"], terms["regions"]
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         out = outputs[0]
-        seen = [(out["embedding"][:, v], out["regions"][:, v], v) for v in range(batch.student_views.shape[1])]
+        student_views = [(out["embedding"][:, v], out["regions"][:, v], v) for v in range(batch.student_views.shape[1])]
         if "local_embedding" in out:
             crops = range(out["local_embedding"].shape[1])
-            seen += [(out["local_embedding"][:, c], out["local_regions"][:, c], -1) for c in crops]
+            student_views += [(out["local_embedding"][:, c], out["local_regions"][:, c], -1) for c in crops]
         losses = []
         with torch.autocast(batch.rows.device.type, enabled=False):
-            for s, z, v in seen:  # (B, d), (B, R, c)
+            for s, z, v in student_views:  # (B, d), (B, R, c)
                 s, z = self.view.projector(at_least_float32(s)), self.region.projector(at_least_float32(z))
                 for u in range(batch.teacher_views.shape[1]):
                     if v >= 0 and torch.equal(batch.student_views[:, v], batch.teacher_views[:, u]):
-                        continue  # the same view
+                        continue  # a view is not compared with itself
                     t, y = batch.teacher["embedding"][:, u], batch.teacher["regions"][:, u]  # (B, D), (B, R', C)
-                    regions = self.region(matched(y, z).flatten(0, 1), z.flatten(0, 1))
+                    regions = self.region(match_regions(y, z).flatten(0, 1), z.flatten(0, 1))
                     losses.append(0.5 * self.view(t, s) + 0.5 * regions)
         return [torch.stack(losses).mean()]
 
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
-        """Centres follow what the teacher says; of each view one region goes to the bank."""
+        """Update centres and banks; one region of each teacher view, drawn at random, enters the bank of regions."""
         rows, views = batch.rows, batch.teacher_views
         y = batch.teacher["regions"].flatten(0, 1)  # (B * W, R', C)
-        self.view.after(rows, views, batch.teacher["embedding"].flatten(0, 1))
-        shape = collectives.world_size() * len(batch.rows), batch.teacher_views.shape[1]
-        chosen = torch.randint(y.shape[1], shape, device=y.device)[
-            collectives.rank() :: collectives.world_size()
-        ].flatten()
-        self.region.after(rows, views, y if isinstance(self.region, Prototypes) else y[torch.arange(len(y)), chosen])
+        self.view.update(rows, views, batch.teacher["embedding"].flatten(0, 1))
+        # Every rank draws for the images of all ranks and keeps its own, so that the generators stay equal.
+        shape = collectives.world_size() * len(rows), views.shape[1]
+        drawn = torch.randint(y.shape[1], shape, device=y.device)
+        chosen = drawn[collectives.rank() :: collectives.world_size()].flatten()  # (B * W,)
+        self.region.update(rows, views, y if isinstance(self.region, Prototypes) else y[torch.arange(len(y)), chosen])
 
 
-LOCAL = ("local_embedding", "local_regions")
+# ---------------------------------------------------------------- terms of the loss
 
 
 class Prototypes(nn.Module):
-    """DINO's comparison: frozen head and prototypes, the teacher's side centred and sharpened."""
+    """DINO's loss with frozen head and prototypes; the teacher's logits are centred and sharpened by tau_t.
 
-    tau_t, tau_s = 0.04, 0.1
+    width and target: d and D. prototypes: (C, width of the head's output). centre: (C,), or None for a moving average
+    over the batches, whose momentum is `momentum`.
+    """
+
+    tau_t, tau_s = 0.04, 0.1  # overwritten by EsVit's keys
     centre: Tensor  # (C,)
 
     def __init__(
         self, width: int, target: int, head: nn.Module, prototypes: Tensor, centre: Tensor | None, momentum: float
     ):
         super().__init__()
-        self.projector, self.head, self.momentum = projector(width, target), head, momentum
+        self.projector, self.head, self.momentum = build_projector(width, target), head, momentum
         self.fixed = centre is not None
         self.register_buffer("prototypes", prototypes, persistent=False)
         self.register_buffer("centre", torch.zeros(len(prototypes)) if centre is None else centre.flatten())
@@ -143,48 +171,64 @@ class Prototypes(nn.Module):
         return F.cross_entropy(self.logits(student) / self.tau_s, p)
 
     def logits(self, x: Tensor) -> Tensor:
+        """(n, D) -> (n, C)"""
         return self.head(x) @ self.prototypes.T  # type: ignore[operator]
 
-    def after(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
-        """teacher: (n, D), or (n, R, D) regions, of the batch."""
+    def update(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
+        """Move the centre towards the mean teacher logits. teacher: (B * W, D), or regions (B * W, R, D)."""
         if not self.fixed:
-            said = self.logits(collectives.gather(teacher.flatten(0, -2))).mean(0)
-            move(self.centre, said, self.momentum)
+            mean_logits = self.logits(collectives.gather(teacher.flatten(0, -2))).mean(0)
+            move(self.centre, mean_logits, self.momentum)
 
 
 class Similarities(nn.Module):
-    """Comparison over a bank of the teacher's vectors and the vector itself."""
+    """SEED's loss: similarities to the teacher vector itself and to a bank of `size` earlier teacher vectors."""
 
-    tau_t, tau_s = 0.04, 0.1
+    tau_t, tau_s = 0.04, 0.1  # overwritten by EsVit's keys
 
     def __init__(self, width: int, target: int, size: int, name: str, context: MethodContext):
         super().__init__()
-        self.projector = projector(width, target)
-        again = {"teacher": "embedding"} if name == "embedding" else {}  # which region it was is not kept
-        self.bank = MemoryBank(size, {"teacher": target}, reread=again, seed=context.seed)
-        self.bank.start("store" if again else "empty", initial_rows(context, size), context.view)
+        self.projector = build_projector(width, target)
+        # A slot does not record which region its vector is, so regions cannot be read again: they are saved.
+        reread = {"teacher": "embedding"} if name == "embedding" else {}
+        self.bank = MemoryBank(size, {"teacher": target}, reread=reread, seed=context.seed)
+        self.bank.start("store" if reread else "empty", initial_rows(context, size), context.view)
 
     def forward(self, teacher: Tensor, student: Tensor) -> Tensor:
         """teacher (n, D), student (n, D) projected: mean cross-entropy in nats."""
         return relation_cross_entropy(teacher, student, self.bank["teacher"], self.tau_t, self.tau_s)
 
-    def after(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
-        """teacher: (B * W, D) of the batch, which enter the bank."""
+    def update(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
+        """Push the batch's teacher vectors (B * W, D) into the bank."""
         self.bank.push(rows, views, {"teacher": l2_normalize(teacher)})
 
 
-def projector(width: int, target: int) -> nn.Module:
-    """From the student's width to the teacher's; nothing where they are the same."""
+# ---------------------------------------------------------------- parts
+
+
+def build_projector(width: int, target: int) -> nn.Module:
+    """A linear layer from the student's width to the teacher's, or the identity where they are equal."""
     return nn.Linear(width, target) if width != target else nn.Identity()
 
 
-def matched(theirs: Tensor, mine: Tensor) -> Tensor:
-    """(B, R, C): for each of my regions (B, R, C) the region of theirs (B, R', C) with the largest cosine."""
+def match_regions(teacher: Tensor, student: Tensor) -> Tensor:
+    """(B, R, C): for each student region (B, R, C) the teacher region (B, R', C) with the largest cosine."""
     with torch.no_grad():
-        best = (l2_normalize(mine) @ l2_normalize(theirs).transpose(1, 2)).argmax(2)  # (B, R)
-    return theirs.gather(1, best[..., None].expand(-1, -1, theirs.shape[2]))
+        best = (l2_normalize(student) @ l2_normalize(teacher).transpose(1, 2)).argmax(2)  # (B, R)
+    return teacher.gather(1, best[..., None].expand(-1, -1, teacher.shape[2]))
 
 
-def _centre(context: MethodContext, name: str) -> Tensor | None:
-    """The centre that the teacher's file keeps with its loss, if it does."""
+def _find_heads(context: MethodContext) -> dict[str, dict[str, Tensor] | None]:
+    """Tensors of the teacher's exported heads for "embedding" and "regions"; the latter is the one named `dense`."""
+    groups = heads.group_by_head(context.heads)
+    dense = next((stem for stem in groups if "dense" in stem), None)
+    view = next((stem for stem in groups if stem != dense), None)
+    return {
+        "embedding": None if view is None else groups[view],
+        "regions": None if dense is None else groups[dense],
+    }
+
+
+def _find_centre(context: MethodContext, name: str) -> Tensor | None:
+    """The centre that the teacher's file holds for its loss, None if it holds none."""
     return next((tensor for key, tensor in context.heads.items() if key.rpartition(".")[2] == name), None)

@@ -1,4 +1,4 @@
-"""A user's own method: `python:module:Class,key=value` or `python:FILE.py:Class`."""
+"""A user's own method, `python:module:Class,key=value` or `python:FILE.py:Class,key=value`."""
 
 import inspect
 import typing
@@ -12,7 +12,12 @@ from compress_ssl.pipeline.runtime.registry import convert, did_you_mean, litera
 
 
 class UserMethod:
-    """Your own: a subclass of compress_ssl.pipeline.methods.base.Method, from a module or a file."""
+    """Your own method: a subclass of compress_ssl.pipeline.methods.base.Method, from a module or a file.
+
+    python:mine.py:Cosine,power=2 builds the class Cosine of mine.py with power=2. The keys are the keyword-only
+    arguments of its `__init__`; a value is converted to the type of the argument's annotation. docs/methods.md
+    shows how to write and test a method. Raises UserError for a place without such a class and for unknown keys.
+    """
 
     def __new__(cls, place: str, /, *, context: MethodContext, **options: str) -> Method:  # type: ignore[misc]
         build = import_method(place)
@@ -20,8 +25,8 @@ class UserMethod:
         known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         context_name = "setting" if "setting" in known else "context"  # the first version's name
         known.pop(context_name, None)
-        anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        for key in () if anything else options:
+        takes_any_key = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        for key in () if takes_any_key else options:
             if key not in known:
                 keys = ", ".join(known) or "none"
                 raise UserError(f"python:{place} has no key {key!r}{did_you_mean(key, known) or '.'} Known: {keys}")
@@ -30,22 +35,24 @@ class UserMethod:
 
     @staticmethod
     def for_spec(place: str) -> type[Method]:
-        """The class itself, whose recipe and needs count."""
+        """The user's class, whose `recipe` and `needs` apply."""
         return import_method(place)
 
 
 def convert_option(text: str, parameter: inspect.Parameter | None, place: str) -> Any:
-    """What was written, as its annotation wants it if that is a number, a truth or a path. Raises UserError."""
+    """`text` as the annotated bool, int, float or Path, else as a Python literal. Raises UserError if it cannot be."""
     if parameter and {parameter.annotation, *typing.get_args(parameter.annotation)} & {bool, int, float, Path}:
         return convert(text, parameter, f"python:{place} {parameter.name}=")
     return literal(text)
 
 
 def import_method(place: str) -> type[Method]:
-    """Raises UserError if there is no such class, or it is no method."""
+    """Import the class at `place`. Raises UserError if there is none, or if it is not a concrete subclass of Method."""
     build = import_object(place)
     if not (inspect.isclass(build) and issubclass(build, Method)):
-        raise UserError(f"python:{place} is no subclass of compress_ssl.pipeline.methods.base.Method")
+        raise UserError(
+            f"python:{place} is no subclass of compress_ssl.pipeline.methods.base.Method; derive it from that class"
+        )
     if inspect.isabstract(build):
-        raise UserError(f"python:{place} has no forward(batch, outputs), which gives a loss of each student; write it")
+        raise UserError(f"python:{place} has no forward(batch, outputs); write one that returns one loss per student")
     return build

@@ -1,4 +1,4 @@
-"""Regression on the teacher's embedding: the baseline that every relational method is held against."""
+"""Regression on the teacher's embedding: the baseline for methods that compare similarities."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -12,12 +12,19 @@ from compress_ssl.pipeline.models.precision import at_least_float32, l2_normaliz
 
 
 class Regression(Method):
-    """Squared distance between the student's embedding, through one linear layer, and the teacher's.
+    """Squared distance between the student's linearly projected embedding and the teacher's embedding.
 
-    `norm=l2` compares unit vectors: mean over the batch of ||s - t||^2 = 2 - 2 cos, from 0 to 4.
-    `norm=batch` standardises both sides per dimension over the batch, without trained parameters,
-    and takes the mean over batch and dimensions: the rows Reg and Reg-BN of the CompRess paper's
-    table (Koohpayegani et al. 2020). The layer is dropped at the end. No bank, no temperature.
+    The baselines Reg and Reg-BN of Koohpayegani, Tejankar, Pirsiavash, "CompRess", NeurIPS 2020, arXiv
+    2010.14713. A trained linear layer d -> D takes the student's embedding to s; it is not part of the exported
+    student. t is the teacher's embedding. There is no bank and no temperature.
+
+    Keys:
+        norm: `l2` (Reg) compares unit vectors: loss = ||s / ||s|| - t / ||t||||² = 2 - 2 cos(s, t), batch mean, from
+            0 to 4. `batch` (Reg-BN) standardises both sides per dimension over the batch of all ranks and takes
+            the mean squared difference over batch and dimensions; this batch norm has no trained parameters.
+
+    Example:
+        compress distill --store teacher --student timm:resnet18 --method regression:norm=batch --out run
     """
 
     recipe = Recipe(lr=0.01, weight_decay=1e-4, batch_size=256, epochs=130, schedule="step")
@@ -32,9 +39,9 @@ class Regression(Method):
         s = at_least_float32(self.head(outputs[0]["embedding"].flatten(0, 1)))  # (B * W, D)
         if self.norm == "l2":
             return [(l2_normalize(s) - l2_normalize(t)).pow(2).sum(1).mean()]
-        return [F.mse_loss(_standardised(s), _standardised(t))]
+        return [F.mse_loss(_standardize(s), _standardize(t))]
 
 
-def _standardised(x: Tensor) -> Tensor:
-    """(n, D) with mean 0 and variance 1 in every dimension, over the rows of all ranks."""
+def _standardize(x: Tensor) -> Tensor:
+    """(n, D) of this rank -> (ranks * n, D) with mean 0 and variance 1 in every dimension over all rows."""
     return F.batch_norm(collectives.gather(x), None, None, training=True)

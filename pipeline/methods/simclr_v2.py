@@ -1,4 +1,4 @@
-"""SimCLR v2's distillation: the student learns a task head's opinions. Chen et al., NeurIPS 2020."""
+"""SimCLR v2's distillation of class probabilities. Chen et al., NeurIPS 2020, arXiv 2006.10029."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,16 +16,33 @@ from compress_ssl.pipeline.runtime.artifact import UserError
 
 
 class SimClrV2(Method):
-    """Cross-entropy to the softened class probabilities of the teacher, labels unused: their eq. 2.
+    """SimCLR v2: cross-entropy to the teacher's class probabilities at temperature tau, without labels (eq. 2).
 
-    The teacher's logits are those in the store (`--keep logits`), or `head=FILE`, a linear head that
-    `compress label-head` fitted to a few labels on the stored embeddings: the task can then be
-    changed without another export. Both sides are softened by `tau` and the loss is weighted by
-    tau^2, as the authors' notebook has it. The student's own linear classifier is delivered beside
-    it, as head.safetensors. A student of the teacher's own architecture makes it self-distillation,
-    for which the paper takes tau = 0.1.
+    Chen et al., "Big Self-Supervised Models are Strong Semi-Supervised Learners", NeurIPS 2020, arXiv 2006.10029.
+    With t the teacher's logits and s those of a linear classifier that is trained on the student's embedding:
+
+        p = softmax(t / tau)    loss = -tau² Σ_c p_c log softmax_c(s / tau), batch mean, in nats
+
+    The factor tau² is in the authors' notebook, not in eq. 2. The teacher's logits are those in the store, or those
+    of a linear head that `compress label-head` fitted to a few labels on the stored embeddings: then another task
+    needs no new export. The student's classifier is exported with it, as head.safetensors.
+
+    Keys:
+        head: file of a linear head for the teacher's embedding, (C, D); by default the stored logits are used.
+        tau: temperature, more than 0. For self-distillation (a student of the teacher's architecture) the paper
+            takes 0.1.
+
+    Raises UserError for a tau that is not positive, if there is neither a head nor logits in the store, and for a
+    file that is no linear head of D inputs.
+
+    Differences from the paper: no loss on labelled images is added; lr scales linearly with the batch size, in the
+    paper with its square root; 5 epochs of warm-up are our choice.
+
+    Example:
+        compress distill --store teacher --student timm:resnet18 --method simclr-v2:head=head.safetensors --out run
     """
 
+    # lr 0.4 for 256 images is the published 6.4 = 0.1 * sqrt(4096) for 4096.
     recipe = Recipe(
         optimizer="lars", lr=0.4, weight_decay=1e-4, batch_size=4096, epochs=400, schedule="cosine", warmup_epochs=5
     )
@@ -34,7 +51,7 @@ class SimClrV2(Method):
         super().__init__()
         require_positive(tau=tau)
         self.tau = tau
-        self.teacher_head = _of_the_teacher(head, context.teacher_width) if head else None
+        self.teacher_head = _load_teacher_head(head, context.teacher_width) if head else None
         if self.teacher_head is None:
             self.needs = replace(Needs(), arrays=("logits",))
             if "logits" not in context.widths:
@@ -56,12 +73,13 @@ class SimClrV2(Method):
         return [F.cross_entropy(logits / self.tau, p) * self.tau**2]
 
     def exported_head(self) -> LinearHead:
-        names = self.teacher_head.names if self.teacher_head else None  # stored logits come without
+        names = self.teacher_head.names if self.teacher_head else None  # class names are not stored with logits
         weight, bias = self.classifier.weight.detach(), self.classifier.bias.detach()
         return LinearHead(weight, bias, names, unit=False)
 
 
-def _of_the_teacher(file: Path, width: int) -> LinearHead:
+def _load_teacher_head(file: Path, width: int) -> LinearHead:
+    """The linear head in `file`. Raises UserError if it is none, or not for embeddings of `width` dimensions."""
     head = linear_head.load(file)
     if head.width != width:
         raise UserError(

@@ -1,8 +1,9 @@
-"""Losses between two distributions over the same anchors, streamed over the bank in blocks.
+"""Losses between a teacher's and a student's similarity distribution over the same K anchors.
 
-One pass finds loss and gradient together: the gradient is added up unnormalised and divided by the
-partition sums at the end; at low temperatures running maxima keep the exponentials in range. Nothing of
-size B x K is kept and no bank is copied. In float32 at least, whatever the precision around it.
+The forward pass reads the anchors in blocks and computes loss and gradient together, as an online softmax:
+sums of exponentials are accumulated unnormalised and divided by the partition sums at the end; at low
+temperatures running maxima keep the exponentials in range. No (B, K) matrix is kept and no bank is copied.
+The arithmetic is in float32 or float64, also inside autocast.
 """
 
 from typing import Any
@@ -13,13 +14,15 @@ from torch import Tensor
 from compress_ssl.pipeline.models.precision import l2_normalize
 
 BLOCK = 4096
-"""Anchors at a time."""
+"""Anchors per block: three float32 matrices (B, BLOCK) take 12.6 MB at B = 256."""
 
-FAINT = -80.0
-"""exp of less than this is lost beside a weight of 1 in any precision, and slow: subnormal in float32."""
+EXP_FLOOR = -80.0
+"""Lowest logit relative to the maximum. exp(-80) = 1.8e-35 is lost when added to 1 in float32 and in float64; below
+-87.3 float32 results are subnormal, which is slow."""
 
-MILD = 1 / 40
-"""From this temperature on, logits lie within +-40: their exponentials and sums of them fit float32 as they are."""
+MIN_TEMPERATURE_WITHOUT_MAX = 1 / 40
+"""From this temperature on, a cosine / tau lies within +-40, so that its exponential (at most 2.4e17) and sums of
+such exponentials fit float32 without subtracting a maximum."""
 
 
 def relation_kl(
@@ -33,13 +36,26 @@ def relation_kl(
     own: Tensor | None = None,
     block: int = BLOCK,
 ) -> Tensor:
-    """KL(p || q) over K anchors, batch mean, in nats. Koohpayegani et al. 2020.
+    """KL divergence between similarity distributions: CompRess's loss, batch mean, in nats.
 
-    teacher (B, D) against teacher_anchors (K, D) gives p = softmax(cosine / tau_t); student (B, d)
-    against student_anchors (K, d) gives q with tau_s. Rows are normalised here, anchors are unit
-    vectors already. `own` (B, d) adds one more anchor to each row: the teacher's vector itself on the
-    teacher's side, own on the student's. The gradient flows through `student` only, and has none of
-    its own (no double backward). Without any anchor the loss is 0.
+    Koohpayegani, Tejankar, Pirsiavash, "CompRess: Self-Supervised Learning by Compressing Representations",
+    NeurIPS 2020, arXiv 2010.14713. For a row with teacher vector t and student vector s, both L2-normalised,
+    and anchors a_j (teacher's side) and c_j (student's side), j = 1 .. K:
+
+        p_j = softmax_j(t · a_j / tau_t)    q_j = softmax_j(s · c_j / tau_s)    loss = Σ_j p_j log(p_j / q_j)
+
+    The paper uses one temperature for both sides; here they may differ.
+
+    teacher, student: (B, D) and (B, d), normalised here. teacher_anchors, student_anchors: (K, D) and (K, d), unit
+    vectors; slot j of both must be of the same (i, v). own: (B, d) adds one anchor per row, the row's teacher
+    vector on the teacher's side and `own` on the student's. block: anchors per block; it changes rounding only.
+
+    Returns a scalar, 0 if there is no anchor. The gradient flows into `student` only. Raises ValueError if the
+    two banks differ in length, and RuntimeError if a second derivative is asked for.
+
+    >>> x = torch.eye(3)
+    >>> relation_kl(x, x, x, x, 0.04, 0.04)
+    tensor(0.)
     """
     return _loss(teacher, teacher_anchors, student, student_anchors, (tau_t, tau_s), own, block, divergence=True)
 
@@ -47,10 +63,22 @@ def relation_kl(
 def relation_cross_entropy(
     teacher: Tensor, student: Tensor, anchors: Tensor, tau_t: float, tau_s: float, *, block: int = BLOCK
 ) -> Tensor:
-    """H(p, q) over the row's own teacher vector and K anchors, batch mean, in nats. Fang et al. 2021.
+    """Cross-entropy between similarity distributions: SEED's loss, batch mean, in nats.
 
-    teacher, student (B, D), anchors (K, D) unit vectors. Logit 0 is the similarity to the row's own
-    teacher vector (1 for the teacher itself), 1..K those to the anchors. Else as `relation_kl`.
+    Fang et al., "SEED: Self-supervised Distillation for Visual Representation", ICLR 2021, arXiv 2101.04731. For
+    a row with teacher vector t and student vector s, both L2-normalised, anchors a_1 .. a_K and a_0 = t:
+
+        p_j = softmax_j(t · a_j / tau_t)    q_j = softmax_j(s · a_j / tau_s)    loss = -Σ_j p_j log q_j
+
+    The row's own teacher vector is an anchor (teacher's logit 1 / tau_t). The gradient equals that of KL(p || q),
+    because the entropy of p does not depend on the student.
+
+    teacher, student: (B, D), normalised here. anchors: (K, D) unit vectors. Block, gradient and errors are as for
+    `relation_kl`. Returns a scalar, 0 if there is no anchor beside the row's own.
+
+    >>> x = torch.eye(3)
+    >>> relation_cross_entropy(x, x, x[:0], 0.01, 0.2)
+    tensor(0.)
     """
     return _loss(teacher, anchors, student, anchors, (tau_t, tau_s), teacher, block, divergence=False)
 
@@ -65,8 +93,12 @@ def _loss(
     block: int,
     divergence: bool,
 ) -> Tensor:
+    """Batch mean of KL(p || q) if `divergence`, else of H(p, q)."""
     if len(teacher_anchors) != len(student_anchors):
-        raise ValueError(f"{len(teacher_anchors)} teacher anchors, but {len(student_anchors)} student anchors")
+        raise ValueError(
+            f"{len(teacher_anchors)} teacher anchors, but {len(student_anchors)} student anchors were given; slot j of "
+            "both must be the same image and view"
+        )
     with torch.autocast(student.device.type, enabled=False):
         s, t = l2_normalize(student), l2_normalize(teacher.detach())
         column = l2_normalize(own.detach()) if own is not None else None
@@ -76,7 +108,7 @@ def _loss(
 
 
 class _Relation(torch.autograd.Function):
-    """Unit rows -> losses (B,); the gradient in s is found on the way and only scaled afterwards."""
+    """Unit rows s (B, d), t (B, D) -> losses (B,). `forward` computes the gradient in s too; `backward` scales it."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, t: Tensor, own: Tensor | None, teacher_anchors: Tensor, student_anchors: Tensor,
@@ -85,93 +117,98 @@ class _Relation(torch.autograd.Function):
         if own is not None:
             sums.start(s, t, own.to(s.dtype))
         n, k = len(s), len(student_anchors)
-        memory = s.new_empty(3 * n * min(block, k))  # for all blocks: fresh pages cost as much as the arithmetic
+        # One buffer for all blocks: to allocate fresh pages per block takes as long as the arithmetic.
+        buffer = s.new_empty(3 * n * min(block, k))
         for first in range(0, k, block):
-            near, far = (bank[first : first + block].to(s.dtype) for bank in (teacher_anchors, student_anchors))
-            sums.add(near, far, memory[: 3 * n * len(far)].view(3, n, len(far)))
-        ctx.save_for_backward(sums.slope())
+            of_teacher = teacher_anchors[first : first + block].to(s.dtype)
+            of_student = student_anchors[first : first + block].to(s.dtype)
+            sums.add(of_teacher, of_student, buffer[: 3 * n * len(of_student)].view(3, n, len(of_student)))
+        ctx.save_for_backward(sums.gradient())
         return sums.losses().to(s.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True; once_differentiable would let a wrong result through
-            raise RuntimeError("the similarity losses have no second derivative")
-        (slope,) = ctx.saved_tensors
-        return (upstream[:, None] * slope, *[None] * 8)
+            raise RuntimeError("the similarity losses have no second derivative; call backward without create_graph")
+        (gradient,) = ctx.saved_tensors
+        return (upstream[:, None] * gradient, *[None] * 8)
 
 
 class _Sums:
-    """What a pass over the anchors adds up for each row. Index 0 is the teacher's distribution, 1 the student's.
+    """Running sums over the anchors, for each row. Index 0 is the teacher's distribution p, 1 the student's q.
 
-    top (2, B): what logits are taken relative to: the largest so far, or 0 where temperatures are mild. mass (2, B):
-    sum of w = exp(logit - top). gap (B,): sum of w_p (a - b), or of -w_p b for a cross-entropy, with logits a, b less
-    their tops. pull (2, B, d): sum of w times the student's anchor.
+    maxima (2, B): the value subtracted from the logits before exp: the largest logit so student_anchors, or 0 if both
+        temperatures are at least MIN_TEMPERATURE_WITHOUT_MAX.
+    partition (2, B): Σ w with w = exp(logit - maximum).
+    weighted_logits (B,): Σ w_p (a - b) for a divergence, Σ -w_p b for a cross-entropy, where a and b are the
+        teacher's and the student's logits less their maxima.
+    weighted_anchors (2, B, d): Σ w times the student's anchor, for the gradient; None if none is needed.
     """
 
     def __init__(self, s: Tensor, t: Tensor, taus: tuple[float, float], divergence: bool, needed: bool):
         self.rows, self.tau, self.divergence = (t / taus[0], s / taus[1]), taus[1], divergence
-        self.mild = min(taus) >= MILD
-        self.top = s.new_full((2, len(s)), 0.0 if self.mild else -2.0 / min(taus))  # or below every logit
-        self.mass = s.new_zeros(2, len(s), dtype=torch.float64)
-        self.gap = s.new_zeros(len(s), dtype=torch.float64)
-        self.pull = s.new_zeros(2, *s.shape) if needed else None
+        self.without_max = min(taus) >= MIN_TEMPERATURE_WITHOUT_MAX
+        self.maxima = s.new_full((2, len(s)), 0.0 if self.without_max else -2.0 / min(taus))  # or below every logit
+        self.partition = s.new_zeros(2, len(s), dtype=torch.float64)
+        self.weighted_logits = s.new_zeros(len(s), dtype=torch.float64)
+        self.weighted_anchors = s.new_zeros(2, *s.shape) if needed else None
 
     def start(self, s: Tensor, t: Tensor, own: Tensor) -> None:
-        """The row's own column: t against itself, s against own."""
+        """Add the row's own anchor: t compared with itself, s compared with `own` (B, d)."""
         logits = torch.stack([(self.rows[0] * t).sum(1), (self.rows[1] * own).sum(1)])
-        if not self.mild:
-            self.top = logits
-        a, b = logits - self.top
+        if not self.without_max:
+            self.maxima = logits
+        a, b = logits - self.maxima
         weights = torch.stack([a, b]).exp()
-        self.mass += weights
-        self.gap += weights[0] * (a - b if self.divergence else -b)
-        if self.pull is not None:
-            self.pull += weights[..., None] * own
+        self.partition += weights
+        self.weighted_logits += weights[0] * (a - b if self.divergence else -b)
+        if self.weighted_anchors is not None:
+            self.weighted_anchors += weights[..., None] * own
 
-    def add(self, near: Tensor, far: Tensor, memory: Tensor) -> None:
-        """n anchors of the teacher's bank (n, D) and of the student's (n, d); `memory` (3, B, n) is written over."""
-        a, p, b = memory
-        torch.mm(self.rows[0], near.T, out=a)
-        torch.mm(self.rows[1], far.T, out=b)
-        if self.mild:
+    def add(self, teacher_anchors: Tensor, student_anchors: Tensor, buffer: Tensor) -> None:
+        """Add n anchors: teacher's (n, D), student's (n, d). `buffer` (3, B, n) is overwritten."""
+        a, p, b = buffer
+        torch.mm(self.rows[0], teacher_anchors.T, out=a)
+        torch.mm(self.rows[1], student_anchors.T, out=b)
+        if self.without_max:
             torch.exp(a, out=p)
         else:
-            self._lift(a, b)
-            torch.clamp(a, min=FAINT, out=p).exp_()
-        gap = a.sub_(b) if self.divergence else torch.neg(b, out=a)
-        self.gap += gap.mul_(p).sum(1)
-        q = b.exp_() if self.mild else b.clamp_(min=FAINT).exp_()
-        self.mass += torch.stack([p.sum(1), q.sum(1)])
-        if self.pull is not None:
-            self.pull.flatten(0, 1).addmm_(memory[1:].flatten(0, 1), far)
+            self._raise_maxima(a, b)
+            torch.clamp(a, min=EXP_FLOOR, out=p).exp_()
+        difference = a.sub_(b) if self.divergence else torch.neg(b, out=a)
+        self.weighted_logits += difference.mul_(p).sum(1)
+        q = b.exp_() if self.without_max else b.clamp_(min=EXP_FLOOR).exp_()
+        self.partition += torch.stack([p.sum(1), q.sum(1)])
+        if self.weighted_anchors is not None:
+            self.weighted_anchors.flatten(0, 1).addmm_(buffer[1:].flatten(0, 1), student_anchors)
 
-    def _lift(self, a: Tensor, b: Tensor) -> None:
-        """Raise the tops to the largest logits of a and b (B, n), and take those and all sums relative to them."""
-        top = torch.maximum(self.top, torch.stack([a.amax(1), b.amax(1)]))
-        drop = (self.top - top).double()
-        fade = drop.exp()
-        self.top = top
-        a -= top[0][:, None]
-        b -= top[1][:, None]
-        moved = drop[0] - drop[1] if self.divergence else -drop[1]
-        self.gap = fade[0] * (self.gap + self.mass[0] * moved)
-        self.mass *= fade
-        if self.pull is not None:
-            self.pull *= fade[..., None]
+    def _raise_maxima(self, a: Tensor, b: Tensor) -> None:
+        """Raise the maxima to the largest logits of a and b (B, n); subtract them in place and rescale all sums."""
+        maxima = torch.maximum(self.maxima, torch.stack([a.amax(1), b.amax(1)]))
+        drop = (self.maxima - maxima).double()
+        decay = drop.exp()
+        self.maxima = maxima
+        a -= maxima[0][:, None]
+        b -= maxima[1][:, None]
+        shift = drop[0] - drop[1] if self.divergence else -drop[1]
+        self.weighted_logits = decay[0] * (self.weighted_logits + self.partition[0] * shift)
+        self.partition *= decay
+        if self.weighted_anchors is not None:
+            self.weighted_anchors *= decay[..., None]
 
     def losses(self) -> Tensor:
         """(B,) KL(p || q), or H(p, q)."""
-        mass = self._mass()
-        losses = self.gap / mass[0] + mass[1].log()
-        return losses - mass[0].log() if self.divergence else losses
+        partition = self._safe_partition()
+        losses = self.weighted_logits / partition[0] + partition[1].log()
+        return losses - partition[0].log() if self.divergence else losses
 
-    def slope(self) -> Tensor | None:
+    def gradient(self) -> Tensor | None:
         """(B, d) gradient of `losses` in s."""
-        if self.pull is None:
+        if self.weighted_anchors is None:
             return None
-        mean = self.pull / self._mass()[..., None]
-        return ((mean[1] - mean[0]) / self.tau).to(self.pull.dtype)
+        mean = self.weighted_anchors / self._safe_partition()[..., None]
+        return ((mean[1] - mean[0]) / self.tau).to(self.weighted_anchors.dtype)
 
-    def _mass(self) -> Tensor:
-        """(2, B) 1 where there was no anchor at all."""
-        return torch.where(self.mass > 0, self.mass, 1.0)
+    def _safe_partition(self) -> Tensor:
+        """(2, B) partition sums, 1 in rows without any anchor, to divide by."""
+        return torch.where(self.partition > 0, self.partition, 1.0)

@@ -1,6 +1,7 @@
-"""Base classes for methods that users wrote for the first version: `from pipeline.method import Method`.
+"""Base classes for methods that users wrote for version 1, which imports them by `from pipeline.method import Method`.
 
-Then a subclass overrode `named`, `suit`, `delivers` and `fill`. `runtime/old_names.py` leads the old imports here.
+In version 1 a subclass overrode `named`, `suit`, `delivers` and `fill`. `runtime/old_names.py` maps the old import
+paths to this module.
 """
 
 from collections.abc import Container
@@ -10,7 +11,7 @@ from compress_ssl.pipeline.models.linear_head import LinearHead
 
 
 class Method(base.Method):
-    """`base.Method` with the first version's names for what a subclass may override."""
+    """`base.Method` whose overridable methods have their version 1 names; each new name calls the old one."""
 
     @classmethod
     def for_spec(cls, argument: str) -> type[base.Method]:
@@ -40,7 +41,7 @@ class Method(base.Method):
 
 
 class MemoryBank(memory_bank.MemoryBank):
-    """`memory_bank.MemoryBank`, whose `refill` was called `fill`."""
+    """`memory_bank.MemoryBank` with `fill`, the version 1 name of `refill`."""
 
     def fill(self, read: memory_bank.Read, block: int = 8192) -> None:
         self.refill(read, block)
