@@ -5,12 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Value of --precision: the type of torch.autocast; None: no autocast."""
-
-MIN_NORM = 1e-12
-"""Smallest divisor in `l2_normalize`, as in torch.nn.functional.normalize, so that a zero vector stays zero."""
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -25,6 +23,5 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Divide vectors (..., d) by their length, in float32 or float64."""
-    x = at_least_float32(x)
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(MIN_NORM)
+    """Divide vectors (..., d) by their length, in float32 or float64; a zero vector stays zero."""
+    return F.normalize(at_least_float32(x), dim=-1)

@@ -1,8 +1,7 @@
 """Numbers logged while training that show whether a student has collapsed and whether it agrees with the teacher."""
 
 from torch import Tensor
-
-EPSILON = 1e-12  # smallest norm to divide by: a zero embedding stays zero
+from torch.nn import functional as F
 
 
 def measure(student: Tensor, teacher: Tensor | None) -> dict[str, float]:
@@ -22,7 +21,7 @@ def spread(z: Tensor) -> float:
 
     1 if they are spread over the whole sphere, 0 if the student has collapsed to one direction.
     """
-    u = z.float() / z.float().norm(dim=1, keepdim=True).clamp_min(EPSILON)
+    u = F.normalize(z.float(), dim=1)
     return float((u - u.mean(0)).pow(2).sum(1).mean().sqrt())
 
 
@@ -30,6 +29,6 @@ def agreement(z: Tensor, t: Tensor) -> float:
     """Share of rows, in percent, whose nearest other row by cosine is the same in z (n, d) and in t (n, D)."""
     nearest = []
     for x in (z.float(), t.float()):
-        u = x / x.norm(dim=1, keepdim=True).clamp_min(EPSILON)
+        u = F.normalize(x, dim=1)
         nearest.append((u @ u.T).fill_diagonal_(-2.0).argmax(1))  # -2 is below every cosine: no row is its own
     return 100.0 * float((nearest[0] == nearest[1]).float().mean())

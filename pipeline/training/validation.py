@@ -1,6 +1,7 @@
 """Validation of a student while it trains, by its nearest neighbours: needs no training of a classifier."""
 
 import torch
+from torch.nn import functional as F
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.extraction.features import view_features
@@ -25,7 +26,7 @@ def leave_one_out(
     features, rows = view_features(embedder, dataset, spec, device, precision, workers=workers)
     label = torch.from_numpy(dataset.label[rows]).to(device)
     known = label >= 0
-    unit = features[known] / features[known].norm(dim=1, keepdim=True).clamp_min(1e-12)  # (N, d)
+    unit = F.normalize(features[known], dim=1)  # (N, d)
     label = label[known]
     hits = 0
     for start in range(0, len(unit), CHUNK):
