@@ -292,7 +292,7 @@ def test_a_foreign_folder_is_never_set_aside(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--overwrite touches only what compress made"):
         artifact.move_aside(foreign, "run")
     (foreign / artifact.MANIFEST).write_text('{"name": "a web page", "start_url": "/"}')
-    with pytest.raises(UserError, match="damaged, or not of our making"):
+    with pytest.raises(UserError, match="damaged, or was not made by compress"):
         artifact.move_aside(foreign, "run")
     assert sorted(files(tmp_path)) == ["home/manifest.json", "home/thesis.tex"]
 
