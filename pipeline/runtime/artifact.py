@@ -127,8 +127,9 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
         good = False
     if not good:
         raise UserError(
-            f"{where} is damaged, or was not made by compress: its content does not match its digest; restore it from a copy "
-            "(compress verify --repair does so for a store), or move the folder away and start again"
+            f"{where} is damaged, or was not made by compress: its content does not match its digest; "
+            "restore it from a copy (compress verify --repair does so for a store), "
+            "or move the folder away and start again"
         )
     if manifest["format"] != FORMAT:
         raise OtherFormat(
@@ -203,8 +204,8 @@ def replaceable(where: str | Path, kind: str) -> bool:
     if is_url(where):
         if next(open_storage(where).list(), None) is not None:
             raise UserError(
-                f"--overwrite moves a folder aside by renaming, which is not possible in {where}; choose another --out, "
-                "or delete what is there with your provider's tool"
+                f"--overwrite moves a folder aside by renaming, which is not possible in {where}; "
+                "choose another --out, or delete what is there with your provider's tool"
             )
         return False
     folder = Path(where)

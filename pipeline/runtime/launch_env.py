@@ -1,4 +1,4 @@
-"""What a launcher such as torchrun tells each process that it starts."""
+"""The environment variables that a launcher such as torchrun sets for each process (rank) that it starts."""
 
 import os
 
@@ -6,20 +6,20 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or `start`, started this process as one of several."""
+    """Whether this process is one of several ranks, started by torchrun or by `launch.launch_ranks`."""
     return all(name in os.environ for name in LAUNCHER_VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks: rank 0, or the only one."""
+    """Whether this process prints for all ranks: rank 0, or the only process."""
     return not is_launched() or os.environ["RANK"] == "0"
 
 
 def local_rank() -> int:
-    """The number of this process on its machine."""
+    """The number of this process among the ranks on its machine, from 0."""
     return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
 
 
 def local_world_size() -> int:
-    """Processes of this run on this machine."""
+    """The number of ranks of this run on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
