@@ -100,7 +100,7 @@ def _command(name: str, where: str, summary: str) -> Any:
 
 
 def _function(config: Any, run: Any) -> Any:
-    """A function that calls `run` with a Config. Typer reads the options from its signature: one parameter per field."""
+    """A function that calls `run` with a Config. Typer reads the options from its signature, one per field."""
 
     def call(**values: Any) -> None:
         as_json = values.pop("json")

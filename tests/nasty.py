@@ -18,7 +18,7 @@ from compress_ssl.pipeline.datasets.decode import GOOD, NOT_AN_IMAGE, TOO_LARGE,
 
 
 def noise(seed: int = 0, side: int = 16, tint: int = 0) -> np.ndarray:
-    """(side, side, 3) uint8: dark noise with one bright channel, so that classes can be told apart."""
+    """(side, side, 3) uint8: dark noise with one bright channel, so that classes differ."""
     pixels = np.random.default_rng(seed).integers(0, 90, (side, side, 3))
     pixels[..., tint % 3] += 120
     return pixels.astype(np.uint8)
@@ -38,7 +38,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 2, *chunks: bytes) -> bytes:
-    """A PNG put together by hand, with claims that need not be true."""
+    """A PNG assembled from chunks, whose header may be wrong."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     parts = [header, *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
@@ -50,12 +50,12 @@ def bomb(width: int, height: int) -> bytes:
 
 
 def flipped(data: bytes, place: int) -> bytes:
-    """One byte is not what it was."""
+    """The data with one changed byte."""
     return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
 
 
 def bad_files() -> dict[str, bytes]:
-    """{name: bytes} that no program can use, one for each way to be bad."""
+    """{name: bytes} of files that no program can decode, one for each kind of damage."""
     jpeg, png_ = encoded(noise(1, 64), "JPEG"), encoded(noise(1, 64))
     progressive = encoded(noise(1, 64), "JPEG", progressive=True)
     gif, webp = encoded(noise(1, 64), "GIF"), encoded(noise(1, 64), "WEBP", lossless=True)
@@ -67,7 +67,7 @@ def bad_files() -> dict[str, bytes]:
         "bomb.gif": b"GIF89a\xff\xff\xff\xff" + gif[10:],
         "bomb.bmp": bmp[:18] + struct.pack("<ii", 50_000, 50_000) + bmp[26:],
         "bomb.ppm": b"P5 99999 99999 255\n" + bytes(99),
-        "huge-claim.png": bomb(9_000, 9_000),  # within the limit, and nothing in it
+        "huge-claim.png": bomb(9_000, 9_000),  # within the limit, but without pixels
         "cut.gif": gif[: len(gif) // 2],
         "cut.webp": webp[: len(webp) // 2],
         "cut.bmp": bmp[: len(bmp) // 2],
@@ -81,7 +81,7 @@ def bad_files() -> dict[str, bytes]:
         "zeros.png": bytes(5000),
         "noise.jpg": b"\xff\xd8\xff\xe0" + np.random.default_rng(2).bytes(3000),
         "pointer.png": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n",
-        "line-ends.png": png_.replace(b"\r\n", b"\n"),  # went through a text-mode transfer
+        "line-ends.png": png_.replace(b"\r\n", b"\n"),  # as after a transfer in text mode
         "crc-of-header.png": flipped(png_, 20),
         "crc-of-pixels.png": flipped(png_, len(png_) // 2),
         "no-pixels.png": png(16, 16, b""),
@@ -98,7 +98,7 @@ def bad_files() -> dict[str, bytes]:
 
 
 def odd_files() -> dict[str, bytes]:
-    """{name: bytes} that look wrong and hold a picture all the same."""
+    """{name: bytes} of files that look wrong but contain a valid picture."""
     pixels = noise(3, 24)
     image = Image.fromarray(pixels)
     palette = image.quantize(8)
@@ -184,7 +184,7 @@ def furnish(root: Path) -> dict[str, int]:
     for name, data in bad_files().items():
         (nasty / name).write_bytes(data)
         large = name.startswith("bomb")
-        status[name] = TOO_LARGE if large else -1  # whether broken or no image at all is Pillow's to say
+        status[name] = TOO_LARGE if large else -1  # Pillow decides whether it is damaged or no image at all
     for number, name in enumerate(ODD_NAMES):
         bad = number % 3 == 0
         with open(os.path.join(os.fsencode(nasty), name), "wb") as file:
@@ -208,7 +208,7 @@ def furnish(root: Path) -> dict[str, int]:
     (nasty / "folder.jpg").mkdir()  # a folder like any other
     (nasty / "folder.jpg/inside.png").write_bytes(encoded(noise(9)))
     status["folder.jpg/inside.png"] = GOOD
-    (nasty / "up").symlink_to("..")  # followed, it would never end
-    (nasty / ".hidden.png").write_bytes(b"")  # passed over, like any hidden file
+    (nasty / "up").symlink_to("..")  # following it would never end
+    (nasty / ".hidden.png").write_bytes(b"")  # skipped, like any hidden file
     (nasty / "notes.txt").write_bytes(b"no image, and it does not say so")
     return {f"nasty/{name}": code for name, code in status.items()}

@@ -1,4 +1,4 @@
-"""Whether a process still runs, and since when: the same answers, in the same form, as version 1 gave."""
+"""Whether a process is running, and its start time: the same results, in the same form, as in version 1."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ ME = os.getpid()
 
 
 def version_1(pid: int) -> str | None:
-    """`began` as version 1 had it."""
+    """`began` as it was in version 1."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         fields = stat.rpartition(")")[2].split()
@@ -70,7 +70,7 @@ def set_clock(proc: Path, seconds: int) -> None:
 
 
 @linux
-def test_version_1_and_this_one_say_the_same_of_every_process(child: subprocess.Popen[bytes]) -> None:
+def test_the_start_time_of_every_process_equals_that_of_version_1(child: subprocess.Popen[bytes]) -> None:
     compared = 0
     for pid in {*psutil.pids(), ME, child.pid}:
         before, now, after = version_1(pid), began(pid), version_1(pid)
@@ -80,7 +80,7 @@ def test_version_1_and_this_one_say_the_same_of_every_process(child: subprocess.
     assert compared >= 2 and str(began(ME)).isdigit()
 
 
-def test_a_process_that_ended_has_no_beginning_also_before_it_is_waited_for(child: subprocess.Popen[bytes]) -> None:
+def test_an_ended_process_has_no_start_time_even_as_a_zombie(child: subprocess.Popen[bytes]) -> None:
     assert began(child.pid)
     child.kill()
     until = time.monotonic() + 20
@@ -93,35 +93,37 @@ def test_a_process_that_ended_has_no_beginning_also_before_it_is_waited_for(chil
 
 @linux
 @pytest.mark.parametrize("seconds", [-1, 1, 86_400, -(10**9)])
-def test_the_clock_may_be_set_between_two_looks(proc: Path, seconds: int) -> None:
+def test_setting_the_clock_between_two_calls_changes_nothing(proc: Path, seconds: int) -> None:
     show(proc)
     set_clock(proc, seconds)
     assert began(ME) == version_1(ME)
 
 
 @linux
-def test_the_clock_may_be_set_during_a_look(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[str] = []
+def test_setting_the_clock_during_a_call_changes_nothing(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
 
     def status(self: psutil.Process) -> str:
-        if not looks:
+        if not calls:
             set_clock(proc, 3600)
-        looks.append("")
+        calls.append("")
         return psutil.STATUS_RUNNING
 
     show(proc)
     monkeypatch.setattr(psutil.Process, "status", status)
-    assert began(ME) == version_1(ME) and len(looks) == 2
+    assert began(ME) == version_1(ME) and len(calls) == 2
 
 
 @linux
-def test_a_name_may_hold_spaces_and_brackets(proc: Path) -> None:
+def test_a_process_name_may_contain_spaces_and_brackets(proc: Path) -> None:
     show(proc, "a) Z (b c) X")
     assert began(ME) == version_1(ME)
 
 
 @linux
-def test_a_process_that_proc_hides_runs_since_nobody_knows_when(proc: Path, child: subprocess.Popen[bytes]) -> None:
+def test_a_process_hidden_by_proc_is_running_with_unknown_start_time(
+    proc: Path, child: subprocess.Popen[bytes]
+) -> None:
     assert not psutil.pid_exists(ME)  # why this is not what we ask
     assert began(ME) == RUNS and began(child.pid) == RUNS and began(1) == RUNS
     child.kill()
@@ -131,13 +133,13 @@ def test_a_process_that_proc_hides_runs_since_nobody_knows_when(proc: Path, chil
 
 @linux
 @pytest.mark.parametrize("stat", [None, "cpu 1 2 3\n"])
-def test_without_a_boot_time_a_process_runs_since_nobody_knows_when(proc: Path, stat: str | None) -> None:
+def test_without_a_boot_time_a_process_is_running_with_unknown_start_time(proc: Path, stat: str | None) -> None:
     show(proc)
     (proc / "stat").unlink() if stat is None else (proc / "stat").write_text(stat)
     assert began(ME) == RUNS
 
 
-def test_where_no_ticks_are_counted_a_process_runs(
+def test_without_clock_ticks_a_process_is_running_with_unknown_start_time(
     child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psutil.LINUX", False)
@@ -148,7 +150,7 @@ def test_where_no_ticks_are_counted_a_process_runs(
 
 
 @linux
-def test_leases_of_version_1_and_of_this_one_are_judged_alike(
+def test_leases_of_version_1_and_of_this_version_are_treated_alike(
     child: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Folder(tmp_path)
