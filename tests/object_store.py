@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 FAULTS = ("500", "slow", "drop", "cut", "lost")
-"""500: an internal error. slow: a response after 0.3 s. drop: no response, and the request is not carried out. cut: half
-of the response's body. lost: the request is carried out, but its response is not sent."""
+"""500: an internal error. slow: a response after 0.3 s. drop: no response, and the request is not carried out. cut:
+half of the response's body. lost: the request is carried out, but its response is not sent."""
 
 
 class Server:

@@ -158,7 +158,10 @@ def room(module: str) -> str:
 def members() -> set[str]:
     """Modules that a registry names: the members of the plug-in families."""
     return {
-        bare(place.partition(":")[0]) for menus in MENUS.values() for menu in menus for place in menu.entries.values()
+        bare(place.partition(":")[0])
+        for registries in REGISTRIES.values()
+        for registry in registries
+        for place in registry.entries.values()
     }
 
 
@@ -320,7 +323,7 @@ def evaluated(statement: ast.stmt) -> Iterator[ast.AST]:
             todo.extend(ast.iter_child_nodes(node))
 
 
-def deeds(tree: ast.Module) -> Iterator[tuple[int, str]]:
+def import_side_effects(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """[(line, action)] of a module's actions at import that change state outside it."""
     for statement in at_import(tree.body):
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
@@ -337,7 +340,7 @@ def deeds(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_importing_does_nothing(name: str) -> None:
-    done = [f"{at(name, line)} {what}" for line, what in deeds(TREES[name])]
+    done = [f"{at(name, line)} {what}" for line, what in import_side_effects(TREES[name])]
     assert not done, "\n".join(done)
 
 
@@ -384,7 +387,7 @@ assert not changed, changed
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-MENUS = {
+REGISTRIES = {
     f"pipeline.{path.parent.name}": [
         value
         for value in vars(importlib.import_module(f"{PACKAGE}.pipeline.{path.parent.name}")).values()
@@ -395,23 +398,23 @@ MENUS = {
 
 
 @pytest.mark.parametrize(
-    ("menu", "kind"),
+    ("registry", "kind"),
     [
-        pytest.param(menu, kind, id=f"{menu.family}-{kind}")
-        for menus in MENUS.values()
-        for menu in menus
-        for kind in menu.entries
+        pytest.param(registry, kind, id=f"{registry.family}-{kind}")
+        for registries in REGISTRIES.values()
+        for registry in registries
+        for kind in registry.entries
     ],
 )
-def test_every_entry_of_every_registry_can_be_imported(menu: Registry, kind: str) -> None:
+def test_every_entry_of_every_registry_can_be_imported(registry: Registry, kind: str) -> None:
     try:
-        entry = menu.resolve(kind)
+        entry = registry.resolve(kind)
     except UserError as problem:
         if isinstance(problem.__cause__, ModuleNotFoundError):
             pytest.skip(str(problem))
         raise
     assert callable(entry)
-    assert menu.summary(kind), f"{menu.entries[kind]} has no docstring for the menu to show"
+    assert registry.summary(kind), f"{registry.entries[kind]} has no docstring for the registry to show"
 
 
 # ---------------------------------------------------------------- the rules find violations
@@ -466,4 +469,4 @@ def test_the_import_rule_accepts_good_and_rejects_bad_imports(importer: str, imp
     ],
 )
 def test_the_rule_of_importing_distinguishes_actions_from_definitions(text: str, does: bool) -> None:
-    assert bool(list(deeds(ast.parse(text)))) is does
+    assert bool(list(import_side_effects(ast.parse(text)))) is does

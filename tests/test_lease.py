@@ -73,9 +73,7 @@ def test_the_lease_of_an_ended_process_is_taken_without_waiting(storage: Storage
         with pytest.raises(UserError, match=f"process {holder.pid} "):
             Lease(storage).__enter__()
         holder.send_signal(signal.SIGKILL)
-        while lease.began(
-            holder.pid
-        ):  # until the signal has arrived; an ended process that nobody waited for (a zombie) counts as ended
+        while lease.start_time(holder.pid):  # a process that has ended and was not waited for counts as ended
             time.sleep(0.01)
         began = time.monotonic()
         with Lease(storage):
@@ -83,7 +81,7 @@ def test_the_lease_of_an_ended_process_is_taken_without_waiting(storage: Storage
 
 
 def test_a_later_process_with_the_same_pid_is_not_the_holder(storage: Storage) -> None:
-    another(storage, machine=lease.machine(), pid=os.getpid(), began="12345")
+    another(storage, machine=lease.machine_id(), pid=os.getpid(), began="12345")
     with Lease(storage) as held:
         assert held._is_mine()
 
@@ -91,7 +89,7 @@ def test_a_later_process_with_the_same_pid_is_not_the_holder(storage: Storage) -
 def test_a_holder_whose_process_is_hidden_is_not_taken_for_ended(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    another(storage, machine=lease.machine(), pid=os.getpid(), began=lease.began(os.getpid()))
+    another(storage, machine=lease.machine_id(), pid=os.getpid(), began=lease.start_time(os.getpid()))
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))  # no process in it, as with hidepid
     with pytest.raises(UserError, match=f"is being written by process {os.getpid()}"):
         lease.require_free(storage)

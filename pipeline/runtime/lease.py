@@ -16,7 +16,7 @@ from typing import Any
 
 from compress_ssl.pipeline.runtime.artifact import LEASE, canonical
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.process import RUNS, began, machine
+from compress_ssl.pipeline.runtime.process import RUNNING, machine_id, start_time
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Storage
 
@@ -38,7 +38,7 @@ class Lease:
     def __init__(self, storage: Storage):
         self.storage, self.lost = storage, False
         pid = os.getpid()
-        self.holder = {"host": platform.node(), "pid": pid, "machine": machine(), "began": began(pid)}
+        self.holder = {"host": platform.node(), "pid": pid, "machine": machine_id(), "began": start_time(pid)}
         self.holder["token"] = secrets.token_hex(8)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -123,7 +123,7 @@ def _require_gone(storage: Storage, there: dict[str, Any]) -> None:
     own time stamp and must then stay unchanged for WATCH_TIME seconds, measured with the clock of this machine.
     """
     age = max(0.0, time.time() - there["beat"])
-    here = there["machine"] == machine()
+    here = there["machine"] == machine_id()
     if not here and age >= STALE_AFTER:
         echo(
             f"{storage}: {_describe_holder(there)} gave no sign of life for {age:.0f} s; "
@@ -132,7 +132,7 @@ def _require_gone(storage: Storage, there: dict[str, Any]) -> None:
         time.sleep(WATCH_TIME)
         if read(storage) in (there, None):
             return
-    elif here and began(there["pid"]) not in (there["began"], RUNS):
+    elif here and start_time(there["pid"]) not in (there["began"], RUNNING):
         return
     how = "stop it first" if here else f"stop it there first; if it is gone, repeat this command in {STALE_AFTER:g} s"
     raise UserError(

@@ -4,11 +4,11 @@ import os
 import platform
 from pathlib import Path
 
-RUNS = "runs"
-"""Result of `began` for a running process whose start time cannot be read."""
+RUNNING = "runs"
+"""Result of `start_time` for a running process whose start time cannot be read."""
 
 
-def machine() -> str:
+def machine_id() -> str:
     """An identifier of this boot of this machine and of the process's PID namespace; the host's name off Linux.
 
     Two processes with the same identifier can look each other up by PID. The namespace is part of it because each
@@ -21,10 +21,10 @@ def machine() -> str:
         return platform.node()
 
 
-def began(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """The start time of a process of this machine in clock ticks since the boot; None if the process has ended.
 
-    The start time tells a process from a later one with the same PID. The result is RUNS if the process is running
+    The start time tells a process from a later one with the same PID. The result is RUNNING if the process is running
     but its start time cannot be read (no Linux, or /proc hides it). Leases store this number, which is field 22 of
     /proc/PID/stat and never changes. psutil adds the boot time, which changes when the clock is set, so it is
     subtracted again.
@@ -38,7 +38,7 @@ def began(pid: int) -> str | None:
             if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                 return None
             if not psutil.LINUX:
-                return RUNS
+                return RUNNING
             ticks = round((process.create_time() - boot) * os.sysconf("SC_CLK_TCK"))
             if psutil.boot_time() == boot:  # otherwise the clock was set between the two readings
                 return str(ticks)
@@ -47,7 +47,7 @@ def began(pid: int) -> str | None:
 
 
 def _runs(pid: int) -> str | None:
-    """RUNS if a process with this PID is running, else None.
+    """RUNNING if a process with this PID is running, else None.
 
     psutil.pid_exists cannot be used: it returns False where /proc hides the processes of other users.
     """
@@ -57,4 +57,4 @@ def _runs(pid: int) -> str | None:
         return None
     except PermissionError:
         pass  # the process is running and belongs to another user
-    return RUNS
+    return RUNNING

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from compress_ssl.pipeline.runtime.process import began
+from compress_ssl.pipeline.runtime.process import start_time
 
 PART = ".part"  # suffix of files that are being written; a killed writer leaves them behind, and `list` omits them
 _WRITER = re.compile(r"\.[0-9a-f]{8}\.(\d+)\.(.*)\.part$")  # groups: PID and host name of the writer
@@ -146,7 +146,7 @@ class Folder:
         for part in self.path.rglob(f"*{PART}"):
             writer = _WRITER.search(part.name)
             try:
-                dead = writer and writer[2] == platform.node() and began(int(writer[1])) is None
+                dead = writer and writer[2] == platform.node() and start_time(int(writer[1])) is None
                 if dead or part.stat().st_mtime < time.time() - _DAY:
                     part.unlink()
                     count += 1
