@@ -405,9 +405,9 @@ NEAR_MISSES = [
 ]
 
 
-@pytest.mark.parametrize("words, told", NEAR_MISSES, ids=lambda part: "_".join(part[-2:]) if part else "nothing")
+@pytest.mark.parametrize("words, parts", NEAR_MISSES, ids=lambda part: "_".join(part[-2:]) if part else "nothing")
 def test_an_unknown_name_is_reported_with_the_nearest_known_one(
-    world: World, here: Path, words: list[str], told: list[str]
+    world: World, here: Path, words: list[str], parts: list[str]
 ) -> None:
     commands = {"EXPORT": lambda *more: export(world.data, "out", *more)}
     commands["DISTILL"] = lambda *more: distill(world.store, "out", *more)
@@ -418,9 +418,9 @@ def test_an_unknown_name_is_reported_with_the_nearest_known_one(
     else:
         said = commands[words[0]](*given[1:]) if words and words[0] in commands else compress(*given)
     if words:
-        said.refuses(*told)
+        said.refuses(*parts)
     else:  # the help stands above it
-        assert said.code == 2 and all(part in said.err.splitlines()[-1] for part in told)
+        assert said.code == 2 and all(part in said.err.splitlines()[-1] for part in parts)
     assert not Path("out").exists()
 
 
@@ -450,8 +450,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_a_prefix_that_fits(world
     torch.save({"state_dict": {f"module.encoder_q.{name}": value for name, value in state.items()}}, "moco.pt")
     torch.save({name.replace("blocks", "layers"): value for name, value in state.items()}, "other.pt")
     teacher = "convnet:channels=4+8,weights=moco.pt"
-    told = export(world.data, "store", "--dry-run", teacher=teacher).refuses("moco.pt does not fit", "missing", "Try ")
-    assert "prefix=module.encoder_q." in told
+    message = export(world.data, "store", "--dry-run", teacher=teacher).refuses(
+        "moco.pt does not fit", "missing", "Try "
+    )
+    assert "prefix=module.encoder_q." in message
     export(world.data, "store", "--dry-run", teacher=f"{teacher},prefix=module.encoder_q.").works()
     export(world.data, "store", teacher=f"{teacher},prefix=module.encoder_k.").refuses("prefix=module.encoder_q.")
     export(world.data, "store", teacher="convnet:channels=4+8,weights=other.pt").refuses(
@@ -475,8 +477,8 @@ def test_a_pickle_with_code_is_refused_and_not_executed(world: World, here: Path
     torch.save({"state_dict": Payload()}, "evil.pt")
     Path("evil.pkl").write_bytes(pickle.dumps(Payload()))
     for file in ("evil.pt", "evil.pkl"):
-        told = export(world.data, "store", teacher=f"convnet:weights={file}").refuses(file, "run", "state dict")
-        assert "code" in told
+        message = export(world.data, "store", teacher=f"convnet:weights={file}").refuses(file, "run", "state dict")
+        assert "code" in message
     assert sorted(os.listdir()) == ["evil.pkl", "evil.pt"]
 
 
@@ -539,8 +541,8 @@ def test_one_changed_image_stops_the_training_and_the_work_so_far_is_kept(store:
     good = file.read_bytes()
     distill(store, "run").works()
     file.write_bytes(encoded(noise(99)))
-    told = distill(store, "run", "--steps", 12).refuses("a/03.png changed since the export", "put it back")
-    assert "new store" in told
+    message = distill(store, "run", "--steps", 12).refuses("a/03.png changed since the export", "put it back")
+    assert "new store" in message
     export(data, store, "--views", 5).refuses("a/03.png", "put them back")
     file.write_bytes(good[:60])
     distill(store, "run", "--steps", 12).refuses("a/03.png changed", "truncated")
@@ -651,8 +653,8 @@ def test_a_missing_or_damaged_student_file_is_written_again(world: World, run: P
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_remedy(world: World, here: Path) -> None:
-    told = distill(world.store, "run", "--lr", 1e30).refuses("run", "at step", "learning rate 1e+30")
-    assert "lower --lr" in told
+    message = distill(world.store, "run", "--lr", 1e30).refuses("run", "at step", "learning rate 1e+30")
+    assert "lower --lr" in message
     assert not Path("run/student.safetensors").exists()
     evaluate("--run", "run", "--val", world.val).refuses("not finished")
 
@@ -672,8 +674,8 @@ def test_data_of_one_class_can_train_a_student_but_not_score_it(world: World, he
 
 def test_a_class_in_val_that_train_lacks_is_refused_by_name(world: World, here: Path) -> None:
     pictures(here / "val", "abcz", each=1)
-    told = evaluate("--run", world.run, "--val", "val", "--out", "out").refuses("1 of 4 classes", "'z'", "--train")
-    assert "take them out of --val" in told
+    message = evaluate("--run", world.run, "--val", "val", "--out", "out").refuses("1 of 4 classes", "'z'", "--train")
+    assert "take them out of --val" in message
     assert not Path("out").exists()
 
 
@@ -717,8 +719,10 @@ def test_images_that_have_moved_are_reported_with_a_remedy(data: Path) -> None:
     export(data, "store").works()
     distill("store", "run").works()
     data.rename("moved")
-    told = distill("store", "run", "--steps", 6).refuses("not where they were", str(data), "does not exist", "--data")
-    assert "store" in told
+    message = distill("store", "run", "--steps", 6).refuses(
+        "not where they were", str(data), "does not exist", "--data"
+    )
+    assert "store" in message
     distill("store", "run", "--steps", 6, "--data", "moved").works()
     flags = ("--run", "run", "--val", "moved", "--out", "out", "--protocol", "cluster:clusters=99")
     evaluate(*flags).refuses("not where they were", str(data), "--train")
@@ -782,7 +786,7 @@ def test_a_folder_without_write_permission_is_refused(public: Path) -> None:
     for path in (public, *public.rglob("*")):  # readable by all, writable by nobody but root
         path.chmod(0o555 if path.is_dir() else 0o444)
     with without_privileges():
-        told = [
+        refusals = [
             export(data, "closed/store"),
             export(data, "store", "--views", 5),
             export(data, "store", "--overwrite"),
@@ -790,7 +794,7 @@ def test_a_folder_without_write_permission_is_refused(public: Path) -> None:
             distill("store", "run", "--steps", 6),
             evaluate("--run", "run", "--val", data, "--protocol", "nn"),
         ]
-    for said in told:
+    for said in refusals:
         said.refuses("ermission", "choose another")
     assert content(public) == before
 
