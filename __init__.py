@@ -1,7 +1,7 @@
 """compress: distill a large self-supervised vision model into small ones, without labels.
 
-The three stages as functions, and what a user's own method or model is built from. Each name is imported when it is
-first used, so that `import compress_ssl` costs nothing:
+The public names are the stages, as modules with `Config` and `run`, and the classes that a user's own method or
+model is built from. Each name is imported when it is first used, so that `import compress_ssl` is fast:
 
     from compress_ssl import distill
 
@@ -25,7 +25,7 @@ _PUBLIC = {
     "UserError": "compress_ssl.pipeline.runtime.errors:UserError",
     "check_method": "compress_ssl.pipeline.testing:check_method",
 }
-"""Public name: the module, or module:object."""
+"""{public name: "module" or "module:object"}"""
 
 __all__ = list(_PUBLIC)
 

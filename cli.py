@@ -1,4 +1,7 @@
-"""The command line: one command per file in stages/, and the one place that prints results and errors."""
+"""The command line: one command per module of stages/. Only this module prints results and errors.
+
+`compress --help` must take less than half a second, so nothing here imports torch or a stage before a command is run.
+"""
 
 import errno
 import importlib
@@ -8,62 +11,74 @@ import os
 import signal
 import sys
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.launch_env import is_launched, is_main_process
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.signals import Interrupted
 
+# Typer contains a copy of click, or depends on it, according to its version: the base class of usage errors is found
+# by its name.
 UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 COMMANDS = {
-    "export-teacher": ("export_teacher", "Run the frozen teacher once over every view and keep its embeddings."),
+    "export-teacher": ("export_teacher", "Run the frozen teacher once over every view and store its embeddings."),
     "distill": ("distill", "Train students from a store of teacher embeddings."),
-    "label-head": ("label_head", "A linear head on stored embeddings, fitted to a few labels."),
-    "evaluate": ("evaluate", "Nearest neighbours, clusters and linear probes, with a report."),
-    "inspect": ("inspect", "What a store, run or evaluation is and how far it got."),
-    "verify": ("verify", "Every digest of a store, then the live teacher against a sample; --repair."),
-    "store copy": ("store_copy", "Push, pull, cut down or recode a store, digests checked."),
-    "compare": ("compare", "One table and page over many evaluations, the teacher first."),
-    "sweep": ("sweep", "A grid of students, methods and stores from a YAML file, compared at the end."),
-    "models": ("menus:Models", "What can be named as teacher, student or --model."),
-    "methods": ("menus:Methods", "What can be named as --method, with the published recipes."),
-    "protocols": ("menus:Protocols", "What can be named as --protocol."),
-    "demo": ("demo", "The three stages on embedded data, minutes on two cores."),
+    "label-head": ("label_head", "Fit a linear head on stored embeddings to a few labels."),
+    "evaluate": ("evaluate", "Score by nearest neighbours, clusters and linear probes, with a report."),
+    "inspect": ("inspect", "Show what a store, run or evaluation contains and how far it is."),
+    "verify": ("verify", "Check every digest of a store and a sample against the live teacher; --repair."),
+    "store copy": ("store_copy", "Push, pull, reduce or recode a store; digests are checked."),
+    "compare": ("compare", "Compare many evaluations in one table and page, the teacher first."),
+    "sweep": ("sweep", "Train and compare a grid of students, methods and stores from a YAML file."),
+    "models": ("menus:Models", "List what --teacher, --student and --model accept."),
+    "methods": ("menus:Methods", "List what --method accepts, with the published recipes."),
+    "protocols": ("menus:Protocols", "List what --protocol accepts."),
+    "demo": ("demo", "Run the three stages on embedded data; takes minutes on two cores."),
 }
-"""Name, or family and name: (module of `compress_ssl.stages`, or module:Config; summary).
+"""{command, or "group command": (module of `compress_ssl.stages`, or module:Config; summary for --help)}
 
-A module is imported when its command is asked for.
+A module is imported only when its command is run or its own --help is shown.
 """
 
 
 class Commands(TyperGroup):
-    """The command table, or those of its commands that begin with `family`. Listing it imports no stage."""
+    """The commands of COMMANDS whose names begin with `prefix`. Listing them imports no stage.
 
-    family = ""
+    A command that is only listed has no options; its stage is imported when the parser resolves the command.
+    """
+
+    prefix = ""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        words = (name.removeprefix(self.family).split()[0] for name in COMMANDS if name.startswith(self.family))
+        """The first words of the commands' names, after the prefix and without repetition."""
+        words = (name.removeprefix(self.prefix).split()[0] for name in COMMANDS if name.startswith(self.prefix))
         return list(dict.fromkeys(words))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        name = self.family + cmd_name
+        """A group, or a command with its summary alone. Raises UserError for an unknown name."""
+        name = self.prefix + cmd_name
         if any(known.startswith(f"{name} ") for known in COMMANDS):
             group = Commands(name=cmd_name, help=f"Commands for a {name}.", no_args_is_help=True)
-            group.family = f"{name} "
+            group.prefix = f"{name} "
             return group
         if name not in COMMANDS:
             raise UserError(f"no command {name!r}{did_you_mean(name, COMMANDS) or '.'} Known: {', '.join(COMMANDS)}")
-        where, summary = COMMANDS[name]
-        if cmd_name not in sys.argv[1:]:  # only listed
-            return TyperCommand(cmd_name, help=summary)
-        return _command(cmd_name, where, summary)
+        return TyperCommand(cmd_name, help=COMMANDS[name][1])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command to run for these arguments, with all its options, as (name, command, remaining arguments)."""
+        name, command, rest = super().resolve_command(ctx, args)
+        full_name = f"{self.prefix}{name}"
+        if full_name in COMMANDS:
+            command = _command(str(name), *COMMANDS[full_name])
+        return name, command, rest
 
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -75,7 +90,7 @@ def _root() -> None:
 
 
 def _command(name: str, where: str, summary: str) -> Any:
-    """A Typer command from a stage's Config: one option per field."""
+    """A Typer command with one option per field of a stage's Config. where: module, or module:Config."""
     module_name, _, config_name = where.partition(":")
     module = importlib.import_module(f"compress_ssl.stages.{module_name}")
     config = getattr(module, config_name or "Config")
@@ -85,34 +100,43 @@ def _command(name: str, where: str, summary: str) -> Any:
 
 
 def _function(config: Any, run: Any) -> Any:
-    """A function whose signature is the Config's fields, for Typer to read."""
+    """A function that calls `run` with a Config. Typer reads the options from its signature, one per field."""
 
     def call(**values: Any) -> None:
         as_json = values.pop("json")
-        made = run(config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
-        if made:  # of several ranks the first has something to show
-            _show(json.dumps(made, default=str) if as_json else made.get("summary", ""))
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        result = run(config(**settings))
+        if result:  # only rank 0 of several ranks returns a result
+            _print(json.dumps(result, default=str) if as_json else result.get("summary", ""))
 
-    parameters = []
     hints = typing.get_type_hints(config)
-    for f in fields(config):
-        kind = list[str] if typing.get_origin(hints[f.name]) is tuple else hints[f.name]
-        name, short = f.name.replace("_", "-"), f.metadata.get("short")
-        either = kind is bool or bool in typing.get_args(kind)
-        names = [f"--{name}/--no-{name}" if either else f"--{name}", *([short] if short else [])]
-        text = f.metadata.get("help")
-        info = typer.Argument(help=text) if f.metadata.get("place") else typer.Option(*names, help=text)
-        default = inspect.Parameter.empty if f.default is MISSING else f.default
-        default = list(default) if isinstance(default, tuple) else default
-        parameters.append(
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
-        )
+    parameters = [_parameter(field, hints[field.name]) for field in fields(config)]
     as_json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout instead of the summary")]
     parameters.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=as_json))
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     return call
 
+
+def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
+    """A field of a Config as a parameter that Typer reads as an option, or as an argument if the field has `place`."""
+    kind = list[str] if typing.get_origin(hint) is tuple else hint
+    name, short = field.name.replace("_", "-"), field.metadata.get("short")
+    is_switch = kind is bool or bool in typing.get_args(kind)
+    names = [f"--{name}/--no-{name}" if is_switch else f"--{name}"]
+    if short:
+        names.append(short)
+    text = field.metadata.get("help")
+    info = typer.Argument(help=text) if field.metadata.get("place") else typer.Option(*names, help=text)
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
+    if isinstance(default, tuple):
+        default = list(default)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+    )
+
+
+# ---------------------------------------------------------------- running a command, exit status and errors
 
 _DISK = {
     errno.ENOSPC: "the disk is full; make room and repeat the command, it continues where it stopped",
@@ -123,26 +147,31 @@ _DISK = {
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
     errno.EEXIST: "a file stands where a folder is needed; choose another folder",
-    errno.EISDIR: "a folder stands where a file is needed",
+    errno.EISDIR: "a folder stands where a file is needed; choose another name",
     errno.ENOENT: "there is no such file or folder",
     errno.ENAMETOOLONG: "the name is too long",
     errno.ELOOP: "symbolic links lead in a circle",
     errno.EMFILE: "too many files are open (ulimit -n); raise the limit, or use fewer --workers",
     errno.EIO: "the disk reports an error; check it, then repeat the command",
 }
+"""{errno of an OSError that the user can correct: what is wrong and what to do}; all others are bugs."""
 
 
 def main() -> None:
-    """Run a command; exit with 0, 2 (the user can mend it), 130 or 143 (signals), 1 (a bug)."""
+    """Run the command in sys.argv and exit.
+
+    The exit status is 0 (success), 2 (an error that the user can correct), 130 or 143 (stopped by SIGINT or SIGTERM)
+    or 1 (a bug, with a traceback).
+    """
     signal.signal(signal.SIGTERM, _terminate)
-    # Idle OpenMP threads sleep instead of spinning: beside loader processes, spinning made the
-    # forward of a small network on two busy cores 15 times slower. Has to be said before torch loads.
+    # Idle OpenMP threads sleep instead of spinning: with loader processes beside them, spinning made the forward
+    # pass of a small network on two busy cores 15 times slower. The variable must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if is_launched():  # every rank would be warned that it looks for unused parameters where there are none
+    if is_launched():  # otherwise every rank prints a needless warning about find_unused_parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        code = _status()
-        for signum in (signal.SIGINT, signal.SIGTERM):  # all is said: what comes now has nobody to catch it
+        code = _run_command()
+        for signum in (signal.SIGINT, signal.SIGTERM):  # output is complete: restore the default handlers
             signal.signal(signum, signal.SIG_DFL)
     except Interrupted as stop:
         print(f"stopped: {stop}", file=sys.stderr)
@@ -153,17 +182,21 @@ def main() -> None:
     sys.exit(code)
 
 
-def _status() -> int:
-    """Run a command: the exit status, its error told in one line. Raises Interrupted and KeyboardInterrupt."""
+def _run_command() -> int:
+    """Run the command and return the exit status; an error that the user can correct is printed in one line.
+
+    Raises Interrupted, KeyboardInterrupt, and every other exception, which is a bug.
+    """
     try:
         code = app(standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UserError as problem:
         return _fail(str(problem))
     except UsageProblem as problem:
-        return _fail(_usage(problem)) if is_main_process() else 2
+        return _fail(_describe_usage_error(problem)) if is_main_process() else 2
     except (MemoryError, RuntimeError) as problem:
-        if not (text := _exhausted(problem)):
+        text = _describe_exhaustion(problem)
+        if not text:
             raise
         return _fail(text)
     except OSError as problem:
@@ -172,20 +205,25 @@ def _status() -> int:
         return _fail(f"{problem.filename2 or problem.filename or 'writing'}: {_DISK[problem.errno]}")
 
 
-def _show(text: str) -> None:
+def _print(text: str) -> None:
+    """Print a result to stdout."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `compress models | head`: the work is done, and whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit has somewhere to go
+    except BrokenPipeError:  # the reader closed the pipe, as in `compress models | head`: no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
 
 
 def _fail(text: str) -> int:
+    """Print an error in one line to stderr; returns the exit status."""
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return 2
 
 
-def _exhausted(problem: Exception) -> str:
-    """In words, if memory ran out or a loader process died of it; torch has no one type for these. Else nothing."""
+def _describe_exhaustion(problem: Exception) -> str:
+    """The error text if memory ran out or a loader process ended unexpectedly, else "".
+
+    torch raises a plain RuntimeError for some of these, so they are recognised by their texts.
+    """
     text = " ".join(str(problem).split())
     signs = ("killed by signal", "exited unexpectedly", "shared memory", "No space left on device")
     if "DataLoader worker" in text and any(sign in text for sign in signs):
@@ -193,20 +231,21 @@ def _exhausted(problem: Exception) -> str:
             f"a loader process died ({text[:160]}); use fewer --workers (0: none), or give them more memory "
             "(docker run --shm-size), and repeat the command, it continues where it stopped"
         )
-    named = type(problem).__name__ in ("MemoryError", "_ArrayMemoryError", "OutOfMemoryError")
-    if named or "can't allocate memory" in text:
+    is_memory_error = type(problem).__name__ in ("MemoryError", "_ArrayMemoryError", "OutOfMemoryError")
+    if is_memory_error or "can't allocate memory" in text:
         return f"the memory is full ({text[:160]}); take a smaller batch where the command has one, or fewer students"
     return ""
 
 
-def _usage(problem: Any) -> str:
-    """What is wrong with the flags, and where they are listed."""
+def _describe_usage_error(problem: Any) -> str:
+    """What is wrong with the arguments, and which --help lists the valid ones."""
     text = problem.format_message().strip().rstrip(".") or "no command was given"
     where = problem.ctx.command_path if problem.ctx else ""
-    return f"{text}; {where} --help lists what there is" if where else text
+    return f"{text}; {where} --help lists commands and options" if where else text
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
+    """Signal handler for SIGTERM outside a StopRequest block."""
     raise Interrupted(signum, "repeat the command to continue")
 
 

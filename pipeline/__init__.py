@@ -1,1 +1,1 @@
-"""The library: nouns. Never parses flags, never prints, never knows a stage."""
+"""The library behind the stages. It parses no flags, prints no results and imports no stage."""

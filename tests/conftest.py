@@ -1,4 +1,4 @@
-"""What every test runs under. Nothing here imports torch: a test that needs it pays for it."""
+"""Environment variables and fixtures of all tests. Nothing here imports torch, which takes seconds."""
 
 import os
 from collections.abc import Iterator
@@ -10,19 +10,21 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from object_store import Server
 
-side_by_side = "PYTEST_XDIST_WORKER" in os.environ  # a process for each core, then
+side_by_side = "PYTEST_XDIST_WORKER" in os.environ  # pytest-xdist then runs one process per core
 os.environ.setdefault("OMP_NUM_THREADS", "1" if side_by_side else str(min(4, os.cpu_count() or 1)))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as cli.main says: spinning threads starve the others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in cli.main: threads that spin slow the others down
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network fails at once, it does not hang
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that uses the network fails at once instead of hanging
 
-settings.register_profile("house", deadline=None, derandomize=True)  # busy machines; the same examples
+settings.register_profile(
+    "house", deadline=None, derandomize=True
+)  # no deadline, as machines may be busy; the same examples in every run
 settings.load_profile("house")
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """One thread for torch: small networks are faster so, and sums come out the same."""
+    """Run torch with one thread: small networks are faster, and sums have the same bits."""
     import torch
 
     threads = torch.get_num_threads()
@@ -41,7 +43,7 @@ def _server() -> Iterator["Server"]:
 
 @pytest.fixture
 def server(_server: "Server", monkeypatch: pytest.MonkeyPatch) -> Iterator["Server"]:
-    """A real S3 server on loopback that this process and its children know of."""
+    """An S3 server on the loopback interface; this process and its children find it by their environment."""
     for name, value in _server.environment.items():
         monkeypatch.setenv(name, value)
     _server.calm()
@@ -51,5 +53,5 @@ def server(_server: "Server", monkeypatch: pytest.MonkeyPatch) -> Iterator["Serv
 
 @pytest.fixture
 def bucket(server: "Server", request: pytest.FixtureRequest) -> str:
-    """s3://NAME of a new bucket."""
+    """The URL s3://NAME of a new bucket."""
     return server.bucket(f"b{abs(hash(request.node.nodeid))}")

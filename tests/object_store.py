@@ -1,4 +1,4 @@
-"""A real S3 server (moto) on loopback, and a proxy before it that does what networks do."""
+"""An S3 server (moto) on the loopback interface, behind a proxy that injects network faults."""
 
 import http.client
 import threading
@@ -11,20 +11,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 FAULTS = ("500", "slow", "drop", "cut", "lost")
-"""500: an internal error; slow: a moment late; drop: no answer; cut: half of the body; lost: done, but not answered."""
+"""500: an internal error. slow: a response after 0.3 s. drop: no response, and the request is not carried out. cut:
+half of the response's body. lost: the request is carried out, but its response is not sent."""
 
 
 class Server:
-    """moto behind the proxy. `meet("500", "drop")`: what befalls the next requests, first to last."""
+    """moto behind the proxy. `meet("500", "drop")` sets the faults of the next requests, first to last."""
 
     def __init__(self) -> None:
         from moto.server import ThreadedMotoServer
 
         self.moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self.moto.start()
-        self.behind = self.moto.get_host_and_port()
+        self.behind = self.moto.get_host_and_port()  # the address of moto itself, without faults
         self.faults: deque[str] = deque()
-        self.only = ""  # faults befall only requests that hold this text in method and path
+        self.only = ""  # faults apply only to requests that contain this text in method and path
         self.unconditional = False  # ignore If-None-Match, as some servers do
         self.seen: list[str] = []  # "GET /bucket/key"
         self._lock = threading.Lock()
@@ -38,21 +39,22 @@ class Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a program needs to know to reach it."""
+        """The environment variables with which a program reaches the server."""
         key = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
         return {"AWS_ENDPOINT_URL": self.address, **key}
 
     def bucket(self, name: str) -> str:
-        """Create a bucket -> s3://NAME."""
+        """Create a bucket and return its URL, s3://NAME."""
         where = f"http://{self.behind[0]}:{self.behind[1]}/{name}"
         with urllib.request.urlopen(urllib.request.Request(where, method="PUT")):
             return f"s3://{name}"
 
     def meet(self, *faults: str, only: str = "") -> None:
+        """Set the faults of the next requests; `only` limits them to requests that contain this text."""
         self.faults, self.only = deque(faults), only
 
     def check_keys(self, after: float) -> None:
-        """Refuse access keys that nobody was given, after so many requests."""
+        """Make moto refuse unknown access keys after `after` further requests."""
         where = f"http://{self.behind[0]}:{self.behind[1]}/moto-api/reset-auth"
         kind = {"Content-Type": "application/octet-stream"}
         with urllib.request.urlopen(urllib.request.Request(where, str(after).encode(), kind, method="POST")):
@@ -64,7 +66,7 @@ class Server:
             return self.faults.popleft() if self.faults and self.only in request else ""
 
     def calm(self) -> None:
-        """No faults, no record."""
+        """Remove all faults and the list of requests."""
         self.meet()
         self.unconditional, self.seen = False, []
 

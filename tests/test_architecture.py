@@ -1,4 +1,4 @@
-"""Who may import whom, read off the source; see docs/architecture.md."""
+"""Which modules may import which, checked in the source; see docs/architecture.md."""
 
 import ast
 import importlib
@@ -87,7 +87,7 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "compress_ssl"
 
 
-PACKAGE = "compress_ssl"  # the one import name; below, our modules go by what follows it
+PACKAGE = "compress_ssl"  # the one import name; below, our modules are named without it
 
 
 def bare(module: str) -> str:
@@ -158,12 +158,15 @@ def room(module: str) -> str:
 def members() -> set[str]:
     """Modules that a registry names: the members of the plug-in families."""
     return {
-        bare(place.partition(":")[0]) for menus in MENUS.values() for menu in menus for place in menu.entries.values()
+        bare(place.partition(":")[0])
+        for registries in REGISTRIES.values()
+        for registry in registries
+        for place in registry.entries.values()
     }
 
 
 def forbidden(importer: str, imported: str) -> str:
-    """Why one of our files may not import another, "" if it may."""
+    """The reason why one of our modules may not import another; "" if it may."""
     here, there = room(importer), room(imported)
     if imported in ("pipeline", "stages", PACKAGE):
         return ""
@@ -201,7 +204,7 @@ def test_our_modules_are_imported_by_the_one_name_of_the_package() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"
         for path in sources("pipeline", "stages", "tests", "benchmarks")
-        if path != ROOT / "tests" / "version1" / "make.py"  # it drove the code of then
+        if path != ROOT / "tests" / "version1" / "make.py"  # it runs the code of version 1
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         for name in names_imported(node)
         if name.partition(".")[0] in ("cli", "pipeline", "stages")
@@ -251,7 +254,7 @@ def test_each_third_party_package_has_its_home() -> None:
     assert not strays, "\n".join(strays)
 
 
-def test_no_room_is_named_after_nothing() -> None:
+def test_no_module_has_a_name_without_meaning() -> None:
     paths = [path.relative_to(ROOT) for path in sources("pipeline", "stages", "tests", "benchmarks")]
     bad = [str(path) for path in paths if NAMES_OF_NOTHING & {*path.parts, path.stem}]
     assert not bad
@@ -294,7 +297,7 @@ def test_help_is_printed_without_any_heavy_package() -> None:
 
 
 def at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that importing a module carries out, class bodies and branches included."""
+    """The statements that are executed when a module is imported, class bodies and branches included."""
     for statement in body:
         if guarded(statement):
             continue
@@ -307,7 +310,7 @@ def at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def evaluated(statement: ast.stmt) -> Iterator[ast.AST]:
-    """The expressions a statement evaluates there and then: defaults and decorators, not bodies or annotations."""
+    """The expressions that a statement evaluates at import: defaults and decorators, not bodies or annotations."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
         arguments = statement.args
         todo: list[ast.AST] = [*statement.decorator_list, *arguments.defaults, *filter(None, arguments.kw_defaults)]
@@ -320,8 +323,8 @@ def evaluated(statement: ast.stmt) -> Iterator[ast.AST]:
             todo.extend(ast.iter_child_nodes(node))
 
 
-def deeds(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, what) importing a module would do to the world."""
+def import_side_effects(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """[(line, action)] of a module's actions at import that change state outside it."""
     for statement in at_import(tree.body):
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
             yield statement.lineno, f"calls {ast.unparse(statement.value.func)}() for its effect"
@@ -337,7 +340,7 @@ def deeds(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_importing_does_nothing(name: str) -> None:
-    done = [f"{at(name, line)} {what}" for line, what in deeds(TREES[name])]
+    done = [f"{at(name, line)} {what}" for line, what in import_side_effects(TREES[name])]
     assert not done, "\n".join(done)
 
 
@@ -384,7 +387,7 @@ assert not changed, changed
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-MENUS = {
+REGISTRIES = {
     f"pipeline.{path.parent.name}": [
         value
         for value in vars(importlib.import_module(f"{PACKAGE}.pipeline.{path.parent.name}")).values()
@@ -395,26 +398,26 @@ MENUS = {
 
 
 @pytest.mark.parametrize(
-    ("menu", "kind"),
+    ("registry", "kind"),
     [
-        pytest.param(menu, kind, id=f"{menu.family}-{kind}")
-        for menus in MENUS.values()
-        for menu in menus
-        for kind in menu.entries
+        pytest.param(registry, kind, id=f"{registry.family}-{kind}")
+        for registries in REGISTRIES.values()
+        for registry in registries
+        for kind in registry.entries
     ],
 )
-def test_every_entry_of_every_menu_resolves(menu: Registry, kind: str) -> None:
+def test_every_entry_of_every_registry_can_be_imported(registry: Registry, kind: str) -> None:
     try:
-        entry = menu.resolve(kind)
+        entry = registry.resolve(kind)
     except UserError as problem:
         if isinstance(problem.__cause__, ModuleNotFoundError):
             pytest.skip(str(problem))
         raise
     assert callable(entry)
-    assert menu.summary(kind), f"{menu.entries[kind]} has no docstring for the menu to show"
+    assert registry.summary(kind), f"{registry.entries[kind]} has no docstring for the registry to show"
 
 
-# ---------------------------------------------------------------- the rules bite
+# ---------------------------------------------------------------- the rules find violations
 
 
 @pytest.mark.parametrize(
@@ -443,7 +446,7 @@ def test_every_entry_of_every_menu_resolves(menu: Registry, kind: str) -> None:
         ("pipeline.training.sampler", "stages.distill", False),
     ],
 )
-def test_the_rule_of_imports_tells_good_from_bad(importer: str, imported: str, allowed: bool) -> None:
+def test_the_import_rule_accepts_good_and_rejects_bad_imports(importer: str, imported: str, allowed: bool) -> None:
     assert (forbidden(importer, imported) == "") is allowed
 
 
@@ -465,5 +468,5 @@ def test_the_rule_of_imports_tells_good_from_bad(importer: str, imported: str, a
         ('"""A docstring."""\nPATTERN = re.compile("x")', False),
     ],
 )
-def test_the_rule_of_importing_tells_deeds_from_definitions(text: str, does: bool) -> None:
-    assert bool(list(deeds(ast.parse(text)))) is does
+def test_the_rule_of_importing_distinguishes_actions_from_definitions(text: str, does: bool) -> None:
+    assert bool(list(import_side_effects(ast.parse(text)))) is does

@@ -1,4 +1,4 @@
-"""What users get wrong, by the real command line: status 2, one `error:` line that helps, nothing lost."""
+"""Errors of users on the real command line: exit status 2, one `error:` line with a remedy, and no data lost."""
 
 import contextlib
 import io
@@ -240,7 +240,7 @@ def without_privileges() -> Iterator[None]:
         ("torchvision:CIFAR10,root=nowhere", ["CIFAR10", "nowhere", "root=DIR", "download=true"]),
     ],
 )
-def test_images_that_are_not_there_are_named_with_what_would_do(data: Path, spec: str, words: list[str]) -> None:
+def test_missing_images_are_named_with_a_remedy(data: Path, spec: str, words: list[str]) -> None:
     for folder in ("empty", "notes", "split/train/a", "split/val/a"):
         Path(folder).mkdir(parents=True)
     Path("note.txt").write_text("not an image")
@@ -249,7 +249,7 @@ def test_images_that_are_not_there_are_named_with_what_would_do(data: Path, spec
     assert not Path("store").exists()
 
 
-def test_a_folder_of_unreadable_files_is_refused_and_can_be_mended(here: Path) -> None:
+def test_a_folder_of_unreadable_files_is_refused_until_it_is_corrected(here: Path) -> None:
     for name, damaged in bad_files().items():
         (here / "data" / "a").mkdir(parents=True, exist_ok=True)
         (here / "data" / "a" / name).write_bytes(damaged)
@@ -264,7 +264,7 @@ def test_a_folder_of_unreadable_files_is_refused_and_can_be_mended(here: Path) -
     assert Path("store.old-1/manifest.json").exists()
 
 
-def test_bad_files_among_good_ones_are_listed_and_change_nothing_for_the_others(data: Path) -> None:
+def test_bad_files_are_listed_and_do_not_affect_the_good_ones(data: Path) -> None:
     for name in bad_files():
         (data / "b" / name).write_bytes(encoded(noise(7), Path(name).suffix[1:].replace("jpg", "jpeg")))
     export(data, "before").works()
@@ -295,7 +295,7 @@ def arrays(store: str) -> dict[str, np.ndarray]:
     return {name: np.asarray(array[...]) for name, array in group.arrays()}
 
 
-def test_odd_files_are_bad_images_and_neither_hang_nor_fill_the_memory(data: Path) -> None:
+def test_odd_files_are_bad_images_and_use_bounded_time_and_memory(data: Path) -> None:
     os.mkfifo(data / "a" / "pipe.jpg")
     (data / "a" / "gone.jpg").symlink_to("nowhere")
     with open(data / "a" / "large.png", "wb") as file:
@@ -313,7 +313,7 @@ def test_odd_files_are_bad_images_and_neither_hang_nor_fill_the_memory(data: Pat
     assert set(reasons) >= {r"a/tab\tand\nline.png", "a/%FF%FE.png"}
 
 
-def test_a_subfolder_that_cannot_be_listed_is_not_passed_over(public: Path) -> None:
+def test_a_subfolder_that_cannot_be_listed_is_an_error(public: Path) -> None:
     data = pictures(public / "data")
     (data / "c" / "00.png").chmod(0)
     export(data, "store").works()
@@ -325,7 +325,7 @@ def test_a_subfolder_that_cannot_be_listed_is_not_passed_over(public: Path) -> N
     assert sorted(os.listdir()) == ["data", "store"]
 
 
-def test_a_teacher_whose_features_are_not_finite_is_found_at_export(data: Path) -> None:
+def test_a_teacher_with_features_that_are_not_finite_is_refused_at_export(data: Path) -> None:
     Path("net.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Module):\n"
@@ -405,9 +405,9 @@ NEAR_MISSES = [
 ]
 
 
-@pytest.mark.parametrize("words, told", NEAR_MISSES, ids=lambda part: "_".join(part[-2:]) if part else "nothing")
-def test_what_is_not_known_is_named_with_the_nearest(
-    world: World, here: Path, words: list[str], told: list[str]
+@pytest.mark.parametrize("words, parts", NEAR_MISSES, ids=lambda part: "_".join(part[-2:]) if part else "nothing")
+def test_an_unknown_name_is_reported_with_the_nearest_known_one(
+    world: World, here: Path, words: list[str], parts: list[str]
 ) -> None:
     commands = {"EXPORT": lambda *more: export(world.data, "out", *more)}
     commands["DISTILL"] = lambda *more: distill(world.store, "out", *more)
@@ -418,9 +418,9 @@ def test_what_is_not_known_is_named_with_the_nearest(
     else:
         said = commands[words[0]](*given[1:]) if words and words[0] in commands else compress(*given)
     if words:
-        said.refuses(*told)
+        said.refuses(*parts)
     else:  # the help stands above it
-        assert said.code == 2 and all(part in said.err.splitlines()[-1] for part in told)
+        assert said.code == 2 and all(part in said.err.splitlines()[-1] for part in parts)
     assert not Path("out").exists()
 
 
@@ -428,7 +428,7 @@ def test_an_unknown_flag_of_the_program_itself_is_refused_in_one_line(here: Path
     assert program("export-teacher", "--vews", 3).refuses("--vews").count("\n") == 0
 
 
-def test_a_reader_who_has_seen_enough_is_not_an_error(world: World, here: Path) -> None:
+def test_a_closed_output_pipe_is_not_an_error(world: World, here: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
@@ -441,7 +441,7 @@ def test_a_reader_who_has_seen_enough_is_not_an_error(world: World, here: Path) 
 # ---------------------------------------------------------------------- checkpoints of other programs
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_with_the_prefix_that_would(world: World, here: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused_with_a_prefix_that_fits(world: World, here: Path) -> None:
     import torch
 
     from compress_ssl.pipeline.models import build
@@ -450,8 +450,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_prefix_that_would(wo
     torch.save({"state_dict": {f"module.encoder_q.{name}": value for name, value in state.items()}}, "moco.pt")
     torch.save({name.replace("blocks", "layers"): value for name, value in state.items()}, "other.pt")
     teacher = "convnet:channels=4+8,weights=moco.pt"
-    told = export(world.data, "store", "--dry-run", teacher=teacher).refuses("moco.pt does not fit", "missing", "Try ")
-    assert "prefix=module.encoder_q." in told
+    message = export(world.data, "store", "--dry-run", teacher=teacher).refuses(
+        "moco.pt does not fit", "missing", "Try "
+    )
+    assert "prefix=module.encoder_q." in message
     export(world.data, "store", "--dry-run", teacher=f"{teacher},prefix=module.encoder_q.").works()
     export(world.data, "store", teacher=f"{teacher},prefix=module.encoder_k.").refuses("prefix=module.encoder_q.")
     export(world.data, "store", teacher="convnet:channels=4+8,weights=other.pt").refuses(
@@ -469,14 +471,14 @@ class Payload:
         return (os.mkdir, ("pwned",))
 
 
-def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not(world: World, here: Path) -> None:
+def test_a_pickle_with_code_is_refused_and_not_executed(world: World, here: Path) -> None:
     import torch
 
     torch.save({"state_dict": Payload()}, "evil.pt")
     Path("evil.pkl").write_bytes(pickle.dumps(Payload()))
     for file in ("evil.pt", "evil.pkl"):
-        told = export(world.data, "store", teacher=f"convnet:weights={file}").refuses(file, "run", "state dict")
-        assert "code" in told
+        message = export(world.data, "store", teacher=f"convnet:weights={file}").refuses(file, "run", "state dict")
+        assert "code" in message
     assert sorted(os.listdir()) == ["evil.pkl", "evil.pt"]
 
 
@@ -513,13 +515,13 @@ def test_an_unfinished_store_is_refused_until_its_command_is_repeated(world: Wor
         (["--views", 2], ["3 views", "2 were asked for", "only grows"]),
     ],
 )
-def test_a_store_from_other_settings_is_refused_and_stays(store: Path, data: Path, more: list, words: list) -> None:
+def test_a_store_with_other_settings_is_refused_and_unchanged(store: Path, data: Path, more: list, words: list) -> None:
     before = content(store)
     export(data, store, *more).refuses(*words, "another")
     assert content(store) == before
 
 
-def test_a_store_of_other_images_is_refused_and_stays(world: World, store: Path, data: Path) -> None:
+def test_a_store_of_other_images_is_refused_and_unchanged(world: World, store: Path, data: Path) -> None:
     before = content(store)
     (data / "b" / "new.png").write_bytes(encoded(noise(5)))
     (data / "a" / "00.png").unlink()
@@ -539,8 +541,8 @@ def test_one_changed_image_stops_the_training_and_the_work_so_far_is_kept(store:
     good = file.read_bytes()
     distill(store, "run").works()
     file.write_bytes(encoded(noise(99)))
-    told = distill(store, "run", "--steps", 12).refuses("a/03.png changed since the export", "put it back")
-    assert "new store" in told
+    message = distill(store, "run", "--steps", 12).refuses("a/03.png changed since the export", "put it back")
+    assert "new store" in message
     export(data, store, "--views", 5).refuses("a/03.png", "put them back")
     file.write_bytes(good[:60])
     distill(store, "run", "--steps", 12).refuses("a/03.png changed", "truncated")
@@ -550,7 +552,7 @@ def test_one_changed_image_stops_the_training_and_the_work_so_far_is_kept(store:
     export(data, store, "--views", 5).works()
 
 
-def test_a_flipped_byte_in_a_shard_is_found_when_it_is_read(data: Path, store: Path) -> None:
+def test_a_flipped_byte_in_a_shard_is_an_error_when_it_is_read(data: Path, store: Path) -> None:
     for name, place in (("embedding", "1/0/0"), ("embedding_scale", "1/0"), ("status", "1"), ("content", "2")):
         shard = store / "features.zarr" / name / "c" / place
         good = shard.read_bytes()
@@ -568,7 +570,7 @@ def test_a_flipped_byte_in_a_shard_is_found_when_it_is_read(data: Path, store: P
 
 
 @pytest.mark.parametrize("name, place", [("embedding", "1/0/0"), ("embedding_scale", "1/0"), ("status", "1")])
-def test_a_missing_file_of_a_shard_is_not_taken_for_zeros(
+def test_a_missing_file_of_a_shard_is_not_read_as_zeros(
     world: World, data: Path, store: Path, name: str, place: str
 ) -> None:
     whole = features(store)
@@ -617,7 +619,7 @@ def test_a_damaged_manifest_is_refused_by_every_command(world: World, here: Path
 # ---------------------------------------------------------------------- runs
 
 
-def test_what_does_not_suit_leaves_the_run_that_is_there(world: World, run: Path) -> None:
+def test_a_refused_command_leaves_the_existing_run_unchanged(world: World, run: Path) -> None:
     before = content(run)
     distill(world.store, run, "--lr", 1).refuses("training.lr is", "1.0 asked", "--overwrite")
     distill(world.store, run, student="convnet:channels=5").refuses('"convnet:channels=4" there')
@@ -628,7 +630,7 @@ def test_what_does_not_suit_leaves_the_run_that_is_there(world: World, run: Path
     assert os.listdir() == ["run"]
 
 
-def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(world: World, run: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_an_earlier_one_is_used(world: World, run: Path) -> None:
     newest = run / "checkpoints" / "step-00000004.pt"
     newest.write_bytes(newest.read_bytes()[:-200])
     distill(world.store, run, "--steps", 6).refuses("step-00000004.pt is damaged", "delete it", "earlier")
@@ -639,7 +641,7 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(world: World, r
     assert students[0] == students[1]
 
 
-def test_a_student_file_that_is_missing_or_damaged_is_written_anew(world: World, run: Path) -> None:
+def test_a_missing_or_damaged_student_file_is_written_again(world: World, run: Path) -> None:
     student = run / "student.safetensors"
     good = student.read_bytes()
     student.write_bytes(good[:-40])
@@ -650,9 +652,9 @@ def test_a_student_file_that_is_missing_or_damaged_is_written_anew(world: World,
     assert student.read_bytes() == good
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_in_words(world: World, here: Path) -> None:
-    told = distill(world.store, "run", "--lr", 1e30).refuses("run", "at step", "learning rate 1e+30")
-    assert "lower --lr" in told
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_remedy(world: World, here: Path) -> None:
+    message = distill(world.store, "run", "--lr", 1e30).refuses("run", "at step", "learning rate 1e+30")
+    assert "lower --lr" in message
     assert not Path("run/student.safetensors").exists()
     evaluate("--run", "run", "--val", world.val).refuses("not finished")
 
@@ -660,7 +662,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_words(world: World, here: Pa
 # ---------------------------------------------------------------------- evaluations
 
 
-def test_one_class_only_trains_a_student_and_is_no_measure(world: World, here: Path) -> None:
+def test_data_of_one_class_can_train_a_student_but_not_score_it(world: World, here: Path) -> None:
     pictures(here / "one", "a")
     export("one", "store").works()
     distill("store", "run").works()
@@ -672,8 +674,8 @@ def test_one_class_only_trains_a_student_and_is_no_measure(world: World, here: P
 
 def test_a_class_in_val_that_train_lacks_is_refused_by_name(world: World, here: Path) -> None:
     pictures(here / "val", "abcz", each=1)
-    told = evaluate("--run", world.run, "--val", "val", "--out", "out").refuses("1 of 4 classes", "'z'", "--train")
-    assert "take them out of --val" in told
+    message = evaluate("--run", world.run, "--val", "val", "--out", "out").refuses("1 of 4 classes", "'z'", "--train")
+    assert "take them out of --val" in message
     assert not Path("out").exists()
 
 
@@ -684,7 +686,7 @@ def test_more_clusters_or_neighbours_than_images_are_refused(world: World, here:
     evaluate(*flags, "knn:k=5").refuses("5 neighbours", "there are 3", "knn:k=3")
 
 
-def test_without_labels_only_clusters_are_to_be_had(world: World, here: Path) -> None:
+def test_without_labels_no_score_that_needs_them_can_be_computed(world: World, here: Path) -> None:
     flags = ("--store", world.store, "--train", world.flat, "--val", world.flat, "--out", "out", "--protocol")
     for protocol in ("nn", "linear", "knn:k=2"):
         evaluate(*flags, protocol).refuses(f"'{protocol}' needs labels", "training images", "cluster:clusters=K")
@@ -697,7 +699,7 @@ def test_without_labels_only_clusters_are_to_be_had(world: World, here: Path) ->
     evaluate("--run", world.run, "--val", world.flat, "--protocol", "nn", "--out", "new").refuses("validation images")
 
 
-def test_an_evaluation_is_of_the_images_it_was_begun_with(world: World, data: Path) -> None:
+def test_an_evaluation_refuses_other_images_than_it_began_with(world: World, data: Path) -> None:
     flags = ("--run", world.run, "--out", "out", "--protocol", "cluster:clusters=2")
     evaluate(*flags, "--val", data).works()
     before = content(Path("out"))
@@ -713,19 +715,21 @@ def test_an_evaluation_is_of_the_images_it_was_begun_with(world: World, data: Pa
     compress("compare", "out").works()
 
 
-def test_images_that_have_moved_are_asked_for(data: Path) -> None:
+def test_images_that_have_moved_are_reported_with_a_remedy(data: Path) -> None:
     export(data, "store").works()
     distill("store", "run").works()
     data.rename("moved")
-    told = distill("store", "run", "--steps", 6).refuses("not where they were", str(data), "does not exist", "--data")
-    assert "store" in told
+    message = distill("store", "run", "--steps", 6).refuses(
+        "not where they were", str(data), "does not exist", "--data"
+    )
+    assert "store" in message
     distill("store", "run", "--steps", 6, "--data", "moved").works()
     flags = ("--run", "run", "--val", "moved", "--out", "out", "--protocol", "cluster:clusters=99")
     evaluate(*flags).refuses("not where they were", str(data), "--train")
     evaluate(*flags, "--train", "moved").refuses("99 clusters")
 
 
-def test_there_must_be_something_to_compare_or_inspect(world: World, data: Path) -> None:
+def test_compare_and_inspect_refuse_folders_without_results(world: World, data: Path) -> None:
     compress("compare", world.run).refuses("has no evaluation", "compress evaluate")
     compress("compare", ".").refuses("has no evaluation")
     compress("compare", "gone").refuses("has no evaluation")
@@ -737,10 +741,10 @@ def test_there_must_be_something_to_compare_or_inspect(world: World, data: Path)
     distill("gone", "run").refuses("not a store", "no such folder")
 
 
-# ---------------------------------------------------------------------- where it is to go
+# ---------------------------------------------------------------------- output folders
 
 
-def test_a_folder_that_is_not_ours_is_not_written_to_not_even_with_overwrite(world: World, data: Path) -> None:
+def test_a_folder_that_compress_did_not_make_is_never_written_to(world: World, data: Path) -> None:
     Path("note.txt").write_text("mine")
     (here := data.parent, before := content(data.parent))
     for more, instead in (((), "name another folder"), (("--overwrite",), "choose another --out")):
@@ -754,7 +758,7 @@ def test_a_folder_that_is_not_ours_is_not_written_to_not_even_with_overwrite(wor
     assert content(here) == before
 
 
-def test_overwrite_replaces_only_its_own_kind_and_never_where_one_stands(
+def test_overwrite_replaces_only_its_own_kind_and_never_the_working_directory(
     world: World, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Path(shutil.copytree(world.store, "store"))
@@ -782,7 +786,7 @@ def test_a_folder_without_write_permission_is_refused(public: Path) -> None:
     for path in (public, *public.rglob("*")):  # readable by all, writable by nobody but root
         path.chmod(0o555 if path.is_dir() else 0o444)
     with without_privileges():
-        told = [
+        refusals = [
             export(data, "closed/store"),
             export(data, "store", "--views", 5),
             export(data, "store", "--overwrite"),
@@ -790,7 +794,7 @@ def test_a_folder_without_write_permission_is_refused(public: Path) -> None:
             distill("store", "run", "--steps", 6),
             evaluate("--run", "run", "--val", data, "--protocol", "nn"),
         ]
-    for said in told:
+    for said in refusals:
         said.refuses("ermission", "choose another")
     assert content(public) == before
 
@@ -802,7 +806,7 @@ def test_a_read_only_disk_is_refused(world: World, mount: Callable[..., Path]) -
     distill(world.store, disk / "run").refuses("disk/run", "read-only")
 
 
-# ---------------------------------------------------------------------- too little of something
+# ---------------------------------------------------------------------- full disks, limits and memory
 
 
 def fill(disk: Path, like: Path, share: float) -> Path:
@@ -815,7 +819,7 @@ def fill(disk: Path, like: Path, share: float) -> Path:
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.75, 0.9])
-def test_an_export_onto_a_full_disk_goes_on_when_there_is_room(
+def test_an_export_to_a_full_disk_continues_when_there_is_room(
     world: World, mount: Callable[..., Path], share: float
 ) -> None:
     disk = mount("2m")
@@ -828,7 +832,7 @@ def test_an_export_onto_a_full_disk_goes_on_when_there_is_room(
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.5, 0.7])
-def test_a_training_onto_a_full_disk_goes_on_when_there_is_room(
+def test_a_training_to_a_full_disk_continues_when_there_is_room(
     world: World, mount: Callable[..., Path], share: float
 ) -> None:
     disk = mount("4m")
@@ -839,10 +843,10 @@ def test_a_training_onto_a_full_disk_goes_on_when_there_is_room(
     assert (disk / "run" / "student.safetensors").read_bytes() == (world.run / "student.safetensors").read_bytes()
 
 
-def test_an_evaluation_onto_a_full_disk_goes_on_when_there_is_room(world: World, mount: Callable[..., Path]) -> None:
+def test_an_evaluation_to_a_full_disk_continues_when_there_is_room(world: World, mount: Callable[..., Path]) -> None:
     disk = mount("4m")
     flags = ("--run", world.run, "--val", world.val, "--out", disk / "scores", "--protocol", "cluster")
-    for share in (0, 0.3, 0.3, 0.6):  # what came before stays, so every time it gets further
+    for share in (0, 0.3, 0.3, 0.6):  # finished work is kept, so each attempt gets further
         ballast = fill(disk, world.store, share)
         evaluate(*flags).refuses("disk/scores", "the disk is full", "make room and repeat the command")
         ballast.unlink()
@@ -850,7 +854,7 @@ def test_an_evaluation_onto_a_full_disk_goes_on_when_there_is_room(world: World,
     assert not list(disk.rglob("*.part"))
 
 
-def test_a_file_size_limit_is_told_by_the_program_itself(world: World, here: Path) -> None:
+def test_a_file_size_limit_is_reported_in_one_line(world: World, here: Path) -> None:
     words = ("export-teacher", "--data", world.data, "--teacher", TEACHER, "--out", "store", *EXPORT)
     limit = 400  # bytes: less than a manifest
     said = program(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
@@ -858,7 +862,7 @@ def test_a_file_size_limit_is_told_by_the_program_itself(world: World, here: Pat
     compress(*words).works()
 
 
-def test_a_loader_process_that_is_killed_is_told(world: World, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_loader_process_is_reported(world: World, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(
             "compress_ssl.pipeline.views.loader._prepare_worker", lambda _: os.kill(os.getpid(), signal.SIGKILL)
@@ -869,7 +873,7 @@ def test_a_loader_process_that_is_killed_is_told(world: World, here: Path, monke
     assert features(Path("store")) == features(world.store)
 
 
-def test_a_batch_larger_than_the_memory_is_told(world: World, here: Path) -> None:
+def test_a_batch_larger_than_the_memory_is_reported(world: World, here: Path) -> None:
     said = export(world.data, "store", "--batch-size", 10**11)
     said.refuses("the memory is full", "take a smaller batch")
     export(world.data, "store", "--overwrite").works()

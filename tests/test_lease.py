@@ -1,4 +1,4 @@
-"""Of two exports into one store one goes on and the other says who it is; the store is whole whatever they do."""
+"""Of two exports to one store one continues and the other names it in its error; the store stays valid in any case."""
 
 import json
 import os
@@ -35,16 +35,16 @@ def storage(place: str) -> Storage:
 
 
 def another(storage: Storage, silent: float = 0.0, **changes: Any) -> dict[str, Any]:
-    """The lease of somebody on another machine."""
+    """Write the lease of a process on another machine, last renewed `silent` seconds ago."""
     there = {"host": "far", "pid": 7, "machine": "other", "began": "1", "token": "x", "beat": time.time() - silent}
     storage.put(LEASE, json.dumps(there | changes).encode())
     return there | changes
 
 
-# ---------------------------------------------------------------- who holds it
+# ---------------------------------------------------------------- holding, releasing and taking over
 
 
-def test_one_holds_it_and_others_are_told_who(storage: Storage) -> None:
+def test_one_process_holds_the_lease_and_others_get_its_name(storage: Storage) -> None:
     with Lease(storage) as held:
         assert not held.lost
         with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*stop it first"):
@@ -56,14 +56,14 @@ def test_one_holds_it_and_others_are_told_who(storage: Storage) -> None:
         pass
 
 
-def test_a_lease_ends_with_the_block_also_by_an_error(storage: Storage) -> None:
+def test_a_lease_is_released_at_the_end_of_the_block_also_after_an_error(storage: Storage) -> None:
     with pytest.raises(ZeroDivisionError), Lease(storage):
         raise ZeroDivisionError
     lease.require_free(storage)
     assert not storage.exists(LEASE)
 
 
-def test_the_lease_of_a_process_that_ended_is_taken_at_once(storage: Storage) -> None:
+def test_the_lease_of_an_ended_process_is_taken_without_waiting(storage: Storage) -> None:
     program = "import sys; from compress_ssl.pipeline.runtime.lease import Lease\n"
     program += "from compress_ssl.pipeline.runtime.storage import open_storage\n"
     program += "Lease(open_storage(sys.argv[1])).__enter__(); print('held', flush=True); sys.stdin.read()"
@@ -73,36 +73,36 @@ def test_the_lease_of_a_process_that_ended_is_taken_at_once(storage: Storage) ->
         with pytest.raises(UserError, match=f"process {holder.pid} "):
             Lease(storage).__enter__()
         holder.send_signal(signal.SIGKILL)
-        while lease.began(holder.pid):  # not reaped yet: a zombie is gone too
+        while lease.start_time(holder.pid):  # a process that has ended and was not waited for counts as ended
             time.sleep(0.01)
         began = time.monotonic()
         with Lease(storage):
             assert time.monotonic() - began < 5
 
 
-def test_a_number_that_another_process_has_now_is_not_the_holder(storage: Storage) -> None:
-    another(storage, machine=lease.machine(), pid=os.getpid(), began="12345")
+def test_a_later_process_with_the_same_pid_is_not_the_holder(storage: Storage) -> None:
+    another(storage, machine=lease.machine_id(), pid=os.getpid(), began="12345")
     with Lease(storage) as held:
         assert held._is_mine()
 
 
-def test_a_holder_whose_process_is_hidden_from_us_is_not_gone(
+def test_a_holder_whose_process_is_hidden_is_not_taken_for_ended(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    another(storage, machine=lease.machine(), pid=os.getpid(), began=lease.began(os.getpid()))
+    another(storage, machine=lease.machine_id(), pid=os.getpid(), began=lease.start_time(os.getpid()))
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))  # no process in it, as with hidepid
     with pytest.raises(UserError, match=f"is being written by process {os.getpid()}"):
         lease.require_free(storage)
 
 
-def test_a_holder_on_another_machine_is_believed_while_it_gives_signs_of_life(storage: Storage) -> None:
+def test_a_holder_on_another_machine_keeps_the_lease_while_it_is_not_stale(storage: Storage) -> None:
     for silent in (0, lease.STALE_AFTER / 2, -1e6):  # also one whose clock is ahead
         another(storage, silent)
         with pytest.raises(UserError, match="process 7 on far"):
             Lease(storage).__enter__()
 
 
-def test_a_silent_holder_on_another_machine_is_watched_and_then_replaced(
+def test_a_stale_lease_of_another_machine_is_watched_and_then_taken(
     storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     waited: list[float] = []
@@ -113,7 +113,7 @@ def test_a_silent_holder_on_another_machine_is_watched_and_then_replaced(
     assert "process 7 on far gave no sign of life for 1000 s" in capsys.readouterr().err
 
 
-def test_a_holder_whose_clock_is_behind_shows_while_it_is_watched(
+def test_a_holder_whose_clock_is_behind_keeps_the_lease_by_renewing_it(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = another(storage, silent=1000)
@@ -123,16 +123,14 @@ def test_a_holder_whose_clock_is_behind_shows_while_it_is_watched(
     assert lease.read(storage) != there
 
 
-def test_a_damaged_lease_is_nobodys(storage: Storage) -> None:
+def test_a_damaged_lease_is_replaced(storage: Storage) -> None:
     for junk in (b"", b"{", b"[]", b'{"pid": 3}'):
         storage.put(LEASE, junk)
         with Lease(storage) as held:
             assert held._is_mine()
 
 
-def test_a_holder_gives_signs_of_life_and_notices_its_successor(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_holder_renews_its_lease_and_notices_its_successor(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_INTERVAL", 0.05)
     with Lease(storage) as held:
         first, until = lease.read(storage), time.monotonic() + 20
@@ -142,7 +140,7 @@ def test_a_holder_gives_signs_of_life_and_notices_its_successor(
         assert beat and first and beat["beat"] > first["beat"] and beat["token"] == first["token"]
         held.check()
         while not held.lost and time.monotonic() < until:
-            another(storage)  # gives signs of life too: one beat may be written over by the holder's
+            another(storage)  # repeated, because the holder may overwrite it once
             time.sleep(0.02)
         with pytest.raises(UserError, match="was taken over by process 7 on far"):
             held.check()
@@ -161,11 +159,11 @@ from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.stages import export_teacher
 out, data, mode, start = sys.argv[1:5]
 honest = FeatureExtractor.__call__
-if mode != "leased":  # a lease that keeps nobody apart, and a device of its own last bits
-    class Nothing(lease.Lease):
+if mode != "leased":  # a lease without effect, and a device whose results differ in the last bits
+    class NoLease(lease.Lease):
         def __enter__(self): return self
         def __exit__(self, *_): pass
-    lease.Lease, lease.require_free = Nothing, lambda storage: None
+    lease.Lease, lease.require_free = NoLease, lambda storage: None
     off = 1 + 1e-6 * int(mode)
     FeatureExtractor.__call__ = lambda self, *asked: {name: out * off for name, out in honest(self, *asked).items()}
 while time.time() < float(start):
@@ -180,7 +178,7 @@ except UserError as problem:
 
 
 def race(place: str, modes: tuple[str, str]) -> list[tuple[int, str]]:
-    """Two processes export at the same moment -> [(exit status, stderr), ...]."""
+    """Start two processes that export at the same moment; returns [(exit status, stderr), ...]."""
     start = str(time.time() + 8)
     words = [sys.executable, "-c", PROGRAM, place, "digits"]
     running = [subprocess.Popen([*words, mode, start], cwd=ROOT, stderr=subprocess.PIPE, text=True) for mode in modes]
@@ -189,13 +187,13 @@ def race(place: str, modes: tuple[str, str]) -> list[tuple[int, str]]:
 
 @pytest.fixture(autouse=True)
 def no_child_is_left() -> Iterator[None]:
-    before = set(psutil.Process().children())  # a server that another file's tests keep
+    before = set(psutil.Process().children())  # the S3 server of the session's fixture
     yield
     assert set(psutil.Process().children()) <= before
 
 
 @pytest.mark.slow
-def test_of_two_exports_at_once_one_finishes_and_the_other_says_who(place: str) -> None:
+def test_of_two_concurrent_exports_one_finishes_and_the_other_names_it(place: str) -> None:
     ends = sorted(race(place, ("leased", "leased")))
     if ends[1][0]:  # the usual case; a late starter may find a finished store
         assert "is being written by process" in ends[1][1] and ends[1][1].count("error:") == 1
@@ -205,14 +203,14 @@ def test_of_two_exports_at_once_one_finishes_and_the_other_says_who(place: str) 
 
 
 @pytest.mark.slow
-def test_two_exports_that_no_lease_keeps_apart_leave_shards_and_done_records_that_belong_together(place: str) -> None:
+def test_two_exports_without_a_lease_leave_matching_shards_and_done_records(place: str) -> None:
     ends = race(place, ("1", "2"))
     assert [status for status, _ in ends] == [0, 0], ends
     made = verify.run(verify.Config(place, sample=0))
     assert made["damaged"] == [] and made["pending"] == 0
 
 
-def test_a_killed_export_is_followed_by_the_same_command_at_once(tmp_path: Path) -> None:
+def test_a_killed_export_can_be_repeated_without_waiting(tmp_path: Path) -> None:
     out = str(tmp_path / "store")
     child = subprocess.Popen([sys.executable, "-c", PROGRAM, out, "digits", "leased", "0"], cwd=ROOT)
     while not list(Path(out).glob("done/*")):
@@ -226,7 +224,7 @@ def test_a_killed_export_is_followed_by_the_same_command_at_once(tmp_path: Path)
     assert "images" in made and not Folder(out).exists(LEASE)
 
 
-def test_overwrite_does_not_set_aside_what_somebody_is_writing(tmp_path: Path) -> None:
+def test_overwrite_refuses_a_store_that_is_being_written(tmp_path: Path) -> None:
     out = tmp_path / "store"
     how = {"views": 1, "image_size": 8, "limit": 8, "batch_size": 4, "workers": 0, "device": "cpu"}
     config = export_teacher.Config("digits", TEACHER, str(out), **how)  # type: ignore[arg-type]
@@ -245,7 +243,7 @@ def export(out: Path) -> Path:
     return out
 
 
-def test_a_copy_that_was_superseded_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_stops_when_its_lease_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, fault, enter = export(tmp_path / "source"), integrity.find_fault, Lease.__enter__
     held: list[Lease] = []
     looked: list[int] = []
@@ -266,7 +264,7 @@ def test_a_copy_that_was_superseded_stops(tmp_path: Path, monkeypatch: pytest.Mo
     assert looked == [0]
 
 
-def test_a_lease_json_of_the_users_stays_where_no_store_is(tmp_path: Path) -> None:
+def test_a_users_own_lease_json_outside_a_store_is_not_touched(tmp_path: Path) -> None:
     source, mine = export(tmp_path / "source"), tmp_path / "mine"
     mine.mkdir()
     (mine / "flat.txt").write_text("rent")
@@ -278,7 +276,7 @@ def test_a_lease_json_of_the_users_stays_where_no_store_is(tmp_path: Path) -> No
     assert {path.name: path.read_text() for path in mine.iterdir()} == {"flat.txt": "rent", "lease.json": "of my flat"}
 
 
-def test_a_damaged_manifest_is_mended_from_its_copy_and_both_damaged_are_not(tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_repaired_from_its_copy_unless_that_is_damaged_too(tmp_path: Path) -> None:
     store = export(tmp_path / "store")
     whole = (store / "manifest.json").read_bytes()
     for junk in (whole[:-9], None):
@@ -291,7 +289,7 @@ def test_a_damaged_manifest_is_mended_from_its_copy_and_both_damaged_are_not(tmp
         verify.run(verify.Config(str(store), sample=0, repair=True))
 
 
-def test_a_store_of_a_later_version_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_of_a_later_version_is_not_reported_as_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = export(tmp_path / "store")
     said = artifact.read(Folder(store))
     monkeypatch.setattr(artifact, "FORMAT", 2)
@@ -304,7 +302,7 @@ def test_a_store_of_a_later_version_is_not_called_damaged(tmp_path: Path, monkey
     assert (store / "manifest.json").read_bytes() == kept
 
 
-def test_a_folder_of_another_kind_is_named_by_verify(tmp_path: Path) -> None:
+def test_verify_names_the_kind_of_a_folder_that_is_no_store(tmp_path: Path) -> None:
     artifact.claim(Folder(tmp_path), "run", {})
     with pytest.raises(UserError, match="holds a run, not a store"):
         verify.run(verify.Config(str(tmp_path), sample=0))

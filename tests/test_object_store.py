@@ -1,4 +1,4 @@
-"""An object store keeps what is put into it, also when the network errs, and says in words what it refuses."""
+"""A Bucket behaves like a Folder despite network faults; permanent errors become a UserError with a remedy."""
 
 import threading
 import time
@@ -28,7 +28,7 @@ def place(bucket: str) -> Bucket:
 
 
 @pytest.mark.parametrize("scheme", ["s3", "memory"])
-def test_a_bucket_does_what_a_folder_does(scheme: str, bucket: str, tmp_path: Any, request: Any) -> None:
+def test_a_bucket_behaves_like_a_folder(scheme: str, bucket: str, tmp_path: Any, request: Any) -> None:
     def deeds(storage: Storage) -> Iterator[Any]:
         storage.put("a/b.json", b"one")
         storage.put("a/b.json", b"two")
@@ -53,19 +53,19 @@ def test_a_bucket_does_what_a_folder_does(scheme: str, bucket: str, tmp_path: An
     assert sorted(open_storage(where).list()) == ["a/b.json", "a/c/d", "top"]
 
 
-def test_prefixes_of_one_bucket_do_not_see_each_other(bucket: str) -> None:
+def test_prefixes_of_one_bucket_are_separate(bucket: str) -> None:
     Bucket(f"{bucket}/a").put("key", b"a")
     Bucket(f"{bucket}/ab").put("key", b"ab")
     assert list(Bucket(f"{bucket}/a").list()) == ["key"] and Bucket(f"{bucket}/a").get("key") == b"a"
 
 
-def test_a_large_value_goes_there_and_back(place: Bucket) -> None:
+def test_a_large_value_is_read_back_unchanged(place: Bucket) -> None:
     data = np.random.default_rng(0).bytes(17_000_001)
     place.put("large", data)
     assert place.get("large") == data and place.size() == len(data)
 
 
-def test_a_listing_longer_than_a_page_is_whole_and_so_is_one_that_broke_off(
+def test_a_listing_of_several_pages_is_complete_also_after_a_cut_response(
     server: Server, place: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")  # of a page
@@ -82,9 +82,7 @@ def test_a_listing_longer_than_a_page_is_whole_and_so_is_one_that_broke_off(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_request_that_meets_an_error_that_passes_does_what_it_should(
-    fault: str, server: Server, place: Bucket
-) -> None:
+def test_a_request_succeeds_after_temporary_errors(fault: str, server: Server, place: Bucket) -> None:
     data = bytes(range(256)) * 8
     deeds = {
         "put": lambda: place.put("key", data) or place.get("key") == data,
@@ -102,14 +100,14 @@ def test_a_request_that_meets_an_error_that_passes_does_what_it_should(
 
 
 @pytest.mark.parametrize("place_in_row", range(4))
-def test_put_if_absent_knows_its_own_when_the_answer_is_lost(place_in_row: int, server: Server, place: Bucket) -> None:
+def test_put_new_succeeds_when_the_response_is_lost(place_in_row: int, server: Server, place: Bucket) -> None:
     server.meet(*[""] * place_in_row, "lost")
     assert place.put_new("lease", b"mine") is True
     server.meet(*[""] * place_in_row, "lost")
     assert place.put_new("lease", b"yours") is False
 
 
-def test_only_the_first_of_many_puts_if_absent(place: Bucket) -> None:
+def test_only_one_of_many_concurrent_put_new_calls_succeeds(place: Bucket) -> None:
     won: list[int] = []
     threads = [
         threading.Thread(target=lambda n=n: won.append(n) if place.put_new("key", b"%d" % n) else None)
@@ -122,9 +120,7 @@ def test_only_the_first_of_many_puts_if_absent(place: Bucket) -> None:
     assert len(won) == 1 and place.get("key") == b"%d" % won[0]
 
 
-def test_put_if_absent_holds_one_after_the_other_where_the_server_ignores_the_condition(
-    server: Server, place: Bucket
-) -> None:
+def test_sequential_put_new_calls_work_on_a_server_that_ignores_the_condition(server: Server, place: Bucket) -> None:
     server.unconditional = True
     assert place.put_new("key", b"mine") and not place.put_new("key", b"yours")
     assert place.get("key") == b"mine"
@@ -148,7 +144,7 @@ def test_a_missing_bucket_is_named(server: Server) -> None:
             deed(Bucket("s3://nowhere/x"))
 
 
-def test_wrong_credentials_are_said_with_the_servers_words(server: Server, bucket: str) -> None:
+def test_an_error_about_wrong_credentials_quotes_the_server(server: Server, bucket: str) -> None:
     place = Bucket(bucket)
     place.put("key", b"")
     server.check_keys(after=0)
@@ -161,24 +157,24 @@ def test_wrong_credentials_are_said_with_the_servers_words(server: Server, bucke
         server.check_keys(after=float("inf"))
 
 
-def test_no_credentials_at_all_are_said(server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_reported(server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")  # no machine of the provider
     assert "no credentials were found" in said(bucket, within=30)
 
 
-def test_an_address_where_nobody_answers_is_said_at_once(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+def test_an_unreachable_address_is_reported_within_seconds(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    assert "does not answer as it should" in said("s3://bucket/x")
+    assert "a request to s3://bucket/x failed" in said("s3://bucket/x")
 
 
-def test_a_server_that_only_errs_is_given_up(server: Server, bucket: str) -> None:
+def test_a_server_that_always_fails_is_an_error(server: Server, bucket: str) -> None:
     server.meet(*["500"] * 50)
-    assert "does not answer as it should: We erred." in said(bucket)
+    assert " failed: We erred." in said(bucket)
 
 
-def test_a_scheme_nobody_knows_is_refused() -> None:
+def test_an_unknown_scheme_is_refused() -> None:
     assert "cannot be opened" in said("what://bucket/x")
 
 
@@ -198,7 +194,7 @@ def small_store(where: str) -> FeatureStore:
     return FeatureStore(open_storage(where))
 
 
-def test_features_are_read_from_a_bucket_through_errors_that_pass(server: Server, bucket: str) -> None:
+def test_features_are_read_from_a_bucket_despite_temporary_errors(server: Server, bucket: str) -> None:
     store = small_store(f"{bucket}/store")
     store.require_complete()
     for fault in FAULTS:
@@ -208,7 +204,7 @@ def test_features_are_read_from_a_bucket_through_errors_that_pass(server: Server
         assert again.table("sample_id").tolist() == list("abcdef")
 
 
-def test_reading_features_without_rights_says_so_in_the_same_words(server: Server, bucket: str) -> None:
+def test_reading_features_without_permission_raises_the_same_error(server: Server, bucket: str) -> None:
     store = small_store(f"{bucket}/store")
     server.check_keys(after=0)
     try:
@@ -218,7 +214,7 @@ def test_reading_features_without_rights_says_so_in_the_same_words(server: Serve
         server.check_keys(after=float("inf"))
 
 
-def test_damage_in_a_bucket_is_called_damage(server: Server, bucket: str) -> None:
+def test_a_damaged_shard_in_a_bucket_is_reported_as_damaged(server: Server, bucket: str) -> None:
     store = small_store(f"{bucket}/store")
     key = next(key for key in store.storage.list("features.zarr/embedding/c"))
     data = bytearray(store.storage.get(key))
@@ -234,19 +230,19 @@ def test_damage_in_a_bucket_is_called_damage(server: Server, bucket: str) -> Non
 @pytest.mark.parametrize(
     ("where", "url"), [("s3://b/p", True), ("memory://x", True), ("a/b", False), ("file:///a", False)]
 )
-def test_a_url_stays_what_it_is_and_a_folder_becomes_absolute(where: str, url: bool, tmp_path: Any) -> None:
+def test_absolute_keeps_a_url_and_makes_a_folder_absolute(where: str, url: bool, tmp_path: Any) -> None:
     assert is_url(where) is url
     assert absolute(where) == where if url else absolute(where).startswith("/")
     assert isinstance(open_storage(str(tmp_path)), Folder) and isinstance(open_storage(f"file://{tmp_path}"), Folder)
 
 
-def test_what_is_in_an_object_store_has_its_neighbour_here() -> None:
+def test_the_sibling_of_a_url_is_in_the_working_directory() -> None:
     assert str(artifact.sibling("s3://bucket/deep/teacher/", "-evaluation")) == "teacher-evaluation"
 
 
-def test_overwrite_refuses_what_cannot_be_set_aside(bucket: str) -> None:
+def test_overwrite_refuses_a_location_in_an_object_store(bucket: str) -> None:
     small_store(f"{bucket}/store")
     assert artifact.replaceable(f"{bucket}/empty", "store") is False
-    with pytest.raises(UserError, match="sets aside by renaming"):
+    with pytest.raises(UserError, match="moves a folder aside by renaming"):
         artifact.move_aside(f"{bucket}/store", "store")
     FeatureStore(open_storage(f"{bucket}/store")).require_complete()

@@ -1,4 +1,4 @@
-"""Module names of the first version, in specs and in users' own files, lead to where things are now."""
+"""Module names of the first version, in specs and in users' own files, are translated to the new names."""
 
 import sys
 from pathlib import Path
@@ -41,7 +41,7 @@ def ours_loaded() -> set[str]:
     return {name for name in sys.modules if name.partition(".")[0] in PLACES}
 
 
-def test_a_spec_of_an_old_manifest_finds_the_module_in_its_new_place_and_says_so(
+def test_an_old_spec_imports_the_moved_module_and_prints_a_warning(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = import_object("pipeline.teachers.digits:Pixels")
@@ -49,7 +49,7 @@ def test_a_spec_of_an_old_manifest_finds_the_module_in_its_new_place_and_says_so
     assert "warning: the module pipeline.teachers.digits is called compress_ssl.pipeline." in capsys.readouterr().err
 
 
-def test_a_users_own_method_may_import_by_the_old_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_own_method_can_import_by_old_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "own.py").write_text(OWN)
     mine = import_object(f"{tmp_path / 'own.py'}:Mine")
     assert issubclass(mine, Method) and mine.recipe.lr == 0.7
@@ -61,14 +61,14 @@ def test_a_users_own_method_may_import_by_the_old_names(tmp_path: Path, capsys: 
     assert "warning: the module pipeline.method is called compress_ssl.pipeline." in capsys.readouterr().err
 
 
-def test_the_old_names_are_there_only_while_a_users_module_is_imported(tmp_path: Path) -> None:
+def test_old_names_can_be_imported_only_while_a_users_module_is_imported(tmp_path: Path) -> None:
     finders = list(sys.meta_path)
     (tmp_path / "own.py").write_text(OWN)
     import_object(f"{tmp_path / 'own.py'}:Mine")
     assert sys.meta_path == finders and not ours_loaded()
 
 
-def test_a_users_own_package_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_own_package_of_an_old_name_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "__init__.py").write_text("HERE = 'the user'\n")
     (tmp_path / "pipeline" / "nets.py").write_text("def net():\n    return 'own'\n")
@@ -81,7 +81,7 @@ def test_a_users_own_package_of_that_name_wins(tmp_path: Path, monkeypatch: pyte
         assert import_object("own.py:f")() == "the user"
         assert import_object("pipeline.teachers.digits:Pixels").__module__.startswith(
             "compress_ssl."
-        )  # they have no such module
+        )  # the user's package has no such module
         with pytest.raises(UserError, match=r"pipeline\.method"):
             import_object("old.py:Method")
     finally:
@@ -90,5 +90,5 @@ def test_a_users_own_package_of_that_name_wins(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["pipeline.nowhere", "stages.nothing", "torch.nn"])
-def test_a_name_that_never_was_ours_has_no_new_place(name: str) -> None:
+def test_a_name_unknown_to_the_first_version_has_no_new_name(name: str) -> None:
     assert old_names.new_name(name) is None

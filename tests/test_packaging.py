@@ -1,4 +1,4 @@
-"""pyproject.toml, constraints.txt, environment.yml, the Makefile and what is installed say the same."""
+"""pyproject.toml, constraints.txt, environment.yml, the Makefile and the installed packages agree."""
 
 import ast
 import importlib
@@ -120,7 +120,7 @@ def test_every_package_that_gets_installed_is_pinned() -> None:
     assert not missing, f"not in constraints.txt: {sorted(missing)}"
 
 
-def test_what_is_installed_is_what_is_pinned() -> None:
+def test_the_installed_versions_are_the_pinned_ones() -> None:
     if in_conda():
         pytest.skip("conda chose the versions here")
     other = {
@@ -342,7 +342,7 @@ def test_make_installs_once_and_again_only_when_the_pins_differ(folder: Path) ->
     assert asked(folder) == ["venv", "pip", "pip"]
 
 
-def test_make_takes_up_an_install_that_failed(folder: Path) -> None:
+def test_make_repeats_an_install_that_failed(folder: Path) -> None:
     (folder / "pretender").write_text(PRETENDER.replace("exit 0", "exit 1"))
     assert make(folder, "PYTHON=./pretender").returncode != 0
     (folder / ".venv/bin/python").write_text(PRETENDER)
@@ -350,7 +350,7 @@ def test_make_takes_up_an_install_that_failed(folder: Path) -> None:
     assert asked(folder) == ["venv", "pip", "pip"]
 
 
-def test_make_refuses_in_words_a_python_that_is_missing_old_or_without_venv(folder: Path) -> None:
+def test_make_refuses_a_python_that_is_missing_old_or_without_venv(folder: Path) -> None:
     (folder / "old").write_text('#!/bin/sh\ncase "$*" in\n-V) echo Python 3.9.1;;\n*version_info*) exit 1;;\nesac\n')
     (folder / "bare").write_text('#!/bin/sh\ncase "$*" in\n*ensurepip*) exit 1;;\nesac\n')
     for name in ("old", "bare"):

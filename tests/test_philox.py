@@ -1,4 +1,4 @@
-"""Philox4x32-10 gives the published bits, and what we make of them is the same everywhere."""
+"""Philox4x32-10 gives the published bits, and values derived from them are the same on every machine."""
 
 import math
 
@@ -16,7 +16,7 @@ U64 = st.integers(0, 2**64 - 1)
 
 
 def slow_philox(counter: list[int], key: list[int]) -> list[int]:
-    """Salmon et al. 2011, section 4, figure 4, with Python's whole numbers: the round written as it is drawn."""
+    """Salmon et al. 2011, section 4, figure 4, with Python's integers: each round as drawn in the figure."""
     x, k = list(counter), list(key)
     for _ in range(10):
         high0, low0 = divmod(0xD2511F53 * x[0], 2**32)
@@ -35,7 +35,7 @@ def slow_philox(counter: list[int], key: list[int]) -> list[int]:
     ],
     ids=["zeros", "ones", "pi"],
 )
-def test_the_known_answers_of_random123_come_out(counter: str, key: str, bits: str) -> None:
+def test_philox_gives_the_known_answers_of_random123(counter: str, key: str, bits: str) -> None:
     c = np.array([int(w, 16) for w in counter.split()], np.uint64)
     k0, k1 = (int(w, 16) for w in key.split())
     assert " ".join(f"{w:08x}" for w in philox.philox(c, (k0, k1)).tolist()) == bits
@@ -43,7 +43,7 @@ def test_the_known_answers_of_random123_come_out(counter: str, key: str, bits: s
 
 
 @given(st.lists(st.lists(U32, min_size=4, max_size=4), min_size=1, max_size=5), U32, U32)
-def test_many_counters_at_once_give_what_each_gives_alone(counters: list[list[int]], k0: int, k1: int) -> None:
+def test_an_array_of_counters_gives_the_words_of_each_counter(counters: list[list[int]], k0: int, k1: int) -> None:
     together = philox.philox(np.array(counters, np.uint64), (k0, k1))
     assert together.tolist() == [slow_philox(counter, [k0, k1]) for counter in counters]
 
@@ -55,7 +55,7 @@ def test_words_are_philox_of_the_documented_counter(seed: int, stream: int, a: i
     assert words(seed, stream, a, b, count).tolist() == [w for block in blocks for w in block][:count]
 
 
-def test_words_of_arrays_are_those_of_their_members() -> None:
+def test_words_of_arrays_equal_the_words_of_their_members() -> None:
     keys, views = np.array([0, 7, 2**63, 2**64 - 1], np.uint64), np.array([[0, 1, 2**31], [5, 6, 2**32 - 1]])
     grid = words(3, VIEW, keys[:, None, None], views, 9)
     assert grid.shape == (4, 2, 3, 9)
@@ -66,12 +66,12 @@ def test_words_of_arrays_are_those_of_their_members() -> None:
 
 
 @given(U64, st.integers(1, 30), st.integers(1, 30))
-def test_fewer_words_are_the_first_of_more(seed: int, few: int, more: int) -> None:
+def test_fewer_words_are_a_prefix_of_more_words(seed: int, few: int, more: int) -> None:
     few, more = sorted((few, more))
     assert np.array_equal(words(seed, VIEW, 1, 2, few), words(seed, VIEW, 1, 2, more)[:few])
 
 
-def test_seeds_streams_rows_and_numbers_all_give_other_words() -> None:
+def test_each_seed_stream_row_and_number_gives_other_words() -> None:
     base = (1, VIEW, 2, 3)
     others = [(2, VIEW, 2, 3), (1 + 2**32, VIEW, 2, 3), (1, ORDER, 2, 3), (1, VIEW, 3, 3), (1, VIEW, 2 + 2**32, 3),
               (1, VIEW, 2, 4), (1, VIEW, 3, 2)]  # fmt: skip
@@ -84,18 +84,18 @@ def test_streams_keep_their_numbers() -> None:
     assert {name: getattr(philox, name) for name in numbers} == numbers
 
 
-def test_the_bits_of_view_numbers_stay_where_they_are() -> None:
+def test_the_bit_layout_of_view_numbers_is_fixed() -> None:
     assert (numbering.LOCAL, numbering.FRESH) == (2**30, 2**31)
 
 
-def test_variates_are_words_over_two_to_the_32() -> None:
+def test_uniform_variates_are_words_divided_by_two_to_the_32() -> None:
     w, u = words(5, VIEW, np.arange(1000), 1, 36), uniform(5, VIEW, np.arange(1000), 1, 36)
     assert u.dtype == np.float64
     assert np.array_equal(u * 2.0**32, w)
     assert u.min() >= 0 and u.max() < 1
 
 
-def test_variates_are_even_and_unrelated_to_their_neighbours() -> None:
+def test_uniform_variates_are_even_and_uncorrelated() -> None:
     u = uniform(0, VIEW, np.arange(20_000), 1, 4)
     counts = np.array([np.histogram(column, bins=20, range=(0, 1))[0] for column in u.T])
     assert (((counts - 1000) ** 2) / 1000).sum(1).max() < 50  # chi squared, 19 degrees: beyond 50 once in 10 000
@@ -107,7 +107,7 @@ def test_variates_are_even_and_unrelated_to_their_neighbours() -> None:
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 10, 1797])
-def test_a_permutation_holds_each_row_once(n: int) -> None:
+def test_a_permutation_contains_each_row_once(n: int) -> None:
     assert sorted(permutation(0, ORDER, 1, n).tolist()) == list(range(n))
 
 
@@ -123,7 +123,7 @@ def test_another_number_or_seed_is_another_permutation() -> None:
     assert len(orders) == 25
 
 
-def test_all_permutations_come_about_equally_often() -> None:
+def test_all_permutations_are_about_equally_frequent() -> None:
     seen = [tuple(permutation(0, ORDER, number, 3).tolist()) for number in range(1200)]
     counts = np.unique(np.array(seen) @ [9, 3, 1], return_counts=True)[1]
     assert len(counts) == 6
@@ -134,7 +134,7 @@ def test_all_permutations_come_about_equally_often() -> None:
 
 
 @given(st.floats(-1, 1))
-def test_our_exponential_is_the_libraries_to_the_last_bits(x: float) -> None:
+def test_exp_equals_the_librarys_to_the_last_bits(x: float) -> None:
     assert philox.exp(x) == pytest.approx(math.exp(x), rel=4e-16, abs=0)
 
 

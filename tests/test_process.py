@@ -1,4 +1,4 @@
-"""Whether a process still runs, and since when: the same answers, in the same form, as version 1 gave."""
+"""Whether a process is running, and its start time: the same results, in the same form, as in version 1."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import pytest
 
 from compress_ssl.pipeline.runtime import lease
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.process import RUNS, began, machine
+from compress_ssl.pipeline.runtime.process import RUNNING, machine_id, start_time
 from compress_ssl.pipeline.runtime.storage import Folder
 
 linux = pytest.mark.skipif(not psutil.LINUX, reason="ticks are Linux's")
@@ -21,7 +21,7 @@ ME = os.getpid()
 
 
 def version_1(pid: int) -> str | None:
-    """`began` as version 1 had it."""
+    """`start_time` as it was in version 1."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         fields = stat.rpartition(")")[2].split()
@@ -33,7 +33,7 @@ def version_1(pid: int) -> str | None:
             return None
         except PermissionError:
             pass
-        return RUNS
+        return RUNNING
 
 
 @pytest.fixture
@@ -70,93 +70,95 @@ def set_clock(proc: Path, seconds: int) -> None:
 
 
 @linux
-def test_version_1_and_this_one_say_the_same_of_every_process(child: subprocess.Popen[bytes]) -> None:
+def test_the_start_time_of_every_process_equals_that_of_version_1(child: subprocess.Popen[bytes]) -> None:
     compared = 0
     for pid in {*psutil.pids(), ME, child.pid}:
-        before, now, after = version_1(pid), began(pid), version_1(pid)
+        before, now, after = version_1(pid), start_time(pid), version_1(pid)
         if before == after:  # else it ended meanwhile
             assert now == before, pid
             compared += 1
-    assert compared >= 2 and str(began(ME)).isdigit()
+    assert compared >= 2 and str(start_time(ME)).isdigit()
 
 
-def test_a_process_that_ended_has_no_beginning_also_before_it_is_waited_for(child: subprocess.Popen[bytes]) -> None:
-    assert began(child.pid)
+def test_an_ended_process_has_no_start_time_even_as_a_zombie(child: subprocess.Popen[bytes]) -> None:
+    assert start_time(child.pid)
     child.kill()
     until = time.monotonic() + 20
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
         time.sleep(0.01)
-    assert began(child.pid) is None
+    assert start_time(child.pid) is None
     child.wait()
-    assert began(child.pid) is None
+    assert start_time(child.pid) is None
 
 
 @linux
 @pytest.mark.parametrize("seconds", [-1, 1, 86_400, -(10**9)])
-def test_the_clock_may_be_set_between_two_looks(proc: Path, seconds: int) -> None:
+def test_setting_the_clock_between_two_calls_changes_nothing(proc: Path, seconds: int) -> None:
     show(proc)
     set_clock(proc, seconds)
-    assert began(ME) == version_1(ME)
+    assert start_time(ME) == version_1(ME)
 
 
 @linux
-def test_the_clock_may_be_set_during_a_look(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[str] = []
+def test_setting_the_clock_during_a_call_changes_nothing(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
 
     def status(self: psutil.Process) -> str:
-        if not looks:
+        if not calls:
             set_clock(proc, 3600)
-        looks.append("")
+        calls.append("")
         return psutil.STATUS_RUNNING
 
     show(proc)
     monkeypatch.setattr(psutil.Process, "status", status)
-    assert began(ME) == version_1(ME) and len(looks) == 2
+    assert start_time(ME) == version_1(ME) and len(calls) == 2
 
 
 @linux
-def test_a_name_may_hold_spaces_and_brackets(proc: Path) -> None:
+def test_a_process_name_may_contain_spaces_and_brackets(proc: Path) -> None:
     show(proc, "a) Z (b c) X")
-    assert began(ME) == version_1(ME)
+    assert start_time(ME) == version_1(ME)
 
 
 @linux
-def test_a_process_that_proc_hides_runs_since_nobody_knows_when(proc: Path, child: subprocess.Popen[bytes]) -> None:
+def test_a_process_hidden_by_proc_is_running_with_unknown_start_time(
+    proc: Path, child: subprocess.Popen[bytes]
+) -> None:
     assert not psutil.pid_exists(ME)  # why this is not what we ask
-    assert began(ME) == RUNS and began(child.pid) == RUNS and began(1) == RUNS
+    assert start_time(ME) == RUNNING and start_time(child.pid) == RUNNING and start_time(1) == RUNNING
     child.kill()
     child.wait()
-    assert began(child.pid) is None
+    assert start_time(child.pid) is None
 
 
 @linux
 @pytest.mark.parametrize("stat", [None, "cpu 1 2 3\n"])
-def test_without_a_boot_time_a_process_runs_since_nobody_knows_when(proc: Path, stat: str | None) -> None:
+def test_without_a_boot_time_a_process_is_running_with_unknown_start_time(proc: Path, stat: str | None) -> None:
     show(proc)
     (proc / "stat").unlink() if stat is None else (proc / "stat").write_text(stat)
-    assert began(ME) == RUNS
+    assert start_time(ME) == RUNNING
 
 
-def test_where_no_ticks_are_counted_a_process_runs(
+def test_without_clock_ticks_a_process_is_running_with_unknown_start_time(
     child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psutil.LINUX", False)
-    assert began(ME) == RUNS and began(child.pid) == RUNS
+    assert start_time(ME) == RUNNING and start_time(child.pid) == RUNNING
     child.kill()
     child.wait()
-    assert began(child.pid) is None
+    assert start_time(child.pid) is None
 
 
 @linux
-def test_leases_of_version_1_and_of_this_one_are_judged_alike(
+def test_leases_of_version_1_and_of_this_version_are_treated_alike(
     child: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Folder(tmp_path)
-    ticks = {"old": version_1(child.pid), "new": began(child.pid)}
+    ticks = {"old": version_1(child.pid), "new": start_time(child.pid)}
     for writer in ("old", "new"):
-        for reader in (version_1, began):
-            monkeypatch.setattr(lease, "began", reader)
-            there = {"host": "here", "machine": machine(), "token": "x", "beat": time.time()}
+        for reader in (version_1, start_time):
+            monkeypatch.setattr(lease, "start_time", reader)
+            there = {"host": "here", "machine": machine_id(), "token": "x", "beat": time.time()}
             for start, pid, alive in ((ticks[writer], child.pid, True), ("12345", ME, False)):  # used again
                 storage.put(lease.LEASE, lease.canonical({**there, "pid": pid, "began": start}))
                 if alive:

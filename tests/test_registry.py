@@ -1,4 +1,4 @@
-"""`kind:argument,key=value` is understood, and what is not understood is answered with what would be."""
+"""Specs `kind:argument,key=value` are parsed, checked and built; errors name the fault and suggest a remedy."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from compress_ssl.pipeline.runtime.registry import Registry, Spec, did_you_mean,
 
 
 class Thing:
-    """What is built remembers how."""
+    """An object that records the arguments it was built with."""
 
     def __init__(self, *given: Any, **options: Any):
         self.given, self.options = given, options
@@ -49,7 +49,7 @@ def anything(**options: Any) -> Thing:
 
 
 @pytest.fixture
-def menu(monkeypatch: pytest.MonkeyPatch) -> Registry:
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.setitem(sys.modules, "made_up_things", sys.modules[__name__])
     table = {name: f"made_up_things:{name}" for name in ("lamp", "needs", "anything")}
     return Registry("thing", {**table, "absent": "no_such_package_anywhere:Thing"}, path_means="needs")
@@ -79,7 +79,7 @@ VALUE = st.text(st.characters(exclude_characters=",=", exclude_categories=["Cs"]
 
 
 @given(WORD, VALUE.filter(lambda v: not v.startswith(":")), st.dictionaries(WORD, VALUE, max_size=3))
-def test_a_spec_survives_being_written_and_read(kind: str, argument: str, options: dict[str, str]) -> None:
+def test_a_spec_is_unchanged_after_writing_and_parsing(kind: str, argument: str, options: dict[str, str]) -> None:
     spec = Spec(kind, argument, options)
     assert parse(str(spec)) == spec
 
@@ -92,27 +92,27 @@ def test_a_key_given_twice_is_refused() -> None:
 # ---------------------------------------------------------------- ordering
 
 
-def test_values_become_what_the_parameter_says(menu: Registry) -> None:
-    made = menu.build("lamp:tall,watts=40,bright=0.1,on=no,colour=green,sizes=3+5+7,shade=none,file=~/x")
+def test_values_are_converted_to_the_parameters_type(registry: Registry) -> None:
+    made = registry.build("lamp:tall,watts=40,bright=0.1,on=no,colour=green,sizes=3+5+7,shade=none,file=~/x")
     assert made.given == ("tall",)
     wanted = {"watts": 40, "bright": 0.1, "on": False, "colour": "green", "sizes": (3, 5, 7), "shade": None, "room": ""}
     assert made.options == {**wanted, "file": Path("~/x").expanduser()}
     assert [type(made.options[key]) for key in ("watts", "bright", "on")] == [int, float, bool]
 
 
-def test_defaults_stand_where_nothing_is_said(menu: Registry) -> None:
-    assert menu.build("lamp").given == ("plain",)
-    assert menu.build("lamp").options["watts"] == 60
+def test_keys_that_are_not_given_keep_their_defaults(registry: Registry) -> None:
+    assert registry.build("lamp").given == ("plain",)
+    assert registry.build("lamp").options["watts"] == 60
 
 
-def test_what_the_caller_gives_is_not_for_users(menu: Registry) -> None:
-    assert menu.build("lamp", room="kitchen").options["room"] == "kitchen"
+def test_arguments_from_the_caller_are_no_keys_for_users(registry: Registry) -> None:
+    assert registry.build("lamp", room="kitchen").options["room"] == "kitchen"
     with pytest.raises(UserError, match="has no key 'room'"):
-        menu.build("lamp:room=hall", room="kitchen")
+        registry.build("lamp:room=hall", room="kitchen")
 
 
-def test_a_member_that_takes_any_key_gets_literals(menu: Registry) -> None:
-    made = menu.build("anything:a=1,b=0.5,c=true,d=none,e=text,f=1e-3")
+def test_a_member_with_arbitrary_keys_gets_literals(registry: Registry) -> None:
+    made = registry.build("anything:a=1,b=0.5,c=true,d=none,e=text,f=1e-3")
     assert made.options == {"a": 1, "b": 0.5, "c": True, "d": None, "e": "text", "f": 0.001}
     assert literal("3+4") == "3+4"
 
@@ -135,56 +135,58 @@ def test_a_member_that_takes_any_key_gets_literals(menu: Registry) -> None:
         ("absent", "thing 'absent' needs the package 'no_such_package_anywhere', which is not installed; pip install "),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_words(menu: Registry, text: str, words: str) -> None:
-    for ask in (menu.build, menu.check):
+def test_an_invalid_spec_raises_an_error_that_names_the_fault(registry: Registry, text: str, words: str) -> None:
+    for ask in (registry.build, registry.check):
         with pytest.raises(UserError) as caught:
             ask(text)
         said = str(caught.value)
         assert all(part in said for part in words.split("..."))
 
 
-def test_checking_builds_nothing(menu: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checking_builds_nothing(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(name: str = "", /, *, watts: int = 0) -> Thing:
         raise AssertionError
 
     monkeypatch.setattr(sys.modules[__name__], "lamp", never)
-    assert menu.check("lamp:x,watts=3") == Spec("lamp", "x", {"watts": "3"})
+    assert registry.check("lamp:x,watts=3") == Spec("lamp", "x", {"watts": "3"})
 
 
-def test_a_path_alone_is_the_kind_that_paths_mean(
-    menu: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_existing_path_alone_has_the_kind_path_means(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "images,size=3").mkdir()
-    assert menu.parse(str(tmp_path / "images,size=3")) == Spec("needs", str(tmp_path / "images,size=3"))
+    assert registry.parse(str(tmp_path / "images,size=3")) == Spec("needs", str(tmp_path / "images,size=3"))
     for text in ("./gone", "/gone", "~/gone"):
-        assert menu.parse(text) == Spec("needs", text)
+        assert registry.parse(text) == Spec("needs", text)
     (tmp_path / "lamp").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert menu.parse("lamp") == Spec("lamp")  # a kind comes before a folder of the same name
+    assert registry.parse("lamp") == Spec("lamp")  # a kind comes before a folder of the same name
     with pytest.raises(UserError, match="unknown thing 'gone'"):
-        menu.parse("gone")
+        registry.parse("gone")
 
 
-def test_a_broken_module_of_ours_is_not_called_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_error_in_our_own_module_is_not_reported_as_a_missing_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(ModuleNotFoundError, match="compress_ssl.pipeline.nowhere"):
         Registry("thing", {"x": "compress_ssl.pipeline.nowhere:X"}).build("x")
 
 
-def test_a_summary_is_the_first_line_of_the_docstring(menu: Registry) -> None:
-    assert menu.summary("lamp") == "A lamp for tests."
-    assert menu.summary("anything") == ""
+def test_a_summary_is_the_first_line_of_the_docstring(registry: Registry) -> None:
+    assert registry.summary("lamp") == "A lamp for tests."
+    assert registry.summary("anything") == ""
 
 
-def test_the_nearest_is_only_named_if_it_is_near() -> None:
+def test_a_name_is_suggested_only_if_it_is_similar() -> None:
     assert did_you_mean("resnet81", ["resnet18", "vit"]) == "; did you mean 'resnet18'?"
     assert did_you_mean("zebra", ["resnet18", "vit"]) == ""
 
 
-def test_a_menu_imports_nothing_until_ordered() -> None:
+def test_a_registry_imports_a_module_only_when_a_spec_names_it() -> None:
     Registry("thing", {"x": "this_is:nowhere"}).parse("x")
 
 
-def test_a_settled_spec_means_the_same_from_any_working_directory(
+def test_an_absolute_spec_names_the_same_object_from_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from compress_ssl.pipeline.datasets import DATASETS
@@ -192,7 +194,7 @@ def test_a_settled_spec_means_the_same_from_any_working_directory(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet18").mkdir()  # a folder named like a model is none
-    for menu, text, settled in (
+    for registry, text, settled in (
         (MODELS, "timm:resnet18,weights=w.pth", f"timm:resnet18,weights={tmp_path}/w.pth"),
         (MODELS, "torchscript:net.pt,size=32", f"torchscript:{tmp_path}/net.pt,size=32"),
         (MODELS, "python:own.py:net,width=3", f"python:{tmp_path}/own.py:net,width=3"),
@@ -201,4 +203,4 @@ def test_a_settled_spec_means_the_same_from_any_working_directory(
         (DATASETS, "./resnet18", f"folder:{tmp_path}/resnet18"),
         (DATASETS, "digits:split=test", "digits:split=test"),
     ):
-        assert menu.absolute_spec(text) == settled
+        assert registry.absolute_spec(text) == settled

@@ -1,4 +1,4 @@
-"""What is put is whole or not there, and a folder says what it is and is not mistaken for another."""
+"""A put is atomic; a manifest identifies its folder, and a folder of another kind or identity is refused."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from compress_ssl.pipeline.runtime.storage import PART, Folder
 
 
 class PowerCut(BaseException):
-    """The machine stops here."""
+    """Simulates a crash of the machine at this place."""
 
 
 def cut(*_: Any, **__: Any) -> None:
@@ -33,7 +33,7 @@ def files(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------- put and get
 
 
-def test_what_was_put_is_got(tmp_path: Path) -> None:
+def test_get_returns_what_put_wrote(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "new")
     folder.put("deep/er/key.bin", b"one")
     assert folder.get("deep/er/key.bin") == b"one" == (tmp_path / "new/deep/er/key.bin").read_bytes()
@@ -42,7 +42,7 @@ def test_what_was_put_is_got(tmp_path: Path) -> None:
     assert folder.exists("deep/er/key.bin") and not folder.exists("deep/er/other")
 
 
-def test_a_missing_key_is_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_key_raises_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Folder(tmp_path).get("nothing")
     Folder(tmp_path).delete("nothing")
@@ -65,7 +65,7 @@ def test_a_crash_before_the_rename_leaves_the_old_content(
     assert list(folder.list()) == ["key"]
 
 
-def test_data_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_synced_before_the_file_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     replace, fsync = os.replace, os.fsync
     kind = lambda fd: "folder" if os.path.isdir(f"/proc/self/fd/{fd}") else "file"  # noqa: E731
@@ -75,7 +75,9 @@ def test_data_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pyt
     assert calls == ["fsync file", "rename", "fsync folder"]
 
 
-def test_a_write_that_fails_leaves_nothing_and_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_no_part_file_and_names_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -86,7 +88,7 @@ def test_a_write_that_fails_leaves_nothing_and_says_where(tmp_path: Path, monkey
     assert files(tmp_path) == {}
 
 
-def test_readers_meet_whole_values_while_writers_write(tmp_path: Path) -> None:
+def test_readers_get_complete_values_while_others_write(tmp_path: Path) -> None:
     folder, stop, seen = Folder(tmp_path), threading.Event(), set()
     folder.put("key", b"a" * 5000)
 
@@ -105,7 +107,7 @@ def test_readers_meet_whole_values_while_writers_write(tmp_path: Path) -> None:
     assert seen <= {bytes([letter]) * 5000 for letter in b"abcdef"}
 
 
-def test_only_the_first_of_many_puts_if_absent(tmp_path: Path) -> None:
+def test_only_one_of_many_concurrent_put_new_calls_succeeds(tmp_path: Path) -> None:
     folder, won = Folder(tmp_path), []
 
     def claim(number: int) -> None:
@@ -122,7 +124,7 @@ def test_only_the_first_of_many_puts_if_absent(tmp_path: Path) -> None:
     assert list(files(tmp_path)) == ["key"]
 
 
-def test_list_gives_keys_below_a_prefix_and_no_unfinished_ones(tmp_path: Path) -> None:
+def test_list_yields_keys_below_a_prefix_and_no_part_files(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     for key in ("a", "done/1", "done/deep/2", "done2/3"):
         folder.put(key, b"")
@@ -142,7 +144,7 @@ Folder(sys.argv[1]).put("deep/key", b"half")
 """
 
 
-def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+def test_sweep_deletes_only_part_files_of_ended_writers(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.put("deep/whole", b"")
     left = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[1])
@@ -153,21 +155,21 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> 
     assert folder.sweep() == 0
 
 
-def test_a_writer_that_ended_and_that_nobody_waited_for_is_a_killed_one(tmp_path: Path) -> None:
+def test_sweep_counts_a_zombie_process_as_ended(tmp_path: Path) -> None:
     left = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[1])
     os.waitid(os.P_PID, left.pid, os.WEXITED | os.WNOWAIT)  # a zombie: containers without an init keep them for good
     assert Folder(tmp_path).sweep() == 1
     assert left.wait() == 9
 
 
-def test_what_a_living_writer_writes_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_keeps_part_files_of_running_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, replace = Folder(tmp_path), os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (folder.sweep(), replace(a, b)))
     folder.put("key", b"whole")
     assert folder.get("key") == b"whole"
 
 
-def test_what_another_machine_writes_is_swept_a_day_later(tmp_path: Path) -> None:
+def test_sweep_deletes_part_files_of_another_machine_after_a_day(tmp_path: Path) -> None:
     part = tmp_path / f".key.01234567.1.not-{socket.gethostname()}{PART}"
     part.write_bytes(b"")
     assert Folder(tmp_path).sweep() == 0
@@ -180,7 +182,7 @@ def test_what_another_machine_writes_is_swept_a_day_later(tmp_path: Path) -> Non
 IDENTITY = {"lr": 0.1, "model": {"name": "x", "sizes": (1, 2)}, "views": None}
 
 
-def test_the_first_claim_writes_and_the_same_again_goes_on(tmp_path: Path) -> None:
+def test_the_first_claim_writes_the_manifest_and_an_equal_claim_continues(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "run")
     manifest, new = artifact.claim(folder, "run", IDENTITY, {"path": "/a"})
     assert new
@@ -191,7 +193,7 @@ def test_the_first_claim_writes_and_the_same_again_goes_on(tmp_path: Path) -> No
     assert files(tmp_path) == before
 
 
-def test_other_settings_are_refused_by_name_with_both_values(tmp_path: Path) -> None:
+def test_a_claim_with_other_settings_names_each_with_both_values(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     artifact.claim(folder, "run", IDENTITY)
     with pytest.raises(Mismatch) as caught:
@@ -224,7 +226,7 @@ def test_a_claim_that_was_killed_can_be_repeated(tmp_path: Path, monkeypatch: py
     assert artifact.claim(Folder(tmp_path), "run", IDENTITY)[1]
 
 
-def test_a_missing_manifest_is_said_in_words(tmp_path: Path) -> None:
+def test_a_missing_manifest_raises_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a store: it holds no manifest.json"):
         artifact.read(Folder(tmp_path), "store")
     with pytest.raises(UserError, match="is not an evaluation: there is no such folder"):
@@ -248,13 +250,13 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("junk", [b"", b"{", b"[]", b"null", b"{}", b'{"digest": 1}', b"\xff\xfe", b'"digest"'])
-def test_what_is_no_manifest_is_damaged(tmp_path: Path, junk: bytes) -> None:
+def test_an_invalid_manifest_is_reported_as_damaged(tmp_path: Path, junk: bytes) -> None:
     (tmp_path / artifact.MANIFEST).write_bytes(junk)
     with pytest.raises(UserError, match=r"manifest.json is damaged"):
         artifact.read(Folder(tmp_path))
 
 
-def test_a_later_format_is_refused_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_format_raises_other_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifact, "FORMAT", 2)
     artifact.claim(Folder(tmp_path), "run", IDENTITY)
     monkeypatch.undo()
@@ -262,7 +264,7 @@ def test_a_later_format_is_refused_as_such(tmp_path: Path, monkeypatch: pytest.M
         artifact.read(Folder(tmp_path))
 
 
-def test_a_record_is_sealed_against_changes() -> None:
+def test_a_changed_record_does_not_match_its_seal() -> None:
     record = artifact.sealed({"a": 1})
     assert artifact.sealed(record) == record
     assert artifact.sealed({**record, "a": 2}) != {**record, "a": 2}
@@ -271,7 +273,7 @@ def test_a_record_is_sealed_against_changes() -> None:
 # ---------------------------------------------------------------- setting aside
 
 
-def test_what_is_ours_is_set_aside_under_the_first_free_name(tmp_path: Path) -> None:
+def test_move_aside_renames_an_artifact_to_the_first_free_name(tmp_path: Path) -> None:
     for number in (1, 2):
         artifact.claim(Folder(tmp_path / "run"), "run", {"number": number})
         assert artifact.move_aside(tmp_path / "run", "run") == tmp_path / f"run.old-{number}"
@@ -279,25 +281,25 @@ def test_what_is_ours_is_set_aside_under_the_first_free_name(tmp_path: Path) -> 
     assert artifact.read(Folder(tmp_path / "run.old-2"))["identity"] == {"number": 2}
 
 
-def test_nothing_is_nothing_to_set_aside(tmp_path: Path) -> None:
+def test_move_aside_of_an_empty_or_missing_folder_does_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert artifact.move_aside(tmp_path / "nowhere", "run") is None
     assert artifact.move_aside(tmp_path / "empty", "run") is None
 
 
-def test_a_foreign_folder_is_never_set_aside(tmp_path: Path) -> None:
+def test_move_aside_refuses_a_folder_without_a_manifest(tmp_path: Path) -> None:
     foreign = tmp_path / "home"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("...")
     with pytest.raises(UserError, match="--overwrite touches only what compress made"):
         artifact.move_aside(foreign, "run")
     (foreign / artifact.MANIFEST).write_text('{"name": "a web page", "start_url": "/"}')
-    with pytest.raises(UserError, match="damaged, or not of our making"):
+    with pytest.raises(UserError, match="damaged, or was not made by compress"):
         artifact.move_aside(foreign, "run")
     assert sorted(files(tmp_path)) == ["home/manifest.json", "home/thesis.tex"]
 
 
-def test_another_kind_of_ours_is_not_set_aside(tmp_path: Path) -> None:
+def test_move_aside_refuses_an_artifact_of_another_kind(tmp_path: Path) -> None:
     artifact.claim(Folder(tmp_path / "store"), "store", IDENTITY)
     with pytest.raises(UserError, match="holds a store, not a run"):
         artifact.move_aside(tmp_path / "store", "run")
@@ -314,7 +316,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=4))
-def test_a_fingerprint_survives_the_disk_and_the_order_of_keys(record: dict[str, Any]) -> None:
+def test_a_fingerprint_does_not_depend_on_storage_or_key_order(record: dict[str, Any]) -> None:
     back = json.loads(json.dumps(dict(reversed(record.items())), indent=2))
     assert artifact.fingerprint(back) == artifact.fingerprint(record)
     assert artifact.differences(record, back) == []
@@ -351,7 +353,7 @@ GOLDEN_MANIFEST = """\
 """
 
 
-def test_a_folder_that_cannot_be_synced_is_let_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_on_a_file_system_without_fsync_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unable(_: int) -> None:
         raise OSError(22, "Invalid argument")
 

@@ -1,1 +1,1 @@
-"""What any command is made of: errors, storage, artifacts, leases, configs, registries, signals, progress."""
+"""The parts that every command needs: errors, storage, artifacts, leases, configs, registries, signals, progress."""

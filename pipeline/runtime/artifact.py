@@ -1,7 +1,8 @@
-"""A folder that says what it is: claim it for a record, compare, fingerprint, damage found.
+"""Artifacts: folders described by a manifest.json. Canonical JSON and digests, manifests, claiming, moving aside.
 
-manifest.json = {"format", "kind", "identity", "about", "digest"}. `identity` decides whether a
-command continues this folder or is refused; `about` may change (paths, extents that grow).
+manifest.json = {"format", "kind", "identity", "about", "digest"}. A command continues a folder whose `kind` and
+`identity` equal its own and refuses any other; `about` may change (paths, extents that grow). `digest` is the
+fingerprint of the other four entries and reveals damage.
 """
 
 import hashlib
@@ -14,13 +15,16 @@ from typing import Any
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, Storage, is_url, open_storage
 
-FORMAT = 1
+FORMAT = 1  # version of the layout of manifest.json
 MANIFEST = "manifest.json"
-LEASE = "lease.json"  # of who is writing: see compress_ssl.pipeline.runtime.lease
+LEASE = "lease.json"  # names the process that is writing, see compress_ssl.pipeline.runtime.lease
 
 
 class Mismatch(UserError):
-    """A folder made with other settings; `differing` are their dotted names, where they were compared."""
+    """The folder was made with other settings.
+
+    `differing` holds their dotted names; it is empty if the settings were not compared one by one.
+    """
 
     def __init__(self, message: str, differing: Sequence[str] = ()):
         super().__init__(message)
@@ -28,40 +32,44 @@ class Mismatch(UserError):
 
 
 class OtherFormat(UserError):
-    """A manifest that another version of compress wrote."""
+    """The manifest was written by a version of compress that uses another format."""
 
 
 def canonical(record: Any) -> bytes:
-    """JSON with one spelling: sorted keys, no spaces, no NaN."""
+    """Canonical JSON: sorted keys and no spaces, so that equal records give equal bytes. NaN raises ValueError."""
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def fingerprint(record: Any) -> str:
-    """32 hexadecimal digits that stand for a record."""
+    """BLAKE2b-128 of a record's canonical JSON, as 32 hexadecimal digits."""
     return hashlib.blake2b(canonical(record), digest_size=16).hexdigest()
 
 
 def digest(data: Any) -> str:
-    """BLAKE2b-128 of bytes or of an array's memory, in hexadecimal."""
+    """BLAKE2b-128 of bytes or of a contiguous array's memory, as 32 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with `seal`, the fingerprint of all else in it: equal to itself if it is whole."""
+    """The record with `seal`, the fingerprint of its other entries.
+
+    A record that was read is undamaged if `sealed(record) == record`.
+    """
     rest = {key: value for key, value in record.items() if key != "seal"}
     return {**rest, "seal": fingerprint(rest)}
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """["optimizer.lr is 0.01 there, 0.02 asked", ...]; nested records by dotted names."""
+    """The entries that differ, as ["optimizer.lr is 0.01 there, 0.02 asked", ...]; nested keys are joined by dots."""
     return list(_unequal(there, asked).values())
 
 
 def _unequal(there: Mapping[str, Any], asked: Mapping[str, Any], under: str = "") -> dict[str, str]:
-    """{dotted name: what differs, in words}"""
+    """{dotted name: "NAME is OLD there, NEW asked"} of the entries that differ; a missing entry counts as null."""
     out: dict[str, str] = {}
     for key in sorted({*there, *asked}):
-        old, new, name = _numbered(there.get(key)), _numbered(asked.get(key)), f"{under}{key}"
+        name = f"{under}{key}"
+        old, new = _numbered(there.get(key)), _numbered(asked.get(key))
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             out |= _unequal(old, new, f"{name}.")
         elif canonical(old) != canonical(new):
@@ -70,41 +78,47 @@ def _unequal(there: Mapping[str, Any], asked: Mapping[str, Any], under: str = ""
 
 
 def _numbered(value: Any) -> Any:
-    """A list of records as a record, so that the one that differs is named."""
-    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
-        return {str(number): each for number, each in enumerate(value)}
+    """A list of records as {"0": record, ...}, so that only the records that differ are reported."""
+    if isinstance(value, list) and value and all(isinstance(record, Mapping) for record in value):
+        return {str(number): record for number, record in enumerate(value)}
     return value
 
 
 def _short(value: Any) -> str:
+    """JSON of at most 80 characters, so that an error stays readable."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read(storage: Storage, kind: str | None = None) -> dict[str, Any]:
-    """The manifest, its digest checked.
+    """Read the manifest and check its digest.
 
-    Raises UserError if there is none, it is damaged, it is of another format or another kind.
+    Raises UserError if there is no manifest, if it is damaged, or if its format or its kind is another one.
     """
     try:
         raw = storage.get(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
-        what = _a(kind) if kind else "anything compress made"
-        there = not isinstance(storage, Folder) or storage.path.exists()
-        why = f"it holds no {MANIFEST}" if there else "there is no such folder"
-        raise UserError(f"{storage} is not {what}: {why}; check the path") from None
+        expected = _with_article(kind) if kind else "anything compress made"
+        exists = not isinstance(storage, Folder) or storage.path.exists()
+        reason = f"it holds no {MANIFEST}" if exists else "there is no such folder"
+        raise UserError(f"{storage} is not {expected}: {reason}; check the path") from None
     manifest = parse(raw, f"{storage}/{MANIFEST}")
     if kind and manifest["kind"] != kind:
-        raise UserError(f"{storage} holds {_a(manifest['kind'])}, not {_a(kind)}; name another folder")
+        raise UserError(
+            f"{storage} holds {_with_article(manifest['kind'])}, not {_with_article(kind)}; name another folder"
+        )
     return manifest
 
 
-def _a(kind: str) -> str:
+def _with_article(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 def parse(raw: bytes, where: str) -> dict[str, Any]:
-    """A manifest from its bytes. Raises UserError if they are not what was written."""
+    """Parse a manifest's bytes; `where` names them in an error.
+
+    Raises UserError if the digest does not match, OtherFormat if another version of compress wrote it.
+    """
     try:
         manifest = json.loads(raw)
         claimed = manifest.pop("digest")
@@ -113,8 +127,9 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
         good = False
     if not good:
         raise UserError(
-            f"{where} is damaged, or not of our making: its content does not fit its digest; restore it from a copy "
-            "(compress verify --repair does so for a store), or move the folder away and begin anew"
+            f"{where} is damaged, or was not made by compress: its content does not match its digest; "
+            "restore it from a copy (compress verify --repair does so for a store), "
+            "or move the folder away and start again"
         )
     if manifest["format"] != FORMAT:
         raise OtherFormat(
@@ -125,7 +140,7 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def read_json(storage: Storage, key: str) -> Any:
-    """A small JSON file of ours that has no digest. Raises UserError if it is damaged."""
+    """Read a JSON file that compress wrote without a digest. Raises UserError if it is not valid JSON."""
     try:
         return json.loads(storage.get(key))
     except ValueError:
@@ -133,14 +148,14 @@ def read_json(storage: Storage, key: str) -> Any:
 
 
 def to_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """A manifest as bytes, readable, with its digest."""
+    """A manifest with its digest, as indented JSON."""
     return json.dumps({**manifest, "digest": fingerprint(manifest)}, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def write(storage: Storage, kind: str, identity: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest, whole or not at all, and return it."""
+    """Write the manifest atomically and return it."""
     manifest = {"format": FORMAT, "kind": kind, "identity": dict(identity), "about": dict(about)}
-    manifest = json.loads(canonical(manifest))  # tuples become lists now, not at the next comparison
+    manifest = json.loads(canonical(manifest))  # so that tuples are lists here too, as after reading
     storage.put(MANIFEST, to_bytes(manifest))
     return manifest
 
@@ -148,26 +163,28 @@ def write(storage: Storage, kind: str, identity: Mapping[str, Any], about: Mappi
 def claim(
     storage: Storage, kind: str, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], bool]:
-    """(manifest, new?): the first call writes it, later calls compare.
+    """Make a folder an artifact of a kind and identity -> (its manifest, whether it was written just now).
 
-    Raises Mismatch with the list of what differs, UserError if the folder holds other things.
+    If the folder has a manifest already, its identity is compared with `identity`: raises Mismatch with the settings
+    that differ. Raises UserError if the folder holds anything else.
     """
-    if manifest := claimed(storage, kind):
-        asked = json.loads(canonical(identity))
-        if changed := _unequal(manifest["identity"], asked):
-            raise Mismatch(
-                f"{storage} was made with other settings: {'; '.join(changed.values())}. "
-                "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)",
-                differing=list(changed),
-            )
-        return manifest, False
-    return write(storage, kind, identity, about or {}), True
+    manifest = claimed(storage, kind)
+    if manifest is None:
+        return write(storage, kind, identity, about or {}), True
+    changed = _unequal(manifest["identity"], json.loads(canonical(identity)))
+    if changed:
+        raise Mismatch(
+            f"{storage} was made with other settings: {'; '.join(changed.values())}. "
+            "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)",
+            differing=list(changed),
+        )
+    return manifest, False
 
 
 def claimed(storage: Storage, kind: str) -> dict[str, Any] | None:
-    """The manifest of a folder that a `kind` may be written to; None if nothing is there yet.
+    """The manifest of a folder for an artifact of this kind; None if the folder is empty or missing.
 
-    Raises UserError if the folder holds other things.
+    Raises UserError if the folder holds another kind, or files without a manifest.
     """
     if storage.exists(MANIFEST):
         return read(storage, kind)
@@ -179,16 +196,16 @@ def claimed(storage: Storage, kind: str) -> dict[str, Any] | None:
 
 
 def replaceable(where: str | Path, kind: str) -> bool:
-    """Whether there is a `kind` of ours for --overwrite to set aside.
+    """Whether a location holds an artifact of this kind that --overwrite can move aside; False if it is empty.
 
-    Raises UserError for anything else that is there, and for what is in an object store, where nothing
-    can be renamed: it is left as it is.
+    Raises UserError if it holds anything else, or if it is in an object store and not empty: objects cannot be
+    renamed. Nothing is changed.
     """
     if is_url(where):
-        if any(True for _ in open_storage(where).list()):
+        if next(open_storage(where).list(), None) is not None:
             raise UserError(
-                f"--overwrite sets aside by renaming, which {where} cannot do; choose another --out, "
-                "or delete what is there with your provider's tool"
+                f"--overwrite moves a folder aside by renaming, which is not possible in {where}; "
+                "choose another --out, or delete what is there with your provider's tool"
             )
         return False
     folder = Path(where)
@@ -198,16 +215,18 @@ def replaceable(where: str | Path, kind: str) -> bool:
         raise UserError(
             f"--overwrite touches only what compress made, and {folder} holds no {MANIFEST}; choose another --out"
         )
-    read(Folder(folder), kind)  # never a store for a run: it may be the very one that is read
-    if folder.resolve() in (here := Path.cwd(), *here.parents):
+    read(Folder(folder), kind)  # a store is not overwritten by a run, which may be reading it
+    here = Path.cwd()
+    if folder.resolve() in (here, *here.parents):
         raise UserError(f"--overwrite cannot set {folder} aside while you work in it; go to another folder")
     return True
 
 
 def move_aside(where: str | Path, kind: str) -> Path | None:
-    """For --overwrite: move a `kind` of ours to the first free NAME.old-N. None if there is nothing.
+    """For --overwrite: rename an artifact of this kind to the first free NAME.old-N and return that path.
 
-    Raises UserError for a folder that is not ours or cannot be moved: it is left as it is.
+    Returns None if there is nothing to move. Raises UserError for a folder of another kind, or one that cannot be
+    renamed; the folder then stays unchanged.
     """
     if not replaceable(where, kind):
         return None
@@ -224,9 +243,10 @@ def move_aside(where: str | Path, kind: str) -> Path | None:
 
 
 def sibling(where: str | Path, ending: str) -> Path:
-    """A neighbour of a folder, NAME + ending: `runs/a` -> `runs/a-evaluation`; `.` has a name too.
+    """The path next to a folder with an ending added to its name: `runs/a` -> `runs/a-evaluation`.
 
-    What is in an object store has its neighbour here: `s3://bucket/a` -> `a-evaluation`.
+    `.` and `..` are replaced by the folder's real name. For a URL the path is in the working directory:
+    `s3://bucket/a` -> `a-evaluation`.
     """
     folder = Path(os.fspath(where).rstrip("/").rpartition("/")[2]) if is_url(where) else Path(where)
     named = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))

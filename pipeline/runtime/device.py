@@ -1,17 +1,18 @@
-"""Which device, how many cores, and how many loader processes suit them."""
+"""The device a model runs on, the cores this process may use, and the default number of loader processes."""
 
 import os
 import platform
 
 import torch
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 
 def choose_device(name: str, local: int | None = None) -> torch.device:
-    """auto, cpu, cuda, cuda:N -> a device that is there. Raises UserError.
+    """The device for a value of --device: auto, cpu, cuda or cuda:N. Raises UserError if it is not available.
 
-    local: the number of this process among several on this machine, which share the CPU or have a GPU each.
+    local: this process's local rank if several train together on this machine. Each rank then uses the GPU of its
+    number, or all share the CPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,10 +21,12 @@ def choose_device(name: str, local: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is no device; use auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {name} is not a device; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and local is not None:
         if device.index is not None:
-            raise UserError(f"--device {name} is one device, but several processes want one each; use --device cuda")
+            raise UserError(
+                f"--device {name} is one device, but each of several processes needs its own; use --device cuda"
+            )
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"process {local} of this machine has no CUDA device: {torch.cuda.device_count()} are there; "
@@ -31,27 +34,32 @@ def choose_device(name: str, local: int | None = None) -> torch.device:
             )
         return torch.device("cuda", local)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name} was asked, but {torch.cuda.device_count()} CUDA devices are there")
+        raise UserError(f"--device {name} was given, but {torch.cuda.device_count()} CUDA devices are there")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """What kind of device it is, in words."""
+    """The GPU's model name, or `cpu (x86_64)` with the machine's architecture."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """The number of CPU cores that this process may use: those of its affinity mask, where there is one."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def loader_workers(asked: int | None, device: torch.device, beside: int = 1) -> int:
-    """Loader processes: as asked, else one per core up to 16 for a GPU.
+    """The number of loader processes: `asked` if it is given, otherwise a default.
 
-    Beside a model on the CPU up to 4, which take the time that it leaves: none on a single core.
-    beside: processes of the run that share this machine's cores.
+    For a model on a GPU the default is one per core, at most 16. For a model on the CPU it is at most 4, because
+    loaders and model compete for the cores, and 0 (loading in the main process) on a single core.
+    beside: the number of processes of this run on this machine; they share its cores equally.
     """
-    mine = max(1, available_cores() // beside)
-    return asked if asked is not None else min(16, mine) if device.type == "cuda" else min(4, mine) * (mine > 1)
+    if asked is not None:
+        return asked
+    cores = max(1, available_cores() // beside)
+    if device.type == "cuda":
+        return min(16, cores)
+    return min(4, cores) if cores > 1 else 0

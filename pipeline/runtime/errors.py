@@ -1,5 +1,5 @@
-"""What a user can mend, told apart from bugs."""
+"""The exception for errors that a user can correct; every other exception is a bug."""
 
 
 class UserError(Exception):
-    """Something the user can mend. The text says what is, what was asked, what to do."""
+    """An error that the user can correct. Its text says what is, what was asked, and what to do."""

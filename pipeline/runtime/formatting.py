@@ -1,19 +1,19 @@
-"""How names, numbers and records are written where people read them."""
+"""Formatting of names, numbers and records for people: in summaries, progress lines and reports."""
 
 import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-DASH = "\N{EN DASH}"
+DASH = "\N{EN DASH}"  # stands for a missing value
 
 
 def is_finite(value: Any) -> TypeGuard[float]:
-    """A number that can be shown or drawn."""
+    """Whether a value is a number other than NaN and infinity, which cannot be shown or drawn."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def shorten(text: str, most: int) -> str:
-    """One printable line of at most `most` characters."""
+    """The text as one printable line of at most `most` characters; a longer one ends in an ellipsis."""
     line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     return line if len(line) <= most else line[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
@@ -24,27 +24,29 @@ def pluralize(number: int, noun: str) -> str:
 
 
 def format_score(value: float | None) -> str:
+    """A score in percent with one decimal: 71.24 -> 71.2"""
     return DASH if value is None else f"{value:.1f}"
 
 
 def format_difference(value: float | None) -> str:
+    """A difference of scores with its sign: 1.26 -> +1.3; what rounds to zero has no sign."""
     if value is None:
         return DASH
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}") if round(value, 1) else "0.0"
 
 
 def share(part: float, whole: float) -> str:
-    """18 of 20 -> 90 %"""
+    """A part of a whole in percent: 18 of 20 -> 90 %"""
     return f"{100 * part / whole:.0f} %"
 
 
 def bar_length(percent: float) -> str:
-    """A length in CSS that never leaves its bar: 103.2 -> 100.00%"""
+    """A CSS length, limited to 0 to 100 percent so that a bar stays in its frame: 103.2 -> 100.00%"""
     return f"{min(max(percent, 0), 100):.2f}%"
 
 
 def format_count(value: Any) -> str:
-    """11689512 -> 11.7M"""
+    """A count with three digits and a decimal prefix: 11689512 -> 11.7M"""
     if not is_finite(value):
         return DASH
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -54,14 +56,14 @@ def format_count(value: Any) -> str:
 
 
 def format_number(value: Any) -> str:
-    """2048 -> 2048"""
+    """A number without a prefix, floats with up to six digits: 2048 -> 2048"""
     if not is_finite(value):
         return DASH
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def format_value(value: Any) -> str:
-    """Any value of a record: digits in groups, long lists cut."""
+    """Any value of a record: whole numbers with grouped digits, the first 12 members of a list."""
     if value is None:
         return DASH
     if isinstance(value, int) and not isinstance(value, bool):
@@ -72,7 +74,7 @@ def format_value(value: Any) -> str:
 
 
 def flatten(record: Mapping[str, Any], under: str = "") -> list[tuple[str, Any]]:
-    """Nested records as dotted names."""
+    """The entries of nested records as (name, value), the names of levels joined by dots."""
     out: list[tuple[str, Any]] = []
     for key, value in record.items():
         name = f"{under}.{key}" if under else str(key)
@@ -90,7 +92,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people: `812 B`, `3.4 MB`."""
+    """A number of bytes with a decimal unit: `812 B`, `3.4 MB`."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -99,6 +101,6 @@ def format_bytes(count: float) -> str:
 
 
 def describe_exception(wrong: BaseException) -> str:
-    """An exception as part of a sentence."""
+    """An exception as part of a sentence: its type and the first 200 characters of its text."""
     text = " ".join(str(wrong).split())
     return f"{type(wrong).__name__}: {text[:200]}" if text else type(wrong).__name__

@@ -1,4 +1,4 @@
-"""What a user names as MODULE:NAME or FILE.py:NAME -> the object."""
+"""Import of a user's own function or class by `MODULE:NAME` or `FILE.py:NAME`, as in `python:` specs."""
 
 import importlib
 import importlib.util
@@ -9,29 +9,31 @@ from types import ModuleType
 from typing import Any
 
 from compress_ssl.pipeline.runtime import old_names
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 
 
 def import_object(place: str) -> Any:
-    """A callable from a module (the current folder counts too) or from a Python file.
+    """The function or class at `MODULE:NAME` or `FILE.py:NAME`; modules in the current folder are found too.
 
-    Raises UserError if there is none, or importing it fails.
+    Raises UserError if there is none, or if importing it fails.
     """
     where, _, name = place.rpartition(":")
     if not where or not name:
         raise UserError(f"python:{place} must be python:MODULE:NAME or python:FILE.py:NAME")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # appended, so that nothing installed is shadowed
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # at the end, so that a user's file shadows no installed package
     try:
         with old_names.importable():
-            file = where.endswith(".py")
-            module = (
-                _from_file(Path(where).expanduser()) if file else importlib.import_module(old_names.translate(where))
-            )
+            if where.endswith(".py"):
+                module = _import_file(Path(where).expanduser())
+            else:
+                module = importlib.import_module(old_names.translate(where))
     except UserError:
         raise
-    except (Exception, SystemExit) as wrong:  # a script without `if __name__ == "__main__"` may leave
+    except (Exception, SystemExit) as wrong:  # a script without `if __name__ == "__main__"` may call sys.exit
         raise UserError(f"python:{where} could not be imported: {describe_with_location(wrong)}") from wrong
     found = getattr(module, name, None)
     if not callable(found):
@@ -40,21 +42,20 @@ def import_object(place: str) -> Any:
     return found
 
 
-def _from_file(file: Path) -> ModuleType:
+def _import_file(file: Path) -> ModuleType:
+    """Execute a Python file as a module. Raises UserError if there is no such file."""
     if not file.is_file():
         raise UserError(f"python:{file} does not exist; give the path of a Python file or the name of a module")
-    name = f"python:{file.resolve()}"  # not the stem: a user's zarr.py must not become everybody's zarr
+    name = f"python:{file.resolve()}"  # the path, not the stem: a user's zarr.py must not replace the package zarr
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec and spec.loader  # a name that ends in .py always has a loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and pickle look for the classes of the file
+    sys.modules[name] = module  # dataclasses and pickle look up classes by their module's name
     spec.loader.exec_module(module)
     return module
 
 
 def describe_with_location(wrong: BaseException) -> str:
-    """The exception and the line of the user's code that raised it."""
+    """The exception, and the file and line that raised it: `KeyError: 'a' (mine.py, line 3)`."""
     frames = traceback.extract_tb(wrong.__traceback__)
-    text = " ".join(str(wrong).split())[:200]
-    said = f"{type(wrong).__name__}: {text}" if text else type(wrong).__name__
-    return f"{said} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    return f"{describe_exception(wrong)} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"

@@ -1,4 +1,4 @@
-"""Files of one JSON object per line."""
+"""JSON Lines: files with one JSON object per line."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a file; none if there is no such file."""
+    """All valid rows of a file; an empty list if there is no such file."""
     return parse_jsonl(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
 
 
 def parse_jsonl(text: str) -> list[dict[str, Any]]:
-    """All whole rows; a line that a crash cut short or a disk damaged is passed over."""
+    """All valid rows. A line that is no valid JSON, because a crash cut it short or it is damaged, is skipped."""
     rows = []
     for line in text.splitlines():
         try:

@@ -1,8 +1,9 @@
-"""One writer at a time: who writes into a store says so in it, and again every few seconds.
+"""A lease that lets one process at a time write to a folder.
 
-A lease keeps two exports by mistake apart. It is not what keeps the store whole: a writer that was
-suspended for long goes on beside its successor until it notices. Therefore every shard is read back
-after it was written (`compress_ssl.pipeline.extraction.embed`).
+The writer puts lease.json into the folder and renews it every RENEW_INTERVAL seconds. The lease prevents two
+exports from writing to one store by mistake. It does not guarantee that the store stays valid: a writer that was
+suspended longer than STALE_AFTER continues to write beside its successor until it next reads the lease.
+For that reason every shard is read back after it has been written (`compress_ssl.pipeline.extraction.embed`).
 """
 
 import json
@@ -15,27 +16,29 @@ from typing import Any
 
 from compress_ssl.pipeline.runtime.artifact import LEASE, canonical
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.process import RUNS, began, machine
+from compress_ssl.pipeline.runtime.process import RUNNING, machine_id, start_time
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Storage
 
-RENEW_INTERVAL = 15.0  # seconds between signs of life
-STALE_AFTER = 120.0  # seconds without one after which a holder on another machine counts as gone
-WATCH_TIME = 20.0  # seconds to watch such a lease before it is taken: clocks differ between machines
-TAKEOVER_DELAY = 0.2  # seconds in which another who takes over the same lease at the same time shows
+RENEW_INTERVAL = 15.0  # seconds between two renewals by the holder
+STALE_AFTER = 120.0  # seconds without a renewal (8 are missed) after which a lease of another machine may be stale
+WATCH_TIME = 20.0  # seconds to watch a stale lease before a takeover: longer than RENEW_INTERVAL, as clocks may differ
+TAKEOVER_DELAY = 0.2  # seconds to wait after a takeover, so that a concurrent takeover becomes visible
+TAKE_ATTEMPTS = 5  # attempts to take the lease before concurrent takeovers are reported as an error
 
 
 class Lease:
-    """`with Lease(storage) as lease:` the only writer, until `lease.lost`.
+    """The right to write to a storage: `with Lease(storage) as lease:`.
 
-    Raises UserError if somebody alive holds it. The lease of a process of this machine that has ended
-    is taken at once.
+    Within the block this process is the only writer, until `lease.lost` is True. A loop that writes calls
+    `lease.check()` before each write. Entering the block raises UserError if a running process holds the lease;
+    a lease of an ended process of this machine is taken over without waiting.
     """
 
     def __init__(self, storage: Storage):
         self.storage, self.lost = storage, False
         pid = os.getpid()
-        self.holder = {"host": platform.node(), "pid": pid, "machine": machine(), "began": began(pid)}
+        self.holder = {"host": platform.node(), "pid": pid, "machine": machine_id(), "began": start_time(pid)}
         self.holder["token"] = secrets.token_hex(8)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -52,27 +55,34 @@ class Lease:
             self.storage.delete(LEASE)
 
     def check(self) -> None:
-        """Raises UserError if somebody else has taken over."""
+        """Raise UserError if another process has taken over the lease."""
         if self.lost:
             raise UserError(
-                f"{self.storage} was taken over by {_who(read(self.storage))} while this process gave no sign of life; "
-                "what is stored stays valid, let that one finish"
+                f"{self.storage} was taken over by {_describe_holder(read(self.storage))} while this process did "
+                "not renew its lease; what is stored stays valid, let that one finish"
             )
 
     def _take(self) -> None:
-        taken = False
-        for _ in range(5):
+        """Write lease.json if there is none, or replace one whose holder is gone. Raises UserError."""
+        took_over = False
+        for _ in range(TAKE_ATTEMPTS):
             if self.storage.put_new(LEASE, self._to_bytes()):
-                if taken:
+                if took_over:
                     time.sleep(TAKEOVER_DELAY)
                 if self._is_mine():
                     return
-            elif there := read(self.storage):
-                _require_gone(self.storage, there)
-                if read(self.storage) == there:
-                    self.storage.delete(LEASE)
-                    taken = True
-        raise UserError(f"{self.storage}: others take it over at the same time; see which of them goes on")
+                continue
+            there = read(self.storage)
+            if there is None:
+                continue  # it was damaged, or its holder has deleted it since
+            _require_gone(self.storage, there)
+            if read(self.storage) == there:
+                self.storage.delete(LEASE)
+                took_over = True
+        raise UserError(
+            f"{self.storage}: other processes take over its lease at the same time; "
+            "let the one that continues finish, then repeat this command"
+        )
 
     def _to_bytes(self) -> bytes:
         return canonical({**self.holder, "beat": time.time()}) + b"\n"
@@ -81,6 +91,10 @@ class Lease:
         return (read(self.storage) or {}).get("token") == self.holder["token"]
 
     def _renew(self) -> None:
+        """Renew the lease until the block ends; runs in a thread.
+
+        Sets `lost` when another process holds the lease, or when no renewal succeeded for STALE_AFTER seconds.
+        """
         last = time.monotonic()
         while not self._ended.wait(RENEW_INTERVAL):
             try:
@@ -89,41 +103,50 @@ class Lease:
                     return
                 self.storage.put(LEASE, self._to_bytes())
                 last = time.monotonic()
-            except (UserError, OSError):  # no answer, or no room: the writer meets the same and says so
+            except (UserError, OSError):  # the storage fails: the writer gets the same error and reports it
                 if time.monotonic() - last > STALE_AFTER:
                     self.lost = True
                     return
 
 
 def require_free(storage: Storage) -> None:
-    """Raises UserError if somebody alive holds the lease."""
-    if there := read(storage):
+    """Raise UserError if a running process holds the lease."""
+    there = read(storage)
+    if there:
         _require_gone(storage, there)
 
 
 def _require_gone(storage: Storage, there: dict[str, Any]) -> None:
-    silent = max(0.0, time.time() - there["beat"])
-    here = there["machine"] == machine()
-    if not here and silent >= STALE_AFTER:
-        echo(f"{storage}: {_who(there)} gave no sign of life for {silent:.0f} s; watching for {WATCH_TIME:g} s more")
+    """Raise UserError unless the holder of the lease `there` is known to be gone.
+
+    On this machine the process table decides. On another machine only time can: the lease must be stale by its
+    own time stamp and must then stay unchanged for WATCH_TIME seconds, measured with the clock of this machine.
+    """
+    age = max(0.0, time.time() - there["beat"])
+    here = there["machine"] == machine_id()
+    if not here and age >= STALE_AFTER:
+        echo(
+            f"{storage}: {_describe_holder(there)} gave no sign of life for {age:.0f} s; "
+            f"watching its lease for {WATCH_TIME:g} s more"
+        )
         time.sleep(WATCH_TIME)
         if read(storage) in (there, None):
             return
-    elif here and began(there["pid"]) not in (there["began"], RUNS):
+    elif here and start_time(there["pid"]) not in (there["began"], RUNNING):
         return
     how = "stop it first" if here else f"stop it there first; if it is gone, repeat this command in {STALE_AFTER:g} s"
     raise UserError(
-        f"{storage} is being written by {_who(there)} (last sign of life {silent:.0f} s ago); "
+        f"{storage} is being written by {_describe_holder(there)} (last sign of life {age:.0f} s ago); "
         f"wait until it ends, or {how}"
     )
 
 
-def _who(there: dict[str, Any] | None) -> str:
+def _describe_holder(there: dict[str, Any] | None) -> str:
     return f"process {there['pid']} on {there['host']}" if there else "another process"
 
 
 def read(storage: Storage) -> dict[str, Any] | None:
-    """The lease that is there; None if there is none, or none that can be read."""
+    """The current lease; None if there is none. A damaged lease.json belongs to nobody: it is deleted."""
     try:
         there = json.loads(storage.get(LEASE))
         if {"host", "pid", "machine", "began", "token", "beat"} <= set(there):
@@ -132,5 +155,5 @@ def read(storage: Storage) -> dict[str, Any] | None:
         return None
     except (ValueError, TypeError):
         pass
-    storage.delete(LEASE)  # damaged: nobody's
+    storage.delete(LEASE)
     return None

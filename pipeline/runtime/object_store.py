@@ -1,8 +1,9 @@
-"""Storage in an object store: s3://, gs://, az://, memory://. The usual environment variables say how.
+"""Storage in an object store (s3://, gs://, az://, memory://), through the library obstore.
 
-A PUT is whole or not at all, so nothing is written beside and renamed. Errors that pass are tried
-again with growing pauses, for minutes: an outage must not end a week's export. What does not pass
-becomes one sentence, and `greet` says it within seconds, before any work begins.
+Credentials and endpoints come from the provider's usual environment variables. A PUT is atomic, so nothing needs to
+be written to a part file and renamed. Temporary errors are retried with growing pauses for up to five minutes,
+because a short outage must not end an export that takes a week. A permanent error becomes a UserError of one
+sentence; `Bucket.check_access` finds it within seconds, before any work begins.
 """
 
 import os
@@ -21,20 +22,22 @@ from obstore.store import MemoryStore, from_url
 from compress_ssl.pipeline.runtime.errors import UserError
 
 T = TypeVar("T")
+# The pause before a retry doubles from 0.2 s to at most 15 s.
 BACKOFF = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2.0}
+# RETRY_FOR_MINUTES is for the work itself, RETRY_FOR_SECONDS for the check before it.
 RETRY_FOR_MINUTES = {"max_retries": 100, "retry_timeout": timedelta(minutes=5), "backoff": BACKOFF}
 RETRY_FOR_SECONDS = {"max_retries": 3, "retry_timeout": timedelta(seconds=15), "backoff": BACKOFF}
-PAUSES = (0.2, 1.0, 5.0, 15.0)  # seconds: before asking again after an answer that broke off
-BROKEN_ANSWER = "body error"  # how the library calls such an answer, which it tries again only for GET
-ERRORS = (exceptions.BaseError, FileNotFoundError, FileExistsError)
+PAUSES = (0.2, 1.0, 5.0, 15.0)  # seconds before each retry of a request whose response was cut off
+CUT_RESPONSE = "body error"  # part of obstore's message for such a response; obstore itself retries only GET
+ERRORS = (exceptions.BaseError, FileNotFoundError, FileExistsError)  # all that obstore raises for a failed request
 
 
 class Unsupported(Exception):
-    """The server does not know what was asked of it."""
+    """The server does not implement the request."""
 
 
 class Bucket:
-    """A prefix in an object store as Storage. Raises UserError for wrong credentials or a missing bucket."""
+    """Storage below a prefix of a bucket. Every method raises UserError for wrong credentials or a missing bucket."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
@@ -44,7 +47,7 @@ class Bucket:
         return self.url
 
     def check_access(self) -> None:
-        """Ask once, with little patience. Raises UserError if bucket, credentials or address are wrong."""
+        """List once, with a timeout of 20 s. Raises UserError if the bucket, credentials or address are wrong."""
         objects = connect(self.url, RETRY_FOR_SECONDS, "20s")
         with self.translated_errors():
             next(obstore.list(objects, chunk_size=1), None)
@@ -56,12 +59,12 @@ class Bucket:
         self._request(lambda: obstore.put(self.objects, key, data))
 
     def put_new(self, key: str, data: bytes) -> bool:
-        if self.exists(key):  # not every server knows the condition: some ignore it, some refuse it
+        if self.exists(key):  # some servers ignore the condition mode="create" below, others refuse it
             return False
         try:
             self._request(lambda: obstore.put(self.objects, key, data, mode="create", use_multipart=False))
         except FileExistsError:
-            pass  # perhaps our own: a request is repeated when its answer is lost
+            pass  # possibly our own object: obstore repeats a request whose response was lost
         except Unsupported:
             self.put(key, data)
         return self.get(key) == data
@@ -89,7 +92,7 @@ class Bucket:
         return sum(entry["size"] for entry in self._entries(""))
 
     def _entries(self, prefix: str) -> Iterator[Any]:
-        """Name and size of what lies below a prefix; a listing that breaks off goes on after its last entry."""
+        """Name and size of each object below a prefix; a listing that fails continues after its last entry."""
         last: str | None = None
         pages: Any = None
 
@@ -102,31 +105,35 @@ class Bucket:
                 pages = None
                 raise
 
-        while (entries := self._request(page)) is not None:
+        while True:
+            entries = self._request(page)
+            if entries is None:
+                return
             yield from entries
             last = entries[-1]["path"] if entries else last
 
     def _request(self, request: Callable[[], T]) -> T:
-        """One request, its failure in the words of `Storage` or as a UserError."""
+        """The result of one request. Raises what `Storage` documents, or UserError."""
         with self.translated_errors():
             for pause in PAUSES:
                 try:
                     return request()
                 except exceptions.GenericError as problem:
-                    if BROKEN_ANSWER not in str(problem):
+                    if CUT_RESPONSE not in str(problem):
                         raise
                 time.sleep(pause)
             return request()
 
     @contextmanager
     def translated_errors(self) -> Iterator[None]:
-        """What goes wrong in the block, as FileNotFoundError, FileExistsError, Unsupported or UserError."""
+        """Raise obstore's errors in the block as FileNotFoundError, FileExistsError, Unsupported or UserError."""
         try:
             yield
         except ERRORS as problem:
             raise self._translate(problem) from None
 
     def _translate(self, problem: BaseException) -> Exception:
+        """Our exception for one of obstore's. Some causes are known only by the text of the response."""
         text = str(problem)
         if "NoSuchBucket" in text or "ContainerNotFound" in text:
             return UserError(f"{self.url}: there is no such bucket; create it or correct the name")
@@ -136,7 +143,7 @@ class Bucket:
             return FileNotFoundError(text)
         if isinstance(problem, exceptions.NotSupportedError) or "501 Not Implemented" in text:
             return Unsupported(f"{self.url}: {_server_message(text)}")
-        if "/latest/api/token" in text:  # where a machine of the provider asks for its own
+        if "/latest/api/token" in text:  # obstore asks the metadata service only if no credentials are set
             return UserError(
                 f"no credentials were found for {self.url}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
                 "(or AWS_SKIP_SIGNATURE=true for a public bucket)"
@@ -148,18 +155,23 @@ class Bucket:
                 "rights (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, or those of your provider)"
             )
         return UserError(
-            f"{self.url} does not answer as it should: {_server_message(text)}; check the address "
+            f"a request to {self.url} failed: {_server_message(text)}; check the address "
             "(AWS_ENDPOINT_URL, AWS_REGION) and the network; what is stored stays valid, repeat the command to continue"
         )
 
 
 def connect(url: str, retry: dict[str, Any], timeout: str) -> Any:
-    """The library's store for a URL; settings come from the environment. Raises UserError."""
+    """The obstore store for a URL; its settings come from the environment.
+
+    retry: an obstore RetryConfig; timeout: of one request, as obstore writes durations ("300s"). Raises UserError
+    if the URL or a setting is invalid. Plain http is allowed only if the endpoint in the environment begins with it.
+    """
     if url.startswith("memory://"):
         return _memory(url)
     endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-    plain = {"allow_http": True} if any(os.environ.get(e, "").startswith("http://") for e in endpoints) else {}
-    client = {"timeout": timeout, "connect_timeout": "10s", **plain}
+    client: dict[str, Any] = {"timeout": timeout, "connect_timeout": "10s"}
+    if any(os.environ.get(name, "").startswith("http://") for name in endpoints):
+        client["allow_http"] = True
     try:
         return from_url(url, retry_config=retry, client_options=client)  # type: ignore[call-overload]
     except (exceptions.BaseError, ValueError, TypeError) as problem:
@@ -168,11 +180,12 @@ def connect(url: str, retry: dict[str, Any], timeout: str) -> Any:
 
 @cache
 def _memory(url: str) -> Any:
-    """One store per memory:// URL and process."""
+    """One store per memory:// URL and process, so that two Buckets of a URL share their objects."""
     return MemoryStore()
 
 
 def _server_message(text: str) -> str:
-    """The server's own words if it sent any, else the beginning of the library's."""
-    said = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
-    return " ".join((said[1] if said else text.partition("Debug source")[0]).split())[:200]
+    """The message in the server's response, or else the beginning of obstore's; at most 200 characters."""
+    found = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
+    message = found[1] if found else text.partition("Debug source")[0]
+    return " ".join(message.split())[:200]

@@ -1,8 +1,9 @@
-"""Module names of the first version, which manifests and users' own files still hold.
+"""Translation of module names of the first version, which old manifests and users' own files still contain.
 
-Then `pipeline`, `stages` and `cli` were top-level names; now all is below `compress_ssl`, and much has moved. A spec
-such as `python:pipeline.teachers.digits:Pixels` is translated where it is read, and a user's own file may still say
-`from pipeline.method import Method`. A user's own package of one of these names always wins.
+In the first version `pipeline`, `stages` and `cli` were top-level modules; now they are below `compress_ssl`, and many
+modules have moved. A spec such as `python:pipeline.teachers.digits:Pixels` is translated when it is read, and a
+user's own file may still contain `from pipeline.method import Method`. A user's own package of one of these names
+takes precedence.
 """
 
 import importlib
@@ -18,7 +19,7 @@ from typing import Any
 
 from compress_ssl.pipeline.runtime.progress import echo
 
-TOP = ("cli", "pipeline", "stages")
+TOP = ("cli", "pipeline", "stages")  # top-level modules of the first version
 
 _PLACES = {
     "runtime": (
@@ -42,14 +43,14 @@ _PLACES = {
     "evaluators": "results subject:scored_model",
     "report": "scores:metrics figures gallery:image_grids page:html report:evaluation comparison",
 }
-"""Package: the modules of the first version's `pipeline` that lie in it now, as old:new where the name changed too."""
+"""{package: modules of the first version's `pipeline` that it contains now}, as old:new if the name has changed."""
 
 _NETWORKS = {"students": "cifar_resnet convnet", "teachers": "digits efficientnet_lite"}
-"""Folder of the first version: its modules, which lie in `models.networks` now."""
+"""{folder of the first version: its modules}, which are in `models.networks` now."""
 
 
 def _moved() -> dict[str, str]:
-    """{old module: new module} of those that have another place than below `compress_ssl`."""
+    """{old module: new module} of modules whose new name is not only the old one with `compress_ssl.` before it."""
     new = {}
     for package, names in _PLACES.items():
         for name in names.split():
@@ -99,8 +100,8 @@ _NEW_NAMES = {
     ),
     "weights": "Dialect=CheckpointFormat Choice=Selection spell=to_bytes",
 }
-"""Old module of `pipeline`: old=new of the names that a user's own method or model may import and that changed, as
-module:name where they moved as well."""
+"""{old module of `pipeline`: changed names that a user's own method or model may import}, as old=new, or as
+old=module:new if the object is in another module now."""
 
 
 def _renamed() -> dict[str, dict[str, str]]:
@@ -116,11 +117,14 @@ def _renamed() -> dict[str, dict[str, str]]:
 RENAMED: Mapping[str, Mapping[str, str]] = _renamed()
 
 HOME = Path(__file__).resolve().parents[2]
-"""The folder that is `compress_ssl`: who stands in it can import our files by their old names, and must not."""
+"""The folder of the package `compress_ssl`.
+
+If it is the working directory, Python finds our own files by their old names; they do not count as the user's own.
+"""
 
 
 def new_name(module: str) -> str | None:
-    """Where a module of the first version is now, as a dotted name; None if it never was one of ours."""
+    """The new dotted name of a module of the first version; None if the first version had no such module."""
     if module.partition(".")[0] not in TOP:
         return None
     name = MOVED.get(module, f"compress_ssl.{module}")
@@ -131,7 +135,7 @@ def new_name(module: str) -> str | None:
 
 
 def translate(module: str) -> str:
-    """The module to import for a name in a spec: the user's own if there is one, else the new place of an old name."""
+    """The module to import for a name in a spec: the user's own if it exists, else the new name of an old one."""
     name = new_name(module)
     if name is None or _users_own(module):
         return module
@@ -140,11 +144,11 @@ def translate(module: str) -> str:
 
 
 def _users_own(module: str) -> bool:
-    """Whether a name leads to a module that is not ours. Importing its parent is part of finding out."""
+    """Whether Python finds a module of this name outside HOME. The check imports the module's parent package."""
     top = module.partition(".")[0]
     found = importlib.machinery.PathFinder.find_spec(top)
     places = [found.origin] if found and found.origin else list((found and found.submodule_search_locations) or [])
-    if all(Path(place).resolve().is_relative_to(HOME) for place in places):  # or there is none
+    if all(Path(place).resolve().is_relative_to(HOME) for place in places):  # also if nothing was found
         return False
     try:
         return module == top or importlib.util.find_spec(module) is not None
@@ -153,12 +157,16 @@ def _users_own(module: str) -> bool:
 
 
 def _warn(old: str, new: str) -> None:
+    """Tell the user the new name of a module."""
     echo(f"warning: the module {old} is called {new} now; the old name still works here")
 
 
 @contextmanager
 def importable() -> Iterator[None]:
-    """While the block runs, `import pipeline.method` finds the module in its new place, unless the user has one."""
+    """Allow imports by old names in the block: `import pipeline.method` gives the module of the new name.
+
+    A top-level name that the user has a module for is left alone.
+    """
     finder = _Finder([top for top in TOP if not _users_own(top)])
     sys.meta_path.insert(0, finder)
     try:
@@ -170,7 +178,7 @@ def importable() -> Iterator[None]:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Makes a stand-in for a module of the first version, whose names are those of the module in its new place."""
+    """Finds modules by their old names and loads a `_Moved` for each; `made` lists the names loaded so far."""
 
     def __init__(self, tops: Sequence[str]):
         self.tops = tops
@@ -194,7 +202,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class _Moved(ModuleType):
-    """A module under its old name."""
+    """A module under its old name; its attributes are looked up in the module of the new name."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -1,23 +1,29 @@
-"""Philox4x32-10, counter-based bits and our own arithmetic on them: views and orders come from here.
+"""The random number generator Philox4x32-10, and arithmetic on its bits that is the same on every machine.
 
-Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. A word is a function of
-(seed, stream, a, b, number) alone, so nothing needs to be drawn before it, saved or restored.
+Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. The generator is counter-based: a random word
+is a function of (seed, stream, a, b, number) alone, so there is no generator state to advance, save or restore. Views
+of images, sampling orders and the choice of anchors are drawn with it.
 """
 
 from typing import Any
 
 import numpy as np
 
-VIEW, ORDER, PAIRING, BANK, PICK = 0, 2, 3, 4, 5  # streams: never renumber, stores depend on them
+# Numbers of the independent streams. They must never change, because the views of existing stores depend on them.
+VIEW, ORDER, PAIRING, BANK, PICK = 0, 2, 3, 4, 5
 
+# Multipliers and key increments (Weyl constants) of Philox4x32, from the paper's reference code Random123.
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_LOW = np.uint64(0xFFFFFFFF)
+_LOW = np.uint64(0xFFFFFFFF)  # mask of the low 32 bits
 _32 = np.uint64(32)
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Ten rounds. counter: (..., 4) uint64 holding 32-bit words; key: two 32-bit words. -> (..., 4)."""
+    """Philox4x32-10: four random 32-bit words for each counter.
+
+    counter: (..., 4) uint64, each holding a 32-bit word. key: two 32-bit words. Returns (..., 4) uint64.
+    """
     c0, c1, c2, c3 = (counter[..., j] for j in range(4))
     k0, k1 = key
     for _ in range(10):
@@ -33,9 +39,10 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def words(seed: int, stream: int, a: Any, b: Any, count: int) -> np.ndarray:
-    """(..., count) uint32 words for 64-bit numbers a and 32-bit numbers b, broadcast together.
+    """(..., count) uint32: `count` random words for each pair of a 64-bit number a and a 32-bit number b.
 
-    Counter words: a's low half, a's high half, b, and stream * 2**24 + block.
+    a and b are broadcast together. The key is the 64-bit seed. The four counter words are a's low half, a's high
+    half, b, and stream * 2**24 + block, where each block gives four words.
     """
     a, b = np.broadcast_arrays(np.asarray(a, np.uint64), np.asarray(b, np.uint64))
     blocks = -(-count // 4)
@@ -49,20 +56,21 @@ def words(seed: int, stream: int, a: Any, b: Any, count: int) -> np.ndarray:
 
 
 def uniform(seed: int, stream: int, a: Any, b: Any, count: int) -> np.ndarray:
-    """(..., count) float64 in [0, 1): words / 2**32, exact."""
+    """(..., count) float64, uniform in [0, 1): words / 2**32, which is exact in float64."""
     return words(seed, stream, a, b, count) * 2.0**-32
 
 
 def permutation(seed: int, stream: int, number: int, n: int) -> np.ndarray:
-    """(n,) int64, a permutation of range(n): rows sorted by their own 64-bit words, ties by row."""
+    """(n,) int64, a permutation of range(n): rows sorted by a random 64-bit word each, ties by row."""
     pair = words(seed, stream, np.arange(n), number, 2).astype(np.uint64)
     return np.argsort(pair[:, 0] << _32 | pair[:, 1], kind="stable")
 
 
 def exp(x: float) -> float:
-    """e**x for |x| <= 1 by its series, in IEEE double additions, products and quotients only.
+    """e**x for |x| <= 1 by its power series, using only additions, products and quotients of IEEE doubles.
 
-    The same bits on every machine, which libm does not promise.
+    IEEE 754 defines these operations to the last bit, so the result has the same bits on every machine; the exp of
+    libm does not guarantee this. Twenty terms are enough for double precision.
     """
     total = 1.0
     for k in range(20, 0, -1):

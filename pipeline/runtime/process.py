@@ -1,17 +1,18 @@
-"""Processes of this machine: which machine it is, and whether a process still runs."""
+"""The identity of this machine, and whether one of its processes is still running."""
 
 import os
 import platform
 from pathlib import Path
 
-RUNS = "runs"
-"""That a process runs, where nobody may know since when."""
+RUNNING = "runs"
+"""Result of `start_time` for a running process whose start time cannot be read."""
 
 
-def machine() -> str:
-    """This boot of this machine, and what process numbers mean in it: containers have their own.
+def machine_id() -> str:
+    """An identifier of this boot of this machine and of the process's PID namespace; the host's name off Linux.
 
-    psutil tells neither.
+    Two processes with the same identifier can look each other up by PID. The namespace is part of it because each
+    container numbers its own processes. psutil provides neither.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -20,35 +21,40 @@ def machine() -> str:
         return platform.node()
 
 
-def began(pid: int) -> str | None:
-    """When a process of this machine began, in ticks, or RUNS; None if it has ended. Numbers are used again.
+def start_time(pid: int) -> str | None:
+    """The start time of a process of this machine in clock ticks since the boot; None if the process has ended.
 
-    Leases hold ticks since the boot, field 22 of /proc/PID/stat, which never change. psutil adds the
-    boot time, which changes when the clock is set; it is subtracted again. Only Linux counts ticks.
+    The start time tells a process from a later one with the same PID. The result is RUNNING if the process is running
+    but its start time cannot be read (no Linux, or /proc hides it). Leases store this number, which is field 22 of
+    /proc/PID/stat and never changes. psutil adds the boot time, which changes when the clock is set, so it is
+    subtracted again.
     """
-    import psutil  # not above, so that `compress --help` does not wait for it
+    import psutil  # inside the function, because `compress --help` must not wait for this import
 
     try:
         while True:
-            boot = psutil.boot_time()  # before Process(), which reuses it in psutil 6
+            boot = psutil.boot_time()  # read before Process(), which reuses the value in psutil 6
             process = psutil.Process(pid)
             if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                 return None
             if not psutil.LINUX:
-                return RUNS
+                return RUNNING
             ticks = round((process.create_time() - boot) * os.sysconf("SC_CLK_TCK"))
-            if psutil.boot_time() == boot:  # else the clock was set in between
+            if psutil.boot_time() == boot:  # otherwise the clock was set between the two readings
                 return str(ticks)
-    except (psutil.Error, OSError, RuntimeError):  # it has ended, or /proc is hidden in part or not there
+    except (psutil.Error, OSError, RuntimeError):  # the process has ended, or /proc is missing or hides it
         return _runs(pid)
 
 
 def _runs(pid: int) -> str | None:
-    """RUNS or None. psutil.pid_exists will not do: it says no where /proc hides other users' processes."""
+    """RUNNING if a process with this PID is running, else None.
+
+    psutil.pid_exists cannot be used: it returns False where /proc hides the processes of other users.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
     except PermissionError:
-        pass
-    return RUNS
+        pass  # the process is running and belongs to another user
+    return RUNNING

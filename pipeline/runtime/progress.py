@@ -1,4 +1,4 @@
-"""A progress line with rate and time left: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on stderr with rate and time left: a bar on a terminal, elsewhere a line every LINE_INTERVAL seconds."""
 
 import io
 import sys
@@ -10,25 +10,29 @@ from typing import Any, TextIO
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.launch_env import is_main_process
 
-LINE_INTERVAL = 15.0  # seconds between lines where there is no terminal
+LINE_INTERVAL = 15.0  # seconds between two lines if the stream is no terminal
 
 
 class ProgressBar:
-    """Counts `unit`s towards a total. `advance(n, note)` is all a loop calls."""
+    """The progress of a loop that counts `unit`s (images, steps) to a total; the loop calls `advance(n, note)`.
+
+    start: the count that earlier runs of the command reached; it does not enter the rate.
+    """
 
     def __init__(self, what: str, total: int, unit: str, start: int = 0, stream: TextIO | None = None):
         self.what, self.total, self.unit, self.start, self.now = what, total, unit, start, start
         self.stream = stream or sys.stderr
-        self.began = self.said = time.monotonic()
+        self.began = self.last_line = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
 
     def advance(self, n: int, note: str = "") -> None:
+        """Count n more units and show a note, for example the loss."""
         self.now += n
         if self._bar is not None:
             self._bar.update(self._task, completed=self.now, note=note, rate=self.rate)
-        elif time.monotonic() - self.said >= LINE_INTERVAL:
-            self.said = time.monotonic()
+        elif time.monotonic() - self.last_line >= LINE_INTERVAL:
+            self.last_line = time.monotonic()
             left = (self.total - self.now) / self.rate if self.rate else 0.0
             print(
                 f"{self.what}: {self.now}/{self.total} {self.unit}, {self.rate:.0f} {self.unit}/s, "
@@ -39,10 +43,11 @@ class ProgressBar:
 
     @property
     def rate(self) -> float:
-        """Units per second since the meter began."""
+        """Units per second since this object was made."""
         return (self.now - self.start) / max(1e-9, time.monotonic() - self.began)
 
-    def _draw(self) -> Any:
+    def _make_bar(self) -> Any:
+        """The bar as a rich.progress.Progress; rich is imported only where a bar is drawn."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -55,18 +60,18 @@ class ProgressBar:
 
 @contextmanager
 def progress_bar(what: str, total: int, unit: str, start: int = 0) -> Iterator[ProgressBar]:
-    """A Meter that draws a bar while the block runs if stderr is a terminal; of several ranks the first shows one."""
+    """A ProgressBar for the block; it is drawn as a bar if stderr is a terminal. Only rank 0 shows anything."""
     out = ProgressBar(what, total, unit, start, None if is_main_process() else io.StringIO())
     if not out.stream.isatty():
         yield out
         return
-    with out._draw() as bar:
+    with out._make_bar() as bar:
         out._bar = bar
         out._task = bar.add_task(what, total=total, completed=start, note="", rate=0.0)
         yield out
 
 
 def echo(text: str) -> None:
-    """One line for people, on stderr; of several ranks the first says it."""
+    """Print one line for people to stderr; of several ranks only rank 0 prints."""
     if is_main_process():
         print(text, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""What a user can name: "kind:argument,key=value" -> an object, with did-you-mean errors.
+"""Registries: objects that a user names by a spec "kind:argument,key=value", for example "timm:resnet18".
 
-A menu is a table of "module:object" strings. It imports nothing until somebody orders, so a
-missing optional package hurts only who asks for it.
+A registry is a table of "module:object" strings. A module is imported only when a spec names it, so a missing
+optional package is an error only for the specs that need it. Errors suggest the nearest known name.
 """
 
 import difflib
@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
+# A comma that begins the next option of a spec; other commas belong to the argument.
 _NEXT_KEY = re.compile(r",(?=[A-Za-z_][\w-]*=)")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One order: `timm:resnet18,pretrained=true` is kind timm, argument resnet18, one option."""
+    """A parsed spec: `timm:resnet18,pretrained=true` has the kind timm, the argument resnet18 and one option."""
 
     kind: str
     argument: str = ""
@@ -36,7 +37,10 @@ class Spec:
 
 
 def parse(text: str) -> Spec:
-    """Split a spec. The argument may hold commas and colons; options begin at the first `,key=`."""
+    """Split a spec. The argument may contain commas and colons; the options begin at the first `,key=`.
+
+    Hyphens in keys become underscores. Raises UserError if a key is given twice.
+    """
     kind, _, rest = text.partition(":")
     if re.match(r"[A-Za-z_][\w-]*=", rest):
         rest = "," + rest
@@ -52,18 +56,21 @@ def parse(text: str) -> Spec:
 
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean 'seed'?` or nothing."""
+    """`; did you mean 'seed'?` for the known name most similar to `word`, or "" if none is similar enough."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Registry:
-    """One family of things that can be named.
+    """A family of objects that specs name: models, data sets, methods and so on.
 
-    Each entry is a function or class: its positional-only parameter takes the argument, its
-    keyword-only parameters are the keys a user may give (`**options`: any key, `**options: str`
-    as it was written), and what the caller of `order` passes in `given` is not for users. Values
-    become what the annotation says.
+    family: what error messages call a member. entries: {kind: "module:object"}. path_means: the kind of a spec that
+    is only a path of an existing file or folder.
+
+    Each object is a function or class whose signature defines the spec. Its positional-only parameter takes the
+    argument. Its keyword-only parameters are the keys, except those that the caller of `build` passes in `given`.
+    With `**options` any other key is allowed, and its value is converted by `literal`; with `**options: str` the
+    value stays text. All other values are converted to the parameter's annotated type.
     """
 
     def __init__(self, family: str, entries: Mapping[str, str], path_means: str | None = None):
@@ -72,9 +79,9 @@ class Registry:
         self.path_means = path_means
 
     def parse(self, text: str) -> Spec:
-        """The spec with a known kind. An existing path alone means the kind `path_means`.
+        """Parse a spec and check its kind. An existing path alone becomes a spec of the kind `path_means`.
 
-        Raises UserError for an unknown kind, with the known ones and the nearest.
+        Raises UserError for an unknown kind; the text lists the known kinds and suggests the nearest.
         """
         spec = parse(text)
         if spec.kind in self.entries:
@@ -86,7 +93,7 @@ class Registry:
         raise UserError(f"unknown {self.family} {spec.kind!r}{path}{hint} Known: {', '.join(self.entries)}")
 
     def resolve(self, kind: str) -> Callable[..., typing.Any]:
-        """The object behind an entry. Raises UserError if an optional package is missing."""
+        """Import the object of a kind. Raises UserError if an optional package is not installed."""
         module, _, name = self.entries[kind].partition(":")
         try:
             return getattr(importlib.import_module(module), name)
@@ -99,24 +106,26 @@ class Registry:
             ) from missing
 
     def summary(self, kind: str) -> str:
-        """First line of the entry's docstring."""
+        """The first line of the docstring of a kind's object."""
         return (inspect.getdoc(self.resolve(kind)) or "").partition("\n")[0]
 
     def keys(self, kind: str, given: typing.Iterable[str] = ()) -> dict[str, inspect.Parameter]:
-        """The options a user may give to a kind."""
+        """The keys a spec of this kind may have: {key: parameter}, without those in `given`."""
         parameters = inspect.signature(self.resolve(kind)).parameters
-        return {
-            name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY and name not in given
-        }
+        keyword_only = inspect.Parameter.KEYWORD_ONLY
+        return {name: p for name, p in parameters.items() if p.kind is keyword_only and name not in given}
 
     def build(self, text: str | Spec, **given: typing.Any) -> typing.Any:
-        """Build what the spec names. Raises UserError for unknown kinds, keys and bad values."""
+        """Build the object that a spec names. `given` are arguments from the caller, not from the user.
+
+        Raises UserError for an unknown kind or key, a missing argument or key, and a value of the wrong type.
+        """
         spec = self.parse(text) if isinstance(text, str) else text
         build = self.resolve(spec.kind)
         return build(*self._argument(spec, build), **self._options(spec, build, given), **given)
 
     def check(self, text: str | Spec, given: typing.Iterable[str] = ()) -> Spec:
-        """Parse and check kind, keys and values without building anything."""
+        """Parse a spec and check it as `build` does, without building the object."""
         spec = self.parse(text) if isinstance(text, str) else text
         build = self.resolve(spec.kind)
         self._argument(spec, build)
@@ -124,27 +133,30 @@ class Registry:
         return spec
 
     def absolute_spec(self, text: str) -> str:
-        """The spec with absolute paths, so that it means the same in any working directory."""
+        """The spec with absolute paths, so that it names the same object from any working directory."""
         spec = self.parse(text)
         build = self.resolve(spec.kind)
-        takes, argument = _takes(build), spec.argument
-        if argument and (_is_path(takes[0]) or ".py:" in argument):
+        positional, argument = _positional_parameters(build), spec.argument
+        if argument and (_is_path(positional[0]) or ".py:" in argument):
             argument = _absolute(argument)
         keys = self.keys(spec.kind)
         options = {k: _absolute(v) if k in keys and _is_path(keys[k]) else v for k, v in spec.options.items()}
         return str(Spec(spec.kind, argument, options))
 
     def _argument(self, spec: Spec, build: Callable[..., typing.Any]) -> list[typing.Any]:
-        takes = _takes(build)
-        if spec.argument and not takes:
+        """The converted argument of a spec as a list of one, or [] if the spec has none."""
+        positional = _positional_parameters(build)
+        if spec.argument and not positional:
             raise UserError(f"{self.family} {spec.kind!r} takes no argument, but {spec.argument!r} was given")
         if not spec.argument:
-            if takes and takes[0].default is inspect.Parameter.empty:
-                raise UserError(f"{self.family} {spec.kind!r} needs an argument: {spec.kind}:{takes[0].name.upper()}")
+            if positional and positional[0].default is inspect.Parameter.empty:
+                name = positional[0].name.upper()
+                raise UserError(f"{self.family} {spec.kind!r} needs an argument: {spec.kind}:{name}")
             return []
-        return [convert(spec.argument, takes[0], f"{spec.kind}:")]
+        return [convert(spec.argument, positional[0], f"{spec.kind}:")]
 
     def _options(self, spec: Spec, build: Callable[..., typing.Any], given: Mapping[str, typing.Any]) -> dict:
+        """The converted options of a spec: {key: value}."""
         keys = self.keys(spec.kind, given)
         parameters = inspect.signature(build).parameters.values()
         rest = next((p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
@@ -164,8 +176,8 @@ class Registry:
         return options
 
 
-def _takes(build: Callable[..., typing.Any]) -> list[inspect.Parameter]:
-    """The parameter that takes the argument of a spec, if there is one."""
+def _positional_parameters(build: Callable[..., typing.Any]) -> list[inspect.Parameter]:
+    """The positional-only parameters; the first one takes the argument of a spec."""
     parameters = inspect.signature(build).parameters.values()
     return [p for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]
 
@@ -179,7 +191,7 @@ def _absolute(path: str) -> str:
 
 
 def literal(text: str) -> typing.Any:
-    """`0.1`, `3`, `true`, `none`, `a+b` as Python values; all else stays a string."""
+    """Text as a Python value: true, false, none, whole numbers and floats; anything else stays a string."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.lower() == "none":
@@ -193,9 +205,14 @@ def literal(text: str) -> typing.Any:
 
 
 def convert(text: str, parameter: inspect.Parameter, where: str) -> typing.Any:
-    """Text to the parameter's annotated type: bool, int, float, Path, str, `a+b` tuples, `X | None`."""
-    wanted = parameter.annotation
-    options = typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else (wanted,)
+    """Convert text to the annotated type of a parameter.
+
+    Supported are bool, int, float, Path, str, Literal, tuples (written `a+b`) and unions of these, `None` included.
+    where: the place of the text, with which an error begins. Raises UserError if no type fits.
+    """
+    annotation = parameter.annotation
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = typing.get_args(annotation) if is_union else (annotation,)
     if type(None) in options and text.lower() == "none":
         return None
     problem = ""
@@ -203,16 +220,17 @@ def convert(text: str, parameter: inspect.Parameter, where: str) -> typing.Any:
         if option is type(None):
             continue
         try:
-            return _as(text, option)
+            return _convert_to(text, option)
         except ValueError as wrong:
             problem = str(wrong)
     raise UserError(f"{where}{text}: {problem}")
 
 
-def _as(text: str, wanted: typing.Any) -> typing.Any:
+def _convert_to(text: str, wanted: typing.Any) -> typing.Any:
+    """Convert text to one type. Raises ValueError that says which values are allowed."""
     if typing.get_origin(wanted) is tuple:
         inner = typing.get_args(wanted)[0]
-        return tuple(_as(part, inner) for part in text.split("+") if part)
+        return tuple(_convert_to(part, inner) for part in text.split("+") if part)
     if typing.get_origin(wanted) is typing.Literal:
         if text not in typing.get_args(wanted):
             raise ValueError(f"must be one of {', '.join(map(str, typing.get_args(wanted)))}")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that a loop grants at its next safe point."""
+"""SIGINT (Ctrl-C) and SIGTERM as a request to stop, which a loop fulfils at its next safe point."""
 
 import signal
 import time
@@ -7,15 +7,18 @@ from typing import Any
 
 from compress_ssl.pipeline.runtime.launch_env import is_launched
 
-REPEAT_WINDOW = (
-    2.0  # seconds: a cluster signals every process of a job, and torchrun then passes the signal on to its ranks
-)
+REPEAT_WINDOW = 2.0
+"""Seconds after a first signal in which a rank ignores a second one.
+
+A cluster sends a signal to every process of a job, and torchrun sends it to its ranks once more.
+"""
 
 
 class Interrupted(BaseException):
-    """The work was stopped by a signal; the text says what is kept and how to go on.
+    """A signal stopped the work; the text says what was saved and how to continue.
 
-    No Exception: raised in the middle of anything, it must not pass for a broken image or a missing package.
+    It derives from BaseException, because it can be raised at any place, and an `except Exception` there must not
+    mistake it for a broken image or a missing package.
     """
 
     def __init__(self, signum: int, message: str):
@@ -24,7 +27,10 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """`with Interrupt() as stop:` then ask `stop.requested`; a second signal is not held back."""
+    """Collects signals in a block `with StopRequest() as stop:`; a loop in it reads `stop.requested`.
+
+    A second signal raises KeyboardInterrupt at once.
+    """
 
     def __init__(self) -> None:
         self.signum, self._first = 0, 0.0
@@ -32,24 +38,25 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
+        """Whether a signal has arrived."""
         return self.signum != 0
 
     def __enter__(self) -> "StopRequest":
         for signum in (signal.SIGINT, signal.SIGTERM):
-            self._before[signum] = signal.signal(signum, self._note)
+            self._before[signum] = signal.signal(signum, self._record_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _record_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.signum and not (is_launched() and time.monotonic() - self._first < REPEAT_WINDOW):
             raise KeyboardInterrupt
         if not self.signum:
             self.signum, self._first = signum, time.monotonic()
 
     def check(self, message: str) -> None:
-        """Raises Interrupted with this message if a signal came."""
+        """Raise Interrupted with this message if a signal has arrived."""
         if self.signum:
             raise Interrupted(self.signum, message)

@@ -1,4 +1,7 @@
-"""Get, put, list, put-if-absent: the one way to the disk for all that is not Zarr."""
+"""Storage: get, put, put-if-absent and list, in a local folder or an object store.
+
+All files that are not Zarr arrays are read and written through it.
+"""
 
 import errno
 import os
@@ -10,49 +13,60 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from compress_ssl.pipeline.runtime.process import began
+from compress_ssl.pipeline.runtime.process import start_time
 
-PART = ".part"  # what a killed writer leaves behind ends in this; readers never see it
-_WRITER = re.compile(r"\.[0-9a-f]{8}\.(\d+)\.(.*)\.part$")  # process, machine
-_DAY = 86_400.0  # seconds
+PART = ".part"  # suffix of files that are being written; a killed writer leaves them behind, and `list` omits them
+_WRITER = re.compile(r"\.[0-9a-f]{8}\.(\d+)\.(.*)\.part$")  # groups: PID and host name of the writer
+_DAY = 86_400.0  # seconds; the age after which a part file of another machine is assumed to be abandoned
 
 
 class Storage(Protocol):
-    """A flat space of keys ("done/000.json") and bytes. Every put is whole or not there at all."""
+    """A mapping from keys ("done/000.json") to bytes. A put is atomic: readers see all of the data or none."""
 
     def get(self, key: str) -> bytes:
-        """Raises FileNotFoundError."""
+        """The bytes of a key. Raises FileNotFoundError."""
         ...
 
-    def put(self, key: str, data: bytes) -> None: ...
+    def put(self, key: str, data: bytes) -> None:
+        """Write a key, or replace it."""
+        ...
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Put if absent; False if somebody was there first. The data should be nobody else's: hold a token."""
+        """Write a key only if it is absent; False if it was present.
+
+        The data must contain a token unique to the caller: an object store compares the stored data with it to
+        find out who wrote first.
+        """
         ...
 
     def delete(self, key: str) -> None:
-        """Nothing happens if it is not there."""
+        """Delete a key; an absent key is no error."""
         ...
 
-    def exists(self, key: str) -> bool: ...
+    def exists(self, key: str) -> bool:
+        """Whether the key is present."""
+        ...
 
     def modified(self, key: str) -> float:
-        """When it was put there, in seconds of the epoch. Raises FileNotFoundError."""
+        """The time of the last write, in seconds since the epoch. Raises FileNotFoundError."""
         ...
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Keys below a folder prefix ("done"), in no order."""
+        """The keys below a folder prefix ("done"), in no particular order."""
         ...
 
     def size(self) -> int:
-        """Bytes of all that `list` names."""
+        """The total size in bytes of all keys."""
         ...
 
     def __str__(self) -> str: ...
 
 
 def open_storage(where: str | os.PathLike[str]) -> Storage:
-    """A folder, or for a URL (s3://, gs://, az://, memory://) a bucket that answers. Raises UserError."""
+    """The storage for a path or a URL (s3://, gs://, az://, memory://).
+
+    Raises UserError if a bucket cannot be reached or refuses access.
+    """
     text = os.fspath(where)
     if not is_url(text):
         return Folder(text.removeprefix("file://"))
@@ -64,17 +78,17 @@ def open_storage(where: str | os.PathLike[str]) -> Storage:
 
 
 def is_url(where: str | os.PathLike[str]) -> bool:
-    """Whether a place is in an object store: a scheme and ://, file:// apart."""
+    """Whether a location is in an object store: it begins with a scheme and ://, but not with file://."""
     return re.match(r"(?!file://)[a-z][a-z0-9+.-]*://", os.fspath(where)) is not None
 
 
 def absolute(where: str | os.PathLike[str]) -> str:
-    """A place so that it holds from any working directory; a URL does as it is."""
+    """A location that does not depend on the working directory: an absolute path, or the URL unchanged."""
     return os.fspath(where) if is_url(where) else str(Folder(os.fspath(where).removeprefix("file://")).path.absolute())
 
 
 class Folder:
-    """Storage in a local folder: written beside, fsynced, renamed, and the folder fsynced."""
+    """Storage in a local folder. A put writes a part file, fsyncs it, renames it and fsyncs the folder."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).expanduser()
@@ -87,13 +101,13 @@ class Folder:
 
     def put(self, key: str, data: bytes) -> None:
         target = self.path / key
-        part = self._beside(target, data)
+        part = self._write_part(target, data)
         os.replace(part, target)
         sync(target.parent)
 
     def put_new(self, key: str, data: bytes) -> bool:
         target = self.path / key
-        part = self._beside(target, data)
+        part = self._write_part(target, data)
         try:
             os.link(part, target)
         except FileExistsError:
@@ -124,20 +138,24 @@ class Folder:
         return sum((self.path / key).stat().st_size for key in self.list())
 
     def sweep(self) -> int:
-        """Delete what killed writers left; how many. Of another machine's only what is a day old: it may be alive."""
+        """Delete the part files of ended writers; returns their number.
+
+        Whether a writer on another machine has ended is unknown: its part files are deleted when they are a day old.
+        """
         count = 0
         for part in self.path.rglob(f"*{PART}"):
             writer = _WRITER.search(part.name)
             try:
-                dead = writer and writer[2] == platform.node() and began(int(writer[1])) is None
+                dead = writer and writer[2] == platform.node() and start_time(int(writer[1])) is None
                 if dead or part.stat().st_mtime < time.time() - _DAY:
                     part.unlink()
                     count += 1
             except FileNotFoundError:
-                continue  # its writer was alive and has just renamed it
+                continue  # the writer was running and has just renamed the file
         return count
 
-    def _beside(self, target: Path, data: bytes) -> Path:
+    def _write_part(self, target: Path, data: bytes) -> Path:
+        """Write and fsync a part file next to `target`; returns its path."""
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}.{platform.node()}{PART}")
         try:
@@ -148,13 +166,13 @@ class Folder:
         except BaseException as problem:
             part.unlink(missing_ok=True)
             if isinstance(problem, OSError) and problem.filename is None:
-                problem.filename = str(target)  # a full disk does not say which
+                problem.filename = str(target)  # errors of write() and fsync() carry no file name
             raise
         return part
 
 
 def sync(path: Path) -> None:
-    """fsync a file or folder; a folder that cannot be synced (some network mounts) is let be."""
+    """fsync a file or folder. Folders on file systems without fsync (some network mounts) are skipped."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
