@@ -32,9 +32,9 @@ COMMANDS = {
     "store copy": ("store_copy", "Push, pull, cut down or recode a store, digests checked."),
     "compare": ("compare", "One table and page over many evaluations, the teacher first."),
     "sweep": ("sweep", "A grid of students, methods and stores from a YAML file, compared at the end."),
-    "models": ("menus:Models", "What can be named as teacher, student or --model."),
-    "methods": ("menus:Methods", "What can be named as --method, with the published recipes."),
-    "protocols": ("menus:Protocols", "What can be named as --protocol."),
+    "models": ("listing:Models", "What can be named as teacher, student or --model."),
+    "methods": ("listing:Methods", "What can be named as --method, with the published recipes."),
+    "protocols": ("listing:Protocols", "What can be named as --protocol."),
     "demo": ("demo", "The three stages on embedded data, minutes on two cores."),
 }
 """Name, or family and name: (module of `compress_ssl.stages`, or module:Config; summary).
