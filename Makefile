@@ -1,9 +1,9 @@
 # make demo   make the environment and run the three stages on embedded data, into ./demo
-# make test   make the environment if need be and run the tests, about ten minutes on two cores
-# make test-all  the same and the slow ones: a wheel, a linted clone
+# make test   make the environment if needed and run the tests, about ten minutes on two cores
+# make test-all  make test, then the slow tests: building a wheel, linting a clone
 # make lint   ruff and mypy
 # make bench  speed and memory, as JSON
-# make soak   the tests that run for long on purpose
+# make soak   the long-running tests: random kills, full disks, flipped bits
 #
 # PYTHON=python3.12 picks the interpreter, VENV=DIR another place for the environment,
 # ARGS="-k store" goes to pytest.
@@ -28,7 +28,7 @@ test: install
 test-all: test
 	@"$(BIN)/python" -m pytest -m extended $(ARGS)
 
-# mypy cannot see an editable install with package-dir, so it is shown this folder under the package's name.
+# mypy cannot see an editable install with package-dir, so it gets a link to this folder that has the package's name.
 lint: install
 	@"$(BIN)/python" -m ruff check .
 	@$(MAKE) --no-print-directory types
@@ -47,7 +47,7 @@ soak: install
 
 # The stamp holds a checksum of the pins and of this folder's path, not a time: a fresh clone, a
 # touch or a switched branch reinstalls only if the content differs. It is written last, so that an
-# interrupted install is taken up again.
+# interrupted install is resumed.
 install:
 	@stamp="$(VENV)/.installed"; \
 	key=$$(pwd | cat - pyproject.toml constraints.txt | cksum); \

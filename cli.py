@@ -37,9 +37,9 @@ COMMANDS = {
     "store copy": ("store_copy", "Push, pull, reduce or recode a store; digests are checked."),
     "compare": ("compare", "Compare many evaluations in one table and page, the teacher first."),
     "sweep": ("sweep", "Train and compare a grid of students, methods and stores from a YAML file."),
-    "models": ("menus:Models", "List what --teacher, --student and --model accept."),
-    "methods": ("menus:Methods", "List what --method accepts, with the published recipes."),
-    "protocols": ("menus:Protocols", "List what --protocol accepts."),
+    "models": ("listing:Models", "List what --teacher, --student and --model accept."),
+    "methods": ("listing:Methods", "List what --method accepts, with the published recipes."),
+    "protocols": ("listing:Protocols", "List what --protocol accepts."),
     "demo": ("demo", "Run the three stages on embedded data; takes minutes on two cores."),
 }
 """{command, or "group command": (module of `compress_ssl.stages`, or module:Config; summary for --help)}

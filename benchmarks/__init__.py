@@ -1,1 +1,1 @@
-"""Speed and memory as ratios measured in one run: `python -m benchmarks [NAME ...] [--out FILE]`, JSON."""
+"""Measure speed and memory as ratios within one run: `python -m benchmarks [NAME ...] [--out FILE]` prints JSON."""

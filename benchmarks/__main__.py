@@ -1,4 +1,4 @@
-"""Run benchmarks by name (all unless given) and print one JSON object: the machine, then a result each."""
+"""Run benchmarks by name (all by default) and print one JSON object: the machine, then one result per benchmark."""
 
 import argparse
 import importlib
@@ -15,8 +15,8 @@ NAMES = (
 )  # fmt: skip
 
 
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
+def describe_machine() -> dict[str, object]:
+    """Processor, number of cores and versions of the packages."""
     from importlib.metadata import version
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -36,7 +36,7 @@ def main() -> None:
     asked = parser.parse_args()
     if unknown := [name for name in asked.names if name not in NAMES]:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
-    results: dict[str, object] = {"machine": machine(), "when": time.strftime("%Y-%m-%d")}
+    results: dict[str, object] = {"machine": describe_machine(), "when": time.strftime("%Y-%m-%d")}
     for name in asked.names or NAMES:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         results[name] = importlib.import_module(f"benchmarks.{name}").measure()

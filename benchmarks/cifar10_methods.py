@@ -1,4 +1,4 @@
-"""Every method on CIFAR-10 images: one teacher, one store, one student, equal steps, and what stands beside them.
+"""Every method on CIFAR-10 images: one teacher, one store, one student, equal steps, and the baselines.
 
     python -m benchmarks.cifar10_methods --out methods --images cifar10    # about an hour of one core
 

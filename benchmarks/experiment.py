@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import machine
+from benchmarks.__main__ import describe_machine
 from compress_ssl.pipeline.runtime import jsonl
 from compress_ssl.stages import distill, evaluate, export_teacher
 
@@ -78,7 +78,7 @@ class Experiment:
         lines = [["", *columns], ["---"] * (1 + len([*columns]))]
         lines += [[arms[arm], *(_cell(found, column) for column in columns)] for arm, found in rows.items()]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        said = {"machine": machine(), "when": time.strftime("%Y-%m-%d"), "rows": rows}
+        said = {"machine": describe_machine(), "when": time.strftime("%Y-%m-%d"), "rows": rows}
         (self.out / "results.json").write_text(json.dumps(said, indent=1) + "\n")
         print(table)
 

@@ -1,6 +1,6 @@
-"""How pipeline/teachers/digits.safetensors was made: about four minutes of one core, no labels.
+"""Train pipeline/models/networks/digits.safetensors: about four minutes on one core, without labels.
 
-    .venv/bin/python benchmarks/train_digits_teacher.py --seed 0 --out pipeline/teachers/digits.safetensors
+    .venv/bin/python -m benchmarks.train_digits_teacher --seed 0 --out pipeline/models/networks/digits.safetensors
 
 On one machine the same command gives the same bytes: one thread, every random number from the seed.
 
@@ -72,7 +72,8 @@ def train(embedder: torch.nn.Module, images: Tensor, random: torch.Generator) ->
             optimizer.param_groups[0]["lr"] = rate
             pick = torch.randint(NEIGHBOURS, (len(rows),), generator=random)
             others = rows if near is None else near[rows, pick]
-            loss = contrast(embed(embedder, torch.cat([see(images[rows], random), see(images[others], random)])))
+            views = torch.cat([augment(images[rows], random), augment(images[others], random)])
+            loss = contrast(embed(embedder, views))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -100,7 +101,7 @@ def neighbours(embedder: torch.nn.Module, images: Tensor) -> Tensor:
     return (z @ z.T).fill_diagonal_(-2.0).topk(NEIGHBOURS).indices
 
 
-def see(images: Tensor, random: torch.Generator) -> Tensor:
+def augment(images: Tensor, random: torch.Generator) -> Tensor:
     """One random view of each of (n, 1, S, S), in [0, 1]."""
     n, side = len(images), images.shape[-1]
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.view_curve --out view-curve --images cifar10    # about an hour of one core
 
-fresh-1   one stored view, the plain one, and a new random crop for the student every time: what the CompRess
+fresh-1   one stored view, the plain one, and a new random crop for the student every time: as the CompRess
           release does with its cached features
-same-V    V stored random views in turns; the student sees the very pixels that the teacher saw
-live      a teacher that runs in every step. Here 64 stored views in 64 epochs: no (i, v) is met twice, so the student
+same-V    V stored random views in turns; the student sees the same pixels that the teacher embedded
+live      a teacher that runs in every step. Here 64 stored views in 64 epochs: no (i, v) is used twice, so the student
           gets what a live teacher would have given it, rounded to int8 as in all arms
 
 All arms read one store, take the same number of steps of the same images in the same order, and begin with the same

@@ -1,1 +1,1 @@
-"""The corridor: each command one file, readable top to bottom: Config, then run(Config)."""
+"""One file per command of the command line, each with a frozen dataclass `Config` and a function `run(Config)`."""

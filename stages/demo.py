@@ -1,6 +1,6 @@
-"""`compress demo`: the three stages on the digits inside scikit-learn, and a table of what came of it.
+"""`compress demo`: run the three stages on the digits data set of scikit-learn and print a table of the scores.
 
-A command made of commands, as the sweep is, so it imports other stages.
+The demo runs other commands, so this file imports other stages; so does the sweep.
 """
 
 import json
@@ -22,39 +22,46 @@ from compress_ssl.stages import compare, distill, evaluate, export_teacher
 if TYPE_CHECKING:
     from compress_ssl.pipeline.evaluators.base import Split
 
-DATA, VAL = "digits", "digits:split=test"
+DATA, VAL = "digits", "digits:split=test"  # 1438 training images, 359 test images
 TEACHER = "digits-teacher"  # 209760 parameters, 64 dimensions
-STUDENTS = ("convnet:channels=20+40+32", "convnet:channels=12+24+32")  # at most a tenth of that, 32 dimensions
+STUDENTS = (
+    "convnet:channels=20+40+32",
+    "convnet:channels=12+24+32",
+)  # 32 dimensions, a tenth of the parameters
 PIXELS = "python:compress_ssl.pipeline.models.networks.digits:Pixels"
 METHOD = "compress-2q:tau=0.1"
-VIEWS, SIZE, BATCH, RATE = 8, 16, 64, 0.05
+VIEWS, SIZE, BATCH, RATE = 8, 16, 64, 0.05  # views per image; student's side in pixels; images; learning rate
 STARTS = 20  # k-means runs behind each figure of cluster alignment
 PROTOCOLS = ("nn", "knn:k=20", "cluster")
 RESULTS = "results.json"
 MEANING = f"""\
-What this says. No labels were used, except to score: percent of the 359 test images. On images of 8 x 8
-pixels neighbours (NN, kNN 20) tell little: raw pixels find 98 to 99 %, wide untrained networks 96 to 98 %. What
-tells is cluster alignment - do ten clusters, found without labels, agree with the ten digits? - and that the
-students have it in 32 numbers an image and at most a tenth of the teacher's parameters. k-means from ten
-random images is a lottery, so `cluster` is the tightest of {STARTS} runs, chosen without labels; `one run` is their
-mean and standard deviation. The reports show one run, as CompRess scores it."""
+How to read the table. Scores are percentages of the 359 test images; labels were used only to compute them. On
+images of 8 x 8 pixels the nearest-neighbour scores (NN, kNN 20) separate the models hardly at all: raw pixels reach
+98 to 99 %, wide untrained networks 96 to 98 %. The informative score is cluster alignment: how well ten clusters,
+found without labels, agree with the ten digits. The students reach it with 32 numbers per image and at most a tenth
+of the teacher's parameters. The result of k-means depends strongly on its random start, so `cluster` is the run with
+the smallest inertia of {STARTS}, chosen without labels; `one run` is their mean and standard deviation. The reports
+show one run, as CompRess scores it."""
 
 
 @dataclass(frozen=True)
 class Config:
     """Export, distill and evaluate on scikit-learn's digits: minutes on two cores, nothing to download.
 
-    A trained teacher comes with compress. Two students learn from its store; they are scored beside
-    it, beside themselves untrained and beside raw pixels. The same command again continues.
+    A trained teacher is part of the package. Two students are trained from its feature store and compared with
+    the teacher, with the same students untrained, and with raw pixels. Running the same command again resumes it.
     """
 
-    out: Path = flag(Path("demo"), "folder for everything the demo makes")
-    epochs: float = flag(30.0, "passes of the students over the images; fewer for a quick look")
-    overwrite: bool = flag(False, "start anew; an earlier demo is set aside, not deleted")
+    out: Path = flag(Path("demo"), "folder of all results of the demo")
+    epochs: float = flag(30.0, "training epochs of the students; fewer give a faster demo with lower scores")
+    overwrite: bool = flag(False, "start from scratch; an existing demo is moved aside, not deleted")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Make what is missing. Returns {"summary", "demo", "rows", "page"}."""
+    """Run the stages that are not finished. Returns {"summary", "demo", "rows", "page"}.
+
+    Raises UserError if the folder holds something else or a demo with other settings.
+    """
     require(config, {"epochs": POSITIVE})
     home = Folder(config.out)
     if config.overwrite and (aside := artifact.move_aside(config.out, "demo")):
@@ -69,56 +76,60 @@ def run(config: Config) -> dict[str, Any]:
         if all((config.out / row["evaluation"] / "report.html").exists() for row in rows):
             return finish(config.out, rows, "is finished already")
     began = time.monotonic()
-    rows = make(config.out, config.epochs)
+    rows = run_stages(config.out, config.epochs)
     home.put(RESULTS, json.dumps(rows, indent=1).encode() + b"\n")
     return finish(config.out, rows, f"made in {format_duration(time.monotonic() - began)}")
 
 
-def make(out: Path, epochs: float) -> list[dict[str, Any]]:
-    """The stages in turn, each as its own command would run it -> the rows of the table."""
+def run_stages(out: Path, epochs: float) -> list[dict[str, Any]]:
+    """Run every stage as its own command would, and return the rows of the table, the teacher first."""
     store, scored = out / "store", out / "store-evaluation"
-    step(export_teacher, data=DATA, teacher=TEACHER, out=str(store), views=VIEWS)
-    learned = step(
+    run_step(export_teacher, data=DATA, teacher=TEACHER, out=str(store), views=VIEWS)
+    trained = run_step(
         distill, store=str(store), student=STUDENTS, method=METHOD, out=out / "students", epochs=epochs,
         batch_size=BATCH, lr=RATE, schedule="cosine", image_size=SIZE,
     )  # fmt: skip
-    runs = dict(zip(STUDENTS, map(Path, learned["runs"]), strict=True))
-    bare = {spec: out / "untrained" / run.name for spec, run in runs.items()}
-    beside = {"train": DATA, "teacher": scored}
-    rows = [score("teacher", scored, store=store)]
-    rows += [score(spec, run / "evaluation", run=run) for spec, run in runs.items()]
-    for spec, folder in bare.items():
-        rows.append(score(f"{spec}, untrained", folder, model=spec, image_size=SIZE, out=folder, **beside))
-    rows.append(score("raw pixels", out / "pixels", model=PIXELS, out=out / "pixels", **beside))
-    step(compare, folder=tuple(row["evaluation"] for row in rows), out=out / "compare.html")
+    runs = dict(zip(STUDENTS, map(Path, trained["runs"]), strict=True))
+    untrained = {spec: out / "untrained" / run.name for spec, run in runs.items()}
+    shared: dict[str, Any] = {"train": DATA, "teacher": scored}
+    rows = [evaluate_model("teacher", scored, store=store)]
+    rows += [evaluate_model(spec, run / "evaluation", run=run) for spec, run in runs.items()]
+    for spec, folder in untrained.items():
+        rows.append(evaluate_model(f"{spec}, untrained", folder, model=spec, image_size=SIZE, out=folder, **shared))
+    rows.append(evaluate_model("raw pixels", out / "pixels", model=PIXELS, out=out / "pixels", **shared))
+    run_step(compare, folder=tuple(row["evaluation"] for row in rows), out=out / "compare.html")
     return [{**row, "evaluation": str(Path(row["evaluation"]).relative_to(out))} for row in rows]
 
 
-def step(stage: ModuleType, **settings: Any) -> dict[str, Any]:
-    """Say the command, run it, say what came of it."""
+def run_step(stage: ModuleType, **settings: Any) -> dict[str, Any]:
+    """Print the command that a user would type, run the stage, and print its summary."""
     config = stage.Config(**settings)
     echo(f"\n$ {command(stage, config)}")
-    made = stage.run(config)
-    echo(made["summary"].rstrip().splitlines()[-1] if stage is compare else made["summary"])
-    return made
+    result = stage.run(config)
+    text = result["summary"]
+    echo(text.rstrip().splitlines()[-1] if stage is compare else text)  # of the comparison only the path of its page
+    return result
 
 
 def command(stage: ModuleType, config: Any) -> str:
-    """What a user would type for this Config."""
+    """The command line that gives this Config: only the flags that differ from their defaults."""
     words = ["compress", stage.__name__.rpartition(".")[2].replace("_", "-")]
     for f in fields(config):
         if (value := getattr(config, f.name)) != f.default:
             for each in value if isinstance(value, tuple) else (value,):
-                said = f"{each:g}" if isinstance(each, float) else str(each)
-                words += [said] if f.metadata["place"] else [f"--{f.name.replace('_', '-')}", said]
+                text = f"{each:g}" if isinstance(each, float) else str(each)
+                words += [text] if f.metadata["place"] else [f"--{f.name.replace('_', '-')}", text]
     return shlex.join(words)
 
 
-def score(name: str, folder: Path, **subject: Any) -> dict[str, Any]:
-    """Evaluate into a folder -> a row of the table."""
-    metrics = step(evaluate, val=VAL, protocol=PROTOCOLS, workers=0, **subject)["metrics"]
-    train, val = features(subject.get("store", folder / "features" / "train")), features(folder / "features" / "val")
-    runs = alignment(train, val, folder)
+def evaluate_model(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
+    """Evaluate one model into `folder`, with STARTS k-means runs, and return its row of the table."""
+    metrics = run_step(evaluate, val=VAL, protocol=PROTOCOLS, workers=0, **settings)["metrics"]
+    train, val = (
+        read_features(settings.get("store", folder / "features" / "train")),
+        read_features(folder / "features" / "val"),
+    )
+    runs = run_kmeans(train, val, folder)
     return {
         "name": name,
         "nn": metrics["nn"]["top1"],
@@ -132,8 +143,8 @@ def score(name: str, folder: Path, **subject: Any) -> dict[str, Any]:
     }
 
 
-def features(folder: Path) -> "Split":
-    """View 0 of a store of the digits, as a protocol wants it."""
+def read_features(folder: Path) -> "Split":
+    """View 0 of a feature store of the digits, as the Split that a protocol takes."""
     import numpy as np
 
     from compress_ssl.pipeline.datasets import DATASETS
@@ -145,31 +156,42 @@ def features(folder: Path) -> "Split":
     return Split(store.read("embedding", 0), store.table("label"), np.arange(store.images), classes)
 
 
-def alignment(train: "Split", val: "Split", folder: Path) -> list[tuple[float, float]]:
-    """[(squared distance of the training features to their centroids, top-1), ...] of STARTS k-means runs."""
+def run_kmeans(train: "Split", val: "Split", folder: Path) -> list[tuple[float, float]]:
+    """[(inertia, top-1), ...] of STARTS k-means runs that differ in their seed.
+
+    Inertia is the sum of squared distances of the l2-normalised training features to their centroids; top-1 is the
+    cluster alignment of the test images in percent.
+    """
     import numpy as np
 
-    from compress_ssl.pipeline.evaluators import PROTOCOLS as menu
+    from compress_ssl.pipeline.evaluators import PROTOCOLS as registry
     from compress_ssl.pipeline.search.exact import normalize
 
     unit, runs = normalize(train.features), []
     for seed in range(STARTS):
-        found = menu.build(f"cluster:seed={seed}")(train, val, folder)
-        off = unit - found.arrays["centroids"][found.arrays["train_assignment"]]
-        runs.append((float(np.square(off).sum()), found.metrics["top1"]))
+        result = registry.build(f"cluster:seed={seed}")(train, val, folder)
+        difference = unit - result.arrays["centroids"][result.arrays["train_assignment"]]
+        runs.append((float(np.square(difference).sum()), result.metrics["top1"]))
     return runs
 
 
 def finish(out: Path, rows: list[dict[str, Any]], how: str) -> dict[str, Any]:
-    """The closing table, what it means, and where the pages are."""
+    """The result of the command: the table, how to read it, and the paths of the reports."""
     pages = [out / row["evaluation"] / "report.html" for row in rows]
-    lines = [table(rows), "", MEANING, "", *map(str, pages), f"{out / 'compare.html'}  (all of them on one page)"]
+    lines = [
+        format_table(rows),
+        "",
+        MEANING,
+        "",
+        *map(str, pages),
+        f"{out / 'compare.html'}  (all of them on one page)",
+    ]
     summary = "\n".join([*lines, "", f"demo {how}: {out}"])
     return {"summary": summary, "demo": str(out), "rows": rows, "page": str(out / "compare.html")}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text."""
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text: the first column left-aligned, the others right-aligned."""
     cells = [["", "NN", "kNN 20", "cluster", "one run", "width", "parameters"]]
     for row in rows:
         scores = [f"{row[key]:.1f}" for key in ("nn", "knn", "cluster")]
@@ -177,7 +199,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells.append([row["name"], *scores, runs, str(row["width"]), str(row["parameters"])])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in cells
-    )
+    lines = []
+    for first, *rest in cells:
+        padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *padded]))
+    return "\n".join(lines)

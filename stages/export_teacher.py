@@ -1,4 +1,7 @@
-"""Dataset -> views -> frozen teacher -> feature store: each (i, v) once, ever."""
+"""`compress export-teacher`: embed every view of every image with the frozen teacher and store the features.
+
+Each (i, v), image i in view v, is computed once: running the command again computes only what is missing.
+"""
 
 import secrets
 from collections.abc import Callable, Mapping
@@ -29,36 +32,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Run the frozen teacher once over every view of a data set and keep its embeddings.
+    """Run the frozen teacher once over every view of a data set and store its features.
 
-    The same command again continues; a larger --views adds views and recomputes nothing.
+    Running the same command again resumes it; a larger --views adds views and recomputes nothing.
     """
 
-    data: str = flag(help="images: folder:PATH, digits, torchvision:NAME,root=DIR")
-    teacher: str = flag(help="timm:NAME, torchvision:NAME, python:module:factory, torchscript:FILE, ...")
-    out: str = flag(help="folder of the store, or s3://BUCKET/PREFIX, gs://, az://")
-    views: int = flag(8, "views per image; view 0 is the plain one, the others are random")
-    policy: str = flag("crop-flip", "what random views are: crop-flip, moco-v2, dino, none")
-    image_size: int | None = flag(None, "side in pixels (default: the teacher's own)")
-    local_views: int = flag(0, "small crops per image besides, kept in arrays of their own")
-    local_size: int | None = flag(None, "their side in pixels (default: 3/7 of the views', as 96 is of 224)")
-    seed: int = flag(0, "of the views")
-    keep: str = flag("embedding", "what to keep of the teacher: embedding,projection,logits,regions")
-    codec: str = flag("int8", f"how features are stored: {KNOWN}")
-    batch_size: int = flag(64, "images per forward on a device", short="-b")
+    data: str = flag(help="data set: folder:PATH, digits, torchvision:NAME,root=DIR")
+    teacher: str = flag(help="teacher model: timm:NAME, torchvision:NAME, python:module:factory, torchscript:FILE, ...")
+    out: str = flag(help="where the store is written: a folder, or s3://BUCKET/PREFIX, gs://, az://")
+    views: int = flag(8, "views per image; view 0 is the deterministic centre crop, the others are random")
+    policy: str = flag("crop-flip", "augmentation policy of the random views: crop-flip, moco-v2, dino, none")
+    image_size: int | None = flag(None, "side of a view in pixels (default: the input size of the teacher)")
+    local_views: int = flag(0, "additional small crops per image, stored in separate arrays")
+    local_size: int | None = flag(None, "side of a local view in pixels (default: 3/7 of a view's, as 96 is of 224)")
+    seed: int = flag(0, "seed of the random views")
+    keep: str = flag("embedding", "outputs of the teacher to store: embedding,projection,logits,regions")
+    codec: str = flag("int8", f"codec of the stored features: {KNOWN}")
+    batch_size: int = flag(64, "images per forward pass on a device", short="-b")
     workers: int | None = flag(None, "loader processes (default: one per core up to 16; 4 on CPU)", short="-j")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1")
-    precision: str = flag("fp32", "fp32, bf16, fp16")
-    scheduler: str = flag("local", "local, processes:N, or a dask scheduler at tcp://HOST:PORT")
-    shard_size: int | None = flag(None, "rows per shard (default: up to 2048, fewer in small sets)")
-    limit: int | None = flag(None, "only this many images, evenly spread")
-    like: str | None = flag(None, "a store to agree with: its views, and checked to be of the same images")
-    dry_run: bool = flag(False, "say what would be done and what it would cost")
-    overwrite: bool = flag(False, "start anew; an earlier store is set aside, not deleted")
+    device: str = flag("auto", "device of the teacher: auto, cpu, cuda, cuda:1")
+    precision: str = flag("fp32", "precision of the forward pass: fp32, bf16, fp16")
+    scheduler: str = flag(
+        "local", "where shards are computed: local, processes:N, or a dask scheduler at tcp://HOST:PORT"
+    )
+    shard_size: int | None = flag(None, "images per shard (default: up to 2048, fewer for small data sets)")
+    limit: int | None = flag(None, "use only this many images, evenly spread over the data set")
+    like: str | None = flag(None, "reuse the view settings of this store and require the same images")
+    dry_run: bool = flag(False, "print what would be computed and an estimate of its cost, and write nothing")
+    overwrite: bool = flag(False, "start from scratch; an existing store is moved aside, not deleted")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Export what is pending. Returns {"summary", "store", "fingerprint", ...}."""
+    """Compute the shards that the store lacks.
+
+    Returns {"summary", "store", "fingerprint", "images", "views", "bad_images"}; with --dry-run, the estimate.
+    Raises UserError for settings that are refused and for a folder that holds something else.
+    """
     check(config)
     from compress_ssl.pipeline.models import MODELS
 
@@ -86,8 +95,8 @@ def run(config: Config) -> dict[str, Any]:
     from compress_ssl.pipeline.views.augment import ViewSpec
 
     local = config.scheduler == "local"
-    device = choose_device(config.device if local else "cpu")  # of a cluster's workers each one chooses
-    torch.manual_seed(0)  # a teacher with random weights is the same one every time
+    device = choose_device(config.device if local else "cpu")  # each worker of a scheduler chooses its own
+    torch.manual_seed(0)  # so that a teacher with random weights has the same weights in every run
     embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True).enable_outputs(
         outputs_to_keep(config)
     )
@@ -105,11 +114,11 @@ def run(config: Config) -> dict[str, Any]:
         pending = FeatureStore(storage).pending(config.views) if earlier else None
         return estimate(identity, config.views, config.out, pending)
 
-    if earlier:  # refuse before anything grows
+    if earlier:  # refuse before anything is added to the store
         require_same_rendering(
             earlier["about"]["pixels"], dataset, spec, embedder.preprocessing, range(len(dataset)), allow=None
         )
-    elif config.overwrite:  # only now, when nothing is refused
+    elif config.overwrite:  # only after all checks have passed
         lease.require_free(storage)
         if aside := artifact.move_aside(config.out, "store"):
             echo(f"set the earlier {config.out} aside as {aside}")
@@ -130,28 +139,37 @@ def run(config: Config) -> dict[str, Any]:
 def fill(
     config: Config,
     store: "FeatureStore",
-    place: Callable[[list["Outcome"]], "ExportWorker | DaskExport"],
+    build_backend: Callable[[list["Outcome"]], "ExportWorker | DaskExport"],
     device: str,
     lease: "Lease",
     other: "FeatureStore | None",
 ) -> dict[str, Any]:
-    """Compute what the store lacks, and say what was made. place: where, given the list that failed shards go to."""
+    """Compute the pending shards of the store, then verify that the images did not change meanwhile.
+
+    Args:
+        build_backend: Returns what computes shards; gets the list to which failed shards are appended.
+        device: Name of the device, for the log and the history of the store.
+        lease: The lease on the store; losing it stops the computation.
+        other: The store given by --like, or None.
+
+    Returns the result of `finish`. Raises Interrupted after a signal, UserError if shards failed or images changed.
+    """
     from compress_ssl.pipeline.extraction.provenance import history_event
     from compress_ssl.pipeline.store.compatibility import require_unchanged
 
     failed: list[Outcome] = []
-    work, width, pending = place(failed), store.identity["teacher"]["width"], store.pending()
+    work, width, pending = build_backend(failed), store.identity["teacher"]["width"], store.pending()
     rows = sum(shard.stop - shard.start for shard in pending)
     echo(f"{rows} of {store.images} images to embed, {store.views} views, on {device}, {width} dimensions")
     with StopRequest() as stop, progress_bar("export", store.images, "images", store.images - rows) as bar:
 
-        def stopped() -> bool:
+        def should_stop() -> bool:
             return stop.requested or lease.lost
 
         if store.untrained():
             echo(f"training {config.codec} on a sample of the images")
-            work.train_codebooks(stopped)
-        cost = work.compute(pending, bar.advance, stopped)
+            work.train_codebooks(should_stop)
+        cost = work.compute(pending, bar.advance, should_stop)
         lease.check()
         store.append_history(history_event(cost, device))
         left = len(store.pending())
@@ -164,7 +182,7 @@ def fill(
         other,
     )
     if isinstance(store.storage, Folder):
-        store.storage.sweep()  # what a lost worker left
+        store.storage.sweep()  # unfinished files of workers that were killed
     now = open_images(config)
     require_its_images(config, store.manifest, now)
     require_unchanged(store, now)
@@ -172,33 +190,37 @@ def fill(
 
 
 def dask_export(config: Config, about: Mapping[str, Any], failed: list["Outcome"]) -> "DaskExport":
-    """The workers of --scheduler, each with a workshop of its own, made anew for every command."""
+    """Build the backend of --scheduler: each dask worker builds its own ExportWorker, once for every command."""
     from compress_ssl.pipeline.extraction.worker import DaskExport
 
-    there = replace(config, data=about["data"]["spec"], teacher=about["teacher"], out=absolute(config.out))
-    build = partial(build_worker, there, threads(config), secrets.token_hex(8))
+    worker_config = replace(config, data=about["data"]["spec"], teacher=about["teacher"], out=absolute(config.out))
+    build = partial(build_worker, worker_config, worker_threads(config), secrets.token_hex(8))
     return DaskExport(config.scheduler, build, partial(record_failure, failed))
 
 
 def record_failure(failed: list["Outcome"], outcome: "Outcome") -> None:
-    """Remember a shard that failed after all tries; the others go on."""
+    """Append a shard that failed on its last attempt; the other shards continue."""
     failed.append(outcome)
     echo(f"rows {outcome.task.start} to {outcome.task.stop - 1} failed: {outcome.error}")
 
 
 def require_none(failed: list["Outcome"], pending: int) -> None:
-    """Raises UserError, with the first one's reason, if shards failed."""
+    """Raises UserError, with the reason of the first failed shard, if shards failed."""
     if failed:
         first = failed[0]
         why = f"{type(first.error).__name__}: {' '.join(str(first.error).split())[:300]}"
         raise UserError(
-            f"{len(failed)} of {pending} shards failed after all tries, the first is that of rows {first.task.start} "
-            f"to {first.task.stop - 1} ({why}); the others are kept, repeat the command to try again"
+            f"{len(failed)} of {pending} shards failed on every attempt; the first one holds rows {first.task.start} "
+            f"to {first.task.stop - 1} ({why}); the finished shards are kept, repeat the command to try again"
         )
 
 
-def threads(config: Config) -> int | None:
-    """Of a model on this machine's CPU: workers take as many as `local`, for they decide its last bits."""
+def worker_threads(config: Config) -> int | None:
+    """Torch threads of a worker, or None for torch's default.
+
+    The number of threads decides the last bits of a result on the CPU, so workers of processes:N use as many
+    threads as --scheduler local does on this machine.
+    """
     import torch
 
     return torch.get_num_threads() if config.scheduler.startswith("processes") else None
@@ -206,7 +228,11 @@ def threads(config: Config) -> int | None:
 
 @lru_cache(maxsize=1)
 def build_worker(config: Config, threads: int | None, command: str) -> "ExportWorker":
-    """The images, the store and the teacher, in this process and on its device; kept for one command's tasks."""
+    """Build the ExportWorker of this process: images, store and teacher on the device of this worker.
+
+    command: A random text that differs between commands, so that the cache serves the tasks of one command only.
+    Raises UserError if this worker finds other images than the command did.
+    """
     import torch
 
     from compress_ssl.pipeline.extraction import cluster as scheduler
@@ -222,30 +248,36 @@ def build_worker(config: Config, threads: int | None, command: str) -> "ExportWo
     dataset = open_images(config)
     store = FeatureStore(open_storage(config.out))
     device = choose_device(config.device)
-    if device == torch.device("cuda"):  # worker k takes GPU k of those it sees
+    if device == torch.device("cuda"):  # worker k uses visible GPU k, modulo their number
         device = torch.device("cuda", scheduler.worker_number() % torch.cuda.device_count())
     embedder = load_live_teacher(store, config.teacher)
     if dataset.fingerprint != store.identity["data"]["fingerprint"]:
-        raise UserError(f"{config.data} holds other images on this worker than where the command was given")
+        raise UserError(
+            f"{config.data} holds other images on this worker than on the machine that started the export; "
+            "give a path that leads to the same images on all machines"
+        )
     forward = FeatureExtractor(embedder, device, config.precision, config.batch_size, outputs_to_keep(config))
     return ExportWorker(store, dataset, ViewSpec(**store.identity["views"]), forward, config.workers)
 
 
 def adopt_view_settings(config: Config) -> tuple[Config, "FeatureStore | None"]:
-    """With --like: the Config with the other store's views, and that store."""
+    """With --like: the Config with the view settings of that store, and that store; otherwise (config, None).
+
+    Raises UserError if --views, --policy or --seed were given and differ from that store.
+    """
     if not config.like:
         return config, None
     from compress_ssl.pipeline.store.compatibility import view_settings_of
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     other = FeatureStore(open_storage(config.like))
-    usual = {f.name: f.default for f in fields(Config)}
-    given = {name: (getattr(config, name), usual[name]) for name in ("views", "policy", "seed")}
+    defaults = {f.name: f.default for f in fields(Config)}
+    given = {name: (getattr(config, name), defaults[name]) for name in ("views", "policy", "seed")}
     return replace(config, **view_settings_of(other, given)), other
 
 
 def check(config: Config) -> None:
-    """All that can be refused before torch is imported."""
+    """Raises UserError for every wrong setting that can be recognised before torch is imported."""
     require(
         config,
         {
@@ -266,14 +298,15 @@ def check(config: Config) -> None:
     parse_scheduler(config.scheduler)
     outputs_to_keep(config)
     if config.policy == "none" and (config.views > 1 or config.local_views):
-        asked = f"--views {config.views}" if config.views > 1 else f"--local-views {config.local_views}"
-        raise UserError(f"--policy none has one view, the plain one, but {asked} was asked; use --views 1 alone")
+        given = f"--views {config.views}" if config.views > 1 else f"--local-views {config.local_views}"
+        remedy = "--views 1" if config.views > 1 else "--local-views 0"
+        raise UserError(f"--policy none defines only view 0, but {given} was given; use {remedy}")
     if config.local_size and not config.local_views:
-        raise UserError(f"--local-size {config.local_size} is that of local views; say how many with --local-views")
+        raise UserError(f"--local-size {config.local_size} was given without --local-views; add --local-views N")
 
 
 def outputs_to_keep(config: Config) -> tuple[str, ...]:
-    """The teacher's outputs to keep, the embedding first. Raises UserError for an unknown one."""
+    """Names of the teacher outputs to store, the embedding first. Raises UserError for an unknown name."""
     from compress_ssl.pipeline.models.embedder import OUTPUTS
 
     names = [name.strip() for name in config.keep.split(",") if name.strip()]
@@ -285,7 +318,7 @@ def outputs_to_keep(config: Config) -> tuple[str, ...]:
 
 
 def arrays_of(config: Config, embedder: "Embedder") -> dict[str, list[int]]:
-    """{array: shape of one (i, v)}: what is kept, and of local crops what is a vector."""
+    """{array: shape of one (i, v)} of the outputs to store; of local views, only the outputs that are vectors."""
     arrays = {name: list(embedder.shapes[name]) for name in outputs_to_keep(config)}
     if config.local_views:
         arrays |= {f"local_{n}": arrays[n] for n in ("embedding", "projection") if n in arrays}
@@ -293,7 +326,7 @@ def arrays_of(config: Config, embedder: "Embedder") -> dict[str, list[int]]:
 
 
 def open_images(config: Config) -> "Dataset":
-    """The images as they are listed now."""
+    """The data set as it is now: files are listed again at every call."""
     from compress_ssl.pipeline.datasets import DATASETS
 
     dataset = DATASETS.build(config.data)
@@ -301,21 +334,21 @@ def open_images(config: Config) -> "Dataset":
 
 
 def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dataset") -> None:
-    """Raises UserError, with what differs, if the store that is there was made from other images."""
+    """Raises Mismatch, with the difference, if the existing store was made from other images."""
     if dataset.fingerprint != earlier["identity"]["data"]["fingerprint"]:
         from compress_ssl.pipeline.store.feature_store import FeatureStore
 
-        unlike = dataset.describe_difference(FeatureStore(open_storage(config.out)).table("sample_id"))
+        difference = dataset.describe_difference(FeatureStore(open_storage(config.out)).table("sample_id"))
         raise artifact.Mismatch(
-            f"{config.out} was made from other images than --data {config.data}: {unlike}. "
-            "Give the same images, choose another --out, or start anew with --overwrite"
+            f"{config.out} was made from other images than --data {config.data}: {difference}. "
+            "Give the same images, choose another --out, or start from scratch with --overwrite"
         )
 
 
 def describe(
     config: Config, dataset: "Dataset", embedder: "Embedder", spec: "ViewSpec"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(identity, about) of the store's manifest: what it is, and what may change."""
+    """(identity, about) of the manifest: the settings that define the store, and those that may change later."""
     from compress_ssl.pipeline.datasets import DATASETS
     from compress_ssl.pipeline.models import MODELS
     from compress_ssl.pipeline.models.embedder import state_digest
@@ -359,7 +392,10 @@ def describe(
 
 
 def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> dict[str, Any]:
-    """Check that all is there and agrees with `other`, list what could not be used, and say what was made."""
+    """Check that the store is complete and agrees with `other`, write bad-images.tsv, and return the summary.
+
+    Raises UserError if the store is incomplete, differs from `other`, or if no image could be decoded.
+    """
     from compress_ssl.pipeline.extraction.provenance import write_bad_images
 
     store.require_complete()
@@ -374,7 +410,7 @@ def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> di
     if len(bad) == store.images:
         raise UserError(
             f"none of the {store.images} images could be used; the first is {bad[0][1]}: {bad[0][2]}. "
-            "Mend the cause, then export again with --overwrite"
+            "Remove the cause, then export again with --overwrite"
         )
     return {
         "summary": text + (f"; {len(bad)} bad images" if bad else ""),

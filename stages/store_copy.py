@@ -1,4 +1,4 @@
-"""`compress store copy SRC DST`: a store, or a part of it, in another place or as another codec."""
+"""`compress store copy SRC DST`: copy a store, or a part of it, to another place or into another codec."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,28 +13,33 @@ from compress_ssl.pipeline.runtime.storage import absolute, open_storage
 
 @dataclass(frozen=True)
 class Config:
-    """Copy a store: push it to a bucket or pull it from there, cut it down, or store it as another codec.
+    """Copy a feature store to or from a bucket, whole or in part, or convert it to another codec.
 
-    Views keep their numbers, so a student sees the pixels the teacher saw. Digests are checked on the way.
-    The same command again continues; more --views is growth.
+    Views keep their numbers, so that a student trains on the same pixels that the teacher embedded. The digest of
+    every array that is read is checked. Running the same command again resumes it; a wider --views adds views.
     """
 
-    src: str = flag(help="a feature store: a folder or a URL", place=True)
-    dst: str = flag(help="where the copy goes: a folder or a URL", place=True)
+    src: str = flag(help="the feature store to copy: a folder or a URL", place=True)
+    dst: str = flag(help="where the copy is written: a folder or a URL", place=True)
     views: str | None = flag(None, "FIRST:END, such as 0:8 or 4:8; FIRST is a multiple of four (default: all)")
-    images: str | None = flag(None, "START:END[:STEP], or a file with a sample id a line (default: all)")
-    codec: str | None = flag(None, "int8, float16, float32, pq:M, +zstd behind any (default: as it is)")
+    images: str | None = flag(None, "START:END[:STEP], or a text file with one sample id per line (default: all)")
+    codec: str | None = flag(
+        None, "codec of the copy: int8, float16, float32, pq:M, each also +zstd (default: unchanged)"
+    )
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Copy what is missing. Returns {"summary", "store", "fingerprint", "images", "views"}."""
+    """Copy the missing shards. Returns {"summary", "store", "fingerprint", "images", "views"}.
+
+    Raises UserError if the source lacks a requested part, or if DST holds something else.
+    """
     from compress_ssl.pipeline.runtime import artifact
     from compress_ssl.pipeline.runtime.lease import Lease
     from compress_ssl.pipeline.store import copy
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     if absolute(config.src) == absolute(config.dst):
-        raise UserError(f"{config.src} cannot be copied onto itself; name another place")
+        raise UserError(f"{config.src} cannot be copied onto itself; give another DST")
     source = FeatureStore(open_storage(config.src))
     views = copy.parse_views(config.views, source)
     source.require_complete([*views, *source.local])
@@ -42,7 +47,7 @@ def run(config: Config) -> dict[str, Any]:
     rows = copy.parse_images(config.images, read_text, ids)
     identity, about, tables = copy.describe_copy(source, views, rows, copy.codec_of(source, config.codec))
     storage = open_storage(config.dst)
-    artifact.claimed(storage, "store")  # before anything is written there
+    artifact.claimed(storage, "store")  # refuses a folder that holds something else, before anything is written to it
     with Lease(storage) as held:
         target = FeatureStore.create(storage, identity, about, tables, copy.small_files(source, identity["codec"]))
         copy.train_codecs(source, target, rows)
@@ -62,10 +67,10 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def read_text(path: str) -> str:
-    """A file of the user's. Raises UserError if it cannot be read."""
+    """Text of the file given as --images. Raises UserError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(
-            f"--images {path} is neither START:END[:STEP] nor a file that can be read ({problem}); give one of them"
+            f"--images {path} is neither START:END[:STEP] nor a readable text file ({problem}); give one of them"
         ) from None

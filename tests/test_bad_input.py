@@ -365,7 +365,7 @@ NEAR_MISSES = [
     (["EXPORT", "--views", "0"], ["--views is 0", "more than 0"]),
     (["EXPORT", "--limit", "-1"], ["--limit is -1", "more than 0"]),
     (["EXPORT", "--policy", "mocov2"], ["--policy is mocov2", "moco-v2"]),
-    (["EXPORT", "--policy", "none"], ["--policy none has one view", "use --views 1"]),
+    (["EXPORT", "--policy", "none"], ["--policy none defines only view 0", "use --views 1"]),
     (["EXPORT", "--codec", "int9"], ["'int9'", "int8"]),
     (["EXPORT", "--precision", "fp64"], ["--precision is fp64", "fp32, bf16, fp16"]),
     (["EXPORT", "--device", "cdua"], ["--device cdua", "auto, cpu, cuda"]),

@@ -19,7 +19,7 @@ from compress_ssl.pipeline.report.metrics import headline_scores
 from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.stages import distill, evaluate, export_teacher, label_head, menus
+from compress_ssl.stages import distill, evaluate, export_teacher, label_head, listing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -191,7 +191,7 @@ def test_the_option_head_is_required_and_its_digest_is_no_option() -> None:
         PROTOCOLS.build("classifier")
     with pytest.raises(UserError, match="has no key 'digest'"):
         PROTOCOLS.build("classifier:head=a,digest=b")
-    assert "    head=...\n" in menus.run(menus.Protocols())["summary"] + "\n"
+    assert "    head=...\n" in listing.run(listing.Protocols())["summary"] + "\n"
 
 
 # ---------------------------------------------------------------- the command

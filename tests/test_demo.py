@@ -1,4 +1,4 @@
-"""The demo: its teacher is what it says, and the three stages end in the table."""
+"""The demo: its teacher has the documented weights and size, and the three stages end in the table."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
 from compress_ssl.stages import demo
 
 FILE = "154b42cf8b96c1231fd461cf2f526ea5cf889b32a2e8a2d5520e79605695e037"  # SHA-256 of digits.safetensors
-TENSORS = "82b82763719e3f9c5e90ff4ed7040ded9c481b2a8ac2f34cfe0210277711c06f"  # what manifests call its weights
+TENSORS = "82b82763719e3f9c5e90ff4ed7040ded9c481b2a8ac2f34cfe0210277711c06f"  # digest of its weights in manifests
 
 A, B = demo.STUDENTS
 NAMES = ["teacher", A, B, f"{A}, untrained", f"{B}, untrained", "raw pixels"]
@@ -27,7 +27,7 @@ def parameters(spec: str) -> int:
     return sum(p.numel() for p in build(spec, image_size=demo.SIZE).backbone.parameters())
 
 
-def test_the_teachers_weights_are_the_ones_trained_and_fill_it_exactly() -> None:
+def test_the_weights_file_of_the_teacher_is_unchanged_and_holds_every_parameter() -> None:
     assert WEIGHTS.stat().st_size <= 1_000_000
     assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == FILE
     teacher = build(demo.TEACHER, pretrained_default=True)
@@ -46,7 +46,7 @@ def test_students_have_a_tenth_of_the_teachers_parameters_and_at_most_32_dimensi
 class Made(NamedTuple):
     out: Path
     result: dict[str, Any]
-    said: str
+    stderr: str
 
     def column(self, key: str) -> dict[str, float]:
         return {row["name"]: row[key] for row in self.result["rows"]}
@@ -54,14 +54,14 @@ class Made(NamedTuple):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """The demo in small: one epoch, two views."""
-    out, said = tmp_path_factory.mktemp("demo"), io.StringIO()
-    with contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+    """A small demo: one epoch and two views."""
+    out, stderr = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "VIEWS", 2)
-        return Made(out, demo.run(demo.Config(out=out, epochs=1)), said.getvalue())
+        return Made(out, demo.run(demo.Config(out=out, epochs=1)), stderr.getvalue())
 
 
-def test_it_ends_with_teacher_students_their_untrained_selves_and_raw_pixels(made: Made) -> None:
+def test_the_table_lists_the_teacher_the_students_trained_and_untrained_and_raw_pixels(made: Made) -> None:
     assert [row["name"] for row in made.result["rows"]] == NAMES
     lines = made.result["summary"].splitlines()
     assert [line[: len(name)] for line, name in zip(lines[2:], NAMES, strict=False)] == NAMES
@@ -69,18 +69,18 @@ def test_it_ends_with_teacher_students_their_untrained_selves_and_raw_pixels(mad
     assert lines[-1] == f"demo made in {lines[-1].partition(' in ')[2].partition(':')[0]}: {made.out}"
 
 
-def test_every_page_it_names_is_there(made: Made) -> None:
+def test_every_report_named_in_the_summary_exists(made: Made) -> None:
     pages = [line.split("  ")[0] for line in made.result["summary"].splitlines() if ".html" in line]
     assert len(pages) == len(NAMES) + 1
     assert all(Path(page).stat().st_size > 10_000 for page in pages)
 
 
-def test_the_commands_it_says_are_ones_a_user_can_type(made: Made) -> None:
-    said = [shlex.split(line[2:]) for line in made.said.splitlines() if line.startswith("$ ")]
-    assert [words[1] for words in said] == ["export-teacher", "distill", *["evaluate"] * len(NAMES), "compare"]
-    for _, name, *flags in said:
+def test_the_printed_commands_can_be_typed_by_a_user(made: Made) -> None:
+    commands = [shlex.split(line[2:]) for line in made.stderr.splitlines() if line.startswith("$ ")]
+    assert [words[1] for words in commands] == ["export-teacher", "distill", *["evaluate"] * len(NAMES), "compare"]
+    for _, name, *flags in commands:
         where, summary = cli.COMMANDS[name]
-        cli._command(name, where, summary).make_context(name, flags)  # raises for a flag that there is not
+        cli._command(name, where, summary).make_context(name, flags)  # raises for an unknown flag
 
 
 def test_the_teacher_groups_digits_better_than_raw_pixels_do(made: Made) -> None:
@@ -111,14 +111,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_the_same_command_again_runs_no_stage(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "make", None)
+    monkeypatch.setattr(demo, "run_stages", None)
     again = demo.run(demo.Config(out=made.out, epochs=1))
     assert again["rows"] == made.result["rows"]
     assert again["summary"].splitlines()[-1] == f"demo is finished already: {made.out}"
 
 
 @pytest.mark.usefixtures("small")
-def test_a_demo_with_other_epochs_or_a_folder_of_somebody_else_is_refused(made: Made, tmp_path: Path) -> None:
+def test_a_demo_with_other_epochs_and_a_folder_with_other_files_are_refused(made: Made, tmp_path: Path) -> None:
     with pytest.raises(Mismatch, match="epochs is 1.0 there, 2.0 asked"):
         demo.run(demo.Config(out=made.out, epochs=2))
     (tmp_path / "thesis.txt").write_text("mine")
@@ -127,22 +127,22 @@ def test_a_demo_with_other_epochs_or_a_folder_of_somebody_else_is_refused(made: 
 
 
 @pytest.mark.usefixtures("small")
-def test_a_page_that_is_gone_is_made_again(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deleted_report_is_written_again(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     page = made.out / "pixels" / "report.html"
     content = page.read_bytes()
 
-    def make(out: Path, epochs: float) -> list[dict[str, Any]]:
+    def run_stages(out: Path, epochs: float) -> list[dict[str, Any]]:
         page.write_bytes(content)
         return made.result["rows"]
 
     page.unlink()
-    monkeypatch.setattr(demo, "make", make)
+    monkeypatch.setattr(demo, "run_stages", run_stages)
     assert "made in" in demo.run(demo.Config(out=made.out, epochs=1))["summary"]
     assert page.exists()
 
 
 @pytest.mark.soak
-def test_the_whole_demo_teaches_both_students_to_group_digits(tmp_path: Path) -> None:
+def test_the_full_demo_trains_both_students_to_cluster_digits(tmp_path: Path) -> None:
     result = demo.run(demo.Config(out=tmp_path))
     cluster, mean = ({row["name"]: row[key] for row in result["rows"]} for key in ("cluster", "cluster_mean"))
     nn = {row["name"]: row["nn"] for row in result["rows"]}

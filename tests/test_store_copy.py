@@ -142,8 +142,8 @@ def test_a_student_of_a_partial_copy_sees_the_pixels_that_the_teacher_saw(
             original = 2 * row + 1
             shown = view_dataset.load(ViewRequest(np.array([original]), np.array([[view]])))
             assert torch.equal(view_batch.pixels[0][j], shown.pixels[0][0])
-            taught = self.batches.read_features(torch.tensor([row]), torch.from_numpy(teacher[j, :1])).numpy()
-            np.testing.assert_array_equal(taught[0], src.read("embedding", view)[original])
+            stored = self.batches.read_features(torch.tensor([row]), torch.from_numpy(teacher[j, :1])).numpy()
+            np.testing.assert_array_equal(stored[0], src.read("embedding", view)[original])
             seen.append((original, view))
         return step(self, number, view_batch, measure)
 
