@@ -14,7 +14,7 @@ from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.models.network import Network
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.training import checkpoint
 from compress_ssl.pipeline.training.learner import Learner
 from compress_ssl.pipeline.training.schedule import Schedule

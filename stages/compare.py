@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from compress_ssl.pipeline.distributed import launch
 from compress_ssl.pipeline.runtime import artifact, launch_env
-from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, to_flags
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import require_free
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.extraction.cluster import parse_scheduler
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.registry import did_you_mean

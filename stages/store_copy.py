@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import format_bytes
 from compress_ssl.pipeline.runtime.progress import progress_bar
 from compress_ssl.pipeline.runtime.storage import absolute, open_storage

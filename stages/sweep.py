@@ -15,8 +15,8 @@ from typing import Any
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.storage import open_storage

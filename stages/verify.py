@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, one_of, require
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.runtime.lease import require_free
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar

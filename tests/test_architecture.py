@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.registry import Registry
 
 # ---------------------------------------------------------------- the rules

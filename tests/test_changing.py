@@ -15,7 +15,7 @@ from compress_ssl.pipeline.datasets.base import content_hash
 from compress_ssl.pipeline.datasets.decode import BROKEN, UNREADABLE
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 from compress_ssl.pipeline.extraction import embed as embedding
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.stages.export_teacher import Config, run

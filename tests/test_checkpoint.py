@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training import checkpoint
 

@@ -16,7 +16,7 @@ from compress_ssl.pipeline.evaluators.results import Results
 from compress_ssl.pipeline.models import linear_head
 from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.report.metrics import headline_scores
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.stages import distill, evaluate, export_teacher, label_head, listing

@@ -16,7 +16,7 @@ from distributed import LocalCluster
 from PIL import Image
 
 from compress_ssl.pipeline.extraction.cluster import parse_scheduler
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.stages.export_teacher import Config, run

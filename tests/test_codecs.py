@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store.codecs import CODECS, Codec, build_codec
 
 NORMAL = float(np.finfo(np.float32).tiny)

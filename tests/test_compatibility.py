@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.views.augment import ViewSpec

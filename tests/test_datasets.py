@@ -18,7 +18,7 @@ from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.datasets.base import Dataset, content_hash
 from compress_ssl.pipeline.datasets.decode import BROKEN, NOT_AN_IMAGE, UNREADABLE, BadImage
 from compress_ssl.pipeline.datasets.folder import SUFFIXES, Folder, escape
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

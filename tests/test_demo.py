@@ -13,7 +13,8 @@ import safetensors.torch
 from compress_ssl import cli
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.networks.digits import WEIGHTS
-from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime.artifact import Mismatch
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.stages import demo
 
 FILE = "154b42cf8b96c1231fd461cf2f526ea5cf889b32a2e8a2d5520e79605695e037"  # SHA-256 of digits.safetensors

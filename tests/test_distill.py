@@ -26,7 +26,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.models.embedder import Embedder
-from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime.artifact import Mismatch
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.jsonl import read_jsonl
 from compress_ssl.pipeline.runtime.lease import Lease
 from compress_ssl.pipeline.runtime.signals import Interrupted

@@ -33,8 +33,8 @@ from test_distill import (
 from compress_ssl.pipeline.datasets.digits import Digits
 from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.models import linear_head
-from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import to_flags
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore, Shard, done_key
 from compress_ssl.pipeline.training import checkpoint

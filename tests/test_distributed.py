@@ -22,8 +22,8 @@ from torch import Tensor, distributed, nn
 from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods import dogo
 from compress_ssl.pipeline.runtime import device, launch_env, signals
-from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.config import to_flags
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.jsonl import read_jsonl as read_journal
 from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.training import trainer

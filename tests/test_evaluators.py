@@ -19,7 +19,7 @@ from compress_ssl.pipeline.evaluators.base import Evaluator, Result, Split, per_
 from compress_ssl.pipeline.evaluators.cluster import count_shared_images, match_clusters, score_assignments
 from compress_ssl.pipeline.evaluators.linear import LinearProbe, whitening_statistics
 from compress_ssl.pipeline.report.metrics import headline_scores
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.search import exact, kmeans
 from compress_ssl.stages import evaluate
 

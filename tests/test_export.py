@@ -19,7 +19,8 @@ from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 from compress_ssl.pipeline.extraction.embed import embed
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.models import build
-from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime.artifact import Mismatch
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.codecs import CODECS
 from compress_ssl.pipeline.store.feature_store import FeatureStore

@@ -18,7 +18,7 @@ from compress_ssl.pipeline.methods.base import MethodContext
 from compress_ssl.pipeline.models import build, heads
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.network import Network
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import teacher_heads
 from compress_ssl.pipeline.store.feature_store import FeatureStore

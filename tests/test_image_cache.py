@@ -12,7 +12,8 @@ from PIL import Image
 from compress_ssl.pipeline.datasets import image_cache
 from compress_ssl.pipeline.datasets.decode import BadImage
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
-from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime.artifact import Mismatch
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.stages import distill, export_teacher
 
 

@@ -10,7 +10,7 @@ from compress_ssl.pipeline.datasets import image_cache
 from compress_ssl.pipeline.datasets.digits import Digits
 from compress_ssl.pipeline.evaluators import scored_model
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.stages import distill, evaluate, export_teacher, inspect, label_head, verify

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from compress_ssl.pipeline.runtime import artifact, lease
-from compress_ssl.pipeline.runtime.artifact import LEASE, UserError
+from compress_ssl.pipeline.runtime.artifact import LEASE
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import Lease
 from compress_ssl.pipeline.runtime.storage import Folder, Storage, open_storage
 from compress_ssl.pipeline.store import integrity

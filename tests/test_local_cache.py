@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from object_store import FAULTS, Server
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.object_store import Bucket
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import local_cache

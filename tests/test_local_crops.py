@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.jsonl import read_jsonl as read_journal
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import integrity

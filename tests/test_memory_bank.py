@@ -12,7 +12,7 @@ from torch import Tensor
 from compress_ssl.pipeline.methods.base import MethodContext, bank_size, initial_rows
 from compress_ssl.pipeline.methods.memory_bank import MemoryBank
 from compress_ssl.pipeline.models.precision import l2_normalize
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 
 def feature(rows: Tensor, views: Tensor, array: str = "embedding") -> Tensor:

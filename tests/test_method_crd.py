@@ -26,7 +26,7 @@ from papers import (
 
 from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import MethodContext
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 K, TAU = 7, 0.07
 

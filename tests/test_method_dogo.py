@@ -19,7 +19,7 @@ from papers import (
 )
 
 from compress_ssl.pipeline.methods import METHODS
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 Views = tuple[list[list[float]], list[list[float]]]
 """Projections of the images' first views and of their second views, [image][dimension] each."""

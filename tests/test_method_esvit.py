@@ -27,7 +27,7 @@ from papers import (
 from torch import Tensor
 
 from compress_ssl.pipeline.methods import METHODS
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 ARRAYS = ("embedding", "regions")
 TAU_T, TAU_S = 0.3, 0.5

@@ -21,7 +21,7 @@ from papers import (
     take_step,
 )  # fmt: skip
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.numbering import LOCAL
 
 FULL = ("embedding", "projection", "local_embedding", "local_projection")

@@ -25,7 +25,7 @@ from papers import (
 
 from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.models.linear_head import LinearHead, save
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 W = 2
 

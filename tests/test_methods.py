@@ -15,7 +15,7 @@ from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.precision import l2_normalize
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 IMAGES, VIEWS, D, SIZE, B = 20, 3, 6, 8, 4
 WIDTHS = {"embedding": (D,)}

@@ -18,7 +18,7 @@ from torch import nn
 
 from compress_ssl.pipeline.models import MODELS, build
 from compress_ssl.pipeline.models.pooling import pool_output
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")

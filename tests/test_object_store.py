@@ -10,7 +10,7 @@ import pytest
 from object_store import FAULTS, Server
 
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.object_store import Bucket
 from compress_ssl.pipeline.runtime.storage import Folder, Storage, absolute, is_url, open_storage
 from compress_ssl.pipeline.store.feature_store import FeatureStore

@@ -1,5 +1,6 @@
 """Module names of the first version, in specs and in users' own files, are translated to the new names."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import Method, MethodContext
 from compress_ssl.pipeline.runtime import old_names
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.import_object import import_object
 
 PLACES = {"pipeline", "stages", "cli"}
@@ -87,6 +88,16 @@ def test_a_users_own_package_of_an_old_name_takes_precedence(tmp_path: Path, mon
     finally:
         for name in ours_loaded():
             del sys.modules[name]
+
+
+def test_every_new_name_in_the_tables_exists() -> None:
+    for old, new in old_names.MOVED.items():
+        assert importlib.import_module(new), old
+    for module, names in old_names.RENAMED.items():
+        for old, new in names.items():
+            place, _, name = new.rpartition(":")
+            where = importlib.import_module(place or str(old_names.new_name(module)))
+            assert hasattr(where, name), f"{module}.{old} leads to {new}, which does not exist"
 
 
 @pytest.mark.parametrize("name", ["pipeline.nowhere", "stages.nothing", "torch.nn"])

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.training.optimizers import make_optimizer
 
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}

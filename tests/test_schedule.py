@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from compress_ssl.pipeline.methods.base import Recipe
 from compress_ssl.pipeline.methods.compress import TwoQueues
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.training.schedule import SCHEDULES, Schedule
 
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress_ssl.pipeline.runtime import artifact, storage
-from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime import artifact, digests, storage
+from compress_ssl.pipeline.runtime.artifact import Mismatch
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import PART, Folder
 
 
@@ -265,9 +266,9 @@ def test_a_later_format_raises_other_format(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_changed_record_does_not_match_its_seal() -> None:
-    record = artifact.sealed({"a": 1})
-    assert artifact.sealed(record) == record
-    assert artifact.sealed({**record, "a": 2}) != {**record, "a": 2}
+    record = digests.sealed({"a": 1})
+    assert digests.sealed(record) == record
+    assert digests.sealed({**record, "a": 2}) != {**record, "a": 2}
 
 
 # ---------------------------------------------------------------- setting aside
@@ -318,21 +319,21 @@ JSON = st.recursive(
 @given(st.dictionaries(st.text(), JSON, max_size=4))
 def test_a_fingerprint_does_not_depend_on_storage_or_key_order(record: dict[str, Any]) -> None:
     back = json.loads(json.dumps(dict(reversed(record.items())), indent=2))
-    assert artifact.fingerprint(back) == artifact.fingerprint(record)
+    assert digests.fingerprint(back) == digests.fingerprint(record)
     assert artifact.differences(record, back) == []
 
 
 @given(JSON, JSON)
 def test_records_have_the_same_fingerprint_only_if_they_are_equal(a: Any, b: Any) -> None:
-    same = artifact.fingerprint(a) == artifact.fingerprint(b)
-    assert same == (artifact.canonical(a) == artifact.canonical(b))
+    same = digests.fingerprint(a) == digests.fingerprint(b)
+    assert same == (digests.canonical(a) == digests.canonical(b))
     assert bool(artifact.differences({"x": a}, {"x": b})) != same
 
 
 def test_golden_fingerprint_and_manifest(tmp_path: Path) -> None:
     record = {"b": [1, 2.5, None, True], "a": "ü"}
-    assert artifact.canonical(record) == b'{"a":"\\u00fc","b":[1,2.5,null,true]}'
-    assert artifact.fingerprint(record) == GOLDEN_FINGERPRINT
+    assert digests.canonical(record) == b'{"a":"\\u00fc","b":[1,2.5,null,true]}'
+    assert digests.fingerprint(record) == GOLDEN_FINGERPRINT
     artifact.claim(Folder(tmp_path), "run", {"lr": 0.1}, {"steps": 3})
     assert (tmp_path / artifact.MANIFEST).read_text() == GOLDEN_MANIFEST
 

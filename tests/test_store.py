@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_ssl.pipeline.datasets.decode import BROKEN, GOOD, NOT_FINITE, REASONS
-from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime import digests
+from compress_ssl.pipeline.runtime.artifact import Mismatch
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.codecs import CODECS
@@ -340,8 +341,8 @@ def test_golden_shard_and_done_record(tmp_path: Path) -> None:
     status = np.array([0, 0, BROKEN, 0], np.uint8)
     store.write(shard, {"embedding": store.codecs["embedding"].encode(x)}, status, content(0, 4), {2: "truncated"})
     files = tree(tmp_path)
-    digests = {k: artifact.digest(files[f"features.zarr/{k}"]) for k in ("embedding/c/0/0/0", "embedding_scale/c/0/0")}
-    assert digests == GOLDEN_SHARD
+    found = {k: digests.digest(files[f"features.zarr/{k}"]) for k in ("embedding/c/0/0/0", "embedding_scale/c/0/0")}
+    assert found == GOLDEN_SHARD
     assert files["done/0000000.0000-0003.json"].decode() == GOLDEN_RECORD
 
 
@@ -364,9 +365,9 @@ def test_a_done_record_holds_digests_of_rows_as_they_are_stored(tmp_path: Path) 
         for first, stop in spans:
             record = json.loads((tmp_path / done_key(block, first, stop)).read_bytes())
             assert record["rows"] == [rows.start, rows.stop] and record["views"] == [first, stop]
-            assert artifact.sealed(record) == record
-            assert record["status"] == artifact.digest(store.table("status")[rows].tobytes())
-            assert record["content"] == artifact.digest(store.table("content")[rows].tobytes())
+            assert digests.sealed(record) == record
+            assert record["status"] == digests.digest(store.table("status")[rows].tobytes())
+            assert record["content"] == digests.digest(store.table("content")[rows].tobytes())
             stored = [store.stored("embedding", v, rows) for v in range(first, stop)]
             assert record["digest"]["embedding"] == [view_digest(*pair) for pair in stored]
 
@@ -377,7 +378,7 @@ def test_small_files_have_a_second_copy_and_a_digest_in_the_manifest(tmp_path: P
     assert files["copy/manifest.json"] == files["manifest.json"]
     for key, digest in store.about["small"].items():
         assert files[key] == files[f"copy/{key}"]
-        assert artifact.digest(files[key]) == digest
+        assert digests.digest(files[key]) == digest
     assert set(files) == {"manifest.json", *store.about["small"]} | {
         f"copy/{k}" for k in ["manifest.json", *store.about["small"]]
     }

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime.artifact import Mismatch
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, open_storage
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.run import TrainingRun

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compress_ssl.pipeline.datasets.digits import Digits
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.signals import Interrupted
 from compress_ssl.pipeline.training.run import TrainingRun
 from compress_ssl.stages import distill, export_teacher, sweep

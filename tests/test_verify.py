@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime import digests
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard, done_key
@@ -72,7 +72,7 @@ def values(out: Path) -> dict[str, bytes]:
     store.require_complete()
     read = {name: store.table(name) for name in ("sample_id", "label", "view_key", "content", "status")}
     read |= {f"embedding of {view}": store.read("embedding", view) for view in range(store.views)}
-    manifest = artifact.canonical([store.identity, store.about])
+    manifest = digests.canonical([store.identity, store.about])
     return {**{name: str(part.tolist()).encode() for name, part in read.items()}, "manifest": manifest}
 
 

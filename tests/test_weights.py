@@ -24,7 +24,7 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.selection import CheckpointFormat, Selection, matches
 from compress_ssl.pipeline.models.torchvision import resized
 from compress_ssl.pipeline.models.weights import load, read
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 CNN = "torchvision:shufflenet_v2_x0_5"
 VIT = "timm:vit_tiny_patch16_224,depth=2"

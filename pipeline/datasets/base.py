@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from compress_ssl.pipeline.runtime.artifact import fingerprint
+from compress_ssl.pipeline.runtime.digests import fingerprint
 
 
 class Dataset(ABC):

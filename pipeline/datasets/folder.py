@@ -10,7 +10,7 @@ import numpy as np
 
 from compress_ssl.pipeline.datasets.base import Dataset, content_hash
 from compress_ssl.pipeline.datasets.decode import TOO_LARGE, UNREADABLE, BadImage, decode
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .ico .tga".split()

@@ -16,8 +16,9 @@ import numpy as np
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD, REASONS, UNREADABLE, BadImage
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import Mismatch, UserError
+from compress_ssl.pipeline.runtime.artifact import Mismatch
 from compress_ssl.pipeline.runtime.device import available_cores
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 
 KIND = "decoded images"  # the kind in the manifest of a cache folder

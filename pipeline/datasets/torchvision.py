@@ -10,7 +10,7 @@ from PIL import Image
 
 from compress_ssl.pipeline.datasets.base import Dataset, content_hash
 from compress_ssl.pipeline.datasets.decode import BROKEN, BadImage, to_rgb
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 
 

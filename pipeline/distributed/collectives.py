@@ -19,8 +19,8 @@ from torch import Tensor, distributed, nn
 
 from compress_ssl.pipeline.distributed import launch
 from compress_ssl.pipeline.runtime import launch_env
-from compress_ssl.pipeline.runtime.artifact import UserError
 from compress_ssl.pipeline.runtime.device import choose_device
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.signals import Interrupted, StopRequest
 
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 saves or evaluates --val; gloo detects a lost rank sooner

@@ -12,7 +12,7 @@ import numpy as np
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.evaluators.results import Result
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 __all__ = ["AugmentedFeatures", "Evaluator", "Result", "Split", "per_class", "percent", "require_labels"]
 

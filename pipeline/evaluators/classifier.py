@@ -20,8 +20,8 @@ from compress_ssl.pipeline.evaluators.base import (
 )
 from compress_ssl.pipeline.models import linear_head
 from compress_ssl.pipeline.models.linear_head import LinearHead
-from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime import digests
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 
 BLOCK = 4096  # images at a time: (4096, H) logits are 16 MB for 1000 classes
@@ -48,7 +48,7 @@ class Classifier(Evaluator):
     def __post_init__(self) -> None:
         linear = linear_head.load(self.head)
         object.__setattr__(self, "linear", linear)
-        object.__setattr__(self, "digest", artifact.digest(linear_head.to_bytes(linear)))
+        object.__setattr__(self, "digest", digests.digest(linear_head.to_bytes(linear)))
 
     @property
     def model_digest(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from compress_ssl.pipeline.evaluators.base import AugmentedFeatures, Evaluator, Result, Split, percent
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.search import exact, kmeans
 
 

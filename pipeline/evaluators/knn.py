@@ -15,7 +15,7 @@ from compress_ssl.pipeline.evaluators.base import (
     percent,
     require_labels,
 )
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.search import exact
 
 VOTE_ROWS = 1024  # validation images per block of votes: (1024, C) float64 is 8 MB for 1000 classes

@@ -18,7 +18,7 @@ from compress_ssl.pipeline.evaluators.base import (
     percent,
     require_labels,
 )
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.search import exact
 
 if TYPE_CHECKING:

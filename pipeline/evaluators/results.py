@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime import digests
 from compress_ssl.pipeline.runtime.storage import Folder
 
 
@@ -95,4 +95,4 @@ def _file_name(evaluator: Any) -> str:
     """
     computed = {field.name for field in fields(evaluator) if not field.init}
     given = {name: value for name, value in _options(evaluator).items() if name not in computed}
-    return f"{evaluator.name}-{artifact.fingerprint(given)[:12]}"
+    return f"{evaluator.name}-{digests.fingerprint(given)[:12]}"

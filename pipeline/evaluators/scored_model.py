@@ -15,7 +15,7 @@ from compress_ssl.pipeline.extraction.teacher import load_live_teacher
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, open_storage
 from compress_ssl.pipeline.store import source_images
 from compress_ssl.pipeline.store.feature_store import FeatureStore

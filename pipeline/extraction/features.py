@@ -11,7 +11,7 @@ from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.precision import autocast
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest, iterate_views
 

@@ -22,7 +22,7 @@ from compress_ssl.pipeline.methods.memory_bank import MemoryBank, Read
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.runtime import philox
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

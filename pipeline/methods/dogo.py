@@ -20,7 +20,7 @@ from compress_ssl.pipeline.methods.base import (
     require_positive,
 )
 from compress_ssl.pipeline.models.precision import at_least_float32, l2_normalize
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 RECIPE = Recipe(optimizer="adam", lr=3e-4, weight_decay=1e-6, batch_size=256, epochs=1000, schedule="constant")
 """The released code's settings. Its cosine schedule has a final rate equal to the first, so it is constant."""

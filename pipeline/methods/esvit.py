@@ -26,7 +26,7 @@ from compress_ssl.pipeline.methods.similarity import relation_cross_entropy
 from compress_ssl.pipeline.models import heads
 from compress_ssl.pipeline.models.moving_average import move
 from compress_ssl.pipeline.models.precision import at_least_float32, l2_normalize
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 LOCAL = ("local_embedding", "local_regions")
 """Student outputs of the local crops."""

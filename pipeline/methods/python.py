@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_ssl.pipeline.methods.base import Method, MethodContext
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.import_object import import_object
 from compress_ssl.pipeline.runtime.registry import convert, did_you_mean, literal
 

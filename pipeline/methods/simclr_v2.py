@@ -12,7 +12,7 @@ from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext, Nee
 from compress_ssl.pipeline.models import linear_head
 from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.models.precision import at_least_float32
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 
 class SimClrV2(Method):

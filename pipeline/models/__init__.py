@@ -6,7 +6,7 @@ here or in networks/, and one line in MODELS.
 
 from typing import TYPE_CHECKING
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.registry import Registry
 
 if TYPE_CHECKING:

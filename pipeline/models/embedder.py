@@ -11,7 +11,7 @@ from compress_ssl.pipeline.models import heads, regions
 from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.models.pooling import Pool, pool_output
 from compress_ssl.pipeline.models.selection import State
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
 
 T = TypeVar("T")

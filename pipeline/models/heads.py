@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 Tensors = Mapping[str, Tensor]
 _LAYER = re.compile(r"^(?:(?P<head>.*?)\.)?(?:mlp\.)?(?P<number>\d+)\.(?P<kind>[a-z_]+)$")  # `fc.0.weight`

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compress_ssl.pipeline.models import weights
 from compress_ssl.pipeline.models.precision import at_least_float32, l2_normalize
 from compress_ssl.pipeline.runtime import philox
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 
 MIN_DEVIATION = 1e-2

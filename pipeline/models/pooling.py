@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 Pool = Literal["auto", "avg", "cls", "max", "none"]
 """Values of the option pool=. `auto`: mean of a map, vectors unchanged. `cls`: first token. `none`: flatten."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.models.network import Network
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.import_object import describe_with_location, import_object
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing

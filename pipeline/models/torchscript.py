@@ -8,7 +8,7 @@ import torch
 
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.models.network import Network
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
 

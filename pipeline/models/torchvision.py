@@ -11,7 +11,7 @@ from torchvision.models.vision_transformer import VisionTransformer, interpolate
 from compress_ssl.pipeline.models.factory import ModelOptions, build_error, model_kind, safe_name
 from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.models.selection import CheckpointFormat, State
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 

@@ -18,15 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.models.selection import (
-    CheckpointFormat,
-    Selection,
-    State,
-    compare,
-    describe_misfit,
-    matches,
-)
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.models.selection import CheckpointFormat, Selection, State, compare, describe_misfit, matches
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 
 ALIGNMENT = 8

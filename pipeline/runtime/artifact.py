@@ -1,17 +1,17 @@
-"""Artifacts: folders described by a manifest.json. Canonical JSON and digests, manifests, claiming, moving aside.
+"""Artifacts: folders described by a manifest.json, how they are claimed, compared and moved aside.
 
 manifest.json = {"format", "kind", "identity", "about", "digest"}. A command continues a folder whose `kind` and
 `identity` equal its own and refuses any other; `about` may change (paths, extents that grow). `digest` is the
 fingerprint of the other four entries and reveals damage.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress_ssl.pipeline.runtime.digests import canonical, fingerprint
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, Storage, is_url, open_storage
 
@@ -33,30 +33,6 @@ class Mismatch(UserError):
 
 class OtherFormat(UserError):
     """The manifest was written by a version of compress that uses another format."""
-
-
-def canonical(record: Any) -> bytes:
-    """Canonical JSON: sorted keys and no spaces, so that equal records give equal bytes. NaN raises ValueError."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def fingerprint(record: Any) -> str:
-    """BLAKE2b-128 of a record's canonical JSON, as 32 hexadecimal digits."""
-    return hashlib.blake2b(canonical(record), digest_size=16).hexdigest()
-
-
-def digest(data: Any) -> str:
-    """BLAKE2b-128 of bytes or of a contiguous array's memory, as 32 hexadecimal digits."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with `seal`, the fingerprint of its other entries.
-
-    A record that was read is undamaged if `sealed(record) == record`.
-    """
-    rest = {key: value for key, value in record.items() if key != "seal"}
-    return {**rest, "seal": fingerprint(rest)}
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

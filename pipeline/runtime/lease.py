@@ -14,7 +14,8 @@ import threading
 import time
 from typing import Any
 
-from compress_ssl.pipeline.runtime.artifact import LEASE, canonical
+from compress_ssl.pipeline.runtime.artifact import LEASE
+from compress_ssl.pipeline.runtime.digests import canonical
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.process import RUNNING, machine_id, start_time
 from compress_ssl.pipeline.runtime.progress import echo

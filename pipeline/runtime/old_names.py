@@ -66,6 +66,10 @@ def _moved() -> dict[str, str]:
 MOVED: Mapping[str, str] = _moved()
 
 _NEW_NAMES = {
+    "artifact": (
+        "UserError=runtime.errors:UserError canonical=runtime.digests:canonical "
+        "fingerprint=runtime.digests:fingerprint digest=runtime.digests:digest"
+    ),
     "bank": (
         "single=models.precision:at_least_float32 unit=models.precision:l2_normalize "
         "MemoryBank=methods.version1:MemoryBank"
@@ -95,10 +99,13 @@ _NEW_NAMES = {
     "ranks": (
         "size=world_size averaged=wrap_ddp synchronised=convert_sync_batchnorm mean=all_reduce_mean "
         "largest=all_reduce_max told=broadcast in_turn=rank_zero_first together=process_group "
-        "attempt=agree_on_attempt device=rank_device Stop=SharedStopRequest PATIENCE=TIMEOUT "
-        "LAST_WORDS=ERROR_GRACE"
+        "attempt=agree_on_attempt device=rank_device Stop=SharedStopRequest PATIENCE=TIMEOUT"
     ),
-    "weights": "Dialect=CheckpointFormat Choice=Selection spell=to_bytes",
+    "similarity": "FAINT=EXP_FLOOR MILD=MIN_TEMPERATURE_WITHOUT_MAX",
+    "weights": (
+        "Dialect=models.selection:CheckpointFormat Choice=models.selection:Selection Fit=models.selection:Fit "
+        "spell=to_bytes"
+    ),
 }
 """{old module of `pipeline`: changed names that a user's own method or model may import}, as old=new, or as
 old=module:new if the object is in another module now."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 
 Metric = Literal["l2", "dot", "cosine"]

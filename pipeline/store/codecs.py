@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 CENTROIDS = 256  # per part of a product quantiser: as many as the one byte of a code can number
 PART_WIDTH = 4  # largest number of dimensions of a part; wider parts cost time and gain nothing, docs/codecs.md

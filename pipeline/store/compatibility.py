@@ -6,7 +6,8 @@ import numpy as np
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD
-from compress_ssl.pipeline.runtime.artifact import MANIFEST, UserError, differences
+from compress_ssl.pipeline.runtime.artifact import MANIFEST, differences
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 CLOCK_TOLERANCE = 2.0  # seconds by which the clocks of the two file systems, of images and store, may differ

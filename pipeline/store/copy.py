@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from compress_ssl.pipeline.datasets.decode import GOOD
-from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime import digests
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Storage, absolute
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.codecs import build_codec
@@ -39,14 +39,14 @@ def describe_copy(
     about["copied"] = {"from": absolute(str(source.storage)), "store": source.fingerprint}
     if len(rows) < source.images:
         names = [classes[y] if y >= 0 else None for y in columns["label"].tolist()]
-        identity["data"] = {"fingerprint": artifact.fingerprint([ids, names]), "images": len(rows)}
+        identity["data"] = {"fingerprint": digests.fingerprint([ids, names]), "images": len(rows)}
         about["data"] = {**source.about["data"], "selected": True}
         new_row = {int(i): j for j, i in enumerate(rows)}
         probes = source.about.get("pixels", {})
         about["pixels"] = {str(new_row[int(i)]): digest for i, digest in probes.items() if int(i) in new_row}
     identity["codec"] = form
     if identity != source.identity:
-        identity["parent"] = {"store": source.fingerprint, "images": artifact.fingerprint(ids)}
+        identity["parent"] = {"store": source.fingerprint, "images": digests.fingerprint(ids)}
     return identity, about, {**columns, "sample_id": ids}
 
 

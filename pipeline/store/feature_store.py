@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from compress_ssl.pipeline.datasets.decode import GOOD
-from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime import artifact, digests
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, Storage
 from compress_ssl.pipeline.store.codecs import Trained
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK, array_layouts, table_files, zarr_metadata
@@ -59,7 +59,7 @@ class FeatureStore(StoreReader):
             layouts = array_layouts(identity, array_codecs(identity))
             small = zarr_metadata(layouts, identity["data"]["images"], _views_of_arrays(identity, about["views"]))
             small |= table_files(tables) | files
-            about = {**about, "small": {key: artifact.digest(data) for key, data in small.items()}}
+            about = {**about, "small": {key: digests.digest(data) for key, data in small.items()}}
             artifact.claim(storage, "store", identity, about)
             cls(storage)._put_small_files(small)
             return cls(storage)
@@ -134,30 +134,30 @@ class FeatureStore(StoreReader):
         stale: set[int] = set()
         if earlier:
             status, bad, stale = self._join_earlier(shard, earlier, status, content, bad)
-        digests = {}
+        digests_by_views = {}
         for first in sorted({v - v % VIEW_BLOCK for v in shard.views} | stale):
             views = self._block_of(first)
-            digests[views] = self._write_view_block(shard, views, features, status == GOOD)
+            digests_by_views[views] = self._write_view_block(shard, views, features, status == GOOD)
         self._put_chunk("status", (shard.block,), status)
         self._put_chunk("content", (shard.block,), content)
         # After the data: a crash in between costs a shard, but no done record describes data that are not there.
         rows = {
             "rows": [shard.start, shard.stop],
             "bad": {str(i): why for i, why in sorted(bad.items())},
-            "status": artifact.digest(status.tobytes()),
-            "content": artifact.digest(content.tobytes()),
+            "status": digests.digest(status.tobytes()),
+            "content": digests.digest(content.tobytes()),
         }
-        for views, digest in digests.items():
-            record = {**rows, "views": [views.start, views.stop], "digest": digest}
+        for views, view_digests in digests_by_views.items():
+            record = {**rows, "views": [views.start, views.stop], "digest": view_digests}
             self._put_done_record(shard.block, views, record, earlier)
-        return [(views.start, views.stop) for views in digests]
+        return [(views.start, views.stop) for views in digests_by_views]
 
     def _put_done_record(
         self, block: int, views: range, record: Mapping[str, Any], earlier: Sequence[tuple[int, int]]
     ) -> None:
         """Write a done record, then delete the earlier records of the same view block with another number of views."""
-        sealed = artifact.sealed(record)
-        self.storage.put(done_key(block, views.start, views.stop), artifact.canonical(sealed) + b"\n")
+        sealed = digests.sealed(record)
+        self.storage.put(done_key(block, views.start, views.stop), digests.canonical(sealed) + b"\n")
         for first, stop in earlier:
             if first == views.start and stop != views.stop:
                 self.storage.delete(done_key(block, first, stop))
@@ -169,7 +169,7 @@ class FeatureStore(StoreReader):
 
         good: (rows,) bool. A bad image is zero in all views, whichever view it was found bad in.
         """
-        digests: dict[str, list[str]] = {}
+        view_digests: dict[str, list[str]] = {}
         block = (shard.block, view_column(views.start) // VIEW_BLOCK)
         for name in self.arrays_of(views.start):
             stored, scale = self._merge(name, shard, views, features[name])
@@ -179,10 +179,10 @@ class FeatureStore(StoreReader):
             self._put_chunk(name, block, stored)
             if scale is not None:
                 self._put_chunk(f"{name}_scale", block, scale)
-            digests[name] = [
+            view_digests[name] = [
                 view_digest(stored[:, j], None if scale is None else scale[:, j]) for j in range(len(views))
             ]
-        return digests
+        return view_digests
 
     def _join_earlier(
         self,
@@ -208,7 +208,7 @@ class FeatureStore(StoreReader):
         status = np.maximum(self._read_array("status", rows), status)
         records = {span: self.record(shard.block, *span) for span in earlier}
         bad_earlier = {int(i): why for record in records.values() for i, why in record["bad"].items()}
-        now = artifact.digest(status.tobytes())
+        now = digests.digest(status.tobytes())
         return status, {**bad, **bad_earlier}, {span[0] for span in earlier if records[span]["status"] != now}
 
     def _merge(self, name: str, shard: Shard, views: range, new: Stored) -> Stored:
@@ -256,8 +256,8 @@ class FeatureStore(StoreReader):
 
     def _register(self, about: Mapping[str, Any], small: Mapping[str, bytes]) -> None:
         """Write a manifest with the digests of further small files, which exist already, then their second copies."""
-        digests = {**about["small"], **{key: artifact.digest(data) for key, data in small.items()}}
-        self.manifest = artifact.write(self.storage, "store", self.identity, {**about, "small": digests})
+        known = {**about["small"], **{key: digests.digest(data) for key, data in small.items()}}
+        self.manifest = artifact.write(self.storage, "store", self.identity, {**about, "small": known})
         self.about = self.manifest["about"]
         self._put_copies(small)
 
@@ -289,7 +289,7 @@ class FeatureStore(StoreReader):
     def append_history(self, event: Mapping[str, Any]) -> None:
         """Append a line to history.jsonl: who exported when, at what cost. The file is part of no digest."""
         old = self.storage.get(HISTORY) if self.storage.exists(HISTORY) else b""
-        self.storage.put(HISTORY, old + artifact.canonical(event) + b"\n")
+        self.storage.put(HISTORY, old + digests.canonical(event) + b"\n")
 
 
 def _views_of_arrays(identity: Mapping[str, Any], views: int) -> dict[str, int]:

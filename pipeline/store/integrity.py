@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime import artifact, digests
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.feature_store import COPY, FeatureStore
 from compress_ssl.pipeline.store.shards import done_key, view_digest
@@ -55,7 +55,7 @@ def check_small_files(storage: Storage) -> list[Damage]:
     damages = [_restorable(storage, key, expected) for key in MANIFESTS if raw[key] != expected]
     for name, digest in manifest["about"]["small"].items():
         found = {key: _get_or_none(storage, key) for key in (name, f"{COPY}/{name}")}
-        intact = {key: data for key, data in found.items() if data is not None and artifact.digest(data) == digest}
+        intact = {key: data for key, data in found.items() if data is not None and digests.digest(data) == digest}
         source = next(iter(intact.values()), None)
         damages += [_restorable(storage, key, source) for key in found if key not in intact]
     return damages
@@ -110,7 +110,7 @@ def find_fault(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
     try:
         record = store.record(block, *span)
         for name in ("status", "content"):
-            if artifact.digest(np.ascontiguousarray(store.table(name, rows)).tobytes()) != record[name]:
+            if digests.digest(np.ascontiguousarray(store.table(name, rows)).tobytes()) != record[name]:
                 return f"{name} differs from the done record"
         for name in store.arrays_of(span[0]):
             for j, view in enumerate(range(*span)):

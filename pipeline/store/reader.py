@@ -8,7 +8,7 @@ import numpy as np
 
 from compress_ssl.pipeline.datasets.decode import GOOD, REASONS
 from compress_ssl.pipeline.runtime import jsonl
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.layout import GROUP, UNWRITTEN, open_group
 from compress_ssl.pipeline.store.shard_reader import read_view

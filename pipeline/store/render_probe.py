@@ -11,8 +11,8 @@ import numpy as np
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import BadImage
-from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime import digests
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 from compress_ssl.pipeline.views.render import render_views
@@ -26,15 +26,15 @@ def probe_digests(dataset: Dataset, spec: ViewSpec, preprocessing: Preprocessing
 
     Bad images are replaced by the nearest good one of NEAR rows. The view key of an image is its row number.
     """
-    digests: dict[str, str] = {}
+    found: dict[str, str] = {}
     rows = range(len(dataset))
     for candidates in (rows[:NEAR], rows[len(rows) // 2 :][:NEAR], rows[::-1][:NEAR]):
         for i in candidates:
             digest = digest_probe_views(dataset, spec, preprocessing, i, i)
             if digest is not None:
-                digests[str(i)] = digest
+                found[str(i)] = digest
                 break
-    return digests
+    return found
 
 
 def digest_probe_views(dataset: Dataset, spec: ViewSpec, preprocessing: Preprocessing, i: int, key: int) -> str | None:
@@ -45,7 +45,7 @@ def digest_probe_views(dataset: Dataset, spec: ViewSpec, preprocessing: Preproce
         return None
     variates = draw_variates(spec.seed, key, np.array(VIEWS, np.uint64))
     size = [(preprocessing.size, preprocessing.interpolation)]
-    return artifact.digest(render_views(image, spec, variates, VIEWS, size)[0].numpy().tobytes())
+    return digests.digest(render_views(image, spec, variates, VIEWS, size)[0].numpy().tobytes())
 
 
 def require_same_rendering(

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime import artifact, digests
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.codecs import Codec, build_codec
 from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK, ArrayLayout, array_layouts
@@ -94,7 +94,7 @@ class ShardIndex:
 
         It covers the identity alone, so it stays the same when the store is moved or gets more views.
         """
-        return artifact.fingerprint(self.identity)
+        return digests.fingerprint(self.identity)
 
     def done(self) -> dict[int, list[tuple[int, int]]]:
         """{row block: [(first view, one past the last), ...]}, read from the names of the done records."""
@@ -111,7 +111,7 @@ class ShardIndex:
         raw = self.storage.get(done_key(block, first, stop))
         try:
             record = json.loads(raw)
-            intact = artifact.canonical(artifact.sealed(record)) + b"\n" == raw
+            intact = digests.canonical(digests.sealed(record)) + b"\n" == raw
         except (ValueError, AttributeError):  # not JSON, or not a JSON object
             intact = False
         if not intact:
@@ -191,7 +191,7 @@ class ShardIndex:
         layout = self.layouts[name]
         fill = np.full((rows, *layout.shards[2:]), layout.fill, layout.dtype)
         if name in ("status", "content"):
-            return record[name] == artifact.digest(fill.tobytes())
+            return record[name] == digests.digest(fill.tobytes())
         scale = np.zeros(fill.shape[:-1], "<f4") if self.codecs[name].scaled else None
         return set(record["digest"][name]) == {view_digest(fill, scale)}
 
@@ -219,7 +219,7 @@ class ShardIndex:
             data = self.storage.get(read_from or key)
         except FileNotFoundError:
             return None
-        return data if artifact.digest(data) == self.about["small"][key] else None
+        return data if digests.digest(data) == self.about["small"][key] else None
 
     def read_small_file(self, key: str) -> bytes:
         """A small file: Zarr metadata, table, codebook or heads. Raises UserError if it does not fit its digest."""
@@ -265,7 +265,7 @@ def done_key(block: int, first: int, stop: int) -> str:
 
 def view_digest(stored: np.ndarray, scale: np.ndarray | None) -> str:
     """Digest of one view of a shard: of the stored rows followed by their scales, little-endian."""
-    return artifact.digest(stored.tobytes() + (b"" if scale is None else scale.tobytes()))
+    return digests.digest(stored.tobytes() + (b"" if scale is None else scale.tobytes()))
 
 
 def batch_spans(shard: Shard, size: int) -> Iterator[tuple[int, int]]:

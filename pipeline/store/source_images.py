@@ -5,7 +5,7 @@ from typing import Any
 
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.datasets.base import Dataset
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.render_probe import require_same_rendering
 from compress_ssl.pipeline.views.augment import ViewSpec

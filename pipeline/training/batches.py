@@ -11,7 +11,7 @@ from torch import Tensor
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.methods.base import Batch
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.learner import Learner
 from compress_ssl.pipeline.training.prepared_images import PreparedImages

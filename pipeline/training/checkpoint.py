@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import PART, Folder
 
 KEEP = 2  # files step-*.pt to keep: if peers are killed between their saves, the step before is one that all have

@@ -13,7 +13,7 @@ from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import Batch, Method
 from compress_ssl.pipeline.models.precision import autocast
 from compress_ssl.pipeline.runtime import philox
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training import checkpoint, diagnostics
 from compress_ssl.pipeline.training.distillation_module import DistillationModule

@@ -6,7 +6,7 @@ import torch
 from timm.optim import Lars
 from torch import nn
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lars")
 

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 
 

@@ -15,7 +15,7 @@ from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import Needs
 from compress_ssl.pipeline.runtime import philox
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.views.loader import ViewRequest

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 
 SCHEDULES = ("cosine", "step", "constant")
 

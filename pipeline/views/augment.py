@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compress_ssl.pipeline.runtime import philox
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.numbering import LOCAL
 
 _LOG_RATIO = 0.2876820724517809  # ln(4/3): the aspect ratio of a crop is between 3:4 and 4:3

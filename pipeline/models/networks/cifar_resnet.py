@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.models.network import Network
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
 

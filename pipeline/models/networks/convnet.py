@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind
 from compress_ssl.pipeline.models.network import Network
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
 

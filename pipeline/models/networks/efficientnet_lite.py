@@ -11,7 +11,7 @@ from compress_ssl.pipeline.models import weights
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.models.selection import CheckpointFormat
-from compress_ssl.pipeline.runtime.artifact import UserError
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 _SIZES = (224, 240, 260, 280, 300)
