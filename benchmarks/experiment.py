@@ -1,4 +1,4 @@
-"""What the experiments share: a store, runs by arm and seed, their scores, one table.
+"""Shared by the experiments: a store, runs by arm and seed, their scores, one table.
 
     OUT/teacher/            the store, and others under their names
     OUT/runs/ARM/seed-S/    what was trained
@@ -22,7 +22,7 @@ from compress_ssl.pipeline.runtime import jsonl
 from compress_ssl.stages import distill, evaluate, export_teacher
 
 SEEDS = (0, 1)
-STARTS = 20  # of k-means: one start with ten clusters is a lottery
+STARTS = 20  # k-means runs per score: the score of a single run depends strongly on its random start
 PROTOCOLS = ("nn", "knn:k=20", "linear")
 CLUSTERS = tuple(f"cluster:seed={start}" for start in range(STARTS))
 
@@ -43,7 +43,7 @@ class Experiment:
     out: Path
     images: Path
     protocols: tuple[str, ...] = PROTOCOLS
-    workers: int = 0  # a loader beside a small student only disturbs it
+    workers: int = 0  # with a small student, loader processes only compete with it for the cores
 
     @property
     def train(self) -> str:
@@ -56,12 +56,12 @@ class Experiment:
         return out
 
     def references(self, store: Path, student: str, images: int) -> None:
-        """Score the teacher, and the student as it begins."""
+        """Score the teacher and the untrained student."""
         self.score("teacher", store=store)
         self.score("untrained", model=student, train=self.train, limit=images)
 
     def distill(self, arm: str, seed: int, **settings: Any) -> None:
-        """Train and score an arm's student; of peers the first is scored."""
+        """Train and score the student of an arm; of several students only the first is scored."""
         out = self.out / "runs" / arm / f"seed-{seed}"
         made = distill.run(distill.Config(out=out, seed=seed, workers=self.workers, **settings))
         self.score(arm, seed, run=Path(made["runs"][0]))
@@ -78,12 +78,12 @@ class Experiment:
         lines = [["", *columns], ["---"] * (1 + len([*columns]))]
         lines += [[arms[arm], *(_cell(found, column) for column in columns)] for arm, found in rows.items()]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        said = {"machine": describe_machine(), "when": time.strftime("%Y-%m-%d"), "rows": rows}
-        (self.out / "results.json").write_text(json.dumps(said, indent=1) + "\n")
+        results = {"machine": describe_machine(), "when": time.strftime("%Y-%m-%d"), "rows": rows}
+        (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         print(table)
 
     def _found(self, arm: str) -> list[dict[str, list[float]]]:
-        """What is there of an arm: for each seed {column: its scores}."""
+        """The finished scores of an arm: one {column: scores} per seed."""
         homes = sorted((self.out / "scores" / arm).glob("seed-*"))
         return [_scores(home) | _loss(self.out / "runs" / arm / home.name) for home in homes]
 

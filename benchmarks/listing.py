@@ -37,7 +37,7 @@ def measure() -> dict[str, Any]:
 
 
 def made(folder: Path) -> FeatureStore:
-    """A store whose tables are left out: nothing here reads them."""
+    """A store without tables: this benchmark does not read them."""
     identity = {
         "data": {"images": IMAGES, "fingerprint": "benchmark"},
         "arrays": {"embedding": [WIDTH]},

@@ -49,7 +49,7 @@ def measure() -> dict[str, Any]:
 
 
 def _render(images: list[np.ndarray], policy: str) -> float:
-    """Seconds a view."""
+    """Seconds per view."""
     spec, views = ViewSpec(policy, 0, 0.875), np.arange(VIEWS)
     variates = draw_variates(0, np.arange(len(images))[:, None], np.tile(views, (len(images), 1)))
     sizes = [(SIZE, "bilinear")]
@@ -59,14 +59,14 @@ def _render(images: list[np.ndarray], policy: str) -> float:
 
 
 def _embed() -> float:
-    """Seconds a view."""
+    """Seconds per view."""
     forward = FeatureExtractor(build(TEACHER, image_size=SIZE), torch.device("cpu"), batch_size=BATCH)
     pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
     return _seconds(lambda: forward(pixels)) / BATCH
 
 
 def _seconds(act: Callable[[], object], runs: int = 3) -> float:
-    """Of processor, the least of some runs after a first."""
+    """Processor seconds: the minimum over several runs, after a warm-up run."""
     act()
     times = []
     for _ in range(runs):

@@ -54,7 +54,7 @@ def measure() -> dict[str, object]:
 
 
 def plain(t: Tensor, teacher_bank: Tensor, s: Tensor, student_bank: Tensor) -> Tensor:
-    """As the release computes it."""
+    """The loss as the CompRess release computes it."""
     logits = [
         (bank.clone() @ l2_normalize(x).T).T.div(TAU).contiguous() for bank, x in ((teacher_bank, t), (student_bank, s))
     ]
@@ -102,7 +102,7 @@ def products(inputs: list[Tensor]) -> Callable[[], None]:
 
 
 def _seconds(act: Callable[[], object]) -> tuple[float, float]:
-    """By the clock, and of all threads."""
+    """(seconds of wall-clock time, processor seconds of all threads)"""
     began = time.perf_counter(), time.process_time()
     act()
     return time.perf_counter() - began[0], time.process_time() - began[1]

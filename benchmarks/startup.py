@@ -1,4 +1,4 @@
-"""How long a user waits for words: help, a mistyped flag, a finished command's first checks."""
+"""Time until the first output: --help, a mistyped flag, and a command whose work is finished already."""
 
 import statistics
 import subprocess

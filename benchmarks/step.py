@@ -1,4 +1,4 @@
-"""A step of a student taught from a store against a step of the same student without any teacher, on the same pixels.
+"""A distillation step with stored features against a step of the same student without a teacher, on the same pixels.
 
 Taught: features from memory as the store keeps them, student, similarity loss over two banks of 4096, optimiser,
 bank push. Alone: the same student, its embedding's mean square as the loss, the same optimiser. CPU, no loader.
@@ -36,7 +36,7 @@ def measure() -> dict[str, object]:
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in (alone, taught)]
     with tempfile.TemporaryDirectory() as folder:
         features = TeacherFeatures(hydrate.made(Path(folder) / "store", IMAGES, 1, D))
-        features.read(np.arange(1), np.zeros(1, np.int64))  # an epoch's view is read once
+        features.read(np.arange(1), np.zeros(1, np.int64))  # the view of an epoch is read once, outside the measurement
         rounds = []
         for step in range(ROUNDS + 1):
             parts = dict.fromkeys(PARTS, 0.0)

@@ -1,4 +1,4 @@
-"""Several students in one pass against the same students one after the other, and against the least it could take."""
+"""Several students in one pass against the same students one after the other, and a lower bound."""
 
 import tempfile
 import time
@@ -23,11 +23,11 @@ def measure() -> dict[str, Any]:
             export_teacher.Config(data=images, teacher=teacher, out=store, views=4, image_size=32, batch_size=BATCH)
         )
         rounds = []
-        for number in range(ROUNDS + 1):  # the first warms up
+        for number in range(ROUNDS + 1):  # the first round is a warm-up and is dropped
             home = Path(folder) / str(number)
             together = _train(store, STUDENTS, home / "together")
             alone = sum(_train(store, (student,), home / student.replace(":", "-")) for student in STUDENTS)
-            loader, steps = _least(store, home / "least")
+            loader, steps = _measure_parts(store, home / "least")
             rounds.append((together, alone, loader, steps))
     together, alone, loader, steps = (sorted(column)[ROUNDS // 2] for column in zip(*rounds[1:], strict=True))
     return {
@@ -42,7 +42,7 @@ def measure() -> dict[str, Any]:
     }
 
 
-def _session(store: Path, students: Sequence[str], out: Path) -> tuple[distill.Config, Any]:
+def _prepare_run(store: Path, students: Sequence[str], out: Path) -> tuple[distill.Config, Any]:
     from compress_ssl.pipeline.runtime.storage import Folder
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
@@ -56,15 +56,15 @@ def _session(store: Path, students: Sequence[str], out: Path) -> tuple[distill.C
 
 
 def _train(store: Path, students: Sequence[str], out: Path) -> float:
-    config, training_run = _session(store, students, out)
+    config, training_run = _prepare_run(store, students, out)
     began = time.perf_counter()
     distill.train(config, training_run, None)
     return time.perf_counter() - began
 
 
-def _least(store: Path, out: Path) -> tuple[float, float]:
-    """(the loader with nobody to wait for, all steps on pixels that are ready)"""
-    _, training_run = _session(store, STUDENTS, out)
+def _measure_parts(store: Path, out: Path) -> tuple[float, float]:
+    """(seconds of the loader alone, seconds of all steps on pixels that are already loaded)"""
+    _, training_run = _prepare_run(store, STUDENTS, out)
     began = time.perf_counter()
     view_batches = list(training_run.load_views(loader_workers(None, choose_device("auto"))))
     loader = time.perf_counter() - began
