@@ -675,7 +675,7 @@ def test_data_of_one_class_can_train_a_student_but_not_score_it(world: World, he
 def test_a_class_in_val_that_train_lacks_is_refused_by_name(world: World, here: Path) -> None:
     pictures(here / "val", "abcz", each=1)
     message = evaluate("--run", world.run, "--val", "val", "--out", "out").refuses("1 of 4 classes", "'z'", "--train")
-    assert "take them out of --val" in message
+    assert "remove these classes from --val" in message
     assert not Path("out").exists()
 
 

@@ -99,7 +99,7 @@ def train(home: Path, name: str, **said: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "LOG_EVERY", 1)
         patch.setattr(distill, "export_students", close)
-        patch.setattr(dogo, "projection", lambda width, out: nn.Linear(width, out))  # the real one has batch norm
+        patch.setattr(dogo, "build_projection_head", lambda width, out: nn.Linear(width, out))  # the real one has batch norm
         distill.run(config(home, name, **said))
 
 
