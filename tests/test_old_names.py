@@ -38,6 +38,12 @@ class Mine(Method):
 """
 
 
+@pytest.fixture(autouse=True)
+def warn_again() -> None:
+    """Each test sees the warnings, which are printed once in a process."""
+    old_names._warn.cache_clear()
+
+
 def ours_loaded() -> set[str]:
     return {name for name in sys.modules if name.partition(".")[0] in PLACES}
 

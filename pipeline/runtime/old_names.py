@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -151,11 +152,12 @@ def translate(module: str) -> str:
 
 
 def _users_own(module: str) -> bool:
-    """Whether Python finds a module of this name outside HOME. The check imports the module's parent package."""
+    """Whether Python finds a module of this name that is not one of ours. The check imports the module's parent package."""
     top = module.partition(".")[0]
     found = importlib.machinery.PathFinder.find_spec(top)
     places = [found.origin] if found and found.origin else list((found and found.submodule_search_locations) or [])
-    if all(Path(place).resolve().is_relative_to(HOME) for place in places):  # also if nothing was found
+    ours = {HOME / "cli.py", HOME / "pipeline" / "__init__.py", HOME / "stages" / "__init__.py"}
+    if all(Path(place).resolve() in ours for place in places):  # also if nothing was found
         return False
     try:
         return module == top or importlib.util.find_spec(module) is not None
@@ -163,8 +165,9 @@ def _users_own(module: str) -> bool:
         return False
 
 
+@cache
 def _warn(old: str, new: str) -> None:
-    """Tell the user the new name of a module."""
+    """Print the new name of a module, once in a process."""
     echo(f"warning: the module {old} is called {new} now; the old name still works here")
 
 
