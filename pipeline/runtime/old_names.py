@@ -152,7 +152,7 @@ def translate(module: str) -> str:
 
 
 def _users_own(module: str) -> bool:
-    """Whether Python finds a module of this name that is not one of ours. The check imports the module's parent package."""
+    """Whether Python finds a module of this name that is not one of ours. Checking imports the parent package."""
     top = module.partition(".")[0]
     found = importlib.machinery.PathFinder.find_spec(top)
     places = [found.origin] if found and found.origin else list((found and found.submodule_search_locations) or [])
