@@ -7,13 +7,13 @@ import json
 import shlex
 import statistics
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
+from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require, to_flags
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder
@@ -113,13 +113,8 @@ def run_step(stage: ModuleType, **settings: Any) -> dict[str, Any]:
 
 def command(stage: ModuleType, config: Any) -> str:
     """The command line that gives this Config: only the flags that differ from their defaults."""
-    words = ["compress", stage.__name__.rpartition(".")[2].replace("_", "-")]
-    for f in fields(config):
-        if (value := getattr(config, f.name)) != f.default:
-            for each in value if isinstance(value, tuple) else (value,):
-                text = f"{each:g}" if isinstance(each, float) else str(each)
-                words += [text] if f.metadata["place"] else [f"--{f.name.replace('_', '-')}", text]
-    return shlex.join(words)
+    name = stage.__name__.rpartition(".")[2].replace("_", "-")
+    return shlex.join(["compress", name, *to_flags(config)])
 
 
 def evaluate_model(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
