@@ -13,23 +13,29 @@ One pass over the images may serve several commands (a sweep): each image is dec
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.distributed import launch
+from compress_ssl.pipeline.methods import METHODS, find_method
+from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.runtime import artifact, launch_env
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, to_flags
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.lease import require_free
-from compress_ssl.pipeline.runtime.progress import echo, progress_bar
-from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
-from compress_ssl.pipeline.training.run_folders import list_run_folders, require_run_folders
+from compress_ssl.pipeline.runtime.progress import echo
+from compress_ssl.pipeline.runtime.storage import is_url, open_storage
+from compress_ssl.pipeline.training.export_students import export_students
+from compress_ssl.pipeline.training.run_folders import (
+    count_begun_views,
+    list_run_folders,
+    require_run_folders,
+    set_aside,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from compress_ssl.pipeline.datasets.base import Dataset
-    from compress_ssl.pipeline.methods.base import Method, Recipe
-    from compress_ssl.pipeline.models.embedder import Embedder
+    from compress_ssl.pipeline.methods.base import Recipe
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.training.learner import Learner
     from compress_ssl.pipeline.training.run import TrainingRun
@@ -95,14 +101,6 @@ class CannotSharePass(UserError):
     """These configs cannot share a pass over the images; run them separately. Nothing was trained."""
 
 
-class PartialFailure(UserError):
-    """Some of several students diverged. `finished`: the run folders of the others."""
-
-    def __init__(self, message: str, finished: Sequence[Path]):
-        super().__init__(message)
-        self.finished = finished
-
-
 def run(config: Config) -> dict[str, Any]:
     """Train to the end, continuing from the last checkpoint if there is one.
 
@@ -138,14 +136,16 @@ def _train_in_this_process(configs: Sequence[Config]) -> dict[str, Any]:
     storage = open_storage(config.store)
     artifact.read(storage, "store")
 
+    from compress_ssl.pipeline.datasets import image_cache
     from compress_ssl.pipeline.distributed import collectives
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.store.local_cache import fetch
+    from compress_ssl.pipeline.training.validation import open_labelled
 
     # ---------------------------------------------------------------- reading
     store = FeatureStore(storage)
     dataset = open_images(config, store)
-    val = open_val(config)
+    val = open_labelled(config.val) if config.val is not None else None
     if is_url(config.store):  # training reads each view many times: it needs a local copy
         with collectives.rank_zero_first():
             store = fetch(store, [*views_used(config, store), *store.local], config.cache)
@@ -156,14 +156,17 @@ def _train_in_this_process(configs: Sequence[Config]) -> dict[str, Any]:
 
     # ---------------------------------------------------------------- training
     try:
-        training_run = prepare(configs, store, cached_images(config, dataset), sampler)
+        if config.cache_images:
+            dataset = image_cache.open_cache(dataset, config.cache_images)
+        training_run = prepare(configs, store, dataset, sampler)
     except UserError as problem:
         raise CannotSharePass(str(problem)) if len(configs) > 1 else problem from None
-    finished = training_run.start >= sampler.steps
-    if not finished:
+    if training_run.start < sampler.steps:
         train(config, training_run, val)
-    progress = f"is finished already, {training_run.start} steps" if finished else f"{sampler.steps} steps"
-    return export_students(training_run, progress)
+    exported = export_students(training_run)
+    if not exported:  # on ranks other than 0
+        return {}
+    return {"summary": "\n".join(exported.values()), "runs": [str(f) for f in exported], "steps": sampler.steps}
 
 
 def data_pass_key(config: Config) -> tuple[Any, ...]:
@@ -203,9 +206,6 @@ def check(config: Config) -> None:
         )
     if config.epochs and config.steps:
         raise UserError("--epochs and --steps were both given; keep one")
-    from compress_ssl.pipeline.methods import METHODS
-    from compress_ssl.pipeline.models import MODELS
-
     for student in config.student:
         MODELS.parse(student)
     METHODS.parse(config.method)
@@ -216,20 +216,12 @@ def check(config: Config) -> None:
 
 def run_folders(config: Config) -> list[Path]:
     """The folder of each student's run, in the order of --student."""
-    return list_run_folders(config.out, config.student, lambda: method_of(config).needs.peers)
-
-
-def method_of(config: Config) -> "type[Method]":
-    """The method's class, which holds its needs and its published recipe. Imports the method."""
-    from compress_ssl.pipeline.methods import METHODS
-
-    spec = METHODS.check(config.method, given=("context",))
-    return METHODS.resolve(spec.kind).for_spec(spec.argument)  # type: ignore[attr-defined]
+    return list_run_folders(config.out, config.student, lambda: find_method(config.method).needs.peers)
 
 
 def recipe_of(config: Config) -> "Recipe":
     """The method's published recipe, overridden by the flags that were given."""
-    recipe = method_of(config).recipe
+    recipe = find_method(config.method).recipe
     given = {f.name: getattr(config, f.name) for f in fields(recipe) if f.name != "drops"}  # drops have no flag
     return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
@@ -240,39 +232,12 @@ def open_images(config: Config, store: "FeatureStore") -> "Dataset":
     Raises UserError if they are other images, or if this machine renders them differently from the exporting one
     (which --allow-other-pixels turns into a warning).
     """
-    from compress_ssl.pipeline.store import source_images
+    from compress_ssl.pipeline.store.source_images import open_store_images
 
-    dataset, difference = source_images.open_store_images(
-        store, config.data, allow_other_pixels=config.allow_other_pixels
-    )
+    dataset, difference = open_store_images(store, config.data, allow_other_pixels=config.allow_other_pixels)
     if difference:
         echo(f"warning: {difference}")
     return dataset
-
-
-def cached_images(config: Config, dataset: "Dataset") -> "Dataset":
-    """The data set itself, or with --cache-images, one that reads the decoded images from that folder."""
-    if config.cache_images is None:
-        return dataset
-    from compress_ssl.pipeline.datasets import image_cache
-    from compress_ssl.pipeline.distributed import collectives
-
-    pending = image_cache.count_pending(dataset, config.cache_images)
-    with collectives.rank_zero_first(), progress_bar("decode", len(dataset), "images", len(dataset) - pending) as bar:
-        cached = image_cache.build_cache(dataset, config.cache_images, bar.advance)
-    return cast("Dataset", cached)  # it has a Dataset's attributes without being a subclass
-
-
-def open_val(config: Config) -> "Dataset | None":
-    """The labelled images of --val, or None. Raises UserError if none of them has a label."""
-    from compress_ssl.pipeline.datasets import DATASETS
-
-    if config.val is None:
-        return None
-    val = DATASETS.build(config.val)
-    if (val.label < 0).all():
-        raise UserError(f"--val {config.val} has no labels, so nearest neighbours cannot be scored; leave --val out")
-    return val
 
 
 def build_sampler(config: Config, store: "FeatureStore") -> "StepSampler":
@@ -287,8 +252,7 @@ def build_sampler(config: Config, store: "FeatureStore") -> "StepSampler":
     batch = recipe.batch_size * (collectives.world_size() if config.batch_size else 1)
     sampler = make_sampler(
         store, views_used(config, store), seed=config.seed, batch=batch, views_per_step=views_per_step(config),
-        pairing=config.pairing, epochs=recipe.epochs, steps=config.steps,
-        reads_features=reads_features(config),
+        pairing=config.pairing, epochs=recipe.epochs, steps=config.steps, reads_features=reads_features(config),
     )  # fmt: skip
     if sampler.batch < batch:
         echo(f"batch of {sampler.batch} instead of {batch}: that is all the usable images")
@@ -296,11 +260,8 @@ def build_sampler(config: Config, store: "FeatureStore") -> "StepSampler":
 
 
 def views_per_step(config: Config) -> int:
-    """Views per image and step. Independent peers divide them among themselves.
-
-    Raises UserError for fewer views than the method needs.
-    """
-    needs = method_of(config).needs
+    """Views per image and step, which independent peers divide. Raises UserError for fewer than the method needs."""
+    needs = find_method(config.method).needs
     per_student = config.views_per_step or needs.views
     if per_student < needs.views:
         raise UserError(f"{config.method} needs --views-per-step {needs.views} or more, not {per_student}")
@@ -309,24 +270,18 @@ def views_per_step(config: Config) -> int:
 
 def reads_features(config: Config) -> bool:
     """Whether the method reads teacher features at all (mutual learning among students does not)."""
-    return bool(method_of(config).needs.arrays)
+    return bool(find_method(config.method).needs.arrays)
 
 
 def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
-    """Stored views to train on: the random views 1, 2, ... if there are any, otherwise view 0.
+    """Stored views to train on, from `select_views`, which raises UserError for more views than the store has.
 
     A run continues with the views with which it began, even if the store has more views by now.
-    Raises UserError for more views than the store has.
     """
-    folder = Folder(run_folders(config)[0])
-    has_begun = not config.overwrite and folder.exists(artifact.MANIFEST)
-    total = config.views or (artifact.read(folder, "run")["about"]["views"] if has_begun else store.views)
-    if total > store.views:
-        raise UserError(f"--views {total} was asked, but {config.store} has {store.views}; export more, or use fewer")
-    stored = tuple(range(store.stored_views.start, total))
-    if not stored:
-        raise UserError(f"--views {total} was asked, but {config.store} holds views from {store.stored_views.start} on")
-    return tuple(v for v in stored if v) or stored
+    from compress_ssl.pipeline.training.sampler import select_views
+
+    total = config.views or (None if config.overwrite else count_begun_views(run_folders(config)[0]))
+    return select_views(store, total, config.store)
 
 
 def prepare(
@@ -337,78 +292,32 @@ def prepare(
     from compress_ssl.pipeline.training.run import TrainingRun
 
     device = collectives.rank_device(configs[0].device)
-    learners = [learner for config in configs for learner in build_learners(config, store, sampler, device)]
+    learners = [learner for config in configs for learner in learners_of(config, store, sampler, device)]
     sampler = sampler.with_local_crops(store, [learner.method.needs for learner in learners])
     training_run = TrainingRun(store, dataset, sampler, learners, device)
     training_run.batches.require_sizes()
     if collectives.rank() == 0:
         # Only now are earlier runs moved aside: a command that is refused must leave them in their place.
-        overwritten = [folder for config in configs if config.overwrite for folder in run_folders(config)]
-        for folder in overwritten:
-            require_free(Folder(folder))
-            aside = artifact.move_aside(folder, "run")
-            if aside:
-                echo(f"set the earlier {folder} aside as {aside}")
+        set_aside([folder for config in configs if config.overwrite for folder in run_folders(config)])
     training_run.claim()
     training_run.restore()
     return training_run
 
 
-def build_learners(
+def learners_of(
     config: Config, store: "FeatureStore", sampler: "StepSampler", device: "torch.device"
 ) -> list["Learner"]:
-    """One learner per student, or one for all students if the method trains them as peers.
-
-    All initial weights are a function of the seed.
-    """
-    from compress_ssl.pipeline.distributed import collectives
-    from compress_ssl.pipeline.methods import METHODS
-    from compress_ssl.pipeline.methods.base import MethodContext
-    from compress_ssl.pipeline.store import teacher_heads
-    from compress_ssl.pipeline.training.learner import Learner
+    """The learners of one config: one per student, or one for all of them if they are peers."""
+    from compress_ssl.pipeline.training.build_learners import LearnerSpec, StudentOptions, build_learners
     from compress_ssl.pipeline.training.settings import TrainingSettings
-    from compress_ssl.pipeline.training.student import Student
 
-    folders, learners, recipe = run_folders(config), [], recipe_of(config)
+    recipe, peers = recipe_of(config), find_method(config.method).needs.peers
     settings = TrainingSettings.from_recipe(
         recipe, sampler, lr=config.lr, ema=config.ema, precision=config.precision, seed=config.seed
     )
-    numbers_of_all = list(range(len(folders)))
-    groups = [numbers_of_all] if method_of(config).needs.peers else [[number] for number in numbers_of_all]
-    first_view = int(sampler.epoch_views(0)[1][0])  # the first step reads the features of this view anyway
-    for numbers in groups:
-        group = [Student(folders[n], build_student(config, n, device), config.ema) for n in numbers]
-        context = MethodContext(
-            [student.model for student in group], store.arrays, sampler.rows, first_view, config.seed,
-            heads=teacher_heads.load_heads(store), images=store.images,
-        )  # fmt: skip
-        method = METHODS.build(config.method, context=context).to(device)
-        method = collectives.convert_sync_batchnorm(method, device) if config.sync_bn else method
-        method.check_inputs(config.method, store.arrays, config.pairing)
-        for student in group:
-            student.enable_outputs(method.needs.outputs, compiled=config.compile)
-        learners.append(Learner(group, method, settings, name=config.method, warmup_epochs=recipe.warmup_epochs))
-        for note in context.notes:
-            echo(note)
-    return learners
-
-
-def build_student(config: Config, number: int, device: "torch.device") -> "Embedder":
-    """Student `number` of the config on the device, with initial weights from the seed.
-
-    Peers of the same spec get different seeds, hence different initial weights.
-    """
-    import torch
-
-    from compress_ssl.pipeline.distributed import collectives
-    from compress_ssl.pipeline.models import build
-
-    spec = config.student[number]
-    torch.manual_seed(config.seed + config.student[:number].count(spec))
-    embedder = build(spec, image_size=config.image_size, pretrained_default=False)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    embedder = embedder.to(device).to(memory_format=memory_format)
-    return collectives.convert_sync_batchnorm(embedder, device) if config.sync_bn else embedder
+    spec = LearnerSpec(config.method, config.student, run_folders(config), peers, config.pairing, recipe.warmup_epochs)
+    options = StudentOptions(config.image_size, config.channels_last, config.compile, config.sync_bn)
+    return build_learners(spec, options, settings, store, sampler, device)
 
 
 def train(config: Config, training_run: "TrainingRun", val: "Dataset | None") -> None:
@@ -418,31 +327,3 @@ def train(config: Config, training_run: "TrainingRun", val: "Dataset | None") ->
 
     workers = loader_workers(config.workers, training_run.device, launch_env.local_world_size())
     Trainer(training_run, val, config.val_every, config.save_every, workers).train()
-
-
-def export_students(training_run: "TrainingRun", progress: str) -> dict[str, Any]:
-    """Write the weights of each finished student and return what `run` returns. progress: how far the run is.
-
-    Raises PartialFailure if one of several students diverged.
-    """
-    from compress_ssl.pipeline.distributed import collectives
-
-    lines, runs = [], []
-    finished = [
-        (learner, student) for learner in training_run.learners if not learner.failure for student in learner.students
-    ]
-    for learner, student in finished if collectives.rank() == 0 else []:
-        file = student.export(learner.method.exported_head())
-        best = f", best val nearest neighbour {student.best:.2f} %" if student.best >= 0 else ""
-        lines.append(f"{student.folder}: {progress}, {file.name}{best}")
-        runs.append(str(student.folder))
-    collectives.barrier()  # no rank may end before rank 0 has written
-    failures = [learner.failure for learner in training_run.learners if learner.failure]
-    if failures:
-        for line in lines:
-            echo(line)
-        others = [student.folder for _, student in finished]
-        raise PartialFailure(f"{' '.join(failures)}. The other {len(others)} students are finished", others)
-    return (
-        {} if collectives.rank() else {"summary": "\n".join(lines), "runs": runs, "steps": training_run.sampler.steps}
-    )

@@ -20,6 +20,7 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.storage import open_storage
+from compress_ssl.pipeline.training.export_students import PartialFailure
 from compress_ssl.stages import compare, distill, evaluate
 
 EXPONENT_NUMBER = re.compile(r"[-+]?[0-9.]+e[-+]?[0-9]+")
@@ -144,7 +145,7 @@ def train(cells: Sequence[Cell]) -> dict[Path, str]:
     except distill.CannotSharePass as problem:
         echo(f"not in one pass: {problem}")
         return {folder: why for cell in cells for folder, why in train([cell]).items()}
-    except distill.PartialFailure as problem:
+    except PartialFailure as problem:
         why, finished = str(problem), problem.finished
     except UserError as problem:
         why = str(problem)

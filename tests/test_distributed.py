@@ -89,11 +89,11 @@ def config(home: Path, name: str, **said: Any) -> Config:
 def train(home: Path, name: str, **said: Any) -> None:
     """A run in home/name, every step of it logged; beside it the buffers and weights of each rank."""
 
-    def close(training_run: Any, what: str) -> Any:
+    def close(training_run: Any) -> Any:
         (learner,) = training_run.learners
         states = [learner.models.state_dict(), dict(learner.method.named_buffers())]
         torch.save(states, home / f"{name}.{collectives.rank()}")
-        return finish(training_run, what)
+        return finish(training_run)
 
     finish = distill.export_students
     with pytest.MonkeyPatch.context() as patch:

@@ -15,10 +15,12 @@ import numpy as np
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD, REASONS, UNREADABLE, BadImage
+from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import Mismatch
 from compress_ssl.pipeline.runtime.device import available_cores
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.progress import progress_bar
 from compress_ssl.pipeline.runtime.storage import Folder
 
 KIND = "decoded images"  # the kind in the manifest of a cache folder
@@ -73,6 +75,16 @@ class CachedImages(Dataset):
         raise UserError(
             f"{self._folder} is damaged at image {self.ids[i]}; delete the folder, then the images are decoded again"
         )
+
+
+def open_cache(dataset: Dataset, folder: Path) -> CachedImages:
+    """The data set with its pixels read from a cache folder. Rank 0 decodes first what the folder lacks.
+
+    Shows a progress bar. Raises Mismatch if the folder is a cache of other images.
+    """
+    pending = count_pending(dataset, folder)
+    with collectives.rank_zero_first(), progress_bar("decode", len(dataset), "images", len(dataset) - pending) as bar:
+        return build_cache(dataset, folder, bar.advance)
 
 
 def build_cache(dataset: Dataset, folder: Path, progress: Callable[[int], None] = lambda images: None) -> CachedImages:

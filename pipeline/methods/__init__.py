@@ -4,7 +4,12 @@ A method is one file of this package and one line of METHODS. Code outside the p
 `memory_bank` and `similarity` only, and builds methods through METHODS.
 """
 
+from typing import TYPE_CHECKING
+
 from compress_ssl.pipeline.runtime.registry import Registry
+
+if TYPE_CHECKING:
+    from compress_ssl.pipeline.methods.base import Method
 
 METHODS = Registry(
     "method",
@@ -22,3 +27,12 @@ METHODS = Registry(
         "python": "compress_ssl.pipeline.methods.python:UserMethod",
     },
 )
+
+
+def find_method(text: str) -> "type[Method]":
+    """The class of a method's spec, which holds its needs and its published recipe. Imports the method.
+
+    Raises UserError for an unknown method, and for a key that it does not take.
+    """
+    spec = METHODS.check(text, given=("context",))
+    return METHODS.resolve(spec.kind).for_spec(spec.argument)  # type: ignore[attr-defined,no-any-return]

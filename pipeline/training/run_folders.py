@@ -1,4 +1,4 @@
-"""The folder of each student's run, from --out and the students of a command."""
+"""The folder of each student's run: which it is, whether it may become a run, what an earlier run recorded in it."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -6,6 +6,8 @@ from pathlib import Path
 
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.lease import require_free
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder
 
 
@@ -43,6 +45,27 @@ def require_run_folders(out: Path, students: Sequence[str], folders: Sequence[Pa
     if len(taken) > 1 and (out / artifact.MANIFEST).exists():
         kind = artifact.read(Folder(out))["kind"]
         raise UserError(f"{out} is itself a {kind}, so it cannot hold the runs of several; choose another --out")
+
+
+def set_aside(folders: Sequence[Path]) -> None:
+    """Rename the earlier runs in these folders, and print their new names. A missing folder is left out.
+
+    Raises UserError if another command is at work in one of them.
+    """
+    for folder in folders:
+        require_free(Folder(folder))
+        aside = artifact.move_aside(folder, "run")
+        if aside:
+            echo(f"set the earlier {folder} aside as {aside}")
+
+
+def count_begun_views(folder: Path) -> int | None:
+    """The number of stored views with which the run in a folder was begun; None if there is no run."""
+    storage = Folder(folder)
+    if not storage.exists(artifact.MANIFEST):
+        return None
+    views: int = artifact.read(storage, "run")["about"]["views"]
+    return views
 
 
 def _holds_runs(out: Path) -> bool:

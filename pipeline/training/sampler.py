@@ -171,6 +171,21 @@ def make_sampler(
     )  # fmt: skip
 
 
+def select_views(store: FeatureStore, total: int | None, name: str) -> tuple[int, ...]:
+    """Numbers of the stored views to train on: the random views 1, 2, ... if there are any, otherwise view 0.
+
+    total: only views below this number are used; None for all that the store has. name: of the store in messages.
+    Raises UserError for more views than the store has, and if it holds none below `total`.
+    """
+    total = total or store.views
+    if total > store.views:
+        raise UserError(f"--views {total} was asked, but {name} has {store.views}; export more, or use fewer")
+    stored = tuple(range(store.stored_views.start, total))
+    if not stored:
+        raise UserError(f"--views {total} was asked, but {name} holds views from {store.stored_views.start} on")
+    return tuple(v for v in stored if v) or stored
+
+
 @lru_cache(maxsize=2)  # a batch that crosses an epoch's end needs two epochs
 def _epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """(n,) permutation of the usable images in an epoch."""

@@ -3,12 +3,22 @@
 import torch
 from torch.nn import functional as F
 
+from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.extraction.features import view_features
 from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.augment import ViewSpec
 
 CHUNK = 1024  # queries per matrix product: bounds the scores in memory to (1024, N) float32
+
+
+def open_labelled(spec: str) -> Dataset:
+    """The labelled images of --val. Raises UserError if none of them has a label."""
+    dataset: Dataset = DATASETS.build(spec)
+    if (dataset.label < 0).all():
+        raise UserError(f"--val {spec} has no labels, so nearest neighbours cannot be scored; leave --val out")
+    return dataset
 
 
 def leave_one_out(
