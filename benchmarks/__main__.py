@@ -33,17 +33,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"{', '.join(NAMES)} (default: all)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
-    asked = parser.parse_args()
-    if unknown := [name for name in asked.names if name not in NAMES]:
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.names if name not in NAMES]:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
     results: dict[str, object] = {"machine": describe_machine(), "when": time.strftime("%Y-%m-%d")}
-    for name in asked.names or NAMES:
+    for name in arguments.names or NAMES:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         results[name] = importlib.import_module(f"benchmarks.{name}").measure()
     text = json.dumps(results, indent=1)
     print(text)
-    if asked.out:
-        asked.out.write_text(text + "\n")
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What each codec costs and loses, on real features: the embeddings of a float32 store, all its views, even rows to
-train on and odd rows to measure on.
+"""Size, speed and error of each codec, against the exact float32 features of a store.
 
-COMPRESS_BENCH_STORE names the store: what `export-teacher --codec float32` or an evaluation (features/val) left.
-Without it, the embedded digits go through the embedded digits teacher.
+The features are the embeddings of all views of the store. Quantisers are trained on its even rows, and everything is
+measured on its odd rows. The environment variable COMPRESS_BENCH_STORE names the store, which `export-teacher --codec
+float32` or an evaluation (in features/val) wrote. Without it, the built-in digits are exported with the built-in
+teacher.
 """
 
+import functools
 import os
 import tempfile
 import time
@@ -23,67 +25,75 @@ from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import CHUNK_ROWS, ZSTD_LEVEL
 
 CODECS = ("float32", "float32+zstd", "float16", "float16+zstd", "int8", "int8+zstd")
-BYTES = (16, 32, 64, 128, 256)  # of product quantisation
+BYTES = (16, 32, 64, 128, 256)  # per vector, for product quantisation
 QUERIES, ANCHORS, TEMPERATURE, NEIGHBOURS = 1000, 4000, 0.04, 10
 
 
 def measure() -> dict[str, Any]:
-    """A row per codec, and what was measured on."""
+    """One row per codec, a description of the features, and their share of zeros."""
     with tempfile.TemporaryDirectory() as folder:
-        store = FeatureStore(Folder(os.environ.get("COMPRESS_BENCH_STORE") or _digits(Path(folder) / "store")))
+        store = FeatureStore(Folder(os.environ.get("COMPRESS_BENCH_STORE") or _export_digits(Path(folder) / "store")))
         good = store.table("status") == GOOD
-        sample, held = _halves(store, good)
-        queries, anchors = held[:QUERIES], held[QUERIES : QUERIES + ANCHORS]
-        width = held.shape[1]
+        sample, held_out = _split_rows(store, good)
+        queries, anchors = held_out[:QUERIES], held_out[QUERIES : QUERIES + ANCHORS]
+        width = held_out.shape[1]
         names = [*CODECS, *(f"pq:{m}" for m in BYTES if m <= width), f"pq:{min(64, width)}+zstd"]
-        rows = [_row(name, sample, queries, anchors) for name in names]
+        rows = [_measure_codec(name, sample, queries, anchors) for name in names]
     about = store.about.get("teacher", "the model of an evaluation")
-    return {"features": f"{about}, {len(held)} x {width}", "zeros": round(float((held == 0).mean()), 3), "rows": rows}
+    zeros = round(float((held_out == 0).mean()), 3)
+    return {"features": f"{about}, {len(held_out)} x {width}", "zeros": zeros, "rows": rows}
 
 
-def _halves(store: FeatureStore, good: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(features of even rows, all views; of odd rows, in an order that mixes classes)."""
+def _split_rows(store: FeatureStore, good: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(features of the even rows in all views, features of the odd rows in all views, shuffled to mix the classes)"""
     features = np.stack([store.read("embedding", v)[good] for v in range(store.views)], 1)
     odd = features[1::2].reshape(-1, features.shape[-1])
     return features[::2].reshape(-1, features.shape[-1]), odd[np.random.default_rng(0).permutation(len(odd))]
 
 
-def _row(name: str, sample: np.ndarray, queries: np.ndarray, anchors: np.ndarray) -> dict[str, Any]:
-    kind, trained = build_codec(name), 0.0
-    if isinstance(kind, Trained):
-        book, trained = _timed(lambda: kind.train(sample))
-        kind = build_codec(name, lambda: book)
-    (coded, packed), encode = _timed(lambda: _encode(kind, anchors))
-    back, decode = _timed(lambda: _decode(kind, coded, packed))
-    seen = kind.decode(*kind.encode(queries))
+def _measure_codec(name: str, sample: np.ndarray, queries: np.ndarray, anchors: np.ndarray) -> dict[str, Any]:
+    """Size in bytes, speed in MB of float32 features per second of processor time, and errors of one codec."""
+    codec, training_seconds = build_codec(name), 0.0
+    if isinstance(codec, Trained):
+        codebook, training_seconds = _timed(functools.partial(codec.train, sample))
+        codec = build_codec(name, lambda: codebook)
+    (encoded, compressed), encode_seconds = _timed(lambda: _encode(codec, anchors))
+    decoded_anchors, decode_seconds = _timed(lambda: _decode(codec, encoded, compressed))
+    decoded_queries = codec.decode(*codec.encode(queries))
     exact = [normalize(x) for x in (queries, anchors)]
-    lossy = [normalize(x) for x in (seen, back)]
-    size = sum(map(len, packed)) / len(anchors) if kind.compressor else kind.size(anchors.shape[1:]) - 4 * kind.scaled
+    lossy = [normalize(x) for x in (decoded_queries, decoded_anchors)]
+    if codec.compressor:
+        size = sum(map(len, compressed)) / len(anchors)
+    else:
+        size = codec.size(anchors.shape[1:]) - 4 * codec.scaled  # without the scale, which is added below
     return {
         "codec": name,
-        "bytes per view": round(size + 4 * kind.scaled, 1),
-        "training seconds": round(trained, 1),
-        "encode MB/s": round(anchors.nbytes / 1e6 / encode),
-        "decode MB/s": round(anchors.nbytes / 1e6 / decode),
+        "bytes per view": round(size + 4 * codec.scaled, 1),
+        "training seconds": round(training_seconds, 1),
+        "encode MB/s": round(anchors.nbytes / 1e6 / encode_seconds),
+        "decode MB/s": round(anchors.nbytes / 1e6 / decode_seconds),
         "cosine": round(float((exact[0] * lossy[0]).sum(1).mean()), 5),
         "KL": float(f"{_divergence(exact, lossy):.2g}"),
         "top-10 overlap %": round(100 * _overlap(exact, lossy), 1),
     }
 
 
-def _encode(kind: Codec, features: np.ndarray) -> tuple[Any, list[bytes]]:
-    """What the codec makes, and what is on disk of it where it is compressed: a chunk of rows at a time."""
-    stored, scale = kind.encode(features)
-    cut = range(0, len(stored), CHUNK_ROWS)
-    packed = [Zstd(ZSTD_LEVEL).encode(stored[a : a + CHUNK_ROWS]) for a in cut] if kind.compressor else []
-    return (stored, scale), packed
+def _encode(codec: Codec, features: np.ndarray) -> tuple[Any, list[bytes]]:
+    """((stored values, scales), compressed chunks of CHUNK_ROWS rows, or [] if the codec does not compress)"""
+    stored, scale = codec.encode(features)
+    if not codec.compressor:
+        return (stored, scale), []
+    chunks = [stored[first : first + CHUNK_ROWS] for first in range(0, len(stored), CHUNK_ROWS)]
+    return (stored, scale), [Zstd(ZSTD_LEVEL).encode(chunk) for chunk in chunks]
 
 
-def _decode(kind: Codec, coded: Any, packed: list[bytes]) -> np.ndarray:
-    stored, scale = coded
-    if packed:
-        stored = np.frombuffer(b"".join(Zstd().decode(chunk) for chunk in packed), stored.dtype).reshape(stored.shape)
-    return kind.decode(stored, scale)
+def _decode(codec: Codec, encoded: Any, compressed: list[bytes]) -> np.ndarray:
+    """Features (n, D) from what `_encode` returned."""
+    stored, scale = encoded
+    if compressed:
+        data = b"".join(Zstd().decode(chunk) for chunk in compressed)
+        stored = np.frombuffer(data, stored.dtype).reshape(stored.shape)
+    return codec.decode(stored, scale)
 
 
 def _divergence(exact: list[np.ndarray], lossy: list[np.ndarray]) -> float:
@@ -102,16 +112,20 @@ def _overlap(exact: list[np.ndarray], lossy: list[np.ndarray]) -> float:
     return float(np.mean([len(set(a) & set(b)) / NEIGHBOURS for a, b in zip(*near, strict=True)]))
 
 
-def _timed(act: Callable[[], Any]) -> tuple[Any, float]:
-    """(result, seconds of processor)"""
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """(the result of a call, its seconds of processor time)"""
     began = time.process_time()
-    out = act()
-    return out, time.process_time() - began
+    result = call()
+    return result, time.process_time() - began
 
 
-def _digits(out: Path) -> Path:
+def _export_digits(out: Path) -> Path:
+    """Export the built-in digits as float32 and return the store."""
     from compress_ssl.stages import export_teacher
 
-    how = {"data": "digits", "teacher": "digits-teacher", "views": 4, "codec": "float32", "device": "cpu"}
-    export_teacher.run(export_teacher.Config(out=out, **how))  # type: ignore[arg-type]
+    export_teacher.run(
+        export_teacher.Config(
+            data="digits", teacher="digits-teacher", out=str(out), views=4, codec="float32", device="cpu"
+        )
+    )
     return out

@@ -1,11 +1,13 @@
-"""Shared by the experiments: a store, runs by arm and seed, their scores, one table.
+"""The parts that the experiments share: a store, runs by arm and seed, their scores in percent, one table.
 
-    OUT/teacher/            the store, and others under their names
-    OUT/runs/ARM/seed-S/    what was trained
-    OUT/scores/ARM/seed-S/  its evaluation
-    OUT/results.json        the table, and the machine it was made on
+An arm is one setting that an experiment compares with others, such as a method.
 
-Every part is a stage's own folder, so the same command again does what is missing.
+    OUT/teacher/            the store; further stores are in folders of their own names
+    OUT/runs/ARM/seed-S/    a training run
+    OUT/scores/ARM/seed-S/  the evaluation of that run
+    OUT/results.json        the scores, and the machine that computed them
+
+Every folder belongs to one stage, so running the same command again does only what is missing.
 """
 
 import argparse
@@ -27,18 +29,20 @@ PROTOCOLS = ("nn", "knn:k=20", "linear")
 CLUSTERS = tuple(f"cluster:seed={start}" for start in range(STARTS))
 
 
-def asked(doc: str | None, arms: Iterable[str]) -> argparse.Namespace:
-    """--out, --images and --only of an experiment's command line."""
+def parse_arguments(doc: str | None, arms: Iterable[str]) -> argparse.Namespace:
+    """Parse --out, --images and --only from the command line of an experiment with these arms."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; finished parts are kept")
-    parser.add_argument("--images", type=Path, default=Path("cifar10"), help="holds train/ and test/, class folders")
-    parser.add_argument("--only", choices=tuple(arms), help="run this arm alone; the table shows all that is there")
+    parser.add_argument(
+        "--images", type=Path, default=Path("cifar10"), help="folder with train/ and test/, which hold class folders"
+    )
+    parser.add_argument("--only", choices=tuple(arms), help="run this arm alone; the table shows all arms with scores")
     return parser.parse_args()
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms that learn from the same images, are scored by the same protocols and stand in one table."""
+    """Arms that are trained on the same images, scored by the same protocols and compared in one table."""
 
     out: Path
     images: Path
@@ -50,9 +54,9 @@ class Experiment:
         return str(self.images / "train")
 
     def export(self, name: str = "teacher", **settings: Any) -> Path:
-        """The store OUT/NAME."""
+        """Export the store OUT/NAME and return its path."""
         out = self.out / name
-        export_teacher.run(export_teacher.Config(data=self.train, out=out, workers=self.workers, **settings))
+        export_teacher.run(export_teacher.Config(data=self.train, out=str(out), workers=self.workers, **settings))
         return out
 
     def references(self, store: Path, student: str, images: int) -> None:
@@ -61,59 +65,63 @@ class Experiment:
         self.score("untrained", model=student, train=self.train, limit=images)
 
     def distill(self, arm: str, seed: int, **settings: Any) -> None:
-        """Train and score the student of an arm; of several students only the first is scored."""
+        """Train and score the student of an arm; if there are several students, only the first is scored."""
         out = self.out / "runs" / arm / f"seed-{seed}"
-        made = distill.run(distill.Config(out=out, seed=seed, workers=self.workers, **settings))
-        self.score(arm, seed, run=Path(made["runs"][0]))
+        result = distill.run(distill.Config(out=out, seed=seed, workers=self.workers, **settings))
+        self.score(arm, seed, run=Path(result["runs"][0]))
 
     def score(self, arm: str, seed: int = 0, **subject: Any) -> None:
-        """Evaluate a `run`, `store` or `model` as a row of the table."""
+        """Evaluate a `run`, `store` or `model` for the table; `subject` holds the flags of `evaluate` that name it."""
         out, val = self.out / "scores" / arm / f"seed-{seed}", str(self.images / "test")
         config = evaluate.Config(val=val, protocol=self.protocols, out=out, workers=self.workers, **subject)
         evaluate.run(config)
 
     def finish(self, arms: Mapping[str, str], columns: Iterable[str]) -> None:
-        """Print the table of {arm: what it is} as Markdown, as far as it is there, and write OUT/results.json."""
-        rows = {arm: found for arm in arms if (found := self._found(arm))}
+        """Print the table in Markdown and write OUT/results.json; arms without scores are left out.
+
+        arms: {arm: name of its row}. columns: names of scores, such as "NN".
+        """
+        rows = {arm: self._read_scores(arm) for arm in arms}
+        rows = {arm: scores for arm, scores in rows.items() if scores}
         lines = [["", *columns], ["---"] * (1 + len([*columns]))]
-        lines += [[arms[arm], *(_cell(found, column) for column in columns)] for arm, found in rows.items()]
+        lines += [[arms[arm], *(_format_cell(scores, column) for column in columns)] for arm, scores in rows.items()]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         results = {"machine": describe_machine(), "when": time.strftime("%Y-%m-%d"), "rows": rows}
         (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         print(table)
 
-    def _found(self, arm: str) -> list[dict[str, list[float]]]:
-        """The finished scores of an arm: one {column: scores} per seed."""
-        homes = sorted((self.out / "scores" / arm).glob("seed-*"))
-        return [_scores(home) | _loss(self.out / "runs" / arm / home.name) for home in homes]
+    def _read_scores(self, arm: str) -> list[dict[str, list[float]]]:
+        """The scores of an arm that are finished: one {column: scores} per seed."""
+        evaluations = sorted((self.out / "scores" / arm).glob("seed-*"))
+        return [_read_evaluation(folder) | _read_loss(self.out / "runs" / arm / folder.name) for folder in evaluations]
 
 
-def _scores(evaluation: Path) -> dict[str, list[float]]:
-    """{column: scores} of an evaluation; Cluster has one of each k-means start."""
+def _read_evaluation(evaluation: Path) -> dict[str, list[float]]:
+    """{column: scores in percent} of an evaluation; Cluster has one score per k-means start, the others have one."""
     scores: dict[str, list[float]] = {}
     for file in sorted((evaluation / "results").glob("*.json")):
         saved = json.loads(file.read_text())
         name, metrics = saved["name"], saved["metrics"]
         title = {"nn": "NN", "knn": "kNN 20", "linear": "Linear", "cluster": "Cluster"}[name]
-        found = metrics["20"] if name == "knn" else metrics["last"] if name == "linear" else metrics
-        scores.setdefault(title, []).append(found["top1"])
+        selected = metrics["20"] if name == "knn" else metrics["last"] if name == "linear" else metrics
+        scores.setdefault(title, []).append(selected["top1"])
     return scores
 
 
-def _loss(run: Path) -> dict[str, list[float]]:
-    """The training loss in nats, the mean of the last tenth of what was logged."""
+def _read_loss(run: Path) -> dict[str, list[float]]:
+    """{"Loss": [the training loss in nats, as the mean of the last tenth of the logged values]}; {} without a log."""
     losses = [row["loss"] for row in jsonl.read_jsonl(run / "metrics.jsonl") if "loss" in row]
     return {"Loss": [statistics.mean(losses[-max(1, len(losses) // 10) :])]} if losses else {}
 
 
-def _cell(found: list[dict[str, list[float]]], column: str) -> str:
-    """The mean over seeds and, where there are several, half of what lies between the extremes.
+def _format_cell(of_seeds: list[dict[str, list[float]]], column: str) -> str:
+    """Mean over seeds ± half of the difference between the largest and the smallest; "-" without scores.
 
-    Of Cluster, the mean over all starts of all seeds and their standard deviation.
+    For Cluster: mean ± standard deviation over all k-means starts of all seeds.
     """
-    values = [value for scores in found for value in scores.get(column, [])]
+    values = [value for scores in of_seeds for value in scores.get(column, [])]
     if not values:
         return "-"
     digits = 3 if column == "Loss" else 1
-    spread = statistics.stdev(values) if len(values) > len(found) else (max(values) - min(values)) / 2
+    spread = statistics.stdev(values) if len(values) > len(of_seeds) else (max(values) - min(values)) / 2
     return f"{statistics.mean(values):.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")

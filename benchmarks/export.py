@@ -1,8 +1,9 @@
-"""An export of views from JPEG files against the bare teacher's forward on ready tensors.
+"""Views per second of an export from JPEG files, against the teacher's forward pass alone on tensors in memory.
 
-Same model, batch, precision and memory format, in one process, each export between two bare runs and compared with
-their mean: a processor's speed drifts. By the clock, and in processor seconds of the process and its loaders. The
-images are whole batches, as all are but the last of a large set.
+Both use the same model, batch size, precision and memory format, in one process. Each export is measured between two
+runs of the forward pass and compared with their mean, because the speed of a processor drifts. The rates are views per
+second of wall-clock time, and per second of processor time of this process and its loaders. The number of images is a
+multiple of the batch size; in a large data set, too, only the last batch is smaller.
 """
 
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.photographs import photographs
+from benchmarks.photographs import prepare_images
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.extraction.embed import embed
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
@@ -27,39 +28,39 @@ from compress_ssl.pipeline.store.shards import shard_rows
 from compress_ssl.pipeline.views.augment import ViewSpec
 
 TEACHER, SIZE, VIEWS, BATCH, IMAGES, ROUNDS = "timm:resnet18,pretrained=false", 224, 8, 50, 250, 5
-BARE = 800  # views of a bare run
+FORWARD_VIEWS = 800  # views per run of the forward pass alone
 
 
 def measure() -> dict[str, Any]:
-    """views/s of both, and their ratios; medians."""
+    """Views/s of the forward pass alone and of the exports, and medians of export / forward pass."""
     device = choose_device("auto")
     forward = FeatureExtractor(build(TEACHER, image_size=SIZE), device, batch_size=BATCH)
     with tempfile.TemporaryDirectory() as folder:
-        dataset = DATASETS.build(str(photographs(Path(folder) / "images"))).subset(IMAGES)
-        bare, ours = [_bare(forward)], []
+        dataset = DATASETS.build(str(prepare_images(Path(folder) / "images"))).subset(IMAGES)
+        forward_rates, export_rates = [_measure_forward(forward)], []
         for number in range(ROUNDS):
-            ours.append(_export(forward, dataset, Path(folder) / str(number), device))
-            bare.append(_bare(forward))
-    beside = (np.array(bare)[:-1] + np.array(bare)[1:]) / 2
-    ratios = np.array(ours) / beside
+            export_rates.append(_measure_export(forward, dataset, Path(folder) / str(number), device))
+            forward_rates.append(_measure_forward(forward))
+    around = (np.array(forward_rates)[:-1] + np.array(forward_rates)[1:]) / 2  # mean of the runs before and after
+    ratios = np.array(export_rates) / around  # (ROUNDS, 2): wall-clock and processor time
     return {
         "teacher": f"{TEACHER} at {SIZE}, batch {BATCH}, {VIEWS} views, {len(dataset)} images, {device}",
-        "bare forward views/s": [round(rate, 1) for rate, _ in bare],
-        "export views/s": [round(rate, 1) for rate, _ in ours],
+        "bare forward views/s": [round(rate, 1) for rate, _ in forward_rates],
+        "export views/s": [round(rate, 1) for rate, _ in export_rates],
         "ratios": [round(float(ratio), 3) for ratio in ratios[:, 0]],
         "ratio": round(float(np.median(ratios[:, 0])), 3),
         "ratio, views per processor second": round(float(np.median(ratios[:, 1])), 3),
     }
 
 
-def _bare(forward: FeatureExtractor) -> tuple[float, float]:
+def _measure_forward(forward: FeatureExtractor) -> tuple[float, float]:
     pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
     forward(pixels)
-    count = BARE // BATCH
+    count = FORWARD_VIEWS // BATCH
     return _rates(count * BATCH, lambda: [forward(pixels) for _ in range(count)])
 
 
-def _export(forward: FeatureExtractor, dataset: Any, out: Path, device: torch.device) -> tuple[float, float]:
+def _measure_export(forward: FeatureExtractor, dataset: Any, out: Path, device: torch.device) -> tuple[float, float]:
     arrays = {"embedding": [forward.embedder.width]}
     identity = {
         "data": {"images": len(dataset), "fingerprint": dataset.fingerprint},
@@ -74,8 +75,8 @@ def _export(forward: FeatureExtractor, dataset: Any, out: Path, device: torch.de
     return _rates(len(dataset) * VIEWS, lambda: embed(store, dataset, spec, forward, workers=workers))
 
 
-def _rates(views: int, act: Callable[[], object]) -> tuple[float, float]:
-    """Views a second by the clock, and a second of processor, loader processes included."""
+def _rates(views: int, call: Callable[[], object]) -> tuple[float, float]:
+    """(views per second of wall-clock time, views per second of processor time, loader processes included) of a call"""
     clock, processor = time.perf_counter(), sum(os.times()[:4])
-    act()
+    call()
     return views / (time.perf_counter() - clock), views / (sum(os.times()[:4]) - processor)

@@ -1,4 +1,7 @@
-"""Memory formats of a student, by network and size: forward and backward, what `distill --channels-last` decides."""
+"""Seconds of a student's forward and backward pass in the contiguous memory format, against channels-last.
+
+`distill --channels-last` selects the format. STUDENTS lists (network, pixels, batch size).
+"""
 
 import statistics
 import time
@@ -15,35 +18,37 @@ ROUNDS = 9
 
 
 def measure() -> dict[str, object]:
-    """Medians over alternating steps, ratios over neighbouring ones."""
+    """Medians over ROUNDS rounds in which the formats alternate; a ratio is formed within one round."""
     device = choose_device("auto")
-    found: dict[str, object] = {"device": str(device)}
+    results: dict[str, object] = {"device": str(device)}
     for spec, size, batch in STUDENTS:
-        acts = {name: _step(spec, size, batch, layout, device) for name, layout in FORMATS.items()}
-        rounds = [{name: _seconds(act, device) for name, act in acts.items()} for _ in range(ROUNDS + 1)][1:]
-        ratio = statistics.median(each["contiguous"] / each["channels last"] for each in rounds)
-        found[f"{spec} at {size}, batch {batch}"] = {
-            "channels last s": round(statistics.median(each["channels last"] for each in rounds), 3),
+        steps = {name: _make_step(spec, size, batch, layout, device) for name, layout in FORMATS.items()}
+        rounds = [{name: _seconds(step, device) for name, step in steps.items()} for _ in range(ROUNDS + 1)][1:]
+        ratio = statistics.median(one["contiguous"] / one["channels last"] for one in rounds)
+        results[f"{spec} at {size}, batch {batch}"] = {
+            "channels last s": round(statistics.median(one["channels last"] for one in rounds), 3),
             "contiguous / channels last": round(ratio, 2),
         }
-    return found
+    return results
 
 
-def _step(spec: str, size: int, batch: int, layout: torch.memory_format, device: torch.device) -> Callable[[], None]:
-    """On images as the loader gives them."""
+def _make_step(
+    spec: str, size: int, batch: int, layout: torch.memory_format, device: torch.device
+) -> Callable[[], None]:
+    """A function that runs one forward and backward pass on random images, prepared as those of the loader are."""
     student = build(spec, image_size=size, pretrained_default=False).to(device).to(memory_format=layout).train()
     images = student.prepare(torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(device))
 
-    def act() -> None:
+    def step() -> None:
         student(images).square().mean().backward()
         student.zero_grad()
 
-    return act
+    return step
 
 
-def _seconds(act: Callable[[], None], device: torch.device) -> float:
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
     began = time.perf_counter()
-    act()
+    step()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began

@@ -1,4 +1,7 @@
-"""Opening a store of 10^7 images and 32 views and listing what is pending: a store of names, without features."""
+"""Seconds to open a store of 10^7 images and 32 views and to list its pending shards.
+
+Only the names of files matter for this, so the data files and done records of this store are empty.
+"""
 
 import os
 import statistics
@@ -10,17 +13,18 @@ from typing import Any
 
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.shards import done_key
+from compress_ssl.pipeline.store.shards import Shard, done_key
 
 IMAGES, VIEWS, ROWS, WIDTH, RUNS = 10_000_000, 32, 2048, 512, 3
 
 
 def measure() -> dict[str, Any]:
-    """Seconds, medians: from nothing to the list of pending shards, and to "it is complete"."""
+    """Median seconds: to open the store and list its pending shards, and to open it and find that it is complete."""
     with tempfile.TemporaryDirectory() as folder:
-        store, out = made(Path(folder)), {}
+        store = create_store(Path(folder))
+        results: dict[str, float] = {}
         blocks = range(-(-IMAGES // ROWS))
-        out["empty: seconds to open and list"], shards = listed(folder)
+        results["empty: seconds to open and list"], shards = list_pending(folder)
         assert len(shards) == len(blocks) and shards[-1].views == tuple(range(VIEWS))
         names = [done_key(block, first, first + 4) for block in blocks for first in range(0, VIEWS, 4)]
         touch(Path(folder), names)
@@ -28,16 +32,18 @@ def measure() -> dict[str, Any]:
             touch(Path(folder), [store._chunk_key(array, (b, v)) for b in blocks for v in range(VIEWS // 4)])
         for table in ("status", "content"):
             touch(Path(folder), [store._chunk_key(table, (block,)) for block in blocks])
-        out["all done: seconds to open and find it complete"] = timed(lambda: opened(folder).require_complete())
+        results["all done: seconds to open and find it complete"] = median_seconds(
+            lambda: open_store(folder).require_complete()
+        )
         os.unlink(Path(folder) / names[-1])
-        out["all but one done: seconds to open and list"], shards = listed(folder)
+        results["all but one done: seconds to open and list"], shards = list_pending(folder)
         assert [(s.block, s.views) for s in shards] == [(blocks[-1], (28, 29, 30, 31))]
     files = len(names) + 2 * len(blocks) * (VIEWS // 4 + 1)
-    return {"images": IMAGES, "views": VIEWS, "done records": len(names), "files": files, **out}
+    return {"images": IMAGES, "views": VIEWS, "done records": len(names), "files": files, **results}
 
 
-def made(folder: Path) -> FeatureStore:
-    """A store without tables: this benchmark does not read them."""
+def create_store(folder: Path) -> FeatureStore:
+    """Create an empty store without tables, which this benchmark does not read."""
     identity = {
         "data": {"images": IMAGES, "fingerprint": "benchmark"},
         "arrays": {"embedding": [WIDTH]},
@@ -48,24 +54,26 @@ def made(folder: Path) -> FeatureStore:
 
 
 def touch(folder: Path, keys: list[str]) -> None:
+    """Create empty files at these keys of the store."""
     for parent in {(folder / key).parent for key in keys}:
         parent.mkdir(parents=True, exist_ok=True)
     for key in keys:
         os.close(os.open(folder / key, os.O_CREAT | os.O_WRONLY))
 
 
-def opened(folder: str) -> FeatureStore:
+def open_store(folder: str) -> FeatureStore:
     return FeatureStore(Folder(folder))
 
 
-def listed(folder: str) -> tuple[float, Any]:
-    return timed(lambda: opened(folder).pending()), opened(folder).pending()
+def list_pending(folder: str) -> tuple[float, list[Shard]]:
+    """(median seconds to open the store and list its pending shards, the pending shards)"""
+    return median_seconds(lambda: open_store(folder).pending()), open_store(folder).pending()
 
 
-def timed(act: Callable[[], object]) -> float:
-    times = []
+def median_seconds(call: Callable[[], object]) -> float:
+    seconds = []
     for _ in range(RUNS):
         began = time.perf_counter()
-        act()
-        times.append(time.perf_counter() - began)
-    return round(statistics.median(times), 3)
+        call()
+        seconds.append(time.perf_counter() - began)
+    return round(statistics.median(seconds), 3)

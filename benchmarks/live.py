@@ -1,8 +1,9 @@
-"""A step that reads the teacher from the store against one that runs the teacher, and formats of the student's step.
+"""Seconds of a training step with a live teacher, against a step that reads stored features; bf16 and --compile.
 
-Both in our own code, same student, method, pixels and batch, alternating in one process. What the live
-step has more is the teacher's forward on the same views at the teacher's size, decode and render left out
-on both sides.
+Both steps have the same student, method, pixels and batch size. The step with a live teacher is computed as the sum of
+the other step and of the teacher's forward pass on the same number of views at the teacher's size. Decoding and
+rendering are left out of both. The runs alternate in one process. The step with stored features is also measured in
+bfloat16 (bf16) and with --compile, against float32 (fp32).
 """
 
 import statistics
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.photographs import photographs
+from benchmarks.photographs import prepare_images
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.device import choose_device
@@ -24,48 +25,48 @@ TEACHER, SIZE, STUDENT, STUDENT_SIZE, BATCH, ROUNDS = "timm:resnet50", 224, "tim
 
 
 def measure() -> dict[str, Any]:
-    """Seconds a step, medians, and ratios."""
+    """Median seconds of a step and of the teacher's forward pass, and their ratios."""
     device = choose_device("auto")
     forward = FeatureExtractor(build(f"{TEACHER},pretrained=false", image_size=SIZE), device, batch_size=BATCH)
     views = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
-    ways: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"precision": "bf16"}, "compiled": {"compile": True}}
+    variants: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"precision": "bf16"}, "compiled": {"compile": True}}
     with tempfile.TemporaryDirectory() as folder:
-        images = str(photographs(Path(folder) / "images"))
+        images = str(prepare_images(Path(folder) / "images"))
         store = Path(folder) / "store"
         export_teacher.run(
             export_teacher.Config(
-                data=images, teacher="convnet:channels=8+16,pretrained=false", out=store, views=2, image_size=32
+                data=images, teacher="convnet:channels=8+16,pretrained=false", out=str(store), views=2, image_size=32
             )
         )
-        steps = {name: _step(store, Path(folder) / name, how) for name, how in ways.items()}
-        times: dict[str, list[float]] = {name: [] for name in [*steps, "teacher"]}
+        steps = {name: _make_step(store, Path(folder) / name, flags) for name, flags in variants.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in [*steps, "teacher"]}
         for _ in range(ROUNDS + 1):
-            for name, act in {**steps, "teacher": lambda: forward(views)}.items():
+            for name, call in {**steps, "teacher": lambda: forward(views)}.items():
                 began = time.perf_counter()
-                act()
-                times[name].append(time.perf_counter() - began)
-    found = {name: statistics.median(each[1:]) for name, each in times.items()}
+                call()
+                seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     return {
         "what": f"{STUDENT} at {STUDENT_SIZE} pixels, compress-1q, {TEACHER} at {SIZE}, batch {BATCH}, {device}",
-        "cached step s": round(found["fp32"], 3),
-        "teacher forward s": round(found["teacher"], 3),
-        "live / cached": round((found["fp32"] + found["teacher"]) / found["fp32"], 2),
-        "bf16 / fp32": round(found["bf16"] / found["fp32"], 2),
-        "compiled / not": round(found["compiled"] / found["fp32"], 2),
+        "cached step s": round(medians["fp32"], 3),
+        "teacher forward s": round(medians["teacher"], 3),
+        "live / cached": round((medians["fp32"] + medians["teacher"]) / medians["fp32"], 2),
+        "bf16 / fp32": round(medians["bf16"] / medians["fp32"], 2),
+        "compiled / not": round(medians["compiled"] / medians["fp32"], 2),
     }
 
 
-def _step(store: Path, out: Path, how: dict[str, Any]) -> Callable[[], object]:
-    """One training step on the same pixels, over and over."""
+def _make_step(store: Path, out: Path, flags: dict[str, Any]) -> Callable[[], object]:
+    """A function that runs one training step, always on the same pixels; `flags` are further flags of `distill`."""
     from compress_ssl.pipeline.runtime.storage import Folder
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     config = distill.Config(
-        store=store, student=(STUDENT,), method="compress-1q", out=out, steps=10, batch_size=BATCH,
-        image_size=STUDENT_SIZE, lr=0.01, **how,
+        store=str(store), student=(STUDENT,), method="compress-1q", out=out, steps=10, batch_size=BATCH,
+        image_size=STUDENT_SIZE, lr=0.01, **flags,
     )  # fmt: skip
     opened = FeatureStore(Folder(store))
-    plan = distill.build_sampler(config, opened)
-    training_run = distill.prepare([config], opened, distill.open_images(config, opened), plan)
+    sampler = distill.build_sampler(config, opened)
+    training_run = distill.prepare([config], opened, distill.open_images(config, opened), sampler)
     view_batch = next(training_run.load_views(0))
     return lambda: training_run.step(0, view_batch, False)

@@ -1,6 +1,7 @@
-"""What one core decodes and renders, the limit of a loader process, and what a forward takes beside it.
+"""Images decoded and views rendered per second on one core, against views that the teacher embeds there.
 
-Processor seconds in one thread, so that other work on the machine hardly counts.
+The first two limit the speed of a loader process. Seconds are processor time in one thread, so that other work on the
+machine has little influence.
 """
 
 import tempfile
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.export import BATCH, SIZE, TEACHER, VIEWS
-from benchmarks.photographs import photographs
+from benchmarks.photographs import prepare_images
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.models import build
@@ -24,32 +25,35 @@ IMAGES, POLICIES = 24, ("crop-flip", "moco-v2", "dino")
 
 
 def measure() -> dict[str, Any]:
-    """Per core: images decoded, views rendered by policy, views embedded, each a second; and the loader's share."""
+    """Rates per core and second: images decoded, views rendered by policy, views embedded.
+
+    The last ratio is the time that a loader needs for a view over the time of the forward pass of a view.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            dataset = DATASETS.build(str(photographs(Path(folder) / "images"))).subset(IMAGES)
+            dataset = DATASETS.build(str(prepare_images(Path(folder) / "images"))).subset(IMAGES)
             decode = _seconds(lambda: [dataset.load(i) for i in range(len(dataset))]) / len(dataset)
             images = [dataset.load(i)[0] for i in range(len(dataset))]
         render = {policy: _render(images, policy) for policy in POLICIES}
         embed = _embed()
     finally:
         torch.set_num_threads(threads)
-    work = decode / VIEWS + render["crop-flip"]
+    load = decode / VIEWS + render["crop-flip"]
     pixels = np.mean([image.shape[0] * image.shape[1] for image in images])
     return {
         "images": f"{len(images)}, {pixels / 1e6:.2f} megapixels on average",
         "decode images/s per core": round(1 / decode, 1),
         f"render views/s per core at {SIZE}": {policy: round(1 / s, 1) for policy, s in render.items()},
-        f"views/s of one loader process, crop-flip, {VIEWS} views": round(1 / work, 1),
+        f"views/s of one loader process, crop-flip, {VIEWS} views": round(1 / load, 1),
         f"forward views/s per core, {TEACHER}": round(1 / embed, 1),
-        "loader / forward, seconds of processor": round(work / embed, 4),
+        "loader / forward, seconds of processor": round(load / embed, 4),
     }
 
 
 def _render(images: list[np.ndarray], policy: str) -> float:
-    """Seconds per view."""
+    """Seconds per rendered view."""
     spec, views = ViewSpec(policy, 0, 0.875), np.arange(VIEWS)
     variates = draw_variates(0, np.arange(len(images))[:, None], np.tile(views, (len(images), 1)))
     sizes = [(SIZE, "bilinear")]
@@ -59,18 +63,18 @@ def _render(images: list[np.ndarray], policy: str) -> float:
 
 
 def _embed() -> float:
-    """Seconds per view."""
+    """Seconds per view of the teacher's forward pass."""
     forward = FeatureExtractor(build(TEACHER, image_size=SIZE), torch.device("cpu"), batch_size=BATCH)
     pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
     return _seconds(lambda: forward(pixels)) / BATCH
 
 
-def _seconds(act: Callable[[], object], runs: int = 3) -> float:
+def _seconds(call: Callable[[], object], runs: int = 3) -> float:
     """Processor seconds: the minimum over several runs, after a warm-up run."""
-    act()
-    times = []
+    call()
+    seconds = []
     for _ in range(runs):
         began = time.process_time()
-        act()
-        times.append(time.process_time() - began)
-    return min(times)
+        call()
+        seconds.append(time.process_time() - began)
+    return min(seconds)

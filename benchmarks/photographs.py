@@ -1,4 +1,4 @@
-"""Full-size images for the benchmarks that decode."""
+"""Full-size JPEG files for the benchmarks that decode images."""
 
 import os
 from pathlib import Path
@@ -9,10 +9,13 @@ from PIL import Image
 IMAGES = 100
 
 
-def photographs(folder: Path) -> Path:
-    """The folder named in COMPRESS_BENCH_IMAGES; without it, noise like photographs, 500 x 375 JPEGs, made here."""
-    if given := os.environ.get("COMPRESS_BENCH_IMAGES"):
-        return Path(given)
+def prepare_images(folder: Path) -> Path:
+    """Return the folder named in COMPRESS_BENCH_IMAGES, or, without it, write IMAGES JPEGs of smooth noise to `folder`.
+
+    The JPEGs have 500 x 375 pixels.
+    """
+    if existing := os.environ.get("COMPRESS_BENCH_IMAGES"):
+        return Path(existing)
     folder.mkdir(exist_ok=True)
     random = np.random.default_rng(0)
     for number in range(IMAGES):

@@ -1,4 +1,7 @@
-"""Time until the first output: --help, a mistyped flag, and a command whose work is finished already."""
+"""Seconds that short commands take as whole processes, against a Python process that does nothing.
+
+The commands are --help, the help of a stage, a mistyped flag, and a store that does not exist.
+"""
 
 import statistics
 import subprocess
@@ -15,7 +18,7 @@ CALLS = {
 
 
 def measure() -> dict[str, float]:
-    """Median seconds of whole processes."""
+    """Median seconds of each command, from the start of the process to its end."""
     bare = _median([sys.executable, "-c", "pass"])
     return {"bare python": bare} | {
         name: _median([sys.executable, "-m", "compress_ssl.cli", *call]) for name, call in CALLS.items()

@@ -1,9 +1,11 @@
-"""A distillation step with stored features against a step of the same student without a teacher, on the same pixels.
+"""Seconds of a distillation step with stored features, against a step of the same student without a teacher.
 
-Taught: features from memory as the store keeps them, student, similarity loss over two banks of 4096, optimiser,
-bank push. Alone: the same student, its embedding's mean square as the loss, the same optimiser. CPU, no loader.
+The step "taught" decodes stored features in memory, runs the student, computes the similarity loss over two banks of
+4096 anchors, and updates weights and banks. The step "alone" has the same student, pixels and optimiser; its loss is
+the mean square of the embedding. Both run on the CPU, without a loader.
 """
 
+import functools
 import statistics
 import tempfile
 import time
@@ -28,22 +30,25 @@ PARTS = ("features", "loss", "bank")
 
 
 def measure() -> dict[str, object]:
-    """Medians over alternating steps, ratios over neighbouring ones; shares are of the taught step."""
+    """Medians over ROUNDS rounds in which the steps alternate; a ratio is formed within each round.
+
+    "parts / alone" are the seconds of the parts of the step "taught" over those of the step "alone".
+    """
     pixels = torch.randint(0, 256, (B, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    alone, taught = student(), student()
+    alone, taught = build_student(), build_student()
     context = MethodContext([taught], {"embedding": (D,)}, np.arange(IMAGES), 0, 0)
     method = METHODS.build(METHOD, context=context)
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in (alone, taught)]
     with tempfile.TemporaryDirectory() as folder:
-        features = TeacherFeatures(hydrate.made(Path(folder) / "store", IMAGES, 1, D))
+        features = TeacherFeatures(hydrate.create_store(Path(folder) / "store", IMAGES, 1, D))
         features.read(np.arange(1), np.zeros(1, np.int64))  # the view of an epoch is read once, outside the measurement
         rounds = []
         for step in range(ROUNDS + 1):
             parts = dict.fromkeys(PARTS, 0.0)
-            bare = _seconds(lambda: step_alone(alone, optimizers[0], pixels))
-            whole = _seconds(lambda n=step, p=parts: step_taught(taught, method, features, optimizers[1], pixels, n, p))
-            rounds.append({"alone": bare, "taught": whole, **parts})
-    rounds = rounds[1:]
+            alone_seconds = _seconds(functools.partial(step_without_teacher, alone, optimizers[0], pixels))
+            distill = functools.partial(step_with_teacher, taught, method, features, optimizers[1], pixels, step, parts)
+            rounds.append({"alone": alone_seconds, "taught": _seconds(distill), **parts})
+    rounds = rounds[1:]  # the first round is a warm-up
     return {
         "seconds": {name: _median(one[name] for one in rounds) for name in ("alone", "taught")},
         "taught / alone": _median(one["taught"] / one["alone"] for one in rounds),
@@ -51,18 +56,18 @@ def measure() -> dict[str, object]:
     }
 
 
-def student() -> Embedder:
+def build_student() -> Embedder:
     torch.manual_seed(0)
     return build(STUDENT, image_size=SIDE).train()
 
 
-def step_alone(model: Embedder, optimizer: torch.optim.Optimizer, pixels: Tensor) -> None:
+def step_without_teacher(model: Embedder, optimizer: torch.optim.Optimizer, pixels: Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
     model(model.prepare(pixels)).square().mean().backward()
     optimizer.step()
 
 
-def step_taught(
+def step_with_teacher(
     model: Embedder,
     method: Method,
     features: TeacherFeatures,
@@ -71,33 +76,34 @@ def step_taught(
     step: int,
     parts: dict[str, float],
 ) -> None:
-    """As the training loop does it; adds to `parts` the seconds of what a student alone does not need."""
+    """Take step number `step` as in the training loop; add to `parts` the seconds that only this step needs."""
     rows = (np.arange(B) * 61 + step * B) % IMAGES  # scattered, as a shuffled epoch is
     views = np.zeros(B, np.int64)
-    with _added(parts, "features"):
+    with _add_seconds(parts, "features"):
         teacher = torch.from_numpy(features.read(rows, views))[:, None]  # (B, 1, D)
     optimizer.zero_grad(set_to_none=True)
     i, v = torch.from_numpy(rows), torch.from_numpy(views)[:, None]
     batch = Batch(step, i, v, v, {"embedding": teacher}, [model.prepare(pixels)])
     z = model(batch.images[0])
-    with _added(parts, "loss"):  # finds the gradient too: what is left of its backward pass is a product
+    with _add_seconds(parts, "loss"):  # includes the gradient: the backward pass of the loss only scales it
         (loss,) = method(batch, [{"embedding": z[:, None]}])
     loss.backward()
     optimizer.step()
-    with _added(parts, "bank"):
+    with _add_seconds(parts, "bank"):
         method.after_step(batch)
 
 
 @contextmanager
-def _added(parts: dict[str, float], name: str) -> Iterator[None]:
+def _add_seconds(parts: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds of the block to parts[name]."""
     began = time.perf_counter()
     yield
     parts[name] += time.perf_counter() - began
 
 
-def _seconds(act: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
-    act()
+    call()
     return time.perf_counter() - began
 
 

@@ -1,4 +1,7 @@
-"""Several students in one pass against the same students one after the other, and a lower bound."""
+"""Seconds of training several students in one pass, against training them one after the other and a lower bound.
+
+The lower bound is the time of one loader alone plus the time of all students' steps alone.
+"""
 
 import tempfile
 import time
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.photographs import photographs
+from benchmarks.photographs import prepare_images
 from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.stages import distill, export_teacher
 
@@ -15,19 +18,21 @@ STUDENTS = ("timm:lcnet_035", "timm:mobilenetv3_small_050", "convnet:channels=16
 
 
 def measure() -> dict[str, Any]:
-    """Seconds of training, without building models and stores, and their ratios."""
+    """Median seconds of training, without the time to build models and stores, and their ratios."""
     with tempfile.TemporaryDirectory() as folder:
-        images = str(photographs(Path(folder) / "images"))
+        images = str(prepare_images(Path(folder) / "images"))
         store, teacher = Path(folder) / "store", "convnet:channels=8+16,pretrained=false"
         export_teacher.run(
-            export_teacher.Config(data=images, teacher=teacher, out=store, views=4, image_size=32, batch_size=BATCH)
+            export_teacher.Config(
+                data=images, teacher=teacher, out=str(store), views=4, image_size=32, batch_size=BATCH
+            )
         )
         rounds = []
         for number in range(ROUNDS + 1):  # the first round is a warm-up and is dropped
-            home = Path(folder) / str(number)
-            together = _train(store, STUDENTS, home / "together")
-            alone = sum(_train(store, (student,), home / student.replace(":", "-")) for student in STUDENTS)
-            loader, steps = _measure_parts(store, home / "least")
+            out = Path(folder) / str(number)
+            together = _train(store, STUDENTS, out / "together")
+            alone = sum(_train(store, (student,), out / student.replace(":", "-")) for student in STUDENTS)
+            loader, steps = _measure_parts(store, out / "parts")
             rounds.append((together, alone, loader, steps))
     together, alone, loader, steps = (sorted(column)[ROUNDS // 2] for column in zip(*rounds[1:], strict=True))
     return {
@@ -43,19 +48,21 @@ def measure() -> dict[str, Any]:
 
 
 def _prepare_run(store: Path, students: Sequence[str], out: Path) -> tuple[distill.Config, Any]:
+    """(the config, the `TrainingRun`) of a run of STEPS steps, ready to train."""
     from compress_ssl.pipeline.runtime.storage import Folder
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     config = distill.Config(
-        store=store, student=tuple(students), method="compress-1q", out=out, steps=STEPS, batch_size=BATCH,
+        store=str(store), student=tuple(students), method="compress-1q", out=out, steps=STEPS, batch_size=BATCH,
         image_size=SIZE, lr=0.01,
     )  # fmt: skip
     opened = FeatureStore(Folder(store))
-    plan = distill.build_sampler(config, opened)
-    return config, distill.prepare([config], opened, distill.open_images(config, opened), plan)
+    sampler = distill.build_sampler(config, opened)
+    return config, distill.prepare([config], opened, distill.open_images(config, opened), sampler)
 
 
 def _train(store: Path, students: Sequence[str], out: Path) -> float:
+    """Seconds of training these students in one pass."""
     config, training_run = _prepare_run(store, students, out)
     began = time.perf_counter()
     distill.train(config, training_run, None)

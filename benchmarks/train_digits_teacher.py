@@ -2,14 +2,14 @@
 
     .venv/bin/python -m benchmarks.train_digits_teacher --seed 0 --out pipeline/models/networks/digits.safetensors
 
-On one machine the same command gives the same bytes: one thread, every random number from the seed.
+On one machine the same command writes the same bytes: it uses one thread, and all random numbers come from the seed.
 
-Contrastive learning (Chen et al. 2020) on the training split of digits with views that suit them:
-small rotations, shifts, changes of scale and slant, an erased square, noise, and no mirror images.
-After a tenth of the epochs the positive is not another view of the same image but a view of one of
-its NEIGHBOURS nearest images in the network's own embedding, found anew every few epochs, an idea
-of Dwibedi et al. 2021: it draws the ways of writing one digit together. There is no projection
-head; the contrast is in the embedding itself, since clusters of the embedding are what is scored.
+The network is trained by contrastive learning (Chen et al. 2020, SimCLR) on the training split of digits, with views
+that suit digits: small rotations, shifts, changes of scale and slant, an erased square, noise, and no mirror images.
+After a tenth of the epochs, the positive is no longer another view of the same image, but a view of one of its
+NEIGHBOURS nearest images in the network's own embedding, which are searched again every few epochs. This idea of
+Dwibedi et al. 2021 (NNCLR) brings different ways of writing a digit closer together. There is no projection head: the
+loss is computed on the embedding itself, because clusters of the embedding are scored.
 """
 
 import argparse
@@ -23,13 +23,14 @@ from torch.nn import functional as F
 
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.models import build
+from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.views.augment import ResolvedView
 from compress_ssl.pipeline.views.render import render_view
 
 EPOCHS, BATCH = 150, 479  # three steps an epoch
 RATE, DECAY, WARMUP = 3e-3, 1e-2, 50  # AdamW; WARMUP in steps, then a cosine to 0
 TEMPERATURE = 0.3
-ALONE, RENEW, NEIGHBOURS = 0.1, 5, 20  # share of the epochs without neighbours, epochs between searches
+WITHOUT_NEIGHBOURS, SEARCH_EVERY, NEIGHBOURS = 0.1, 5, 20  # share of the epochs, epochs between searches, images
 TURN, SHIFT, SCALE, SLANT = math.radians(15), 0.15, 0.25, 0.2  # SHIFT in sides, SCALE in natural logarithms
 ERASED, NOISE = 5, 0.05  # pixels of a square; standard deviation, pixels being in [0, 1]
 
@@ -38,18 +39,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(asked.seed)
+    torch.manual_seed(arguments.seed)
     embedder = build("digits-teacher:pretrained=false").train()
-    images = plain(embedder.preprocessing.size)
-    train(embedder, images, torch.Generator().manual_seed(asked.seed))
+    images = render_plain(embedder.preprocessing.size)
+    train(embedder, images, torch.Generator().manual_seed(arguments.seed))
     tensors = {name: tensor.contiguous() for name, tensor in embedder.backbone.state_dict().items()}
-    asked.out.write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
-    print(f"{asked.out}: {asked.out.stat().st_size} bytes, tensors {embedder.digest()}")
+    arguments.out.write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+    print(f"{arguments.out}: {arguments.out.stat().st_size} bytes, tensors {embedder.digest()}")
 
 
-def plain(size: int) -> Tensor:
+def render_plain(size: int) -> Tensor:
     """View 0 of the training images: (N, 1, size, size) in [0, 1]."""
     digits = DATASETS.build("digits")
     pictures = [torch.from_numpy(digits.load(i)[0]).permute(2, 0, 1) for i in range(len(digits))]
@@ -59,12 +60,13 @@ def plain(size: int) -> Tensor:
     )
 
 
-def train(embedder: torch.nn.Module, images: Tensor, random: torch.Generator) -> None:
+def train(embedder: Embedder, images: Tensor, random: torch.Generator) -> None:
     optimizer = torch.optim.AdamW(embedder.parameters(), lr=RATE, weight_decay=DECAY)
-    per_epoch, near = len(images) // BATCH, None
+    per_epoch = len(images) // BATCH
+    near: Tensor | None = None  # (N, NEIGHBOURS) nearest images, once they are used
     for epoch in range(EPOCHS):
-        if epoch >= ALONE * EPOCHS and (near is None or epoch % RENEW == 0):
-            near = neighbours(embedder, images)
+        if epoch >= WITHOUT_NEIGHBOURS * EPOCHS and (near is None or epoch % SEARCH_EVERY == 0):
+            near = find_neighbours(embedder, images)
         order = torch.randperm(len(images), generator=random)
         for number, rows in enumerate(order[: per_epoch * BATCH].split(BATCH)):
             step = epoch * per_epoch + number
@@ -73,28 +75,28 @@ def train(embedder: torch.nn.Module, images: Tensor, random: torch.Generator) ->
             pick = torch.randint(NEIGHBOURS, (len(rows),), generator=random)
             others = rows if near is None else near[rows, pick]
             views = torch.cat([augment(images[rows], random), augment(images[others], random)])
-            loss = contrast(embed(embedder, views))
+            loss = nt_xent(embed(embedder, views))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         print(f"epoch {epoch + 1} of {EPOCHS}, loss {loss.item():.4f}", flush=True)
 
 
-def embed(embedder: torch.nn.Module, images: Tensor) -> Tensor:
+def embed(embedder: Embedder, images: Tensor) -> Tensor:
     """(n, 1, S, S) in [0, 1] -> (n, d) unit vectors."""
-    seen = embedder.preprocessing
-    return F.normalize(embedder((images - seen.mean[0]) / seen.std[0]), dim=1)
+    preprocessing = embedder.preprocessing
+    return F.normalize(embedder((images - preprocessing.mean[0]) / preprocessing.std[0]), dim=1)
 
 
-def contrast(z: Tensor) -> Tensor:
-    """NT-Xent of (2n, d) unit vectors, rows i and i + n being positives, in nats."""
+def nt_xent(z: Tensor) -> Tensor:
+    """NT-Xent (the contrastive loss of SimCLR) of (2n, d) unit vectors, in nats; rows i and i + n are positives."""
     similarity = (z @ z.T / TEMPERATURE).fill_diagonal_(-math.inf)
     return F.cross_entropy(similarity, torch.arange(len(z)).roll(len(z) // 2))
 
 
 @torch.no_grad()
-def neighbours(embedder: torch.nn.Module, images: Tensor) -> Tensor:
-    """(N, NEIGHBOURS): the nearest other images of each in the embedding as it is now."""
+def find_neighbours(embedder: Embedder, images: Tensor) -> Tensor:
+    """(N, NEIGHBOURS) indices of the nearest other images of each image, in the present embedding."""
     embedder.eval()
     z = torch.cat([embed(embedder, part) for part in images.split(512)])
     embedder.train()
@@ -102,7 +104,7 @@ def neighbours(embedder: torch.nn.Module, images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, random: torch.Generator) -> Tensor:
-    """One random view of each of (n, 1, S, S), in [0, 1]."""
+    """One random view of each image: (n, 1, S, S) in [0, 1] -> the same."""
     n, side = len(images), images.shape[-1]
 
     def between(low: float, high: float) -> Tensor:
@@ -113,13 +115,13 @@ def augment(images: Tensor, random: torch.Generator) -> Tensor:
     right, down = 2 * between(-SHIFT, SHIFT), 2 * between(-SHIFT, SHIFT)
     rows = [turn.cos() * x, slant - turn.sin() * y, right, turn.sin() * x, turn.cos() * y, down]
     grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), list(images.shape), align_corners=False)
-    seen = F.grid_sample(images, grid, align_corners=False) * between(0.7, 1.3).view(n, 1, 1, 1)
-    place = torch.arange(side)
-    rows_off = (place - between(0, side).floor()[:, None]).abs() <= ERASED // 2  # (n, side)
-    columns_off = (place - between(0, side).floor()[:, None]).abs() <= ERASED // 2
+    views = F.grid_sample(images, grid, align_corners=False) * between(0.7, 1.3).view(n, 1, 1, 1)
+    position = torch.arange(side)
+    rows_off = (position - between(0, side).floor()[:, None]).abs() <= ERASED // 2  # (n, side)
+    columns_off = (position - between(0, side).floor()[:, None]).abs() <= ERASED // 2
     off = (rows_off[:, :, None] & columns_off[:, None, :])[:, None] & (between(0, 1) < 0.5).view(n, 1, 1, 1)
-    noise = NOISE * torch.randn(seen.shape, generator=random)
-    return (seen.masked_fill(off, 0.0) + noise).clamp(0.0, 1.0)
+    noise = NOISE * torch.randn(views.shape, generator=random)
+    return (views.masked_fill(off, 0.0) + noise).clamp(0.0, 1.0)
 
 
 if __name__ == "__main__":

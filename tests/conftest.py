@@ -10,16 +10,15 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from object_store import Server
 
-side_by_side = "PYTEST_XDIST_WORKER" in os.environ  # pytest-xdist then runs one process per core
-os.environ.setdefault("OMP_NUM_THREADS", "1" if side_by_side else str(min(4, os.cpu_count() or 1)))
+parallel = "PYTEST_XDIST_WORKER" in os.environ  # pytest-xdist then runs one process per core
+os.environ.setdefault("OMP_NUM_THREADS", "1" if parallel else str(min(4, os.cpu_count() or 1)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in cli.main: threads that spin slow the others down
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that uses the network fails at once instead of hanging
 
-settings.register_profile(
-    "house", deadline=None, derandomize=True
-)  # no deadline, as machines may be busy; the same examples in every run
-settings.load_profile("house")
+# no deadline, as machines may be busy; the same examples in every run
+settings.register_profile("compress", deadline=None, derandomize=True)
+settings.load_profile("compress")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +34,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def _server() -> Iterator["Server"]:
-    from object_store import serving
+    from object_store import running_server
 
-    with serving() as server:
+    with running_server() as server:
         yield server
 
 

@@ -23,11 +23,11 @@ class Server:
 
         self.moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self.moto.start()
-        self.behind = self.moto.get_host_and_port()  # the address of moto itself, without faults
+        self.moto_address = self.moto.get_host_and_port()  # (host, port) of moto itself, without faults
         self.faults: deque[str] = deque()
         self.only = ""  # faults apply only to requests that contain this text in method and path
         self.unconditional = False  # ignore If-None-Match, as some servers do
-        self.seen: list[str] = []  # "GET /bucket/key"
+        self.seen: list[str] = []  # the requests so far, as "GET /bucket/key"
         self._lock = threading.Lock()
         self._proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
         self._proxy.daemon_threads = True
@@ -45,8 +45,8 @@ class Server:
 
     def bucket(self, name: str) -> str:
         """Create a bucket and return its URL, s3://NAME."""
-        where = f"http://{self.behind[0]}:{self.behind[1]}/{name}"
-        with urllib.request.urlopen(urllib.request.Request(where, method="PUT")):
+        url = f"http://{self.moto_address[0]}:{self.moto_address[1]}/{name}"
+        with urllib.request.urlopen(urllib.request.Request(url, method="PUT")):
             return f"s3://{name}"
 
     def meet(self, *faults: str, only: str = "") -> None:
@@ -55,12 +55,13 @@ class Server:
 
     def check_keys(self, after: float) -> None:
         """Make moto refuse unknown access keys after `after` further requests."""
-        where = f"http://{self.behind[0]}:{self.behind[1]}/moto-api/reset-auth"
-        kind = {"Content-Type": "application/octet-stream"}
-        with urllib.request.urlopen(urllib.request.Request(where, str(after).encode(), kind, method="POST")):
+        url = f"http://{self.moto_address[0]}:{self.moto_address[1]}/moto-api/reset-auth"
+        headers = {"Content-Type": "application/octet-stream"}
+        with urllib.request.urlopen(urllib.request.Request(url, str(after).encode(), headers, method="POST")):
             pass
 
     def next_fault(self, request: str) -> str:
+        """Record a request, METHOD /bucket/key; return the fault that it gets, "" for none."""
         with self._lock:
             self.seen.append(request)
             return self.faults.popleft() if self.faults and self.only in request else ""
@@ -80,48 +81,51 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_of: Server
 
-    def answer(self) -> None:
+    def handle_request(self) -> None:
+        """Respond as moto does, or with the next fault."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server_of.next_fault(f"{self.command} {self.path}")
         if fault == "drop":
             self.close_connection = True
             return
         if fault == "500":
-            self.reply(500, {}, b"<Error><Code>InternalError</Code><Message>We erred.</Message></Error>")
+            self.respond(500, {}, b"<Error><Code>InternalError</Code><Message>We erred.</Message></Error>")
             return
         if fault == "slow":
             time.sleep(0.3)
-        status, headers, data = self.ask(body)
+        status, headers, data = self.forward(body)
         if fault == "lost":
             self.close_connection = True
             return
-        self.reply(status, headers, data, len(data) // 2 if fault == "cut" else None)
+        self.respond(status, headers, data, len(data) // 2 if fault == "cut" else None)
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
 
-    def ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Send this request to moto; returns (status, headers, body) of its response."""
         headers = dict(self.headers)
         if self.server_of.unconditional:
             headers = {name: value for name, value in headers.items() if name.lower() != "if-none-match"}
-        behind = http.client.HTTPConnection(*self.server_of.behind, timeout=30)
+        connection = http.client.HTTPConnection(*self.server_of.moto_address, timeout=30)
         try:
-            behind.request(self.command, self.path, body, headers)
-            got = behind.getresponse()
-            return got.status, dict(got.getheaders()), got.read()
+            connection.request(self.command, self.path, body, headers)
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
         finally:
-            behind.close()
+            connection.close()
 
-    def reply(self, status: int, headers: dict[str, str], data: bytes, only: int | None = None) -> None:
+    def respond(self, status: int, headers: dict[str, str], data: bytes, length: int | None = None) -> None:
+        """Send a response; of its body only `length` bytes, if that is given."""
         self.send_response_only(status)
-        passing = ("connection", "transfer-encoding", "content-length")
+        not_forwarded = ("connection", "transfer-encoding", "content-length")
         for name, value in headers.items():
-            if name.lower() not in passing:
+            if name.lower() not in not_forwarded:
                 self.send_header(name, value)
         size = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
         self.send_header("Content-Length", size)
         self.end_headers()
-        self.wfile.write(data if only is None else data[:only])
-        if only is not None:
+        self.wfile.write(data if length is None else data[:length])
+        if length is not None:
             self.wfile.flush()
             self.close_connection = True
 
@@ -130,8 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
-    """A server while the block runs."""
+def running_server() -> Iterator[Server]:
+    """A server that is stopped at the end of the block."""
     server = Server()
     try:
         yield server

@@ -17,34 +17,38 @@ from compress_ssl.pipeline.runtime.artifact import Mismatch
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.stages import demo
 
-FILE = "154b42cf8b96c1231fd461cf2f526ea5cf889b32a2e8a2d5520e79605695e037"  # SHA-256 of digits.safetensors
-TENSORS = "82b82763719e3f9c5e90ff4ed7040ded9c481b2a8ac2f34cfe0210277711c06f"  # digest of its weights in manifests
+# SHA-256 of digits.safetensors
+FILE_DIGEST = "154b42cf8b96c1231fd461cf2f526ea5cf889b32a2e8a2d5520e79605695e037"
+# digest of its weights in manifests
+WEIGHTS_DIGEST = "82b82763719e3f9c5e90ff4ed7040ded9c481b2a8ac2f34cfe0210277711c06f"
 
 A, B = demo.STUDENTS
 NAMES = ["teacher", A, B, f"{A}, untrained", f"{B}, untrained", "raw pixels"]
 
 
-def parameters(spec: str) -> int:
+def count_parameters(spec: str) -> int:
     return sum(p.numel() for p in build(spec, image_size=demo.SIZE).backbone.parameters())
 
 
 def test_the_weights_file_of_the_teacher_is_unchanged_and_holds_every_parameter() -> None:
     assert WEIGHTS.stat().st_size <= 1_000_000
-    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == FILE
+    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == FILE_DIGEST
     teacher = build(demo.TEACHER, pretrained_default=True)
-    assert teacher.digest() == TENSORS
+    assert teacher.digest() == WEIGHTS_DIGEST
     assert set(safetensors.torch.load_file(WEIGHTS)) == set(teacher.backbone.state_dict())
-    assert build(demo.TEACHER).digest() != TENSORS
+    assert build(demo.TEACHER).digest() != WEIGHTS_DIGEST
 
 
 def test_students_have_a_tenth_of_the_teachers_parameters_and_at_most_32_dimensions() -> None:
-    assert parameters(demo.TEACHER) <= 250_000
+    assert count_parameters(demo.TEACHER) <= 250_000
     for spec in demo.STUDENTS:
-        assert parameters(spec) * 10 <= parameters(demo.TEACHER)
+        assert count_parameters(spec) * 10 <= count_parameters(demo.TEACHER)
         assert build(spec, image_size=demo.SIZE).width <= 32
 
 
-class Made(NamedTuple):
+class Demo(NamedTuple):
+    """A finished demo: its folder, what `demo.run` returned, and what was printed to stderr."""
+
     out: Path
     result: dict[str, Any]
     stderr: str
@@ -54,91 +58,91 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """A small demo: one epoch and two views."""
     out, stderr = tmp_path_factory.mktemp("demo"), io.StringIO()
     with contextlib.redirect_stderr(stderr), pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "VIEWS", 2)
-        return Made(out, demo.run(demo.Config(out=out, epochs=1)), stderr.getvalue())
+        return Demo(out, demo.run(demo.Config(out=out, epochs=1)), stderr.getvalue())
 
 
-def test_the_table_lists_the_teacher_the_students_trained_and_untrained_and_raw_pixels(made: Made) -> None:
-    assert [row["name"] for row in made.result["rows"]] == NAMES
-    lines = made.result["summary"].splitlines()
+def test_the_table_lists_the_teacher_the_students_trained_and_untrained_and_raw_pixels(finished: Demo) -> None:
+    assert [row["name"] for row in finished.result["rows"]] == NAMES
+    lines = finished.result["summary"].splitlines()
     assert [line[: len(name)] for line, name in zip(lines[2:], NAMES, strict=False)] == NAMES
-    assert "cluster alignment" in made.result["summary"]
-    assert lines[-1] == f"demo made in {lines[-1].partition(' in ')[2].partition(':')[0]}: {made.out}"
+    assert "cluster alignment" in finished.result["summary"]
+    assert lines[-1] == f"demo made in {lines[-1].partition(' in ')[2].partition(':')[0]}: {finished.out}"
 
 
-def test_every_report_named_in_the_summary_exists(made: Made) -> None:
-    pages = [line.split("  ")[0] for line in made.result["summary"].splitlines() if ".html" in line]
+def test_every_report_named_in_the_summary_exists(finished: Demo) -> None:
+    pages = [line.split("  ")[0] for line in finished.result["summary"].splitlines() if ".html" in line]
     assert len(pages) == len(NAMES) + 1
     assert all(Path(page).stat().st_size > 10_000 for page in pages)
 
 
-def test_the_printed_commands_can_be_typed_by_a_user(made: Made) -> None:
-    commands = [shlex.split(line[2:]) for line in made.stderr.splitlines() if line.startswith("$ ")]
+def test_the_printed_commands_can_be_typed_by_a_user(finished: Demo) -> None:
+    commands = [shlex.split(line[2:]) for line in finished.stderr.splitlines() if line.startswith("$ ")]
     assert [words[1] for words in commands] == ["export-teacher", "distill", *["evaluate"] * len(NAMES), "compare"]
     for _, name, *flags in commands:
-        where, summary = cli.COMMANDS[name]
-        cli._command(name, where, summary).make_context(name, flags)  # raises for an unknown flag
+        module, summary = cli.COMMANDS[name]
+        cli._command(name, module, summary).make_context(name, flags)  # raises for an unknown flag
 
 
-def test_the_teacher_groups_digits_better_than_raw_pixels_do(made: Made) -> None:
-    cluster, mean = made.column("cluster"), made.column("cluster_mean")
+def test_the_teacher_groups_digits_better_than_raw_pixels_do(finished: Demo) -> None:
+    cluster, mean = finished.column("cluster"), finished.column("cluster_mean")
     assert cluster["teacher"] > 92 > cluster["raw pixels"]
     assert mean["teacher"] > mean["raw pixels"] + 8
-    assert made.column("nn")["teacher"] > 98
+    assert finished.column("nn")["teacher"] > 98
 
 
-def test_one_epoch_already_groups_digits_better_than_none(made: Made) -> None:
-    mean = made.column("cluster_mean")
+def test_one_epoch_already_groups_digits_better_than_none(finished: Demo) -> None:
+    mean = finished.column("cluster_mean")
     for student in demo.STUDENTS:
         assert mean[student] > mean[f"{student}, untrained"] + 3
 
 
-def test_an_untrained_student_is_the_student_before_its_first_step(made: Made) -> None:
+def test_an_untrained_student_is_the_student_before_its_first_step(finished: Demo) -> None:
     for student in demo.STUDENTS:
-        folder = made.out / "students" / "".join(c if c.isalnum() or c in "-_." else "-" for c in student)
+        folder = finished.out / "students" / "".join(c if c.isalnum() or c in "-_." else "-" for c in student)
         initial = demo.artifact.read(demo.Folder(folder), "run")["identity"]["student"]["initial"]
-        plain = demo.artifact.read(demo.Folder(made.out / "untrained" / folder.name), "evaluation")
-        assert plain["identity"]["model"]["weights"] == initial
+        untrained = demo.artifact.read(demo.Folder(finished.out / "untrained" / folder.name), "evaluation")
+        assert untrained["identity"]["model"]["weights"] == initial
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_views(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "VIEWS", 2)
 
 
-@pytest.mark.usefixtures("small")
-def test_the_same_command_again_runs_no_stage(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("two_views")
+def test_the_same_command_again_runs_no_stage(finished: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "run_stages", None)
-    again = demo.run(demo.Config(out=made.out, epochs=1))
-    assert again["rows"] == made.result["rows"]
-    assert again["summary"].splitlines()[-1] == f"demo is finished already: {made.out}"
+    repeated = demo.run(demo.Config(out=finished.out, epochs=1))
+    assert repeated["rows"] == finished.result["rows"]
+    assert repeated["summary"].splitlines()[-1] == f"demo is finished already: {finished.out}"
 
 
-@pytest.mark.usefixtures("small")
-def test_a_demo_with_other_epochs_and_a_folder_with_other_files_are_refused(made: Made, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("two_views")
+def test_a_demo_with_other_epochs_and_a_folder_with_other_files_are_refused(finished: Demo, tmp_path: Path) -> None:
     with pytest.raises(Mismatch, match="epochs is 1.0 there, 2.0 asked"):
-        demo.run(demo.Config(out=made.out, epochs=2))
+        demo.run(demo.Config(out=finished.out, epochs=2))
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         demo.run(demo.Config(out=tmp_path))
 
 
-@pytest.mark.usefixtures("small")
-def test_a_deleted_report_is_written_again(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = made.out / "pixels" / "report.html"
+@pytest.mark.usefixtures("two_views")
+def test_a_deleted_report_is_written_again(finished: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = finished.out / "pixels" / "report.html"
     content = page.read_bytes()
 
     def run_stages(out: Path, epochs: float) -> list[dict[str, Any]]:
         page.write_bytes(content)
-        return made.result["rows"]
+        return finished.result["rows"]
 
     page.unlink()
     monkeypatch.setattr(demo, "run_stages", run_stages)
-    assert "made in" in demo.run(demo.Config(out=made.out, epochs=1))["summary"]
+    assert "made in" in demo.run(demo.Config(out=finished.out, epochs=1))["summary"]
     assert page.exists()
 
 

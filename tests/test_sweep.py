@@ -27,7 +27,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_file(folder: Path, store: Path, **changes: object) -> Path:
-    plan = {
+    """Write the file of a sweep with 2 methods, 2 learning rates and 2 students; a change to None leaves a key out."""
+    settings = {
         "out": str(folder / "sweep"),
         "store": str(store),
         "student": list(STUDENTS),
@@ -36,32 +37,32 @@ def write_file(folder: Path, store: Path, **changes: object) -> Path:
         "evaluate": {"val": "digits:split=test", "protocol": ["nn"], "workers": 0},
     }
     file = folder / "grid.yaml"
-    file.write_text(json.dumps({k: v for k, v in {**plan, **changes}.items() if v is not None}))  # JSON is YAML
+    file.write_text(json.dumps({k: v for k, v in {**settings, **changes}.items() if v is not None}))  # JSON is YAML
     return file
 
 
 def test_a_sweep_trains_every_combination_and_writes_one_comparison(store: Path, tmp_path: Path) -> None:
     file = write_file(tmp_path, store, method=["regression"])
-    made = sweep.run(sweep.Config(file))
-    assert made["passes"] == ["regression,lr=1 + regression,lr=0.1"]
-    assert len(made["runs"]) == 4
-    page = Path(made["page"]).read_text()
+    result = sweep.run(sweep.Config(file))
+    assert result["passes"] == ["regression,lr=1 + regression,lr=0.1"]
+    assert len(result["runs"]) == 4
+    page = Path(result["page"]).read_text()
     assert all(page.count(student) >= 2 for student in STUDENTS)
     alone = distill.Config(
         store=store, student=STUDENTS[:1], method="regression", out=tmp_path / "alone", steps=2, batch_size=16,
         image_size=8, workers=0, lr=0.1,
     )  # fmt: skip
     distill.run(alone)
-    in_the_sweep = Path(made["runs"][2]) / "student.safetensors"
+    in_the_sweep = Path(result["runs"][2]) / "student.safetensors"
     assert in_the_sweep.read_bytes() == (tmp_path / "alone" / "student.safetensors").read_bytes()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("student.safetensors")}
-    assert sweep.run(sweep.Config(file))["runs"] == made["runs"]
+    assert sweep.run(sweep.Config(file))["runs"] == result["runs"]
     assert before == {path: path.stat().st_mtime_ns for path in before}, "finished runs are not written again"
 
 
 def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path) -> None:
-    made = sweep.run(sweep.Config(write_file(tmp_path, store), dry_run=True))
-    assert len(made["passes"]) == 1 and "1 pass over the images for 8 students" in made["summary"]
+    planned = sweep.run(sweep.Config(write_file(tmp_path, store), dry_run=True))
+    assert len(planned["passes"]) == 1 and "1 pass over the images for 8 students" in planned["summary"]
     limited = sweep.run(sweep.Config(write_file(tmp_path, store, at_once=4), dry_run=True))["passes"]
     assert limited == [
         "compress-1q-bank=20,lr=1 + compress-1q-bank=20,lr=0.1", "regression,lr=1 + regression,lr=0.1"
@@ -70,7 +71,7 @@ def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"methods": ["seed"]}, "unknown key 'methods'; did you mean 'method'"),
         ({"student": None}, "lacks student"),
@@ -87,9 +88,9 @@ def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_trained(
-    changes: dict[str, object], words: str, store: Path, tmp_path: Path
+    changes: dict[str, object], message: str, store: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         sweep.run(sweep.Config(write_file(tmp_path, store, **changes)))
     assert not (tmp_path / "sweep").exists()
 
@@ -112,7 +113,7 @@ def test_only_the_student_that_diverges_in_a_shared_pass_fails_and_it_is_not_tra
     assert (tmp_path / "sweep/regression,lr=0.1/student.safetensors").exists()
 
 
-LATE = """
+FAILS_AT_STEP_3 = """
 from compress_ssl.pipeline.methods.regression import Regression
 class Late(Regression):
     def forward(self, batch, outputs):
@@ -122,7 +123,7 @@ class Late(Regression):
 
 
 def test_a_run_that_fails_when_it_is_made_longer_is_not_in_the_comparison(store: Path, tmp_path: Path) -> None:
-    (tmp_path / "late.py").write_text(LATE)
+    (tmp_path / "late.py").write_text(FAILS_AT_STEP_3)
     for steps in (2, 5):
         distill_flags = {"steps": steps, "batch-size": 16, "image-size": 8, "workers": 0}
         file = write_file(
@@ -140,14 +141,14 @@ def test_a_run_that_fails_when_it_is_made_longer_is_not_in_the_comparison(store:
 
 def test_an_interrupted_sweep_continues_and_ends_with_the_same_bits(store: Path, tmp_path: Path) -> None:
     distill_flags = {"steps": [4, 6], "batch-size": 16, "image-size": 8, "workers": 0}
-    for name in ("stopped", "whole"):
+    for name in ("stopped", "uninterrupted"):
         (tmp_path / name).mkdir()
     file = write_file(tmp_path / "stopped", store, distill=distill_flags, evaluate=None)
-    step, taken = TrainingRun.step, []
+    step, steps_taken = TrainingRun.step, []
 
     def stopping_step(self: TrainingRun, number: int, *arguments: object) -> object:
-        taken.append(number)
-        if len(taken) == 6:  # the second step of the second pass
+        steps_taken.append(number)
+        if len(steps_taken) == 6:  # the second step of the second pass
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number, *arguments)  # type: ignore[arg-type]
 
@@ -155,12 +156,15 @@ def test_an_interrupted_sweep_continues_and_ends_with_the_same_bits(store: Path,
         patch.setattr(TrainingRun, "step", stopping_step)
         with pytest.raises(Interrupted, match="saved at step 2 of 6"):
             sweep.run(sweep.Config(file))
-        made = sweep.run(sweep.Config(file))
-    assert taken == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5], "no step is taken twice"
-    whole = sweep.run(sweep.Config(write_file(tmp_path / "whole", store, distill=distill_flags, evaluate=None)))
-    assert len(made["runs"]) == 8
-    for one, other in zip(made["runs"], whole["runs"], strict=True):
-        assert (Path(one) / "student.safetensors").read_bytes() == (Path(other) / "student.safetensors").read_bytes()
+        result = sweep.run(sweep.Config(file))
+    assert steps_taken == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5], "no step is taken twice"
+    uninterrupted = sweep.run(
+        sweep.Config(write_file(tmp_path / "uninterrupted", store, distill=distill_flags, evaluate=None))
+    )
+    assert len(result["runs"]) == 8
+    for resumed, expected in zip(result["runs"], uninterrupted["runs"], strict=True):
+        student = (Path(resumed) / "student.safetensors").read_bytes()
+        assert student == (Path(expected) / "student.safetensors").read_bytes()
 
 
 def test_a_missing_store_is_refused_by_a_dry_run_too(tmp_path: Path) -> None:
@@ -186,8 +190,8 @@ def test_methods_that_need_the_same_images_share_a_pass_and_equal_runs_trained_a
     file = write_file(
         tmp_path, store, method=methods, distill={**distill_flags, "lr": 0.05, "clip": 1.0}, evaluate=None
     )
-    made = sweep.run(sweep.Config(file))
-    assert [name.count("batch_size=20") for name in made["passes"]] == [4, 0]
+    result = sweep.run(sweep.Config(file))
+    assert [name.count("batch_size=20") for name in result["passes"]] == [4, 0]
     probes = 3  # images that are read first, to check that they are rendered as for the teacher
     assert len(decoded) == 3 * 20 + probes + 3 * 30 + probes, "one decode of an image per step, for eight students"
     for method in methods:
@@ -208,5 +212,5 @@ def test_methods_that_need_different_local_crops_are_trained_in_separate_passes(
     )
     distill_flags = {"steps": 2, "batch-size": 20, "image-size": 16, "workers": 0, "views-per-step": 2, "lr": 0.01}
     methods = ["esvit:bank=20,crops=2", "seed:bank=20,small=true"]
-    made = sweep.run(sweep.Config(write_file(tmp_path, out, method=methods, distill=distill_flags, evaluate=None)))
-    assert len(made["runs"]) == 4
+    result = sweep.run(sweep.Config(write_file(tmp_path, out, method=methods, distill=distill_flags, evaluate=None)))
+    assert len(result["runs"]) == 4
