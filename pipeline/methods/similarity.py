@@ -137,7 +137,7 @@ class _Relation(torch.autograd.Function):
 class _Sums:
     """Running sums over the anchors, for each row. Index 0 is the teacher's distribution p, 1 the student's q.
 
-    maxima (2, B): the value subtracted from the logits before exp: the largest logit so student_anchors, or 0 if both
+    maxima (2, B): the value subtracted from the logits before exp: the largest logit so far, or 0 if both
         temperatures are at least MIN_TEMPERATURE_WITHOUT_MAX.
     partition (2, B): Σ w with w = exp(logit - maximum).
     weighted_logits (B,): Σ w_p (a - b) for a divergence, Σ -w_p b for a cross-entropy, where a and b are the
