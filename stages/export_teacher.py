@@ -4,11 +4,12 @@ Each (i, v), image i in view v, is computed once: running the command again comp
 """
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from compress_ssl.pipeline.datasets import open_images
 from compress_ssl.pipeline.extraction.cluster import parse_scheduler
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
@@ -22,12 +23,11 @@ from compress_ssl.pipeline.store.codecs import KNOWN, build_codec
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
-    from compress_ssl.pipeline.extraction.cluster import Outcome
+    from compress_ssl.pipeline.extraction.dask_worker import WorkerSettings
+    from compress_ssl.pipeline.extraction.store_record import StoreSettings
     from compress_ssl.pipeline.extraction.worker import DaskExport, ExportWorker
-    from compress_ssl.pipeline.models.embedder import Embedder
     from compress_ssl.pipeline.runtime.lease import Lease
     from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.views.augment import ViewSpec
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,16 @@ def run(config: Config) -> dict[str, Any]:
     storage = open_storage(config.out)
     anew = config.overwrite and artifact.replaceable(config.out, "store")
     earlier = None if anew else artifact.claimed(storage, "store")
-    dataset = open_images(config)
+    dataset = open_images(config.data, config.limit)
     if earlier:
         require_its_images(config, earlier, dataset)
 
     import torch
 
+    from compress_ssl.pipeline.extraction.dask_worker import build_worker
     from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
-    from compress_ssl.pipeline.extraction.worker import ExportWorker
+    from compress_ssl.pipeline.extraction.store_record import describe_store
+    from compress_ssl.pipeline.extraction.worker import DaskExport, ExportWorker
     from compress_ssl.pipeline.models import build
     from compress_ssl.pipeline.runtime import lease
     from compress_ssl.pipeline.runtime.device import choose_device, device_name
@@ -102,7 +104,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     ratio = other.identity["views"]["crop_ratio"] if other else embedder.preprocessing.crop_ratio
     spec = ViewSpec(config.policy, config.seed, ratio)
-    identity, about = describe(config, dataset, embedder, spec)
+    identity, about = describe_store(store_settings(config), dataset, embedder, spec)
     if other:
         require_same_views(identity, dataset, other)
         about["like"] = other.fingerprint
@@ -130,16 +132,17 @@ def run(config: Config) -> dict[str, Any]:
         if not store.pending():
             return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views", other)
         if not local:
-            return fill(config, store, partial(dask_export, config, about), config.scheduler, held, other)
+            remote = DaskExport(config.scheduler, partial(build_worker, worker_settings(config, about)))
+            return fill(config, store, remote, config.scheduler, held, other)
         forward = FeatureExtractor(embedder, device, config.precision, config.batch_size, outputs_to_keep(config))
         work = ExportWorker(store, dataset, spec, forward, config.workers)
-        return fill(config, store, lambda _: work, device_name(device), held, other)
+        return fill(config, store, work, device_name(device), held, other)
 
 
 def fill(
     config: Config,
     store: "FeatureStore",
-    build_backend: Callable[[list["Outcome"]], "ExportWorker | DaskExport"],
+    work: "ExportWorker | DaskExport",
     device: str,
     lease: "Lease",
     other: "FeatureStore | None",
@@ -147,18 +150,18 @@ def fill(
     """Compute the pending shards of the store, then verify that the images did not change meanwhile.
 
     Args:
-        build_backend: Returns what computes shards; gets the list to which failed shards are appended.
-        device: Name of the device, for the log and the history of the store.
+        work: What computes shards.
+        device: Name of the device, or the scheduler, for the log and the history of the store.
         lease: The lease on the store; losing it stops the computation.
         other: The store given by --like, or None.
 
     Returns the result of `finish`. Raises Interrupted after a signal, UserError if shards failed or images changed.
     """
     from compress_ssl.pipeline.extraction.provenance import history_event
+    from compress_ssl.pipeline.extraction.worker import require_no_failures
     from compress_ssl.pipeline.store.compatibility import require_unchanged
 
-    failed: list[Outcome] = []
-    work, width, pending = build_backend(failed), store.identity["teacher"]["width"], store.pending()
+    width, pending = store.identity["teacher"]["width"], store.pending()
     rows = sum(shard.stop - shard.start for shard in pending)
     echo(f"{rows} of {store.images} images to embed, {store.views} views, on {device}, {width} dimensions")
     with StopRequest() as stop, progress_bar("export", store.images, "images", store.images - rows) as bar:
@@ -174,7 +177,7 @@ def fill(
         store.append_history(history_event(cost, device))
         left = len(store.pending())
         stop.check(f"{len(pending) - left} of {len(pending)} pending shards are kept; repeat the command to continue")
-    require_none(failed, len(pending))
+    require_no_failures(work.failed, len(pending))
     made = finish(
         store,
         f"{config.out}: {store.images} images x {store.views} views x {width} {config.codec}, "
@@ -183,81 +186,48 @@ def fill(
     )
     if isinstance(store.storage, Folder):
         store.storage.sweep()  # unfinished files of workers that were killed
-    now = open_images(config)
+    now = open_images(config.data, config.limit)
     require_its_images(config, store.manifest, now)
     require_unchanged(store, now)
     return made
 
 
-def dask_export(config: Config, about: Mapping[str, Any], failed: list["Outcome"]) -> "DaskExport":
-    """Build the backend of --scheduler: each dask worker builds its own ExportWorker, once for every command."""
-    from compress_ssl.pipeline.extraction.worker import DaskExport
+def store_settings(config: Config) -> "StoreSettings":
+    """The settings that the manifest of the store records."""
+    from compress_ssl.pipeline.extraction.store_record import StoreSettings
 
-    worker_config = replace(config, data=about["data"]["spec"], teacher=about["teacher"], out=absolute(config.out))
-    build = partial(build_worker, worker_config, worker_threads(config), secrets.token_hex(8))
-    return DaskExport(config.scheduler, build, partial(record_failure, failed))
-
-
-def record_failure(failed: list["Outcome"], outcome: "Outcome") -> None:
-    """Append a shard that failed on its last attempt; the other shards continue."""
-    failed.append(outcome)
-    echo(f"rows {outcome.task.start} to {outcome.task.stop - 1} failed: {outcome.error}")
-
-
-def require_none(failed: list["Outcome"], pending: int) -> None:
-    """Raises UserError, with the reason of the first failed shard, if shards failed."""
-    if failed:
-        first = failed[0]
-        why = f"{type(first.error).__name__}: {' '.join(str(first.error).split())[:300]}"
-        raise UserError(
-            f"{len(failed)} of {pending} shards failed on every attempt; the first one holds rows {first.task.start} "
-            f"to {first.task.stop - 1} ({why}); the finished shards are kept, repeat the command to try again"
-        )
+    return StoreSettings(
+        data=config.data,
+        limit=config.limit,
+        teacher=config.teacher,
+        outputs=outputs_to_keep(config),
+        views=config.views,
+        local_views=config.local_views,
+        local_size=config.local_size,
+        codec=config.codec,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        shard_rows=config.shard_size,
+    )
 
 
-def worker_threads(config: Config) -> int | None:
-    """Torch threads of a worker, or None for torch's default.
+def worker_settings(config: Config, about: Mapping[str, Any]) -> "WorkerSettings":
+    """The settings of the dask workers of this command. `about` of the manifest has the absolute specs."""
+    from compress_ssl.pipeline.extraction.dask_worker import WorkerSettings, worker_threads
 
-    The number of threads decides the last bits of a result on the CPU, so workers of processes:N use as many
-    threads as --scheduler local does on this machine.
-    """
-    import torch
-
-    return torch.get_num_threads() if config.scheduler.startswith("processes") else None
-
-
-@lru_cache(maxsize=1)
-def build_worker(config: Config, threads: int | None, command: str) -> "ExportWorker":
-    """Build the ExportWorker of this process: images, store and teacher on the device of this worker.
-
-    command: A random text that differs between commands, so that the cache serves the tasks of one command only.
-    Raises UserError if this worker finds other images than the command did.
-    """
-    import torch
-
-    from compress_ssl.pipeline.extraction import cluster as scheduler
-    from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
-    from compress_ssl.pipeline.extraction.teacher import load_live_teacher
-    from compress_ssl.pipeline.extraction.worker import ExportWorker
-    from compress_ssl.pipeline.runtime.device import choose_device
-    from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.views.augment import ViewSpec
-
-    if threads:
-        torch.set_num_threads(threads)
-    dataset = open_images(config)
-    store = FeatureStore(open_storage(config.out))
-    device = choose_device(config.device)
-    if device == torch.device("cuda"):  # worker k uses visible GPU k, modulo their number
-        device = torch.device("cuda", scheduler.worker_number() % torch.cuda.device_count())
-    embedder = load_live_teacher(store, config.teacher)
-    if dataset.fingerprint != store.identity["data"]["fingerprint"]:
-        raise UserError(
-            f"{config.data} holds other images on this worker than on the machine that started the export; "
-            "give a path that leads to the same images on all machines"
-        )
-    forward = FeatureExtractor(embedder, device, config.precision, config.batch_size, outputs_to_keep(config))
-    return ExportWorker(store, dataset, ViewSpec(**store.identity["views"]), forward, config.workers)
+    return WorkerSettings(
+        data=about["data"]["spec"],
+        limit=config.limit,
+        teacher=about["teacher"],
+        store=absolute(config.out),
+        outputs=outputs_to_keep(config),
+        device=config.device,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        threads=worker_threads(config.scheduler),
+        command=secrets.token_hex(8),
+    )
 
 
 def adopt_view_settings(config: Config) -> tuple[Config, "FeatureStore | None"]:
@@ -317,22 +287,6 @@ def outputs_to_keep(config: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys(["embedding", *names]))
 
 
-def arrays_of(config: Config, embedder: "Embedder") -> dict[str, list[int]]:
-    """{array: shape of one (i, v)} of the outputs to store; of local views, only the outputs that are vectors."""
-    arrays = {name: list(embedder.shapes[name]) for name in outputs_to_keep(config)}
-    if config.local_views:
-        arrays |= {f"local_{n}": arrays[n] for n in ("embedding", "projection") if n in arrays}
-    return arrays
-
-
-def open_images(config: Config) -> "Dataset":
-    """The data set as it is now: files are listed again at every call."""
-    from compress_ssl.pipeline.datasets import DATASETS
-
-    dataset = DATASETS.build(config.data)
-    return dataset.subset(config.limit) if config.limit else dataset
-
-
 def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dataset") -> None:
     """Raises Mismatch, with the difference, if the existing store was made from other images."""
     if dataset.fingerprint != earlier["identity"]["data"]["fingerprint"]:
@@ -343,52 +297,6 @@ def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dat
             f"{config.out} was made from other images than --data {config.data}: {difference}. "
             "Give the same images, choose another --out, or start from scratch with --overwrite"
         )
-
-
-def describe(
-    config: Config, dataset: "Dataset", embedder: "Embedder", spec: "ViewSpec"
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(identity, about) of the manifest: the settings that define the store, and those that may change later."""
-    from compress_ssl.pipeline.datasets import DATASETS
-    from compress_ssl.pipeline.models import MODELS
-    from compress_ssl.pipeline.models.embedder import state_digest
-    from compress_ssl.pipeline.store.render_probe import probe_digests
-    from compress_ssl.pipeline.store.shards import shard_rows
-    from compress_ssl.pipeline.views.render import default_local_size
-
-    arrays, heads = arrays_of(config, embedder), embedder.head_tensors()
-    kind = build_codec(config.codec)
-    stored = {name: kind.shape(tuple(shape)) for name, shape in arrays.items()}
-    rows = config.shard_size or shard_rows(len(dataset), config.batch_size, stored, kind.dtype.itemsize)
-    identity: dict[str, Any] = {
-        "data": {"fingerprint": dataset.fingerprint, "images": len(dataset)},
-        "teacher": {
-            "name": embedder.name,
-            "weights": embedder.digest(),
-            "width": embedder.width,
-            "preprocessing": embedder.preprocessing.record(),
-            **({"heads": state_digest(heads)} if heads else {}),
-        },
-        "views": spec.record(),
-        "arrays": arrays,
-        "codec": config.codec,
-        "batch_size": config.batch_size,
-        "precision": config.precision,
-        "shard_rows": rows,
-    }
-    if config.local_views:
-        side = config.local_size or default_local_size(embedder.preprocessing.size)
-        embedder.require_size(side, "--local-size")
-        identity["local"] = {"views": config.local_views, "size": side}
-    about = {
-        "data": {"spec": DATASETS.absolute_spec(config.data), "limit": config.limit},
-        "teacher": MODELS.absolute_spec(config.teacher),
-        "classes": list(dataset.classes),
-        "views": config.views,
-        "parameters": sum(p.numel() for p in embedder.backbone.parameters()),
-        "pixels": probe_digests(dataset, spec, embedder.preprocessing),
-    }
-    return identity, about
 
 
 def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> dict[str, Any]:

@@ -18,6 +18,7 @@ from compress_ssl.pipeline.datasets.decode import BROKEN, NOT_AN_IMAGE, NOT_FINI
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 from compress_ssl.pipeline.extraction.embed import embed
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
+from compress_ssl.pipeline.extraction.store_record import describe_store
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.artifact import Mismatch
 from compress_ssl.pipeline.runtime.errors import UserError
@@ -208,7 +209,7 @@ def by_embed(images: Path, out: Path, first_key: int = 0, codec: str = "int8", *
     torch.manual_seed(0)
     model = build(TEACHER, image_size=SIZE, pretrained_default=True)
     dataset, spec = ImageFolder(images), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
-    identity, about = export_teacher.describe(settings, dataset, model, spec)
+    identity, about = describe_store(export_teacher.store_settings(settings), dataset, model, spec)
     keys = np.arange(len(dataset), dtype=np.uint64) + np.uint64(first_key)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": keys}
     store = FeatureStore.create(Folder(out), identity, about, tables)

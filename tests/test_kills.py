@@ -84,7 +84,7 @@ def forkserver() -> Iterator[Any]:
     loaded = ["torch", "torchvision.transforms.v2", "zarr", "distributed", "compress_ssl.stages.export_teacher"]
     loaded += [
         f"compress_ssl.pipeline.{name}"
-        for name in ("extraction.worker", "models", "models.python", "store.render_probe", "datasets.folder")
+        for name in ("extraction.dask_worker", "models", "models.python", "store.render_probe", "datasets.folder")
     ]
     context.set_forkserver_preload([*loaded, "test_kills"])
     with pytest.MonkeyPatch.context() as patch:

@@ -19,6 +19,7 @@ from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 from compress_ssl.pipeline.datasets.folder import escape
 from compress_ssl.pipeline.extraction.embed import embed
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
+from compress_ssl.pipeline.extraction.store_record import describe_store
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -74,7 +75,7 @@ def good_ones_alone(dataset: ImageFolder, rows: np.ndarray, data: Path, out: Pat
     torch.manual_seed(0)
     model = build(TEACHER, image_size=16, pretrained_default=True)
     few, spec = Subset(dataset, rows), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
-    identity, about = export_teacher.describe(config, few, model, spec)
+    identity, about = describe_store(export_teacher.store_settings(config), few, model, spec)
     tables = {"sample_id": few.ids, "label": few.label, "view_key": rows}
     made = FeatureStore.create(Folder(out), identity, about, tables)
     embed(made, few, spec, FeatureExtractor(model, torch.device("cpu"), "fp32", 8), workers=0)
@@ -128,7 +129,7 @@ def test_loader_processes_and_threads_treat_nasty_files_alike(
     torch.manual_seed(0)
     model = build(TEACHER, image_size=16, pretrained_default=True)
     dataset, spec = ImageFolder(mixed[0]), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
-    identity, about = export_teacher.describe(config, dataset, model, spec)
+    identity, about = describe_store(export_teacher.store_settings(config), dataset, model, spec)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     made = FeatureStore.create(Folder(tmp_path / "store"), identity, about, tables)
     embed(made, dataset, spec, FeatureExtractor(model, torch.device("cpu"), "fp32", 8), **how)

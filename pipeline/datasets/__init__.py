@@ -3,7 +3,12 @@
 A new kind is one file with a subclass of `compress_ssl.pipeline.datasets.base.Dataset` and one line in the table.
 """
 
+from typing import TYPE_CHECKING
+
 from compress_ssl.pipeline.runtime.registry import Registry
+
+if TYPE_CHECKING:
+    from compress_ssl.pipeline.datasets.base import Dataset
 
 DATASETS = Registry(
     "data",
@@ -14,3 +19,12 @@ DATASETS = Registry(
     },
     path_means="folder",
 )
+
+
+def open_images(spec: str, limit: int | None = None) -> "Dataset":
+    """The data set of a spec as it is now: files are listed again at every call.
+
+    limit: use only this many images, spread evenly over the data set. Raises UserError for a wrong spec.
+    """
+    dataset: Dataset = DATASETS.build(spec)
+    return dataset.subset(limit) if limit else dataset

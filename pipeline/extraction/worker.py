@@ -1,12 +1,12 @@
 """Where shards are computed: `ExportWorker` in this process, `DaskExport` on the workers of a dask scheduler.
 
-Both have the methods `train_codebooks` and `compute`. Each dask worker builds an ExportWorker of its own and keeps
-it, so the teacher is built once per worker and stays on that worker's device.
+Both have the methods `train_codebooks` and `compute`, and list `failed` shards. Each dask worker builds an ExportWorker
+of its own and keeps it, so the teacher is built once per worker and stays on that worker's device.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from compress_ssl.pipeline.datasets.base import Dataset
@@ -16,6 +16,8 @@ from compress_ssl.pipeline.extraction.codebook import train_codebooks
 from compress_ssl.pipeline.extraction.embed import Cost, embed
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.runtime.device import loader_workers
+from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard
 from compress_ssl.pipeline.views.augment import ViewSpec
@@ -32,6 +34,7 @@ class ExportWorker:
     spec: ViewSpec
     extractor: FeatureExtractor
     workers: int | None  # loader processes or threads, as --workers; None: chosen by the number of cores
+    failed: Sequence[Outcome] = ()  # stays empty: a shard that fails in this process raises its exception
 
     def train_codebooks(self, stopped: Callable[[], bool] = lambda: False, threads: bool = False) -> None:
         """Train the codecs of the store that have no codebook yet. threads: see `compute`."""
@@ -66,13 +69,13 @@ BuildWorker = Callable[[], ExportWorker]
 """Called in a dask worker for each task: builds an ExportWorker the first time and returns the same one afterwards."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class DaskExport:
     """The workers of a dask scheduler, with the methods of an ExportWorker."""
 
     scheduler: str  # as --scheduler
     build: BuildWorker
-    failed: Callable[[Outcome], None]  # called with each shard that failed after all attempts
+    failed: list[Outcome] = field(default_factory=list)  # shards that failed on their last attempt
 
     def train_codebooks(self, stopped: Callable[[], bool]) -> None:
         """Let one worker train the codecs of the store. Raises that worker's exception."""
@@ -82,14 +85,18 @@ class DaskExport:
                 raise outcome.error
 
     def compute(self, shards: Sequence[Shard], progress: Callable[[int], None], stopped: Callable[[], bool]) -> Cost:
-        """Compute shards, each on whichever worker is free. Returns the sum of their costs, in real seconds."""
+        """Compute shards, each on whichever worker is free. Returns the sum of their costs, in real seconds.
+
+        A shard that failed on its last attempt is appended to `failed`; the other shards continue.
+        """
         total, began = Cost(), time.monotonic()
         for outcome in cluster.run_tasks(shards, partial(_compute_shard, self.build), self.scheduler, stopped):
             if outcome.error is None:
                 total += outcome.result
                 progress(outcome.task.stop - outcome.task.start)
             else:
-                self.failed(outcome)
+                self.failed.append(outcome)
+                echo(f"rows {outcome.task.start} to {outcome.task.stop - 1} failed: {outcome.error}")
         total.seconds = time.monotonic() - began
         return total
 
@@ -105,3 +112,17 @@ def _compute_shard(build: BuildWorker, shard: Shard) -> Cost:
     if worker.store.is_done(shard):  # a worker wrote it and was lost before it could report the result
         return Cost()
     return worker.compute([shard], threads=True)
+
+
+# ---------------------------------------------------------------- failed shards
+
+
+def require_no_failures(failed: Sequence[Outcome], pending: int) -> None:
+    """Raises UserError, with the reason of the first failed shard, if any of `pending` shards failed."""
+    if failed:
+        first = failed[0]
+        why = f"{type(first.error).__name__}: {' '.join(str(first.error).split())[:300]}"
+        raise UserError(
+            f"{len(failed)} of {pending} shards failed on every attempt; the first one holds rows {first.task.start} "
+            f"to {first.task.stop - 1} ({why}); the finished shards are kept, repeat the command to try again"
+        )
