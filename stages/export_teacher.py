@@ -277,7 +277,7 @@ def check(config: Config) -> None:
 
 def outputs_to_keep(config: Config) -> tuple[str, ...]:
     """Names of the teacher outputs to store, the embedding first. Raises UserError for an unknown name."""
-    from compress_ssl.pipeline.models.embedder import OUTPUTS
+    from compress_ssl.pipeline.models import OUTPUTS
 
     names = [name.strip() for name in config.keep.split(",") if name.strip()]
     for name in names:

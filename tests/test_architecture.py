@@ -296,6 +296,33 @@ def test_help_is_printed_without_any_heavy_package() -> None:
     assert "distill" in done.stdout
 
 
+REFUSED = {
+    "an output that no model has": "export-teacher --data digits --teacher convnet --out x --keep nothing",
+    "a missing data folder": "export-teacher --data folder:/nowhere --teacher convnet --out x",
+    "an unknown teacher": "export-teacher --data digits --teacher nothing --out x",
+    "contradicting flags": "export-teacher --data digits --teacher convnet --out x --policy none --views 3",
+    "an unknown student": "distill --store x --student nothing --method seed --out y",
+    "an unknown method": "distill --store x --student convnet --method nothing --out y",
+    "a store that is not there": "distill --store x --student convnet --method seed --out y",
+    "an unknown protocol": "evaluate --run x --val digits --protocol nothing",
+    "a run that is not there": "evaluate --run x --val digits",
+    "a store to check that is not there": "verify x",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED.values(), ids=REFUSED)
+def test_what_can_be_refused_without_torch_is_refused_without_it(words: str, tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.argv = ['compress', *{words.split()!r}]; from compress_ssl import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as stop: assert stop.code == 2, stop.code\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("error: ") == 1
+
+
 def at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     """The statements that are executed when a module is imported, class bodies and branches included."""
     for statement in body:

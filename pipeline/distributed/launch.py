@@ -13,7 +13,9 @@ from typing import IO, Any
 
 from compress_ssl.pipeline.runtime.errors import UserError
 
-PROGRAM = ("-m", "compress_ssl.cli")  # what the ranks run, as arguments of Python
+PROGRAM = ("-P", "-m", "compress_ssl.cli")
+"""Arguments of Python that run a rank. -P keeps the current folder off the front of sys.path, where a user's typer.py
+would come before the installed one."""
 EXIT_GRACE = 15.0  # seconds that the other ranks have to end by themselves after one has failed
 ERROR_REPORTED = "error-reported"  # counter in the TCPStore; the rank that raises it to 1 prints the error
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # `launch_ranks` passes these on to the ranks

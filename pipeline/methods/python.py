@@ -5,6 +5,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from compress_ssl.pipeline.methods import version1
 from compress_ssl.pipeline.methods.base import Method, MethodContext
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.import_object import import_object
@@ -23,7 +24,8 @@ class UserMethod:
         build = import_method(place)
         parameters = inspect.signature(build).parameters.values()
         known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        context_name = "setting" if "setting" in known else "context"  # the first version's name
+        of_version1 = issubclass(build, version1.Method) and "context" not in known
+        context_name = "setting" if "setting" in known or of_version1 else "context"
         known.pop(context_name, None)
         takes_any_key = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         for key in () if takes_any_key else options:

@@ -5,8 +5,10 @@ paths to this module.
 """
 
 from collections.abc import Container
+from functools import cache
+from typing import Any
 
-from compress_ssl.pipeline.methods import base, memory_bank
+from compress_ssl.pipeline.methods import METHODS, base, memory_bank
 from compress_ssl.pipeline.models.linear_head import LinearHead
 
 
@@ -45,3 +47,24 @@ class MemoryBank(memory_bank.MemoryBank):
 
     def fill(self, read: memory_bank.Read, block: int = 8192) -> None:
         self.refill(read, block)
+
+
+def __getattr__(name: str) -> type[Method]:
+    """A built-in method's class, such as `Seed`, for a user's subclass that passes `setting` to its constructor."""
+    for kind, place in METHODS.entries.items():
+        if place.endswith(f":{name}") and kind != "python":
+            return _with_old_names(kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
+def _with_old_names(kind: str) -> type[Method]:
+    built_in: Any = METHODS.resolve(kind)
+
+    class OldNames(Method, built_in):
+        """The built-in method with the first version's names."""
+
+        def __init__(self, *, setting: base.MethodContext, **options: Any):
+            super().__init__(context=setting, **options)
+
+    return OldNames

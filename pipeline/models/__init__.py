@@ -12,6 +12,9 @@ from compress_ssl.pipeline.runtime.registry import Registry
 if TYPE_CHECKING:
     from compress_ssl.pipeline.models.embedder import Embedder
 
+OUTPUTS = ("embedding", "projection", "logits", "regions")
+"""Names of a model's outputs; the arrays of a store have the same names."""
+
 MODELS = Registry(
     "model",
     {

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.models import heads, regions
+from compress_ssl.pipeline.models import OUTPUTS, heads, regions
 from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.models.pooling import Pool, pool_output
 from compress_ssl.pipeline.models.selection import State
@@ -15,9 +15,6 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
 
 T = TypeVar("T")
-
-OUTPUTS = ("embedding", "projection", "logits", "regions")
-"""Names of a model's outputs; the arrays of a store have the same names."""
 
 
 class Embedder(nn.Module):
@@ -136,6 +133,13 @@ class Embedder(nn.Module):
         return regions.forward_with_regions(self.backbone, self._last_map, lambda: self._forward_backbone(images))
 
     # ---------------------------------------------------------------- tensors
+
+    # Names of the first version, which methods of users may call.
+    def equip(self, names: Sequence[str]) -> "Embedder":
+        return self.enable_outputs(names)
+
+    def outputs(self, images: Tensor, names: Sequence[str] = ("embedding",)) -> dict[str, Tensor]:
+        return self.forward_outputs(images, names)
 
     def head_tensors(self) -> State:
         """Tensors of the frozen heads, by name.

@@ -10,6 +10,7 @@ from torch import nn
 
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.models.network import Network
+from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.import_object import describe_with_location, import_object
 from compress_ssl.pipeline.runtime.registry import did_you_mean
@@ -28,7 +29,7 @@ def model(options: ModelOptions, source: str, /, **keys: Any) -> Network:
         raise UserError(f"python:{source} failed: {describe_with_location(error)}") from error
     if not isinstance(module, nn.Module):
         raise UserError(f"python:{source} returned a {type(module).__name__}; it must return a torch.nn.Module")
-    stem = Path(where).stem if where.endswith(".py") else where
+    stem = Path(where).stem if where.endswith(".py") else old_names.recorded_name(where)
     return Network(module, safe_name("python", stem, name), _preprocessing(module, source, options), trained=True)
 
 

@@ -85,6 +85,16 @@ _NEW_NAMES = {
         "Setting=MethodContext target_of=choose_target store_rows=initial_rows require=require_positive "
         "require_shares=require_fractions Method=methods.version1:Method"
     ),
+    "methods.compress": (
+        "TwoQueues=methods.version1:TwoQueues TwoQueuesMomentum=methods.version1:TwoQueuesMomentum "
+        "OneQueue=methods.version1:OneQueue"
+    ),
+    "methods.crd": "Crd=methods.version1:Crd",
+    "methods.dogo": "Dogo=methods.version1:Dogo DogoFrozen=methods.version1:DogoFrozen",
+    "methods.esvit": "EsVit=methods.version1:EsVit",
+    "methods.regression": "Regression=methods.version1:Regression",
+    "methods.seed": "Seed=methods.version1:Seed",
+    "methods.simclr_v2": "SimClrV2=methods.version1:SimClrV2",
     "model": (
         "one_line=runtime.formatting:describe_exception Preprocessing=views.preprocessing:Preprocessing "
         "IMAGENET=views.preprocessing:IMAGENET Interpolation=views.preprocessing:Interpolation "
@@ -140,6 +150,14 @@ def new_name(module: str) -> str | None:
         return name if importlib.util.find_spec(name) else None
     except ModuleNotFoundError:
         return None
+
+
+def recorded_name(module: str) -> str:
+    """The first version's name of a module, or the module itself if it never had another name.
+
+    Manifests hold names made of it. They stay as they are, whichever of the two names a command is given.
+    """
+    return next((old for old, new in MOVED.items() if new == module), module)
 
 
 def translate(module: str) -> str:

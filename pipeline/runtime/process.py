@@ -42,6 +42,8 @@ def start_time(pid: int) -> str | None:
             ticks = round((process.create_time() - boot) * os.sysconf("SC_CLK_TCK"))
             if psutil.boot_time() == boot:  # otherwise the clock was set between the two readings
                 return str(ticks)
+    except ValueError:  # a damaged lease: no process has a negative PID
+        return None
     except (psutil.Error, OSError, RuntimeError):  # the process has ended, or /proc is missing or hides it
         return _runs(pid)
 
