@@ -38,9 +38,9 @@ COMMANDS = {
     "compare": ("compare", "Compare many evaluations in one table and page, the teacher first."),
     "sweep": ("sweep", "Train and compare a grid of students, methods and stores from a YAML file."),
     "models": ("listing:Models", "List what --teacher, --student and --model accept."),
-    "methods": ("listing:Methods", "List what --method accepts, with the published recipes."),
+    "methods": ("listing:Methods", "List what --method accepts."),
     "protocols": ("listing:Protocols", "List what --protocol accepts."),
-    "demo": ("demo", "Run the three stages on embedded data; takes minutes on two cores."),
+    "demo": ("demo", "Run the three stages on images inside scikit-learn; takes minutes on two cores."),
 }
 """{command, or "group command": (module of `compress_ssl.stages`, or module:Config; summary for --help)}
 
@@ -189,6 +189,8 @@ def _run_command() -> int:
     """
     try:
         code = app(standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # Typer turns KeyboardInterrupt into this status, without a word to the user
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except UserError as problem:
         return _fail(str(problem))

@@ -48,4 +48,7 @@ def read_metrics(folder: str) -> dict[str, Any]:
             artifact.read(storage, "evaluation")
             return artifact.read_json(storage, "metrics.json")
     searched = ", ".join(places)
-    raise UserError(f"{folder} has no evaluation; make one with compress evaluate (searched {searched})")
+    raise UserError(
+        f"{folder} has no evaluation; make one with compress evaluate --run {folder}, or --store {folder} "
+        f"for a teacher (searched {searched})"
+    )

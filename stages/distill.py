@@ -5,6 +5,7 @@ From the command to the place where a loss is computed:
     run -> train -> Trainer.train           the loop: pixels, one step, logs, checkpoints (training/trainer.py)
         -> TrainingRun.step                 one step of all learners of the run          (training/run.py)
         -> Learner.step                     one step of one method with its students     (training/learner.py)
+        -> DistillationModule.forward       students and method as one module (training/distillation_module.py)
         -> Method.forward                   the loss of a batch                          (methods/)
 
 One pass over the images may serve several commands (a sweep): each image is decoded once for all their students.
@@ -65,8 +66,13 @@ class Config:
     batch_size: int | None = flag(
         None, "images per step on each device (default: as published, for all devices together)", short="-b"
     )
-    pairing: str = flag("same", "same, fresh or cross: whether student and teacher see the same view")
-    views: int | None = flag(None, "use only this many views, from view 0 on (default: all that the store has now)")
+    pairing: str = flag(
+        "same",
+        "student and teacher see the same view, a fresh one for the student, or two stored ones (same, fresh, cross)",
+    )
+    views: int | None = flag(
+        None, "use the stored views below this number; view 0 only if it is the only one (default: all)"
+    )
     views_per_step: int | None = flag(None, "views per image and step (default: as many as the method needs)")
     image_size: int | None = flag(None, "side of the student's input images in pixels (default: the student's own)")
     seed: int = flag(0, "seed of sampling order, initial weights and per-step randomness")

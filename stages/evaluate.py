@@ -1,8 +1,7 @@
 """`compress evaluate`: a model's features on disk, scored by protocols, written as metrics.json and report.html."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from compress_ssl.pipeline.runtime import artifact, jsonl
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.progress import echo, progress_bar
-from compress_ssl.pipeline.runtime.signals import StopRequest
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 
 if TYPE_CHECKING:
     import numpy as np
 
     from compress_ssl.pipeline.datasets.base import Dataset
-    from compress_ssl.pipeline.evaluators.base import Evaluator, Split
+    from compress_ssl.pipeline.evaluators.base import AugmentedFeatures, Evaluator, Split
     from compress_ssl.pipeline.evaluators.results import Result
     from compress_ssl.pipeline.evaluators.scored_model import ScoredModel
     from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -56,6 +54,7 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises UserError for what the user can mend, before any feature is computed where that is possible.
     """
+    config = convert_paths(config)
     check_flags(config)
     from compress_ssl.pipeline.evaluators import PROTOCOLS
 
@@ -84,14 +83,43 @@ def run(config: Config) -> dict[str, Any]:
         if aside:
             echo(f"set the earlier {out} aside as {aside}")
     artifact.claim(Folder(out), "evaluation", identity, about)
-    train, val = load_splits(config, scored, train_data, val_data, out)
-    metrics, results = run_protocols(config, scored, evaluators, train, val, train_data, out)
+
+    from compress_ssl.pipeline.evaluators import split_features
+
+    settings = split_features.EmbedSettings(config.batch_size, config.workers, config.device, config.precision)
+    train, val = split_features.load_splits(scored, settings, train_data, val_data, out / "features")
+    augmented = split_features.make_augmenter(scored, settings, train_data, train.rows)
+    scores, results = run_protocols(evaluators, train, val, augmented, out)
+    metrics = {"model": scored.model, "data": describe_data(about, train, val), **scores}
     Folder(out).put("metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
-    page = write_report(config, scored, metrics, results, train, val, train_data, val_data, out)
+
+    from compress_ssl.pipeline.report import evaluation
+
+    page = evaluation.write_report(
+        out,
+        metrics,
+        train=train,
+        val=val,
+        results=results,
+        teacher=read_teacher_metrics(config, scored, metrics),
+        curves=jsonl.read_jsonl(scored.run / "metrics.jsonl") if scored.run else None,
+        load_image=partial(load_thumbnail, {"train": train_data, "val": val_data}),
+    )
     return {"summary": f"{summarize(metrics)}\n{page}", "evaluation": str(out), "metrics": metrics}
 
 
 # ---------------------------------------------------------------- flags
+
+
+def convert_paths(config: Config) -> Config:
+    """The same flags with folders as paths: a caller from Python may give strings."""
+    return replace(
+        config,
+        run=Path(config.run) if config.run else None,
+        cache=Path(config.cache) if config.cache else None,
+        out=Path(config.out) if config.out else None,
+        teacher=Path(config.teacher) if config.teacher else None,
+    )
 
 
 def check_flags(config: Config) -> None:
@@ -217,187 +245,37 @@ def check_protocols(
         require_labels(spec, **{which: sets[which] for which in evaluator.needs_labels})
 
 
-# ---------------------------------------------------------------- features
-
-
-def load_splits(
-    config: Config, scored: "ScoredModel", train: "Dataset", val: "Dataset", out: Path
-) -> tuple["Split", "Split"]:
-    """(training split, validation split) of view 0. Features that are not stored yet are computed into OUT/features.
-
-    Both splits share one list of classes: those of the training images, then those that only the validation images
-    have (possible only if the training images have no labels).
-    """
-    classes = (*train.classes, *(name for name in val.classes if name not in train.classes))
-    first = scored.find_store(train) or embed_dataset(config, scored, train, out / "features" / "train")
-    second = scored.find_store(val) or embed_dataset(config, scored, val, out / "features" / "val")
-    return build_split(first, train, classes), build_split(second, val, classes)
-
-
-def embed_dataset(config: Config, scored: "ScoredModel", dataset: "Dataset", folder: Path) -> "FeatureStore":
-    """The scored model's features of view 0, as a store with one view in float32, resumed where it stopped."""
-    from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.store.shards import shard_rows
-
-    arrays = {"embedding": [scored.model["width"]]}
-    identity = {
-        "data": {"fingerprint": dataset.fingerprint, "images": len(dataset)},
-        "teacher": {"weights": scored.weights, "preprocessing": scored.preprocessing},
-        "views": {**scored.views.record(), "policy": "none"},
-        "arrays": arrays,
-        "codec": "float32",
-        "batch_size": config.batch_size,
-        "precision": config.precision,
-        "shard_rows": shard_rows(len(dataset), config.batch_size, arrays, 4),
-    }
-    tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
-    store = FeatureStore.create(Folder(folder), identity, {"views": 1}, tables)
-    if store.pending():
-        embed_pending(config, scored, dataset, store, folder.name)
-    return store
-
-
-def embed_pending(config: Config, scored: "ScoredModel", dataset: "Dataset", store: "FeatureStore", title: str) -> None:
-    """Compute the features that a store lacks, with a progress bar. A stop signal keeps those of complete shards."""
-    from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
-    from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
-
-    device = choose_device(config.device)
-    missing = sum(shard.stop - shard.start for shard in store.pending())  # images
-    done = store.images - missing
-    with StopRequest() as stop, progress_bar(f"features {title}", store.images, "images", done) as bar:
-        forward = FeatureExtractor(scored.build_embedder(), device, config.precision, config.batch_size)
-        workers = loader_workers(config.workers, device)
-        embed(
-            store, dataset, scored.views, forward, workers=workers, progress=bar.advance,
-            stopped=lambda: stop.requested,
-        )  # fmt: skip
-        stop.check("the features so far are kept; repeat the command to continue")
-
-
-def build_split(store: "FeatureStore", dataset: "Dataset", classes: tuple[str, ...]) -> "Split":
-    """The usable images of a store's view 0, with labels as numbers into `classes`, joined by class name.
-
-    Raises UserError if no image is usable.
-    """
-    import numpy as np
-
-    from compress_ssl.pipeline.datasets.decode import GOOD
-    from compress_ssl.pipeline.evaluators.base import Split
-
-    rows = np.flatnonzero(store.table("status") == GOOD)
-    if not len(rows):
-        _, name, why = store.bad_images()[0]
-        raise UserError(
-            f"none of the {len(dataset)} images of {store.storage} can be used, the first is {name}: {why}; "
-            "repair the files, then repeat the command with another --out"
-        )
-    if len(rows) < len(dataset):
-        echo(f"{len(dataset) - len(rows)} of {len(dataset)} images cannot be used and are left out")
-    number = {name: y for y, name in enumerate(classes)}
-    # One more entry at the end: a label of -1 (none) indexes it and stays -1.
-    joined = np.array([number.get(name, -1) for name in dataset.classes] + [-1], np.int64)
-    return Split(store.read("embedding", 0)[rows], joined[dataset.label[rows]], rows, classes)
-
-
 # ---------------------------------------------------------------- scores
 
 
 def run_protocols(
-    config: Config, scored: "ScoredModel", evaluators: dict[str, "Evaluator"], train: "Split", val: "Split",
-    train_data: "Dataset", out: Path,
-) -> tuple[dict[str, Any], dict[str, "Result"]]:  # fmt: skip
-    """(contents of metrics.json, results by protocol spec). Protocols of earlier commands in OUT are included.
+    evaluators: dict[str, "Evaluator"], train: "Split", val: "Split", augmented: "AugmentedFeatures | None", out: Path
+) -> tuple[dict[str, Any], dict[str, "Result"]]:
+    """(scores for metrics.json, results by protocol spec). Protocols of earlier commands in OUT are included.
 
     A protocol with a finished result in OUT/results is not run again.
     """
     from compress_ssl.pipeline.evaluators.results import Results
 
-    metrics: dict[str, Any] = {
-        "model": scored.model,
-        "data": {
-            "train": train_spec(config, scored), "train_images": len(train),
-            "val": config.val, "val_images": len(val), "classes": len(train.classes),
-        },
-    }  # fmt: skip
-    results, augmented = Results(Folder(out)), make_augmenter(config, scored, train, train_data)
+    results = Results(Folder(out))
     for spec, evaluator in evaluators.items():
         if results.get(evaluator) is None:
             results.put(evaluator, spec, evaluator(train, val, out, augmented))
-    scores, found = results.gather(evaluators.values())
-    return metrics | scores, found
+    return results.gather(evaluators.values())
 
 
-def make_augmenter(
-    config: Config, scored: "ScoredModel", train: "Split", dataset: "Dataset"
-) -> "Callable[[int], np.ndarray] | None":
-    """epoch -> (n, d) features of another random view of every training image; None if none can be had.
-
-    With a store that holds these images, its stored random views are used in turn; a store of view 0 alone has none.
-    Otherwise the images are embedded again in every epoch, in a new random crop and flip.
-    """
-    store = scored.find_store(dataset)
-    if store is not None:
-        return stored_view_reader(store, train.rows)
-    return partial(embed_random_view, config, scored, dataset, train.rows)
-
-
-def stored_view_reader(store: "FeatureStore", rows: "np.ndarray") -> "Callable[[int], np.ndarray] | None":
-    """epoch -> (n, d) stored features of these rows in a random view, a different one for each of V - 1 epochs."""
-    random_views = [view for view in store.stored_views if view]  # view 0 is the centre crop
-    if not random_views:
-        return None
-    return lambda epoch: store.read("embedding", random_views[epoch % len(random_views)])[rows]
-
-
-def embed_random_view(
-    config: Config, scored: "ScoredModel", dataset: "Dataset", rows: "np.ndarray", epoch: int
-) -> "np.ndarray":
-    """(n, d) features of these rows in random crops and flips, other ones in every epoch.
-
-    The view numbers carry the bit FRESH, so none of them is a stored view. Raises UserError if an image cannot be
-    read any more.
-    """
-    import torch
-
-    from compress_ssl.pipeline.extraction.features import view_features
-    from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
-    from compress_ssl.pipeline.views.augment import ViewSpec
-    from compress_ssl.pipeline.views.numbering import FRESH
-
-    device = choose_device(config.device)
-    embedder = scored.build_embedder().to(device).to(memory_format=torch.channels_last)  # as FeatureExtractor sets it
-    spec = ViewSpec("crop-flip", scored.views.seed, scored.views.crop_ratio)
-    workers = loader_workers(config.workers, device)
-    features, embedded_rows = view_features(
-        embedder, dataset, spec, device, config.precision, FRESH + epoch, rows, workers
-    )
-    if len(embedded_rows) != len(rows):
-        raise UserError(f"{len(rows) - len(embedded_rows)} training images can no longer be read; restore them")
-    return features.cpu().numpy()
+def describe_data(about: dict[str, Any], train: "Split", val: "Split") -> dict[str, Any]:
+    """What metrics.json says of the images: specs (those in `about`), numbers of usable images, number of classes."""
+    return {
+        "train": about["train"],
+        "train_images": len(train),
+        "val": about["val"],
+        "val_images": len(val),
+        "classes": len(train.classes),
+    }
 
 
 # ---------------------------------------------------------------- report
-
-
-def write_report(
-    config: Config, scored: "ScoredModel", metrics: dict[str, Any], results: dict[str, "Result"], train: "Split",
-    val: "Split", train_data: "Dataset", val_data: "Dataset", out: Path,
-) -> Path:  # fmt: skip
-    """Write report.html and its figures; returns the path of the page."""
-    from compress_ssl.pipeline.report import evaluation
-
-    sets = {"train": train_data, "val": val_data}
-    return evaluation.write_report(
-        out,
-        metrics,
-        train=train,
-        val=val,
-        results=results,
-        teacher=read_teacher_metrics(config, scored, metrics),
-        curves=jsonl.read_jsonl(scored.run / "metrics.jsonl") if scored.run else None,
-        load_image=lambda which, i: load_thumbnail(sets[which], i),
-    )
 
 
 def read_teacher_metrics(config: Config, scored: "ScoredModel", metrics: dict[str, Any]) -> dict[str, Any] | None:
@@ -418,12 +296,12 @@ def read_teacher_metrics(config: Config, scored: "ScoredModel", metrics: dict[st
     return teacher if same else None
 
 
-def load_thumbnail(dataset: "Dataset", i: int) -> "np.ndarray":
-    """Image i reduced to at most THUMBNAIL_SIDE pixels, (H, W, 3) uint8."""
+def load_thumbnail(sets: dict[str, "Dataset"], which: str, i: int) -> "np.ndarray":
+    """Image i of the data set `which` ("train" or "val"), reduced to at most THUMBNAIL_SIDE pixels, (H, W, 3) uint8."""
     import numpy as np
     from PIL import Image
 
-    image = Image.fromarray(dataset.load(i)[0])
+    image = Image.fromarray(sets[which].load(i)[0])
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return np.asarray(image)
 

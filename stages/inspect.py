@@ -19,8 +19,8 @@ class Config:
     """What a store, run or evaluation is and how far it got."""
 
     path: str = flag(help="a folder that compress made, or its URL", place=True)
-    students: int = flag(1, "of a store: the number of students that are to be trained on it ...")
-    epochs: float = flag(200.0, "... and the epochs of each, to estimate what the store saves")
+    students: int = flag(1, "students to train on a store, for the estimate of what it saves")
+    epochs: float = flag(200.0, "epochs of each of these students, for the same estimate")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def format_savings(savings: dict[str, Any]) -> str:
     time = f", {format_duration(saved / rate)} of this device" if rate and saved > 0 else ""
     return (
         f"{saved} of {live} teacher forwards for {savings['students']} students x {savings['epochs']:g} epochs{time}"
-        f"; pays from {savings['break_even_epochs']} epochs on, all students' together"
+        f"; pays off once the epochs of all students add up to {savings['break_even_epochs']}"
     )
 
 

@@ -14,12 +14,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from nasty import bad_files, encoded, noise
 
 from compress_ssl import cli
+from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.storage import Folder
 
 ROOT = Path(cli.__file__).parent
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -733,7 +737,7 @@ def test_compare_and_inspect_refuse_folders_without_results(world: World, data: 
     compress("compare", world.run).refuses("has no evaluation", "compress evaluate")
     compress("compare", ".").refuses("has no evaluation")
     compress("compare", "gone").refuses("has no evaluation")
-    compress("inspect", data).refuses("not anything compress made", "no manifest.json")
+    compress("inspect", data).refuses("was not made by compress", "no manifest.json")
     compress("inspect", "gone").refuses("no such folder", "check the path")
     evaluate("--run", world.store, "--val", data).refuses("holds a store, not a run")
     evaluate("--store", world.run, "--val", data).refuses("holds a run, not a store")
@@ -877,3 +881,24 @@ def test_a_batch_larger_than_the_memory_is_reported(world: World, here: Path) ->
     said = export(world.data, "store", "--batch-size", 10**11)
     said.refuses("the memory is full", "take a smaller batch")
     export(world.data, "store", "--overwrite").works()
+
+
+def test_ctrl_c_before_any_work_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(config: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress_ssl.stages.listing.run", interrupted)
+    monkeypatch.setattr("sys.argv", ["compress", "methods"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "stopped: repeat the command to continue\n"
+
+
+def test_a_folder_of_runs_names_them_when_a_run_is_needed(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        artifact.write(Folder(tmp_path / name), "run", {}, {})
+    with pytest.raises(UserError, match="is not a run: it holds 2 folders that compress made; name one of them: .*a, "):
+        artifact.read(Folder(tmp_path), "run")

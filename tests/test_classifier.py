@@ -264,6 +264,13 @@ def test_training_images_need_no_labels(made: Path, tmp_path: Path) -> None:
         evaluate.run(evaluate.Config(**flags, protocol=("nn",), workers=0, device="cpu"))
 
 
+def test_folders_may_be_given_as_strings_from_python(made: Path, tmp_path: Path) -> None:
+    as_strings: dict[str, Any] = {"run": str(made / "run"), "teacher": str(tmp_path / "first")}
+    evaluate_model(tmp_path / "first", "nn", run=made / "run")
+    made_from_strings: Any = evaluate_model(str(tmp_path / "second"), "nn", **as_strings)  # type: ignore[arg-type]
+    assert made_from_strings["nn"] == json.loads((tmp_path / "first/metrics.json").read_text())["nn"]
+
+
 def test_a_result_is_reused_only_for_a_head_of_the_same_content(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -423,14 +422,11 @@ def test_an_augmented_probe_on_the_centre_crops_equals_the_plain_probe(tmp_path:
 
 @pytest.mark.parametrize("commands", [("linear", "linear:augment=true"), ("linear:augment=true", "linear")])
 def test_metrics_keep_both_the_plain_and_the_augmented_probe_in_either_order(
-    commands: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: tuple[str, ...], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(evaluate, "make_augmenter", lambda *_: lambda epoch: TRAIN.features)
-    config = evaluate.Config(val="folder:val", train="folder:train")
-    scored: Any = SimpleNamespace(model={"name": "small"}, train_spec=lambda _: "folder:train")
     for spec in commands:
         evaluators = {spec: PROTOCOLS.build(spec)}
-        metrics, _ = evaluate.run_protocols(config, scored, evaluators, TRAIN, VAL, cast("Any", None), tmp_path)
+        metrics, _ = evaluate.run_protocols(evaluators, TRAIN, VAL, lambda epoch: TRAIN.features, tmp_path)
     assert metrics["linear"]["protocol"] == "centre-crop features, whitened"
     assert metrics["linear_augmented"]["protocol"] == "augmented training images, whitened"
     assert {"Linear", "Linear (augmented)"} <= set(headline_scores(metrics))

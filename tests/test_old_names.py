@@ -9,6 +9,7 @@ import pytest
 
 from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import Method, MethodContext
+from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.import_object import import_object
@@ -66,6 +67,40 @@ def test_a_users_own_method_can_import_by_old_names(tmp_path: Path, capsys: pyte
     made.refill_banks(None)
     assert made.read == [None]
     assert "warning: the module pipeline.method is called compress_ssl.pipeline." in capsys.readouterr().err
+
+
+SUBCLASSES = """
+from pipeline.method import Method
+from pipeline.methods.seed import Seed
+
+class Small(Seed):
+    def __init__(self, *, setting, bank: int = 20):
+        super().__init__(setting=setting, bank=bank)
+        self.regions = setting.students[0].equip(("embedding",))
+    def delivers(self):
+        return "a head"
+
+class Anything(Method):
+    def __init__(self, **options):
+        super().__init__()
+        self.context, self.power = options["setting"], options["power"]
+    def forward(self, batch, outputs):
+        return [out["embedding"].mean() for out in outputs]
+"""
+
+
+def test_a_users_subclass_of_a_built_in_method_and_one_that_takes_any_key_get_their_setting(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(SUBCLASSES)
+    context = MethodContext([build("convnet:channels=4+5,size=8")], {"embedding": (5,)}, np.arange(90), 1, 0)
+    small = METHODS.build(f"python:{tmp_path / 'own.py'}:Small,bank=30", context=context)
+    assert small.exported_head() == "a head" and small.recipe.epochs == 200
+    anything = METHODS.build(f"python:{tmp_path / 'own.py'}:Anything,power=2", context=context)
+    assert anything.context is context and anything.power == 2
+
+
+def test_a_model_has_the_same_name_in_manifests_by_its_old_and_its_new_spec() -> None:
+    modules = ("pipeline.teachers.digits", "compress_ssl.pipeline.models.networks.digits")
+    assert {build(f"python:{module}:Pixels").name for module in modules} == {"python-pipeline.teachers.digits-Pixels"}
 
 
 def test_old_names_can_be_imported_only_while_a_users_module_is_imported(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from compress_ssl.pipeline.extraction import verification
 from compress_ssl.pipeline.runtime import digests
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
@@ -229,7 +230,7 @@ def test_changed_pixels_are_detected_before_any_feature_is_computed(
 ) -> None:
     shutil.copytree(export.data, tmp_path / "images")
     names = sorted((tmp_path / "images").rglob("*.png"))
-    monkeypatch.setattr(verify, "embed_again", lambda *_: pytest.fail("the teacher was run"))
+    monkeypatch.setattr(verification, "embed_again", lambda *_: pytest.fail("the teacher was run"))
     Image.new("RGB", (24, 20)).save(names[0])
     with pytest.raises(UserError, match="probe images do not look as they did to the teacher, the first is 0/00.png"):
         verify.run(verify.Config(store=str(export.out), data=str(tmp_path / "images"), sample=1.0))

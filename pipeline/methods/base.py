@@ -47,7 +47,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The published training recipe of a method. Every field is the default of a flag of `compress distill`."""
+    """The published training recipe of a method. Every field but `drops` is a flag's default in `compress distill`."""
 
     optimizer: str = "sgd"
     lr: float = 0.01  # for 256 images per step; scaled linearly with the batch size
@@ -111,7 +111,7 @@ class Method(nn.Module, ABC):
     `__init__` takes `context` (a MethodContext) and further keyword-only arguments, the hyper-parameters:
     their names are the method's keys on the command line. Whatever changes from step to step must be a
     buffer, a parameter or part of `get_extra_state`, so that it is in the checkpoint; randomness must come
-    from torch's default generator, which is in the checkpoint too. `compress_ssl.pipeline.testing.check_method`
+    from torch's default generator, which is seeded anew at each step. `compress_ssl.pipeline.testing.check_method`
     tests both. docs/methods.md shows a complete method.
     """
 

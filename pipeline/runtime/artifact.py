@@ -74,16 +74,26 @@ def read(storage: Storage, kind: str | None = None) -> dict[str, Any]:
     try:
         raw = storage.get(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
-        expected = _with_article(kind) if kind else "anything compress made"
-        exists = not isinstance(storage, Folder) or storage.path.exists()
-        reason = f"it holds no {MANIFEST}" if exists else "there is no such folder"
-        raise UserError(f"{storage} is not {expected}: {reason}; check the path") from None
+        expected = f"is not {_with_article(kind)}" if kind else "was not made by compress"
+        raise UserError(f"{storage} {expected}: {_describe_absence(storage)}") from None
     manifest = parse(raw, f"{storage}/{MANIFEST}")
     if kind and manifest["kind"] != kind:
         raise UserError(
             f"{storage} holds {_with_article(manifest['kind'])}, not {_with_article(kind)}; name another folder"
         )
     return manifest
+
+
+def _describe_absence(storage: Storage) -> str:
+    """Why there is no manifest, and what to do; a folder that holds artifacts of its own names them."""
+    if not isinstance(storage, Folder):
+        return f"it holds no {MANIFEST}; check the path"
+    if not storage.path.exists():
+        return "there is no such folder; check the path"
+    inside = sorted(str(manifest.parent) for manifest in storage.path.glob(f"*/{MANIFEST}"))
+    if inside:
+        return f"it holds {len(inside)} folders that compress made; name one of them: {', '.join(inside[:3])}"
+    return f"it holds no {MANIFEST}; check the path"
 
 
 def _with_article(kind: str) -> str:

@@ -3,7 +3,7 @@
 The writer puts lease.json into the folder and renews it every RENEW_INTERVAL seconds. The lease prevents two
 exports from writing to one store by mistake. It does not guarantee that the store stays valid: a writer that was
 suspended longer than STALE_AFTER continues to write beside its successor until it next reads the lease.
-For that reason every shard is read back after it has been written (`compress_ssl.pipeline.extraction.embed`).
+For that reason every shard is read back after it has been written (`compress_ssl.pipeline.extraction.shard_writer`).
 """
 
 import json
