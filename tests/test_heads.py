@@ -312,7 +312,7 @@ def test_a_partial_copy_with_another_codec_keeps_local_crops_and_heads_and_a_run
         found.append(MethodContext(*parts, **more))
         return found[-1]
 
-    monkeypatch.setattr("compress_ssl.pipeline.methods.base.MethodContext", record_context)
+    monkeypatch.setattr("compress_ssl.pipeline.training.build_learners.MethodContext", record_context)
     run = {"steps": 2, "batch_size": 4, "image_size": 16, "workers": 0, "device": "cpu"}
     distill.run(distill.Config(str(tmp_path / "part"), (BARE,), "esvit:crops=0", tmp_path / "run", **run))  # type: ignore[arg-type]
     kept = teacher_heads.load_heads(source)
