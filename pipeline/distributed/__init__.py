@@ -1,1 +1,1 @@
-"""Processes that train together: collectives and starting them."""
+"""Processes that train together: `collectives` for what ranks exchange, `launch.launch_ranks` to start them."""
