@@ -18,7 +18,7 @@ from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.signals import StopRequest
-from compress_ssl.pipeline.runtime.storage import Folder, absolute, open_storage
+from compress_ssl.pipeline.runtime.storage import Folder, Storage, absolute, open_storage
 from compress_ssl.pipeline.store.codecs import KNOWN, build_codec
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from compress_ssl.pipeline.extraction.dask_worker import WorkerSettings
     from compress_ssl.pipeline.extraction.store_record import StoreSettings
     from compress_ssl.pipeline.extraction.worker import DaskExport, ExportWorker
+    from compress_ssl.pipeline.models.embedder import Embedder
     from compress_ssl.pipeline.runtime.lease import Lease
     from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.views.augment import ViewSpec
 
 
 @dataclass(frozen=True)
@@ -81,27 +83,20 @@ def run(config: Config) -> dict[str, Any]:
     if earlier:
         require_its_images(config, earlier, dataset)
 
-    import torch
-
     from compress_ssl.pipeline.extraction.dask_worker import build_worker
     from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
     from compress_ssl.pipeline.extraction.store_record import describe_store
     from compress_ssl.pipeline.extraction.worker import DaskExport, ExportWorker
-    from compress_ssl.pipeline.models import build
     from compress_ssl.pipeline.runtime import lease
     from compress_ssl.pipeline.runtime.device import choose_device, device_name
     from compress_ssl.pipeline.store import teacher_heads
     from compress_ssl.pipeline.store.compatibility import require_same_views, require_unchanged
     from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.store.render_probe import require_same_rendering
     from compress_ssl.pipeline.views.augment import ViewSpec
 
     local = config.scheduler == "local"
     device = choose_device(config.device if local else "cpu")  # each worker of a scheduler chooses its own
-    torch.manual_seed(0)  # so that a teacher with random weights has the same weights in every run
-    embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True).enable_outputs(
-        outputs_to_keep(config)
-    )
+    embedder = build_teacher(config)
     ratio = other.identity["views"]["crop_ratio"] if other else embedder.preprocessing.crop_ratio
     spec = ViewSpec(config.policy, config.seed, ratio)
     identity, about = describe_store(store_settings(config), dataset, embedder, spec)
@@ -116,14 +111,10 @@ def run(config: Config) -> dict[str, Any]:
         pending = FeatureStore(storage).pending(config.views) if earlier else None
         return estimate(identity, config.views, config.out, pending)
 
-    if earlier:  # refuse before anything is added to the store
-        require_same_rendering(
-            earlier["about"]["pixels"], dataset, spec, embedder.preprocessing, range(len(dataset)), allow=None
-        )
+    if earlier:
+        require_its_rendering(earlier, dataset, spec, embedder)
     elif config.overwrite:  # only after all checks have passed
-        lease.require_free(storage)
-        if aside := artifact.move_aside(config.out, "store"):
-            echo(f"set the earlier {config.out} aside as {aside}")
+        set_aside(config, storage)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     with lease.Lease(storage) as held:
         if earlier:
@@ -137,6 +128,37 @@ def run(config: Config) -> dict[str, Any]:
         forward = FeatureExtractor(embedder, device, config.precision, config.batch_size, outputs_to_keep(config))
         work = ExportWorker(store, dataset, spec, forward, config.workers)
         return fill(config, store, work, device_name(device), held, other)
+
+
+def build_teacher(config: Config) -> "Embedder":
+    """The teacher with the outputs that the store keeps. Seeds torch's default generator."""
+    import torch
+
+    from compress_ssl.pipeline.models import build
+
+    torch.manual_seed(0)  # so that a teacher with random weights has the same weights in every run
+    embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True)
+    return embedder.enable_outputs(outputs_to_keep(config))
+
+
+def require_its_rendering(
+    earlier: Mapping[str, Any], dataset: "Dataset", spec: "ViewSpec", embedder: "Embedder"
+) -> None:
+    """Raises UserError, before anything is added to a store, if this machine renders its views differently."""
+    from compress_ssl.pipeline.store.render_probe import require_same_rendering
+
+    digests, view_keys = earlier["about"]["pixels"], range(len(dataset))
+    require_same_rendering(digests, dataset, spec, embedder.preprocessing, view_keys, allow=None)
+
+
+def set_aside(config: Config, storage: Storage) -> None:
+    """For --overwrite: rename the store that is in --out. Raises UserError while another process writes to it."""
+    from compress_ssl.pipeline.runtime import lease
+
+    lease.require_free(storage)
+    renamed = artifact.move_aside(config.out, "store")
+    if renamed:
+        echo(f"set the earlier {config.out} aside as {renamed}")
 
 
 def fill(
