@@ -21,6 +21,7 @@ from benchmarks.experiment import CLUSTERS, PROTOCOLS, SEEDS, Experiment, parse_
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.source_images import open_store_images
 from compress_ssl.pipeline.training.schedule import Schedule
 from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.loader import ViewDataset, iterate_views
@@ -113,7 +114,7 @@ def train_supervised(store: Path, seed: int, out: Path) -> Path:
     modules = torch.nn.ModuleList([student, layer]).train()
     sgd = torch.optim.SGD(modules.parameters(), RATES["sgd"], momentum=0.9, weight_decay=1e-4)
     schedule, preprocessing = Schedule("cosine", warmup=WARMUP / EPOCHS), student.preprocessing
-    dataset, spec = distill.open_images(config, images), ViewSpec(**images.identity["views"])
+    dataset, spec = open_store_images(images, config.data), ViewSpec(**images.identity["views"])
     label = torch.from_numpy(images.table("label"))
     sizes = [(preprocessing.size, preprocessing.interpolation)]
     requests = [sampler[step] for step in range(sampler.steps)]

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.photographs import prepare_images
 from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
+from compress_ssl.pipeline.store.source_images import open_store_images
 from compress_ssl.stages import distill, export_teacher
 
 SIZE, BATCH, STEPS, ROUNDS = 96, 32, 24, 3
@@ -58,7 +59,7 @@ def _prepare_run(store: Path, students: Sequence[str], out: Path) -> tuple[disti
     )  # fmt: skip
     opened = FeatureStore(Folder(store))
     sampler = distill.build_sampler(config, opened)
-    return config, distill.prepare([config], opened, distill.open_images(config, opened), sampler)
+    return config, distill.prepare([config], opened, open_store_images(opened, config.data), sampler)
 
 
 def _train(store: Path, students: Sequence[str], out: Path) -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require, to_flags
 from compress_ssl.pipeline.runtime.formatting import format_duration
+from compress_ssl.pipeline.runtime.lease import set_aside
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.stages import compare, distill, evaluate, export_teacher
@@ -64,8 +65,8 @@ def run(config: Config) -> dict[str, Any]:
     """
     require(config, {"epochs": POSITIVE})
     home = Folder(config.out)
-    if config.overwrite and (aside := artifact.move_aside(config.out, "demo")):
-        echo(f"set the earlier {config.out} aside as {aside}")
+    if config.overwrite:
+        set_aside(config.out, "demo")
     identity = {
         "teacher": TEACHER, "students": STUDENTS, "method": METHOD, "views": VIEWS, "image_size": SIZE,
         "batch_size": BATCH, "lr": RATE, "epochs": float(config.epochs),

@@ -22,15 +22,11 @@ from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.runtime import artifact, launch_env
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require, to_flags
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.lease import set_aside
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import is_url, open_storage
 from compress_ssl.pipeline.training.export_students import export_students
-from compress_ssl.pipeline.training.run_folders import (
-    count_begun_views,
-    list_run_folders,
-    require_run_folders,
-    set_aside,
-)
+from compress_ssl.pipeline.training.run_folders import count_begun_views, list_run_folders, require_run_folders
 
 if TYPE_CHECKING:
     import torch
@@ -146,11 +142,13 @@ def _train_in_this_process(configs: Sequence[Config]) -> dict[str, Any]:
     from compress_ssl.pipeline.distributed import collectives
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.store.local_cache import fetch
+    from compress_ssl.pipeline.store.source_images import open_store_images
     from compress_ssl.pipeline.training.validation import open_labelled
 
     # ---------------------------------------------------------------- reading
     store = FeatureStore(storage)
-    dataset = open_images(config, store)
+    # Pixels that this machine renders differently are an error, or a warning with --allow-other-pixels.
+    dataset = open_store_images(store, config.data, allow_other_pixels=config.allow_other_pixels)
     val = open_labelled(config.val) if config.val is not None else None
     if is_url(config.store):  # training reads each view many times: it needs a local copy
         with collectives.rank_zero_first():
@@ -232,20 +230,6 @@ def recipe_of(config: Config) -> "Recipe":
     return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
-def open_images(config: Config, store: "FeatureStore") -> "Dataset":
-    """The images of the store, opened where they are now.
-
-    Raises UserError if they are other images, or if this machine renders them differently from the exporting one
-    (which --allow-other-pixels turns into a warning).
-    """
-    from compress_ssl.pipeline.store.source_images import open_store_images
-
-    dataset, difference = open_store_images(store, config.data, allow_other_pixels=config.allow_other_pixels)
-    if difference:
-        echo(f"warning: {difference}")
-    return dataset
-
-
 def build_sampler(config: Config, store: "FeatureStore") -> "StepSampler":
     """The sampler of this rank: images and views of every step, and the number of steps.
 
@@ -304,7 +288,8 @@ def prepare(
     training_run.batches.require_sizes()
     if collectives.rank() == 0:
         # Only now are earlier runs moved aside: a command that is refused must leave them in their place.
-        set_aside([folder for config in configs if config.overwrite for folder in run_folders(config)])
+        for folder in [folder for config in configs if config.overwrite for folder in run_folders(config)]:
+            set_aside(folder, "run")
     training_run.claim()
     training_run.restore()
     return training_run

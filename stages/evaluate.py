@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compress_ssl.pipeline.runtime import artifact, jsonl
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.lease import set_aside
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 
@@ -79,9 +80,7 @@ def run(config: Config) -> dict[str, Any]:
     }
     about = {"model": scored.model, "train": train_spec(config, scored), "val": config.val}
     if config.overwrite:
-        aside = artifact.move_aside(out, "evaluation")  # after the checks: a refused command moves nothing
-        if aside:
-            echo(f"set the earlier {out} aside as {aside}")
+        set_aside(out, "evaluation")  # after the checks: a refused command moves nothing
     artifact.claim(Folder(out), "evaluation", identity, about)
 
     from compress_ssl.pipeline.evaluators import split_features

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.datasets import open_images
 from compress_ssl.pipeline.extraction.cluster import parse_scheduler
+from compress_ssl.pipeline.models import parse_outputs
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
-from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.signals import StopRequest
-from compress_ssl.pipeline.runtime.storage import Folder, Storage, absolute, open_storage
+from compress_ssl.pipeline.runtime.storage import Folder, absolute, open_storage
 from compress_ssl.pipeline.store.codecs import KNOWN, build_codec
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from compress_ssl.pipeline.models.embedder import Embedder
     from compress_ssl.pipeline.runtime.lease import Lease
     from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.views.augment import ViewSpec
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,11 @@ def run(config: Config) -> dict[str, Any]:
     from compress_ssl.pipeline.runtime import lease
     from compress_ssl.pipeline.runtime.device import choose_device, device_name
     from compress_ssl.pipeline.store import teacher_heads
-    from compress_ssl.pipeline.store.compatibility import require_same_views, require_unchanged
+    from compress_ssl.pipeline.store.compatibility import (
+        require_recorded_rendering,
+        require_same_views,
+        require_unchanged,
+    )
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.views.augment import ViewSpec
 
@@ -112,9 +115,9 @@ def run(config: Config) -> dict[str, Any]:
         return estimate(identity, config.views, config.out, pending)
 
     if earlier:
-        require_its_rendering(earlier, dataset, spec, embedder)
+        require_recorded_rendering(earlier, dataset, spec, embedder.preprocessing)
     elif config.overwrite:  # only after all checks have passed
-        set_aside(config, storage)
+        lease.set_aside(config.out, "store")
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     with lease.Lease(storage) as held:
         if earlier:
@@ -125,7 +128,7 @@ def run(config: Config) -> dict[str, Any]:
         if not local:
             remote = DaskExport(config.scheduler, partial(build_worker, worker_settings(config, about)))
             return fill(config, store, remote, config.scheduler, held, other)
-        forward = FeatureExtractor(embedder, device, config.precision, config.batch_size, outputs_to_keep(config))
+        forward = FeatureExtractor(embedder, device, config.precision, config.batch_size, parse_outputs(config.keep))
         work = ExportWorker(store, dataset, spec, forward, config.workers)
         return fill(config, store, work, device_name(device), held, other)
 
@@ -138,27 +141,7 @@ def build_teacher(config: Config) -> "Embedder":
 
     torch.manual_seed(0)  # so that a teacher with random weights has the same weights in every run
     embedder = build(config.teacher, image_size=config.image_size, pretrained_default=True)
-    return embedder.enable_outputs(outputs_to_keep(config))
-
-
-def require_its_rendering(
-    earlier: Mapping[str, Any], dataset: "Dataset", spec: "ViewSpec", embedder: "Embedder"
-) -> None:
-    """Raises UserError, before anything is added to a store, if this machine renders its views differently."""
-    from compress_ssl.pipeline.store.render_probe import require_same_rendering
-
-    digests, view_keys = earlier["about"]["pixels"], range(len(dataset))
-    require_same_rendering(digests, dataset, spec, embedder.preprocessing, view_keys, allow=None)
-
-
-def set_aside(config: Config, storage: Storage) -> None:
-    """For --overwrite: rename the store that is in --out. Raises UserError while another process writes to it."""
-    from compress_ssl.pipeline.runtime import lease
-
-    lease.require_free(storage)
-    renamed = artifact.move_aside(config.out, "store")
-    if renamed:
-        echo(f"set the earlier {config.out} aside as {renamed}")
+    return embedder.enable_outputs(parse_outputs(config.keep))
 
 
 def fill(
@@ -222,7 +205,7 @@ def store_settings(config: Config) -> "StoreSettings":
         data=config.data,
         limit=config.limit,
         teacher=config.teacher,
-        outputs=outputs_to_keep(config),
+        outputs=parse_outputs(config.keep),
         views=config.views,
         local_views=config.local_views,
         local_size=config.local_size,
@@ -242,7 +225,7 @@ def worker_settings(config: Config, about: Mapping[str, Any]) -> "WorkerSettings
         limit=config.limit,
         teacher=about["teacher"],
         store=absolute(config.out),
-        outputs=outputs_to_keep(config),
+        outputs=parse_outputs(config.keep),
         device=config.device,
         precision=config.precision,
         batch_size=config.batch_size,
@@ -288,25 +271,13 @@ def check(config: Config) -> None:
     )
     build_codec(config.codec)
     parse_scheduler(config.scheduler)
-    outputs_to_keep(config)
+    parse_outputs(config.keep)
     if config.policy == "none" and (config.views > 1 or config.local_views):
         given = f"--views {config.views}" if config.views > 1 else f"--local-views {config.local_views}"
         remedy = "--views 1" if config.views > 1 else "--local-views 0"
         raise UserError(f"--policy none defines only view 0, but {given} was given; use {remedy}")
     if config.local_size and not config.local_views:
         raise UserError(f"--local-size {config.local_size} was given without --local-views; add --local-views N")
-
-
-def outputs_to_keep(config: Config) -> tuple[str, ...]:
-    """Names of the teacher outputs to store, the embedding first. Raises UserError for an unknown name."""
-    from compress_ssl.pipeline.models import OUTPUTS
-
-    names = [name.strip() for name in config.keep.split(",") if name.strip()]
-    for name in names:
-        if name not in OUTPUTS:
-            hint = did_you_mean(name, OUTPUTS) or "."
-            raise UserError(f"--keep {config.keep}: there is no output {name!r}{hint} Known: {', '.join(OUTPUTS)}")
-    return tuple(dict.fromkeys(["embedding", *names]))
 
 
 def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dataset") -> None:
@@ -326,7 +297,7 @@ def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> di
 
     Raises UserError if the store is incomplete, differs from `other`, or if no image could be decoded.
     """
-    from compress_ssl.pipeline.extraction.provenance import write_bad_images
+    from compress_ssl.pipeline.extraction.provenance import report_bad_images
 
     store.require_complete()
     if other:
@@ -334,19 +305,12 @@ def finish(store: "FeatureStore", text: str, other: "FeatureStore | None") -> di
 
         require_same_contents(store, other)
         text += f"; the same pixels as {other.storage}"
-    if bad := write_bad_images(store):
-        first = "; ".join(f"{name}: {why}" for _, name, why in bad[:3])
-        echo(f"{len(bad)} of {store.images} images could not be used (bad-images.tsv): {first}")
-    if len(bad) == store.images:
-        raise UserError(
-            f"none of the {store.images} images could be used; the first is {bad[0][1]}: {bad[0][2]}. "
-            "Remove the cause, then export again with --overwrite"
-        )
+    bad = report_bad_images(store)
     return {
-        "summary": text + (f"; {len(bad)} bad images" if bad else ""),
+        "summary": text + (f"; {bad} bad images" if bad else ""),
         "store": str(store.storage),
         "fingerprint": store.fingerprint,
         "images": store.images,
         "views": store.views,
-        "bad_images": len(bad),
+        "bad_images": bad,
     }

@@ -119,7 +119,7 @@ def compare_sample(config: Config, store: "FeatureStore") -> dict[str, Any]:
     from compress_ssl.pipeline.store import source_images
 
     # The pixels are checked before any arithmetic, so that `judge` may name the arithmetic as the cause.
-    dataset, _ = source_images.open_store_images(store, config.data)
+    dataset = source_images.open_store_images(store, config.data)
     rows, views = verification.select_sample(store, config.sample, config.seed)
     if not len(rows):
         return {"said": "no row block is complete, so no feature was embedded again"}

@@ -33,6 +33,7 @@ from compress_ssl.pipeline.runtime.lease import Lease
 from compress_ssl.pipeline.runtime.signals import Interrupted
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.source_images import open_store_images
 from compress_ssl.pipeline.training import checkpoint
 from compress_ssl.pipeline.training.run import TrainingRun
 from compress_ssl.stages import distill, export_teacher
@@ -965,7 +966,9 @@ def test_the_runs_of_several_students_are_refused_in_the_folder_of_a_run(run: Ca
 
 def prepare_run(config: Config) -> TrainingRun:
     opened = FeatureStore(Folder(config.store))
-    return distill.prepare([config], opened, distill.open_images(config, opened), distill.build_sampler(config, opened))
+    return distill.prepare(
+        [config], opened, open_store_images(opened, config.data), distill.build_sampler(config, opened)
+    )
 
 
 def test_students_with_equal_preprocessing_share_prepared_images(

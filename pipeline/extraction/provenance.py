@@ -7,6 +7,8 @@ from importlib.metadata import version
 from typing import Any
 
 from compress_ssl.pipeline.extraction.embed import Cost
+from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 PACKAGES = ("torch", "torchvision", "pillow", "zarr", "numpy")
@@ -35,6 +37,23 @@ def write_bad_images(store: FeatureStore) -> list[tuple[int, str, str]]:
         lines = ["row\tid\treason", *(f"{i}\t{name}\t{why}" for i, name, why in bad)]
         store.storage.put("bad-images.tsv", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
     return bad
+
+
+def report_bad_images(store: FeatureStore) -> int:
+    """Write bad-images.tsv, print how many images could not be used with the first reasons, and return the number.
+
+    Raises UserError if no image could be used.
+    """
+    bad = write_bad_images(store)
+    if bad:
+        first = "; ".join(f"{name}: {why}" for _, name, why in bad[:3])
+        echo(f"{len(bad)} of {store.images} images could not be used (bad-images.tsv): {first}")
+    if len(bad) == store.images:
+        raise UserError(
+            f"none of the {store.images} images could be used; the first is {bad[0][1]}: {bad[0][2]}. "
+            "Remove the cause, then export again with --overwrite"
+        )
+    return len(bad)
 
 
 def escape_cell(text: str) -> str:

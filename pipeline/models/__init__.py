@@ -7,7 +7,7 @@ here or in networks/, and one line in MODELS.
 from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.registry import Registry
+from compress_ssl.pipeline.runtime.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.models.embedder import Embedder
@@ -43,6 +43,19 @@ def build(spec_text: str, *, image_size: int | None = None, pretrained_default: 
     embedder: Embedder = MODELS.build(spec, image_size=image_size, pretrained_default=pretrained_default)
     embedder.spec = spec_text
     return embedder
+
+
+def parse_outputs(text: str) -> tuple[str, ...]:
+    """Names of outputs from a list such as `embedding,projection`, the embedding first and always among them.
+
+    Raises UserError, which names --keep, for an output that no model has.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in OUTPUTS:
+            hint = did_you_mean(name, OUTPUTS) or "."
+            raise UserError(f"--keep {text}: there is no output {name!r}{hint} Known: {', '.join(OUTPUTS)}")
+    return tuple(dict.fromkeys(["embedding", *names]))
 
 
 def names() -> list[str]:

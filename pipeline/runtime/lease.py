@@ -12,14 +12,16 @@ import platform
 import secrets
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
+from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import LEASE
 from compress_ssl.pipeline.runtime.digests import canonical
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.process import RUNNING, machine_id, start_time
 from compress_ssl.pipeline.runtime.progress import echo
-from compress_ssl.pipeline.runtime.storage import Storage
+from compress_ssl.pipeline.runtime.storage import Storage, open_storage
 
 RENEW_INTERVAL = 15.0  # seconds between two renewals by the holder
 STALE_AFTER = 120.0  # seconds without a renewal (8 are missed) after which a lease of another machine may be stale
@@ -115,6 +117,18 @@ def require_free(storage: Storage) -> None:
     there = read(storage)
     if there:
         _require_gone(storage, there)
+
+
+def set_aside(where: str | Path, kind: str) -> None:
+    """For --overwrite: rename the artifact of this kind in a folder and print the new name; nothing if there is none.
+
+    Raises UserError if another process is writing to it, and for what `artifact.move_aside` refuses.
+    """
+    artifact.replaceable(where, kind)  # first: a file or a foreign folder has no lease to read
+    require_free(open_storage(where))
+    renamed = artifact.move_aside(where, kind)
+    if renamed:
+        echo(f"set the earlier {where} aside as {renamed}")
 
 
 def _require_gone(storage: Storage, there: dict[str, Any]) -> None:

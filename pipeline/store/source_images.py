@@ -6,6 +6,7 @@ from typing import Any
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.render_probe import require_same_rendering
 from compress_ssl.pipeline.views.augment import ViewSpec
@@ -40,10 +41,8 @@ def require_exported(store: FeatureStore) -> None:
         )
 
 
-def open_store_images(
-    store: FeatureStore, given: str | None, *, allow_other_pixels: bool | None = None
-) -> tuple[Dataset, str]:
-    """(the images of a store, description of how they render differently here or "").
+def open_store_images(store: FeatureStore, given: str | None, *, allow_other_pixels: bool | None = None) -> Dataset:
+    """The images of a store, opened where they are now. Pixels that differ and are allowed to are a warning.
 
     given: the user's data spec, which replaces the recorded one; allow_other_pixels: see `require_same_rendering`.
     Raises UserError for other images, and for other pixels unless they are allowed.
@@ -62,4 +61,6 @@ def open_store_images(
     difference = require_same_rendering(
         store.about["pixels"], dataset, spec, preprocessing, store.table("view_key"), allow_other_pixels
     )
-    return dataset, difference
+    if difference:
+        echo(f"warning: {difference}")
+    return dataset

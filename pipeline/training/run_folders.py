@@ -6,8 +6,6 @@ from pathlib import Path
 
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.lease import require_free
-from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder
 
 
@@ -45,18 +43,6 @@ def require_run_folders(out: Path, students: Sequence[str], folders: Sequence[Pa
     if len(taken) > 1 and (out / artifact.MANIFEST).exists():
         kind = artifact.read(Folder(out))["kind"]
         raise UserError(f"{out} is itself a {kind}, so it cannot hold the runs of several; choose another --out")
-
-
-def set_aside(folders: Sequence[Path]) -> None:
-    """Rename the earlier runs in these folders, and print their new names. A missing folder is left out.
-
-    Raises UserError if another command is at work in one of them.
-    """
-    for folder in folders:
-        require_free(Folder(folder))
-        aside = artifact.move_aside(folder, "run")
-        if aside:
-            echo(f"set the earlier {folder} aside as {aside}")
 
 
 def count_begun_views(folder: Path) -> int | None:
