@@ -214,16 +214,16 @@ def open_datasets(config: Config, scored: "ScoredModel") -> tuple["Dataset", "Da
 
 
 def require_same_images(
-    config: Config, scored: "ScoredModel", earlier: dict[str, Any], train: "Dataset", val: "Dataset"
+    config: Config, scored: "ScoredModel", earlier: artifact.Manifest, train: "Dataset", val: "Dataset"
 ) -> None:
     """Raises Mismatch if an earlier evaluation in the folder was made from other images.
 
     earlier: its manifest. The claim of the folder would refuse them too, but without naming the images.
     """
     for which, dataset, spec in (("train", train, train_spec(config, scored)), ("val", val, config.val)):
-        if earlier["identity"]["data"][which] != dataset.fingerprint:
+        if earlier.identity["data"][which] != dataset.fingerprint:
             raise artifact.Mismatch(
-                f"{config.out or scored.default_out} was made with the {which} images of {earlier['about'][which]} as "
+                f"{config.out or scored.default_out} was made with the {which} images of {earlier.about[which]} as "
                 f"they were then, and those of {spec} are others; choose another --out, or start anew with --overwrite"
             )
 

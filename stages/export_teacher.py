@@ -280,9 +280,9 @@ def check(config: Config) -> None:
         raise UserError(f"--local-size {config.local_size} was given without --local-views; add --local-views N")
 
 
-def require_its_images(config: Config, earlier: Mapping[str, Any], dataset: "Dataset") -> None:
+def require_its_images(config: Config, earlier: artifact.Manifest, dataset: "Dataset") -> None:
     """Raises Mismatch, with the difference, if the existing store was made from other images."""
-    if dataset.fingerprint != earlier["identity"]["data"]["fingerprint"]:
+    if dataset.fingerprint != earlier.identity["data"]["fingerprint"]:
         from compress_ssl.pipeline.store.feature_store import FeatureStore
 
         difference = dataset.describe_difference(FeatureStore(open_storage(config.out)).table("sample_id"))

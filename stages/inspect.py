@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compress_ssl.pipeline.runtime import artifact, jsonl
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.formatting import format_bytes, format_duration
+from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -32,20 +33,20 @@ def run(config: Config) -> dict[str, Any]:
     manifest = artifact.read(storage)
     require(config, {"students": POSITIVE, "epochs": POSITIVE})
     numbers: dict[str, Any] = {}
-    if manifest["kind"] == "store":
+    if manifest.kind == "store":
         from compress_ssl.pipeline.store.feature_store import FeatureStore
 
         store = FeatureStore(storage)
         numbers = compute_savings(store, config)
         described = describe_store(store, numbers)
-    elif manifest["kind"] == "run":
+    elif manifest.kind == "run":
         described = describe_run(storage, manifest)
-    elif manifest["kind"] == "evaluation":
+    elif manifest.kind == "evaluation":
         described = describe_evaluation(storage, manifest)
     else:
         described = describe_identity(storage, manifest)
-    lines = [f"{config.path}: {manifest['kind']}", *(f"  {key}: {value}" for key, value in described.items())]
-    return {"summary": "\n".join(lines), "kind": manifest["kind"], **described, **numbers, "manifest": manifest}
+    lines = [f"{config.path}: {manifest.kind}", *(f"  {key}: {value}" for key, value in described.items())]
+    return {"summary": "\n".join(lines), "kind": manifest.kind, **described, **numbers, "manifest": to_json(manifest)}
 
 
 # ---------------------------------------------------------------- a store
@@ -130,16 +131,16 @@ def format_savings(savings: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- a run
 
 
-def describe_run(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
+def describe_run(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any]:
     """A run of distill in words and numbers, by title: its settings, the last logged step and its checkpoints."""
     rows = jsonl.parse_jsonl(storage.get("metrics.jsonl").decode()) if storage.exists("metrics.jsonl") else []
     last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
     scores = [row["val_nn"] for row in rows if "val_nn" in row]
-    identity = manifest["identity"]
+    identity = manifest.identity
     described: dict[str, Any] = {
         "student": identity["student"]["spec"],
         "method": identity["method"],
-        "store": f"{manifest['about']['store']} ({identity['store']})",
+        "store": f"{manifest.about['store']} ({identity['store']})",
         "pairing": f"{identity['pairing']}, views {identity['views']}",
         "last logged step": last.get("step", 0),
         "epoch": last.get("epoch", 0),
@@ -161,10 +162,10 @@ def list_checkpoints(storage: Storage) -> list[int]:
 # ---------------------------------------------------------------- an evaluation, and anything else
 
 
-def describe_evaluation(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
+def describe_evaluation(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any]:
     """An evaluation by title: its model, its images, the scores of each protocol and the path of its page."""
     scores = artifact.read_json(storage, "metrics.json") if storage.exists("metrics.json") else {}
-    about = manifest["about"]
+    about = manifest.about
     return {
         "model": f"{about['model']['name']} ({about['model']['role']})",
         "train": about["train"],
@@ -174,9 +175,9 @@ def describe_evaluation(storage: Storage, manifest: dict[str, Any]) -> dict[str,
     }
 
 
-def describe_identity(storage: Storage, manifest: dict[str, Any]) -> dict[str, Any]:
+def describe_identity(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any]:
     """Any other kind of folder: the settings it was made with, and its size."""
     settings = {
-        name: value if isinstance(value, str) else json.dumps(value) for name, value in manifest["identity"].items()
+        name: value if isinstance(value, str) else json.dumps(value) for name, value in manifest.identity.items()
     }
     return {**settings, "on disk": format_bytes(storage.size())}

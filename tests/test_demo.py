@@ -104,7 +104,7 @@ def test_one_epoch_already_groups_digits_better_than_none(finished: Demo) -> Non
 def test_an_untrained_student_is_the_student_before_its_first_step(finished: Demo) -> None:
     for student in demo.STUDENTS:
         folder = finished.out / "students" / "".join(c if c.isalnum() or c in "-_." else "-" for c in student)
-        initial = demo.artifact.read(demo.Folder(folder), "run")["identity"]["student"]["initial"]
+        initial = demo.artifact.read(demo.Folder(folder), "run").identity["student"]["initial"]
         untrained = demo.artifact.read(demo.Folder(finished.out / "untrained" / folder.name), "evaluation")
         assert untrained["identity"]["model"]["weights"] == initial
 

@@ -156,7 +156,7 @@ def test_the_manifest_records_data_teacher_views_and_codec(images: Path, tmp_pat
     manifest = json.loads(export(images, tmp_path / "store", policy="dino", seed=3).storage.get("manifest.json"))
     torch.manual_seed(0)
     teacher = build(TEACHER, image_size=SIZE, pretrained_default=True)
-    assert manifest["identity"] == {
+    assert manifest.identity == {
         "data": {"fingerprint": ImageFolder(images).fingerprint, "images": 37},
         "teacher": {
             "name": "convnet",
@@ -171,9 +171,9 @@ def test_the_manifest_records_data_teacher_views_and_codec(images: Path, tmp_pat
         "precision": "fp32",
         "shard_rows": 16,
     }
-    assert manifest["about"]["data"] == {"spec": f"folder:{images}", "limit": None}
-    assert manifest["about"]["teacher"] == TEACHER
-    assert manifest["about"]["classes"] == ["a", "b", "c"]
+    assert manifest.about["data"] == {"spec": f"folder:{images}", "limit": None}
+    assert manifest.about["teacher"] == TEACHER
+    assert manifest.about["classes"] == ["a", "b", "c"]
 
 
 def test_a_limit_takes_evenly_spread_images(images: Path, tmp_path: Path) -> None:

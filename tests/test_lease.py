@@ -121,12 +121,16 @@ def test_a_holder_whose_clock_is_behind_keeps_the_lease_by_renewing_it(
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: another(storage, silent=985))
     with pytest.raises(UserError, match="process 7 on far"):
         Lease(storage).__enter__()
-    assert lease.read(storage) != there
+    now = lease.read(storage)
+    assert now and now.beat != there["beat"]
 
 
 def test_a_damaged_lease_is_replaced(storage: Storage) -> None:
-    for junk in (b"", b"{", b"[]", b'{"pid": 3}'):
-        storage.put(LEASE, junk)
+    there = another(storage)
+    changes: list[dict[str, object]] = [{"beat": "soon"}, {"pid": -1}, {"pid": 2**70}, {"began": 3}, {"machine": None}]
+    junk = [json.dumps(there | change).encode() for change in changes]
+    for raw in (b"", b"{", b"[]", b'{"pid": 3}', b"[" * 500_000, *junk):
+        storage.put(LEASE, raw)
         with Lease(storage) as held:
             assert held._is_mine()
 
@@ -138,14 +142,15 @@ def test_a_holder_renews_its_lease_and_notices_its_successor(storage: Storage, m
         while lease.read(storage) == first and time.monotonic() < until:
             time.sleep(0.02)
         beat = lease.read(storage)
-        assert beat and first and beat["beat"] > first["beat"] and beat["token"] == first["token"]
+        assert beat and first and beat.beat > first.beat and beat.token == first.token
         held.check()
         while not held.lost and time.monotonic() < until:
             another(storage)  # repeated, because the holder may overwrite it once
             time.sleep(0.02)
         with pytest.raises(UserError, match="was taken over by process 7 on far"):
             held.check()
-    assert (lease.read(storage) or {})["token"] == "x"  # the successor's stays
+    successor = lease.read(storage)
+    assert successor and successor.token == "x"  # its lease stays
 
 
 # ---------------------------------------------------------------- two exports

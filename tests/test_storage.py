@@ -187,7 +187,7 @@ def test_the_first_claim_writes_the_manifest_and_an_equal_claim_continues(tmp_pa
     folder = Folder(tmp_path / "run")
     manifest, new = artifact.claim(folder, "run", IDENTITY, {"path": "/a"})
     assert new
-    assert manifest["identity"] == {"lr": 0.1, "model": {"name": "x", "sizes": [1, 2]}, "views": None}
+    assert manifest.identity == {"lr": 0.1, "model": {"name": "x", "sizes": [1, 2]}, "views": None}
     before = files(tmp_path)
     assert artifact.claim(folder, "run", IDENTITY, {"path": "/b"}) == (manifest, False)
     assert artifact.claim(folder, "run", {**IDENTITY, "model": {"sizes": [1, 2], "name": "x"}})[1] is False
@@ -279,7 +279,7 @@ def test_move_aside_renames_an_artifact_to_the_first_free_name(tmp_path: Path) -
         artifact.claim(Folder(tmp_path / "run"), "run", {"number": number})
         assert artifact.move_aside(tmp_path / "run", "run") == tmp_path / f"run.old-{number}"
         assert not (tmp_path / "run").exists()
-    assert artifact.read(Folder(tmp_path / "run.old-2"))["identity"] == {"number": 2}
+    assert artifact.read(Folder(tmp_path / "run.old-2")).identity == {"number": 2}
 
 
 def test_move_aside_of_an_empty_or_missing_folder_does_nothing(tmp_path: Path) -> None:

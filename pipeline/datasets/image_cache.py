@@ -97,7 +97,7 @@ def build_cache(dataset: Dataset, folder: Path, progress: Callable[[int], None] 
     storage = Folder(folder)
     identity = {"data": {"fingerprint": dataset.fingerprint, "images": len(dataset)}, "images_per_file": BLOCK}
     manifest = artifact.claimed(storage, KIND)
-    differing = artifact.differences(manifest["identity"], identity) if manifest else []
+    differing = artifact.differences(manifest.identity, identity) if manifest else []
     if differing:
         raise Mismatch(
             f"--cache-images {folder} holds other decoded images, or was laid out by another version "

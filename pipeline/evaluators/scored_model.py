@@ -56,7 +56,7 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
     image_size: side in pixels, None for the side it was trained with. Raises UserError if the run is not finished.
     """
     manifest = artifact.read(Folder(folder), "run")
-    about, student = manifest["about"], manifest["identity"]["student"]
+    about, student = manifest.about, manifest.identity["student"]
     file = folder / "student.safetensors"
     if not file.exists():
         raise UserError(f"{folder} is not finished: it holds no student.safetensors; repeat its distill command")
@@ -65,7 +65,7 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
     load_student(embedder, file)
     model = {"name": about["name"], "role": "student", "parameters": about["parameters"], "width": student["width"]}
     return ScoredModel(
-        model={**model, "spec": student["spec"], "run": str(folder), "method": manifest["identity"]["method"]},
+        model={**model, "spec": student["spec"], "run": str(folder), "method": manifest.identity["method"]},
         weights=embedder.digest(),
         preprocessing=embedder.preprocessing.record(),
         views=ViewSpec(**about["views_spec"]),

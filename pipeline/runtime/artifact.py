@@ -8,16 +8,28 @@ fingerprint of the other four entries and reveals damage.
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress_ssl.pipeline.runtime.digests import canonical, fingerprint
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import JsonObject, parse_json, read_record, to_json
 from compress_ssl.pipeline.runtime.storage import Folder, Storage, is_url, open_storage
 
 FORMAT = 1  # version of the layout of manifest.json
 MANIFEST = "manifest.json"
 LEASE = "lease.json"  # names the process that is writing, see compress_ssl.pipeline.runtime.lease
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of a manifest.json. The records of a kind are read from `identity` and `about`."""
+
+    format: int
+    kind: str
+    identity: JsonObject
+    about: JsonObject
 
 
 class Mismatch(UserError):
@@ -66,7 +78,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def read(storage: Storage, kind: str | None = None) -> dict[str, Any]:
+def read(storage: Storage, kind: str | None = None) -> Manifest:
     """Read the manifest and check its digest.
 
     Raises UserError if there is no manifest, if it is damaged, or if its format or its kind is another one.
@@ -77,9 +89,9 @@ def read(storage: Storage, kind: str | None = None) -> dict[str, Any]:
         expected = f"is not {_with_article(kind)}" if kind else "was not made by compress"
         raise UserError(f"{storage} {expected}: {_describe_absence(storage)}") from None
     manifest = parse(raw, f"{storage}/{MANIFEST}")
-    if kind and manifest["kind"] != kind:
+    if kind and manifest.kind != kind:
         raise UserError(
-            f"{storage} holds {_with_article(manifest['kind'])}, not {_with_article(kind)}; name another folder"
+            f"{storage} holds {_with_article(manifest.kind)}, not {_with_article(kind)}; name another folder"
         )
     return manifest
 
@@ -100,16 +112,16 @@ def _with_article(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
-def parse(raw: bytes, where: str) -> dict[str, Any]:
+def parse(raw: bytes, where: str) -> Manifest:
     """Parse a manifest's bytes; `where` names them in an error.
 
     Raises UserError if the digest does not match, OtherFormat if another version of compress wrote it.
     """
     try:
-        manifest = json.loads(raw)
-        claimed = manifest.pop("digest")
-        good = claimed == fingerprint(manifest)
-    except (ValueError, KeyError, AttributeError, TypeError):
+        entries = json.loads(raw)
+        claimed = entries.pop("digest")
+        good = claimed == fingerprint(entries)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         good = False
     if not good:
         raise UserError(
@@ -117,38 +129,36 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
             "restore it from a copy (compress verify --repair does so for a store), "
             "or move the folder away and start again"
         )
-    if manifest["format"] != FORMAT:
+    if entries.get("format") != FORMAT:
         raise OtherFormat(
-            f"{where} has format {manifest['format']}, but this version of compress reads {FORMAT}; "
+            f"{where} has format {_short(entries.get('format'))}, but this version of compress reads {FORMAT}; "
             "use the version that made it"
         )
-    return manifest
+    return read_record(Manifest, entries, where)
 
 
 def read_json(storage: Storage, key: str) -> Any:
-    """Read a JSON file that compress wrote without a digest. Raises UserError if it is not valid JSON."""
-    try:
-        return json.loads(storage.get(key))
-    except ValueError:
-        raise UserError(f"{storage}/{key} is damaged; delete it and repeat the command that made it") from None
+    """Read a JSON file that compress wrote without a digest. Raises InvalidRecord if it is not valid JSON."""
+    return parse_json(storage.get(key), f"{storage}/{key}")
 
 
-def to_bytes(manifest: Mapping[str, Any]) -> bytes:
+def to_bytes(manifest: Manifest) -> bytes:
     """A manifest with its digest, as indented JSON."""
-    return json.dumps({**manifest, "digest": fingerprint(manifest)}, indent=1, sort_keys=True).encode() + b"\n"
+    entries = to_json(manifest)
+    return json.dumps({**entries, "digest": fingerprint(entries)}, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def write(storage: Storage, kind: str, identity: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+def write(storage: Storage, kind: str, identity: Mapping[str, Any], about: Mapping[str, Any]) -> Manifest:
     """Write the manifest atomically and return it."""
-    manifest = {"format": FORMAT, "kind": kind, "identity": dict(identity), "about": dict(about)}
-    manifest = json.loads(canonical(manifest))  # so that tuples are lists here too, as after reading
+    # Through JSON, so that tuples are lists here too, as after reading.
+    manifest = Manifest(FORMAT, kind, json.loads(canonical(identity)), json.loads(canonical(about)))
     storage.put(MANIFEST, to_bytes(manifest))
     return manifest
 
 
 def claim(
     storage: Storage, kind: str, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], bool]:
+) -> tuple[Manifest, bool]:
     """Make a folder an artifact of a kind and identity -> (its manifest, whether it was written just now).
 
     If the folder has a manifest already, its identity is compared with `identity`: raises Mismatch with the settings
@@ -157,7 +167,7 @@ def claim(
     manifest = claimed(storage, kind)
     if manifest is None:
         return write(storage, kind, identity, about or {}), True
-    changed = _unequal(manifest["identity"], json.loads(canonical(identity)))
+    changed = _unequal(manifest.identity, json.loads(canonical(identity)))
     if changed:
         raise Mismatch(
             f"{storage} was made with other settings: {'; '.join(changed.values())}. "
@@ -167,7 +177,7 @@ def claim(
     return manifest, False
 
 
-def claimed(storage: Storage, kind: str) -> dict[str, Any] | None:
+def claimed(storage: Storage, kind: str) -> Manifest | None:
     """The manifest of a folder for an artifact of this kind; None if the folder is empty or missing.
 
     Raises UserError if the folder holds another kind, or files without a manifest.

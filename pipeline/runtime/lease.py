@@ -6,14 +6,14 @@ suspended longer than STALE_AFTER continues to write beside its successor until 
 For that reason every shard is read back after it has been written (`compress_ssl.pipeline.extraction.shard_writer`).
 """
 
-import json
 import os
 import platform
 import secrets
 import threading
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import LEASE
@@ -21,6 +21,7 @@ from compress_ssl.pipeline.runtime.digests import canonical
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.process import RUNNING, machine_id, start_time
 from compress_ssl.pipeline.runtime.progress import echo
+from compress_ssl.pipeline.runtime.records import InvalidRecord, Meta, Number, parse_json, read_record, to_json
 from compress_ssl.pipeline.runtime.storage import Storage, open_storage
 
 RENEW_INTERVAL = 15.0  # seconds between two renewals by the holder
@@ -28,6 +29,18 @@ STALE_AFTER = 120.0  # seconds without a renewal (8 are missed) after which a le
 WATCH_TIME = 20.0  # seconds to watch a stale lease before a takeover: longer than RENEW_INTERVAL, as clocks may differ
 TAKEOVER_DELAY = 0.2  # seconds to wait after a takeover, so that a concurrent takeover becomes visible
 TAKE_ATTEMPTS = 5  # attempts to take the lease before concurrent takeovers are reported as an error
+
+
+@dataclass(frozen=True)
+class LeaseRecord:
+    """The contents of lease.json: the process that holds the lease and when it last renewed it."""
+
+    host: str
+    pid: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    machine: str  # see `runtime.process.machine_id`
+    began: str | None  # see `runtime.process.start_time`
+    token: str  # random, so that two leases of one process differ
+    beat: Number = 0  # Unix time of the last renewal, in seconds, by the holder's clock
 
 
 class Lease:
@@ -41,8 +54,7 @@ class Lease:
     def __init__(self, storage: Storage):
         self.storage, self.lost = storage, False
         pid = os.getpid()
-        self.holder = {"host": platform.node(), "pid": pid, "machine": machine_id(), "began": start_time(pid)}
-        self.holder["token"] = secrets.token_hex(8)
+        self.holder = LeaseRecord(platform.node(), pid, machine_id(), start_time(pid), secrets.token_hex(8))
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -88,10 +100,11 @@ class Lease:
         )
 
     def _to_bytes(self) -> bytes:
-        return canonical({**self.holder, "beat": time.time()}) + b"\n"
+        return canonical(to_json(replace(self.holder, beat=time.time()))) + b"\n"
 
     def _is_mine(self) -> bool:
-        return (read(self.storage) or {}).get("token") == self.holder["token"]
+        there = read(self.storage)
+        return there is not None and there.token == self.holder.token
 
     def _renew(self) -> None:
         """Renew the lease until the block ends; runs in a thread.
@@ -131,14 +144,14 @@ def set_aside(where: str | Path, kind: str) -> None:
         echo(f"set the earlier {where} aside as {renamed}")
 
 
-def _require_gone(storage: Storage, there: dict[str, Any]) -> None:
+def _require_gone(storage: Storage, there: LeaseRecord) -> None:
     """Raise UserError unless the holder of the lease `there` is known to be gone.
 
     On this machine the process table decides. On another machine only time can: the lease must be stale by its
     own time stamp and must then stay unchanged for WATCH_TIME seconds, measured with the clock of this machine.
     """
-    age = max(0.0, time.time() - there["beat"])
-    here = there["machine"] == machine_id()
+    age = max(0.0, time.time() - there.beat)
+    here = there.machine == machine_id()
     if not here and age >= STALE_AFTER:
         echo(
             f"{storage}: {_describe_holder(there)} gave no sign of life for {age:.0f} s; "
@@ -147,7 +160,7 @@ def _require_gone(storage: Storage, there: dict[str, Any]) -> None:
         time.sleep(WATCH_TIME)
         if read(storage) in (there, None):
             return
-    elif here and start_time(there["pid"]) not in (there["began"], RUNNING):
+    elif here and start_time(there.pid) not in (there.began, RUNNING):
         return
     how = "stop it first" if here else f"stop it there first; if it is gone, repeat this command in {STALE_AFTER:g} s"
     raise UserError(
@@ -156,19 +169,17 @@ def _require_gone(storage: Storage, there: dict[str, Any]) -> None:
     )
 
 
-def _describe_holder(there: dict[str, Any] | None) -> str:
-    return f"process {there['pid']} on {there['host']}" if there else "another process"
+def _describe_holder(there: LeaseRecord | None) -> str:
+    return f"process {there.pid} on {there.host}" if there else "another process"
 
 
-def read(storage: Storage) -> dict[str, Any] | None:
+def read(storage: Storage) -> LeaseRecord | None:
     """The current lease; None if there is none. A damaged lease.json belongs to nobody: it is deleted."""
+    where = f"{storage}/{LEASE}"
     try:
-        there = json.loads(storage.get(LEASE))
-        if {"host", "pid", "machine", "began", "token", "beat"} <= set(there):
-            return there
+        return read_record(LeaseRecord, parse_json(storage.get(LEASE), where), where, ignore_unknown=True)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
-        pass
-    storage.delete(LEASE)
-    return None
+    except InvalidRecord:
+        storage.delete(LEASE)
+        return None

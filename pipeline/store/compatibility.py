@@ -1,13 +1,12 @@
 """Check that (i, v) means the same pixels: in a store and its images now, and in two stores by two teachers."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD
-from compress_ssl.pipeline.runtime.artifact import MANIFEST, differences
+from compress_ssl.pipeline.runtime.artifact import MANIFEST, Manifest, differences
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.render_probe import require_same_rendering
@@ -35,14 +34,14 @@ def require_unchanged(store: FeatureStore, dataset: Dataset) -> None:
 
 
 def require_recorded_rendering(
-    manifest: Mapping[str, Any], dataset: Dataset, spec: ViewSpec, preprocessing: Preprocessing
+    manifest: Manifest, dataset: Dataset, spec: ViewSpec, preprocessing: Preprocessing
 ) -> None:
     """Raises UserError, before a store is added to, if this machine renders its probe views differently.
 
     manifest: that of the store, whose view keys are the row numbers.
     """
     view_keys = range(len(dataset))
-    require_same_rendering(manifest["about"]["pixels"], dataset, spec, preprocessing, view_keys, allow=None)
+    require_same_rendering(manifest.about["pixels"], dataset, spec, preprocessing, view_keys, allow=None)
 
 
 def view_settings_of(other: FeatureStore, given: dict[str, tuple[Any, Any]]) -> dict[str, Any]:

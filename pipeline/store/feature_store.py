@@ -258,7 +258,7 @@ class FeatureStore(StoreReader):
         """Write a manifest with the digests of further small files, which exist already, then their second copies."""
         known = {**about["small"], **{key: digests.digest(data) for key, data in small.items()}}
         self.manifest = artifact.write(self.storage, "store", self.identity, {**about, "small": known})
-        self.about = self.manifest["about"]
+        self.about = self.manifest.about
         self._put_copies(small)
 
     # ---------------------------------------------------------------- codebooks
@@ -277,7 +277,7 @@ class FeatureStore(StoreReader):
         assert isinstance(kind, Trained)
         if not self.storage.exists(key):
             self.storage.put_new(key, kind.train(features))
-        self._register(artifact.read(self.storage, "store")["about"], {key: self.storage.get(key)})
+        self._register(artifact.read(self.storage, "store").about, {key: self.storage.get(key)})
 
     def _codebooks(self) -> dict[str, bytes]:
         """{key: bytes} of the codebooks that are in the manifest."""

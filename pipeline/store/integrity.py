@@ -7,7 +7,6 @@ damaged shard deletes its done record, so that the command that made the store w
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -31,16 +30,16 @@ class Damage:
     repair: Callable[[], None]
 
 
-def read_manifest(storage: Storage) -> dict[str, Any]:
+def read_manifest(storage: Storage) -> artifact.Manifest:
     """The manifest of a store, or its second copy. Raises UserError if neither is intact."""
     return _intact_manifest(storage, {key: _get_or_none(storage, key) for key in MANIFESTS})
 
 
-def _intact_manifest(storage: Storage, raw: Mapping[str, bytes | None]) -> dict[str, Any]:
+def _intact_manifest(storage: Storage, raw: Mapping[str, bytes | None]) -> artifact.Manifest:
     """The first intact manifest of raw, {key: bytes, None for no file}."""
     for key, data in raw.items():
         manifest = None if data is None else _parse_manifest(data, key)
-        if manifest is not None and manifest["kind"] == "store":
+        if manifest is not None and manifest.kind == "store":
             return manifest
     if None not in raw.values():
         raise UserError(f"{storage}: the manifest and its copy are both damaged; the store cannot be mended")
@@ -53,7 +52,7 @@ def check_small_files(storage: Storage) -> list[Damage]:
     manifest = _intact_manifest(storage, raw)
     expected = artifact.to_bytes(manifest)  # compared as bytes: \u00e9 and \u00E9 parse to the same text
     damages = [_restorable(storage, key, expected) for key in MANIFESTS if raw[key] != expected]
-    for name, digest in manifest["about"]["small"].items():
+    for name, digest in manifest.about["small"].items():
         found = {key: _get_or_none(storage, key) for key in (name, f"{COPY}/{name}")}
         intact = {key: data for key, data in found.items() if data is not None and digests.digest(data) == digest}
         source = next(iter(intact.values()), None)
@@ -61,7 +60,7 @@ def check_small_files(storage: Storage) -> list[Damage]:
     return damages
 
 
-def _parse_manifest(data: bytes, key: str) -> dict[str, Any] | None:
+def _parse_manifest(data: bytes, key: str) -> artifact.Manifest | None:
     """A manifest, None if it is damaged. Raises OtherFormat for one of another version."""
     try:
         return artifact.parse(data, key)

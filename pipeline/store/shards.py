@@ -54,8 +54,8 @@ class ShardIndex:
     def __init__(self, storage: Storage):
         self.storage = storage
         self.manifest = artifact.read(storage, "store")
-        self.identity: dict[str, Any] = self.manifest["identity"]
-        self.about: dict[str, Any] = self.manifest["about"]
+        self.identity: dict[str, Any] = self.manifest.identity
+        self.about: dict[str, Any] = self.manifest.about
         self.images: int = self.identity["data"]["images"]
         self.rows: int = self.identity["shard_rows"]  # of a row block; the last one may be shorter
         self.arrays: dict[str, tuple[int, ...]] = {k: tuple(s) for k, s in self.identity["arrays"].items()}
@@ -232,7 +232,7 @@ class ShardIndex:
         """The codebook of an array. Raises UserError if there is none yet or it does not fit its digest."""
         key = codebook_key(name)
         if key not in self.about["small"]:  # another process may have trained it since this store was opened
-            self.about = artifact.read(self.storage, "store")["about"]
+            self.about = artifact.read(self.storage, "store").about
         if key not in self.about["small"]:
             raise UserError(f"{self.storage} has no {key} yet; repeat the command that made it")
         return self.read_small_file(key)

@@ -41,7 +41,7 @@ def require_run_folders(out: Path, students: Sequence[str], folders: Sequence[Pa
         else:
             artifact.claimed(Folder(folder), "run")
     if len(taken) > 1 and (out / artifact.MANIFEST).exists():
-        kind = artifact.read(Folder(out))["kind"]
+        kind = artifact.read(Folder(out)).kind
         raise UserError(f"{out} is itself a {kind}, so it cannot hold the runs of several; choose another --out")
 
 
@@ -50,7 +50,7 @@ def count_begun_views(folder: Path) -> int | None:
     storage = Folder(folder)
     if not storage.exists(artifact.MANIFEST):
         return None
-    views: int = artifact.read(storage, "run")["about"]["views"]
+    views: int = artifact.read(storage, "run").about["views"]
     return views
 
 
@@ -63,5 +63,5 @@ def _holds_runs(out: Path) -> bool:
 
 def _is_run(folder: Path) -> bool:
     with suppress(UserError):  # a manifest.json of another program, or a damaged one
-        return artifact.read(Folder(folder))["kind"] == "run"
+        return artifact.read(Folder(folder)).kind == "run"
     return False
