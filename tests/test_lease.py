@@ -300,7 +300,7 @@ def test_a_store_of_a_later_version_is_not_reported_as_damaged(tmp_path: Path, m
     said = artifact.read(Folder(store))
     monkeypatch.setattr(artifact, "FORMAT", 2)
     for place in (store, store / "copy"):
-        artifact.write(Folder(place), "store", said["identity"], said["about"])
+        artifact.write(Folder(place), "store", said.identity, said.about)
     monkeypatch.undo()
     kept = (store / "manifest.json").read_bytes()
     with pytest.raises(UserError, match="has format 2, but this version of compress reads 1"):
