@@ -11,15 +11,16 @@ import os
 import signal
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from compress_ssl.pipeline.runtime.config import check_choices, choices, flag_name
+from compress_ssl.pipeline.runtime.config import check_choices, choices, flag_name, plain_types
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.help_page import Rows, format_page, sections_of, value_name
 from compress_ssl.pipeline.runtime.launch_env import is_launched, is_main_process
@@ -27,6 +28,7 @@ from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from typer._click.core import Command as AnyCommand
     from typer._click.core import Context
     from typer._click.exceptions import ClickException
@@ -57,7 +59,7 @@ A module is imported only when its command is run or its own --help is shown.
 """
 
 
-SETTINGS = {"max_content_width": 100}
+SETTINGS: dict[str, object] = {"max_content_width": 100}
 """Of every command: the help is as wide as the terminal, but its lines grow no longer than this."""
 
 JSON = ("--json", "Print one JSON object on stdout instead of the summary.")
@@ -147,7 +149,8 @@ def _command(name: str, where: str, summary: str) -> Command:
     return command
 
 
-def _function(config: Any, run: Any) -> Any:
+# `run` takes its own stage's Config and a flag's value has any type, which is why they are Any in this section.
+def _function(config: "type[DataclassInstance]", run: Callable[[Any], Mapping[str, object]]) -> Callable[..., None]:
     """A function that calls `run` with a Config. Typer reads the options from its signature, one per field."""
 
     def call(**values: Any) -> None:
@@ -157,7 +160,7 @@ def _function(config: Any, run: Any) -> Any:
         check_choices(made)
         result = run(made)
         if result:  # only rank 0 of several ranks returns a result
-            _print(json.dumps(result, default=str) if as_json else result.get("summary", ""))
+            _print(json.dumps(result, default=str) if as_json else str(result.get("summary", "")))
 
     hints = typing.get_type_hints(config)
     parameters = [_parameter(field, hints[field.name]) for field in fields(config)]
@@ -168,7 +171,7 @@ def _function(config: Any, run: Any) -> Any:
     return call
 
 
-def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
+def _parameter(field: Field[Any], hint: object) -> inspect.Parameter:
     """A field of a Config as a parameter that Typer reads as an option, or as an argument if the field has `place`."""
     # Choices are text for the parser: `check_choices` refuses a wrong one in the same words as for Python.
     kind = list[str] if typing.get_origin(hint) is tuple else str | None if choices(hint) else hint
@@ -177,13 +180,24 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     names = [f"--{name}/--no-{name}" if is_switch else f"--{name}"]
     if short:
         names.append(short)
-    info = typer.Argument(metavar=value_name(field, hint)) if field.metadata["place"] else typer.Option(*names)
+    number = next((each for each in (int, float) if each in plain_types(hint)), None)
+    parser = partial(_parse_number, f"--{name}", number) if number else None
+    place = field.metadata["place"]
+    info = typer.Argument(metavar=value_name(field, hint)) if place else typer.Option(*names, parser=parser)
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     if isinstance(default, tuple):
         default = list(default)
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )
+
+
+def _parse_number(flag: str, kind: type[int] | type[float], value: str) -> int | float:
+    """The value of a flag as a number. Raises UserError: Typer's own words do not say what was given."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{flag} is {value}, but must be a {'whole ' * (kind is int)}number") from None
 
 
 # ---------------------------------------------------------------- running a command, exit status and errors

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS
@@ -25,6 +26,16 @@ from compress_ssl.stages import compare, distill, evaluate
 
 EXPONENT_NUMBER = re.compile(r"[-+]?[0-9.]+e[-+]?[0-9]+")
 """Numbers like 1e-3, which YAML 1.1 reads as text unless they have a dot and a signed exponent."""
+
+IN_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path",
+    NoneType: "null",
+}
+"""What errors call the types of a flag."""
 
 KEYS = ("out", "store", "student", "method", "at_once", "distill", "evaluate")
 """The keys of a sweep's file."""
@@ -271,13 +282,13 @@ def convert_values(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
             value = float(value)
         if typing.get_origin(hints[key]) is tuple:
             value = tuple(map(str, as_list(value)))
-        elif Path in types:
-            value = Path(value).expanduser()
+        elif Path in types and value is not None:
+            value = Path(str(value)).expanduser()
         elif float in types and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        elif not isinstance(value, tuple(each for each in types if isinstance(each, type))):
-            names = choices(hints[key]) or [each.__name__ for each in types if each is not type(None)]
-            expected = " or ".join(names)
+        elif not isinstance(value, types):
+            names = choices(hints[key])
+            expected = f"one of {', '.join(names)}" if names else " or ".join(IN_WORDS[each] for each in types)
             raise UserError(f"{key} is {value!r}, but must be {expected}")
         converted[key] = value
     return converted

@@ -190,6 +190,22 @@ def test_a_long_name_stands_on_a_line_of_its_own_and_no_word_is_cut() -> None:
     assert lines[4] == "  --short  text text text text text text"[:40].rstrip()
 
 
+# ---------------------------------------------------------------- numbers
+
+
+NUMBERS = [(command, f) for command, f in FLAGS if {int, float} & set(plain_types(hint_of(command, f)))]
+
+
+@pytest.mark.parametrize("command, of", NUMBERS, ids=[f"{command} {f.name}" for command, f in NUMBERS])
+def test_a_word_in_place_of_a_number_is_refused_with_the_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, of: Field[Any]
+) -> None:
+    words = to_flags(placeholders(stage_of(command)[1], **{of.name: "1.5.2"}))
+    said = refusal(monkeypatch, capsys, [*command.split(), *words])
+    number = "whole number" if int in plain_types(hint_of(command, of)) else "number"
+    assert said == f"--{flag_name(of.name)} is 1.5.2, but must be a {number}"
+
+
 # ---------------------------------------------------------------- choices
 
 
