@@ -3,7 +3,6 @@
 `compress --help` must take less than half a second, so nothing here imports torch or a stage before a command is run.
 """
 
-import errno
 import importlib
 import inspect
 import json
@@ -21,7 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from compress_ssl.pipeline.runtime.config import check_choices, choices, flag_name, plain_types
-from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.errors import UserError, describe_disk_error, describe_exhaustion
 from compress_ssl.pipeline.runtime.help_page import Rows, format_page, sections_of, value_name
 from compress_ssl.pipeline.runtime.launch_env import is_launched, is_main_process
 from compress_ssl.pipeline.runtime.registry import did_you_mean
@@ -202,24 +201,6 @@ def _parse_number(flag: str, kind: type[int] | type[float], value: str) -> int |
 
 # ---------------------------------------------------------------- running a command, exit status and errors
 
-_DISK = {
-    errno.ENOSPC: "the disk is full; make room and repeat the command, it continues where it stopped",
-    errno.EDQUOT: "the disk quota is used up; make room and repeat the command, it continues where it stopped",
-    errno.EFBIG: "the file size limit was reached (ulimit -f); raise it and repeat the command",
-    errno.EACCES: "no permission; choose another folder or change its rights",
-    errno.EPERM: "not permitted; choose another folder or change its rights",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
-    errno.EEXIST: "a file stands where a folder is needed; choose another folder",
-    errno.EISDIR: "a folder stands where a file is needed; choose another name",
-    errno.ENOENT: "there is no such file or folder",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.ELOOP: "symbolic links lead in a circle",
-    errno.EMFILE: "too many files are open (ulimit -n); raise the limit, or use fewer --workers",
-    errno.EIO: "the disk reports an error; check it, then repeat the command",
-}
-"""{errno of an OSError that the user can correct: what is wrong and what to do}; all others are bugs."""
-
 
 def main() -> None:
     """Run the command in sys.argv and exit.
@@ -261,14 +242,15 @@ def _run_command() -> int:
     except UsageProblem as problem:
         return _fail(_describe_usage_error(problem)) if is_main_process() else 2
     except (MemoryError, RuntimeError) as problem:
-        text = _describe_exhaustion(problem)
+        text = describe_exhaustion(problem)
         if not text:
             raise
         return _fail(text)
     except OSError as problem:
-        if problem.errno not in _DISK:
+        text = describe_disk_error(problem)
+        if not text:
             raise
-        return _fail(f"{problem.filename2 or problem.filename or 'writing'}: {_DISK[problem.errno]}")
+        return _fail(text)
 
 
 def _print(text: str) -> None:
@@ -283,24 +265,6 @@ def _fail(text: str) -> int:
     """Print an error in one line to stderr; returns the exit status."""
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return 2
-
-
-def _describe_exhaustion(problem: Exception) -> str:
-    """The error text if memory ran out or a loader process ended unexpectedly, else "".
-
-    torch raises a plain RuntimeError for some of these, so they are recognised by their texts.
-    """
-    text = " ".join(str(problem).split())
-    signs = ("killed by signal", "exited unexpectedly", "shared memory", "No space left on device")
-    if "DataLoader worker" in text and any(sign in text for sign in signs):
-        return (
-            f"a loader process died ({text[:160]}); use fewer --workers (0: none), or give them more memory "
-            "(docker run --shm-size), and repeat the command, it continues where it stopped"
-        )
-    is_memory_error = type(problem).__name__ in ("MemoryError", "_ArrayMemoryError", "OutOfMemoryError")
-    if is_memory_error or "can't allocate memory" in text:
-        return f"the memory is full ({text[:160]}); take a smaller batch where the command has one, or fewer students"
-    return ""
 
 
 def _describe_usage_error(problem: "ClickException") -> str:

@@ -83,6 +83,8 @@ def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path
         ({"distill": {"optimizer": "sdg"}}, "--optimizer is sdg, .*; did you mean 'sgd'"),
         ({"distill": {"workers": "two"}}, "workers is 'two', but must be a whole number or null"),
         ({"evaluate": {"val": "digits:split=test", "precision": "fp8"}}, "--precision is fp8, but must be one of fp32"),
+        ({"distill": {"lr": "1.2.3e4"}}, "lr is '1.2.3e4', but must be a number or null"),
+        ({"distill": {"steps": True}}, "steps is True, but must be a whole number or null"),
         ({"evaluate": {"protocol": ["nn"]}}, "needs val"),
         ({"method": ["seed:bank=2", "seed:bank=2"]}, "2 combinations would share the folder seed-bank=2,lr=1"),
         ({"evaluate": {"val": "digits", "out": "here"}}, "has no flag 'out'"),
