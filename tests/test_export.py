@@ -209,7 +209,7 @@ def by_embed(images: Path, out: Path, first_key: int = 0, codec: str = "int8", *
     torch.manual_seed(0)
     model = build(TEACHER, image_size=SIZE, pretrained_default=True)
     dataset, spec = ImageFolder(images), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
-    record = describe_store(export_teacher.store_settings(settings), dataset, model, spec)
+    record = describe_store(export_teacher.resolve(settings), model)
     keys = np.arange(len(dataset), dtype=np.uint64) + np.uint64(first_key)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": keys}
     store = FeatureStore.create(Folder(out), record, tables)
