@@ -1,7 +1,7 @@
 """`compress verify STORE`: checks every digest, then embeds a sample again and compares it with the stored features."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
@@ -9,6 +9,7 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.runtime.lease import require_free
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
+from compress_ssl.pipeline.runtime.records import JsonObject
 from compress_ssl.pipeline.runtime.storage import open_storage
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Config:
     precision: Precision | None = flag(None, "Arithmetic of the teacher. Default: as exported.", panel="Speed")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> JsonObject:
     """Returns {"summary", "damaged", "mended", "pending"}, and with a sample what `verification.judge` returns.
 
     Raises UserError if the store is damaged and --repair is not given, or if stored features do not fit the teacher.
@@ -115,7 +116,7 @@ def check_digests(config: Config) -> tuple[list[str], list[str]]:
 # ---------------------------------------------------------------- the live teacher
 
 
-def compare_sample(config: Config, store: "FeatureStore") -> dict[str, Any]:
+def compare_sample(config: Config, store: "FeatureStore") -> JsonObject:
     """Embed a sample of (i, v) again and compare it with the store; returns what `verification.judge` returns.
 
     Raises UserError if the pixels, the weights or the features are not those of the export.

@@ -17,7 +17,7 @@ from compress_ssl.pipeline.extraction.embed import embed
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.layout import VIEW_BLOCK
+from compress_ssl.pipeline.store.layout import VIEW_BLOCK, Column
 from compress_ssl.pipeline.store.records import DataIdentity, StoreAbout, StoreRecord
 from compress_ssl.pipeline.store.shards import is_local, shard_rows
 from compress_ssl.pipeline.views.augment import ViewSpec
@@ -72,5 +72,5 @@ def _create_sample_store(
     rows = shard_rows(len(sample), batch_size, store.arrays, 4)
     data = DataIdentity(sample.fingerprint, len(sample))
     identity = replace(store.identity, codec="float32", shard_rows=rows, data=data)
-    tables = {"sample_id": sample.ids, "label": sample.label, "view_key": range(len(sample))}
+    tables: dict[str, Column] = {"sample_id": sample.ids, "label": sample.label, "view_key": range(len(sample))}
     return FeatureStore.create(Folder(folder), StoreRecord(identity, StoreAbout(views, small={})), tables)
