@@ -106,7 +106,7 @@ def test_an_untrained_student_is_the_student_before_its_first_step(finished: Dem
         folder = finished.out / "students" / "".join(c if c.isalnum() or c in "-_." else "-" for c in student)
         initial = demo.artifact.read(demo.Folder(folder), "run").identity["student"]["initial"]
         untrained = demo.artifact.read(demo.Folder(finished.out / "untrained" / folder.name), "evaluation")
-        assert untrained["identity"]["model"]["weights"] == initial
+        assert untrained.identity["model"]["weights"] == initial
 
 
 @pytest.fixture

@@ -26,8 +26,12 @@ class StoreReader(ShardIndex):
     """A store open for reading. Raises UserError if there is none or its manifest is damaged."""
 
     def require_complete(self, views: Sequence[int] | None = None) -> None:
-        """As `ShardIndex.require_complete`, and raises UserError for a manifest that does not fit the arrays."""
-        _ = self.group
+        """As `ShardIndex.require_complete`, and raises UserError for a manifest that does not fit the arrays.
+
+        Of a store in a bucket, only what is read is compared: reading all metadata there costs a request per array.
+        """
+        if isinstance(self.storage, Folder):
+            _ = self.group
         super().require_complete(views)
 
     # ---------------------------------------------------------------- arrays

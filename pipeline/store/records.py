@@ -32,7 +32,7 @@ from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 MAX_EXTENT = 2**40  # images, rows and numbers of a feature: what is larger is no store's, and overflows an index
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16"]  # that of models/choices.py, which this layer does not import
 Extent = Annotated[int, Meta(ge=1, le=MAX_EXTENT)]
 Views = Annotated[int, Meta(ge=1, le=LOCAL)]  # a larger number would be that of a local crop
 Shape = Annotated[tuple[Extent, ...], Meta(min_length=1, max_length=2)]  # of one (i, v): (D,), or (R, D) of regions
