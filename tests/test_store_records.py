@@ -58,7 +58,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "store"
     config = export_teacher.Config(
         data="digits", teacher="convnet:channels=4+8,pretrained=false", out=str(out), views=6, local_views=1,
-        seed=2**64 - 1, image_size=16, limit=32, batch_size=8, shard_size=16, codec="pq:2+zstd", device="cpu", workers=0,
+        seed=2**64 - 1, image_size=16, limit=32, batch_size=8, shard_size=16, codec="pq:2+zstd", device="cpu",
+        workers=0,
     )  # fmt: skip
     export_teacher.run(config)
     return out
