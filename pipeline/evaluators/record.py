@@ -5,10 +5,11 @@ protocols themselves read their entries.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.evaluators.scores import Score, sort_naturally
+from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime.artifact import Manifest, Mismatch
 from compress_ssl.pipeline.runtime.records import (
     UNSET,
@@ -24,11 +25,7 @@ from compress_ssl.pipeline.runtime.records import (
 )
 from compress_ssl.pipeline.runtime.storage import Storage
 
-if TYPE_CHECKING:
-    from compress_ssl.pipeline.evaluators.base import Evaluator
-
 METRICS = "metrics.json"
-Precision = Literal["fp32", "bf16", "fp16"]  # the keys of models.precision.PRECISIONS
 OWN_ENTRIES = ("model", "data", "scores")  # of metrics.json, which no protocol may be called
 
 # ---------------------------------------------------------------- what was scored

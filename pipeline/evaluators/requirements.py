@@ -8,7 +8,7 @@ from dataclasses import is_dataclass
 
 import numpy as np
 
-from compress_ssl.pipeline.evaluators import PROTOCOLS
+from compress_ssl.pipeline.evaluators import PROTOCOLS, find_protocol
 from compress_ssl.pipeline.evaluators.base import Evaluator, Figure, ImageGrid, Result, Score, Split
 from compress_ssl.pipeline.evaluators.figure_arrays import PREFIX
 from compress_ssl.pipeline.evaluators.figures import KINDS
@@ -35,10 +35,10 @@ def find_class_faults(cls: object) -> Iterator[str]:
         yield f"has the name {name!r}; give it a class variable `name` of letters, digits and hyphens"
     elif name in OWN_ENTRIES:
         yield f"has the name {name!r}, which metrics.json uses itself; choose another `name`"
-    elif not is_ours(cls) and name in PROTOCOLS.entries and PROTOCOLS.resolve(name) is not cls:
+    elif name in PROTOCOLS.entries and find_protocol(name) is not cls:
         yield f"has the name {name!r}, which is that of a protocol of compress; choose another `name`"
     if not is_dataclass(cls):
-        yield "is no dataclass; write @dataclass(frozen=True, kw_only=True) above it, with a field for each option"
+        yield "is no dataclass; write @dataclass(frozen=True) above it, with a field for each option"
     if not set(cls.needs_labels) <= set(SPLITS):
         yield f'has needs_labels = {cls.needs_labels!r}; name only "training" and "validation"'
 

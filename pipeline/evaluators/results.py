@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from compress_ssl.pipeline.evaluators import PROTOCOLS, figure_arrays
+from compress_ssl.pipeline.evaluators import figure_arrays, find_protocol
 from compress_ssl.pipeline.evaluators.base import Evaluator, Figure, Result, Score, Split
 from compress_ssl.pipeline.evaluators.record import order_by_protocol, replace_key
 from compress_ssl.pipeline.evaluators.scores import sort_naturally
@@ -167,9 +167,9 @@ class Results:
 
     def _restore_version1(self, record: ResultRecord, arrays: dict[str, np.ndarray]) -> Kept | None:
         """Scores and figures by the record's protocol, from the numbers and arrays that it kept."""
-        if record.name not in PROTOCOLS.entries:
+        protocol = find_protocol(record.name)
+        if protocol is None:
             return None
-        protocol: type[Evaluator] = PROTOCOLS.resolve(record.name)  # type: ignore[assignment]  # a class is callable
         entry, metrics = protocol.entry(record.options), record.metrics
         scores = [
             replace(score, options=record.options) for score in protocol.scores_of(entry, metrics, record.protocol)
