@@ -7,7 +7,7 @@ protocols themselves read their entries.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compress_ssl.pipeline.evaluators import PROTOCOLS
+from compress_ssl.pipeline.evaluators import PROTOCOLS, find_protocol
 from compress_ssl.pipeline.evaluators.scores import Score, sort_naturally
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime.artifact import Manifest, Mismatch
@@ -204,9 +204,9 @@ def parse_metrics(entries: object, where: str) -> Evaluation:
 def _scores_of_version1(entry: str, metrics: Any, where: str) -> list[Score]:
     """The scores in one entry, which its protocol reads; none if no protocol has such an entry."""
     kind = entry.partition("_")[0]  # an entry is a protocol's name, or that name, "_" and a variant
-    if kind not in PROTOCOLS.entries:
+    protocol = find_protocol(kind)
+    if protocol is None:
         return []
-    protocol: type[Evaluator] = PROTOCOLS.resolve(kind)  # type: ignore[assignment]  # its entries are such classes
     if not isinstance(metrics, dict):
         raise InvalidRecord(
             f"{where} is not valid: {entry} is {metrics!r:.40}, not what the protocol {kind!r} writes; restore it "

@@ -30,6 +30,8 @@ def find_class_faults(cls: object) -> Iterator[str]:
         return
     if inspect.isabstract(cls):
         yield "has no __call__(train, val, folder, augmented); write one that returns a Result"
+    else:
+        yield from _call_faults(cls)
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         yield f"has the name {name!r}; give it a class variable `name` of letters, digits and hyphens"
@@ -41,6 +43,13 @@ def find_class_faults(cls: object) -> Iterator[str]:
         yield "is no dataclass; write @dataclass(frozen=True) above it, with a field for each option"
     if not set(cls.needs_labels) <= set(SPLITS):
         yield f'has needs_labels = {cls.needs_labels!r}; name only "training" and "validation"'
+
+
+def _call_faults(cls: type[Evaluator]) -> Iterator[str]:
+    try:
+        inspect.signature(cls.__call__).bind("self", "train", "val", "folder", "augmented")
+    except TypeError as wrong:
+        yield f"cannot be called with (train, val, folder, augmented): {wrong}; give its __call__ these parameters"
 
 
 def find_result_faults(result: object, train: Split, val: Split) -> Iterator[str]:
