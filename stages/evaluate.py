@@ -26,14 +26,13 @@ from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, r
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import set_aside
 from compress_ssl.pipeline.runtime.records import to_json
-from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline.runtime.storage import Folder, open_storage
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
     from compress_ssl.pipeline.evaluators.base import Evaluator
     from compress_ssl.pipeline.evaluators.scored_model import ScoredModel
     from compress_ssl.pipeline.evaluators.split_features import EmbedSettings
-    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 BATCH_SIZE = 64  # images per forward pass of an evaluation that begins now
 PRECISION: Precision = "fp32"  # likewise
@@ -239,11 +238,12 @@ def check_flags(config: Config) -> None:
     from compress_ssl.pipeline.evaluators import PROTOCOLS
     from compress_ssl.pipeline.models import MODELS
 
-    for registry, specs in (
-        (DATASETS, (config.val, config.train)), (PROTOCOLS, config.protocol), (MODELS, (config.model,))
-    ):  # fmt: skip
-        for spec in filter(None, specs):
-            registry.parse(spec)
+    for images in filter(None, (config.val, config.train)):
+        DATASETS.parse(images)
+    for protocol in config.protocol:
+        PROTOCOLS.parse(protocol)
+    if config.model:
+        MODELS.parse(config.model)
     if config.run:
         artifact.read(Folder(config.run), "run")
     if config.store:
@@ -286,16 +286,6 @@ def open_scored_model(config: Config, earlier: EvaluationRecord | None, augment:
     if config.run:
         return scored_model.open_run(config.run, image_size)
     if config.store:
-        return scored_model.open_teacher(open_store(config, config.store, augment))
+        return scored_model.open_teacher(scored_model.open_store(config.store, config.cache, augment))
     assert config.model
     return scored_model.open_model(config.model, image_size)
-
-
-def open_store(config: Config, location: str, augment: bool) -> "FeatureStore":
-    """The store at a path or URL; of a URL, a local copy of view 0 or, with `augment`, of all stored views."""
-    from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.store.local_cache import fetch
-
-    store = FeatureStore(open_storage(location))
-    used = store.stored_views if augment else [v for v in store.stored_views if v == 0]
-    return fetch(store, used, config.cache) if is_url(location) else store

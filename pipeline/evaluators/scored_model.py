@@ -18,8 +18,8 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import read_record
-from compress_ssl.pipeline.runtime.storage import Folder, open_storage
-from compress_ssl.pipeline.store import source_images
+from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline.store import local_cache, source_images
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.views.augment import ViewSpec
 
@@ -99,6 +99,16 @@ def load_student(embedder: Embedder, file: Path) -> None:
 
 
 # ---------------------------------------------------------------- a store's teacher
+
+
+def open_store(location: str, cache: Path | None, augment: bool) -> FeatureStore:
+    """The store at a path or URL; of a URL, a local copy of view 0 or, with `augment`, of all stored views.
+
+    cache: the folder of the copy; None for the usual one.
+    """
+    store = FeatureStore(open_storage(location))
+    used = store.stored_views if augment else [v for v in store.stored_views if v == 0]
+    return local_cache.fetch(store, used, cache) if is_url(location) else store
 
 
 def open_teacher(store: FeatureStore) -> ScoredModel:
