@@ -14,13 +14,13 @@ from pathlib import Path
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import flag
 from compress_ssl.pipeline.runtime.config_values import as_texts, build, convert_values, parse_flags
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import shorten
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.registry import did_you_mean
-from compress_ssl.pipeline.runtime.result import Result
 from compress_ssl.pipeline.runtime.storage import local_path, open_storage
 from compress_ssl.pipeline.runtime.yaml_file import read_yaml
 from compress_ssl.pipeline.training.export_students import PartialFailure
@@ -68,7 +68,7 @@ class Cell:
     config: distill.Config
 
 
-def run(config: Config) -> Result:
+def run(config: Config) -> CommandResult:
     """Returns {"summary", "passes", "runs", "page"}; of a dry run, the first two.
 
     Raises UserError before anything is trained for what can be checked, and at the end if a combination failed.
