@@ -4,7 +4,7 @@ A method is one file of this package and one line of METHODS. Code outside the p
 `memory_bank` and `similarity` only, and builds methods through METHODS.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from compress_ssl.pipeline.runtime.registry import Registry
 
@@ -35,4 +35,5 @@ def find_method(text: str) -> "type[Method]":
     Raises UserError for an unknown method, and for a key that it does not take.
     """
     spec = METHODS.check(text, given=("context",))
-    return METHODS.resolve(spec.kind).for_spec(spec.argument)  # type: ignore[attr-defined,no-any-return]
+    member = cast("type[Method]", METHODS.resolve(spec.kind))  # UserMethod is none, but has `for_spec` too
+    return member.for_spec(spec.argument)
