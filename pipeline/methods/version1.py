@@ -62,7 +62,7 @@ def __getattr__(name: str) -> type[Method]:
 def _with_old_names(kind: str) -> type[Method]:
     built_in: Any = METHODS.resolve(kind)
 
-    class OldNames(Method, built_in):
+    class OldNames(Method, built_in):  # type: ignore[misc]  # a base class that is known when it runs only
         """The built-in method with the first version's names."""
 
         def __init__(self, *, setting: base.MethodContext, **options: Any):

@@ -15,9 +15,6 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.spec import did_you_mean
 
-FILE_MODULE = "python:"
-"""The name in sys.modules of a module that was imported from a file begins with this; the file's path follows."""
-
 
 def import_object(place: str) -> Callable[..., Any]:  # what a user's function returns is known to nobody
     """The function or class at `MODULE:NAME` or `FILE.py:NAME`; modules in the current folder are found too.
@@ -40,8 +37,8 @@ def import_object(place: str) -> Callable[..., Any]:  # what a user's function r
         raise
     except (Exception, SystemExit) as wrong:  # a script without `if __name__ == "__main__"` may call sys.exit
         raise UserError(f"python:{where} could not be imported: {describe_with_location(wrong)}") from wrong
-    found = getattr(module, name, None)
-    if not callable(found):
+    found: Callable[..., Any] | None = getattr(module, name, None)
+    if found is None or not callable(found):
         callables = [key for key, value in vars(module).items() if callable(value)]
         raise UserError(f"{where} has no function or class {name!r}{did_you_mean(name, callables)}")
     return found
@@ -54,7 +51,7 @@ def import_file(file: Path) -> ModuleType:
     """
     if not file.is_file():
         raise UserError(f"python:{file} does not exist; give the path of a Python file or the name of a module")
-    name = f"{FILE_MODULE}{file.resolve()}"  # not the stem: a user's zarr.py must not replace the package zarr
+    name = f"python:{file.resolve()}"  # not the stem: a user's zarr.py must not replace the package zarr
     source = hashlib.blake2b(file.read_bytes()).digest()
     earlier = sys.modules.get(name)
     # A second module would have other classes: isinstance and pickle would not take an object of the first for one.
