@@ -1,10 +1,12 @@
 """Data sets, models and methods of a user's own: the examples of docs/plugins.md, by place and as a package."""
 
 import json
+import os
 import pickle
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +18,10 @@ from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.datasets.base import content_hash
 from compress_ssl.pipeline.datasets.decode import BROKEN, BadImage
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.registry import Registry
 from compress_ssl.pipeline.runtime.storage import open_storage
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.stages import distill, export_teacher, verify
+from compress_ssl.stages import distill, export_teacher, listing, verify
 
 PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
 CPU = {"device": "cpu", "workers": 0}
@@ -212,3 +215,170 @@ def test_what_is_no_data_set_is_refused_in_words(mine: str, name: str, message: 
 def test_an_error_in_a_users_changed_rows_is_reported_with_file_and_line(mine: str) -> None:
     with pytest.raises(UserError, match=r"changed_rows of python:mine.py:Fails failed: .* \(mine.py, line 33\)"):
         DATASETS.build(f"{mine}:Fails").subset(1).changed_rows(np.zeros(1, np.uint64), 0.0)
+
+
+# ---------------------------------------------------------------- packages
+
+
+def install(site: Path, name: str, version: str, entry_points: str) -> None:
+    """What `pip install` leaves in a folder of packages: the entry points and the name of a distribution."""
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(entry_points)
+
+
+def to_ini(groups: dict[str, dict[str, str]]) -> str:
+    """The entry points of a pyproject.toml as they are written into a dist-info folder."""
+    sections = (f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items())
+    return "\n".join(sections)
+
+
+COMMANDS = """
+import sys
+from compress_ssl import cli
+for words in {commands!r}:
+    assert not cli.app(words.split(), standalone_mode=False)
+"""
+
+
+def test_a_package_adds_kinds_to_every_family_that_commands_take_and_listings_show(home: Path) -> None:
+    project = tomllib.loads(blocks("toml")[0])["project"]
+    site = home / "site"
+    install(site, project["name"], project["version"], to_ini(project["entry-points"]))
+    for file in ("photos.py", "nets.py", "losses.py"):
+        (home / file).rename(site / file)
+    cpu = "--device cpu --workers 0"
+    commands = [
+        f"export-teacher --data listed:table=photos.csv --teacher tiny:width=6 --views 2 --out teacher {cpu}",
+        f"distill --store teacher --student tiny --method squared:weight=2 --steps 1 --batch-size 4 --out run {cpu}",
+        f"evaluate --run run --val listed:table=photos.csv --protocol nn {cpu}",
+        *(f"{listing} --json" for listing in ("datasets", "models", "methods")),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", COMMANDS.format(commands=commands)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    about = json.loads((home / "teacher/manifest.json").read_text())["about"]
+    assert about["data"]["spec"] == f"listed:table={home}/photos.csv" and about["teacher"] == "tiny:width=6"
+    menus = [json.loads(line)["menu"] for line in done.stdout.splitlines() if line.startswith("{")]
+    for menu, kind, key, summary in zip(
+        menus, ("listed", "tiny", "squared"), ("table", "width", "weight"),
+        ("The image files that a table lists", "A teacher for a test", "Squared distance"), strict=True,
+    ):  # fmt: skip
+        assert menu[kind]["package"] == "photo-plugins 1.2" and key in menu[kind]["keys"]
+        assert menu[kind]["summary"].startswith(summary)
+
+
+@pytest.fixture
+def site(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages on Python's path."""
+    monkeypatch.setattr(sys, "path", [str(home / "site"), *sys.path])
+    return home / "site"
+
+
+def registry() -> Registry[object]:
+    """One that has not read the entry points yet."""
+    return Registry("thing", {**DATASETS.entries}, packages="compress_ssl.things")
+
+
+def test_a_misspelt_kind_of_a_package_gets_a_suggestion(site: Path) -> None:
+    install(site, "some-things", "1", "[compress_ssl.things]\nlisted = photos:Listed\n")
+    with pytest.raises(UserError, match="unknown thing 'listd'; did you mean 'listed'. Known: folder, .*, listed$"):
+        registry().parse("listd:table=x.csv")
+
+
+def test_a_built_in_kind_comes_before_one_of_a_package_and_the_clash_is_said(site: Path) -> None:
+    install(site, "some-things", "1.0", "[compress_ssl.things]\ndigits = photos:Listed\npython = photos:Listed\n")
+    things = registry()
+    assert type(things.build("digits")).__name__ == "Digits" and things.kinds() == list(DATASETS.entries)
+    assert things.problems() == [
+        f"thing {kind!r} is the built-in one, not that of the package some-things 1.0 of the same name"
+        for kind in ("digits", "python")
+    ]
+
+
+def test_a_kind_of_two_packages_is_refused_with_their_names(site: Path) -> None:
+    for name in ("one", "two"):
+        install(site, name, "3", "[compress_ssl.things]\nlisted = photos:Listed\n")
+    assert registry().kinds() == list(DATASETS.entries)
+    with pytest.raises(UserError, match="thing 'listed' is in several packages: one 3 and two 3; uninstall all but"):
+        registry().parse("listed:table=x.csv")
+
+
+def test_a_kind_whose_name_no_spec_can_have_is_named_in_the_listing(site: Path) -> None:
+    install(site, "some-things", "1", "[compress_ssl.things]\n2 words = photos:Listed\n")
+    assert registry().problems() == ["thing '2 words' of some-things 1 has no name that a spec can have"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("gone:Listed", "cannot be imported: ModuleNotFoundError: No module named 'gone'"),
+        ("photos:Gone", "cannot be imported: AttributeError"),
+        ("raises:Listed", r"cannot be imported: SystemExit: usage \(raises.py, line 2\); mend, upgrade or uninstall"),
+        ("photos:UNREADABLE", "is a int, not a function or class"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_an_error_only_where_one_of_its_kinds_is_named(
+    site: Path, value: str, message: str
+) -> None:
+    install(site, "some-things", "1.0", f"[compress_ssl.things]\nbroken = {value}\n")
+    (site / "raises.py").write_text("import sys\nsys.exit('usage')\n")
+    things = registry()
+    assert things.build("digits") and things.kinds()[-1] == "broken"
+    spec = things.parse("broken")
+    with pytest.raises(UserError, match=f"thing 'broken' .* the package some-things 1.0.*{message}"):
+        things.build(spec)
+
+
+def test_the_listing_shows_a_broken_kind_and_goes_on(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(site, "some-things", "1.0", "[compress_ssl.datasets]\nbroken = gone:Listed\ndigits = photos:Listed\n")
+    monkeypatch.delitem(vars(DATASETS), "_entry_points", raising=False)
+    monkeypatch.delitem(vars(DATASETS), "packages", raising=False)
+    try:
+        listed = listing.run(listing.Datasets())
+    finally:
+        del vars(DATASETS)["_entry_points"], vars(DATASETS)["packages"]
+    assert "broken  [some-things 1.0]  cannot be used: " in listed["summary"]
+    menu = listed["menu"]
+    assert "No module named 'gone'" in menu["broken"]["summary"] and "split" in menu["digits"]["keys"]
+    (problem,) = listed["problems"]
+    assert problem.startswith("data 'digits' is the built-in one") and listed["summary"].endswith(problem)
+
+
+def test_entry_points_are_not_read_for_a_built_in_kind_or_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images/train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def fail(**group: str) -> None:
+        raise AssertionError("entry points were read")
+
+    monkeypatch.setattr("importlib.metadata.entry_points", fail)
+    things = Registry("thing", {**DATASETS.entries}, "folder", packages="compress_ssl.things")
+    for text in ("digits", "digits:split=test", "./images", "images/train", "folder:images", "python:mine.py:X"):
+        assert things.parse(text).kind in ("digits", "folder", "python")
+    with pytest.raises(AssertionError, match="entry points were read"):
+        things.parse("listed")
+
+
+def test_a_positional_only_parameter_of_a_packages_function_takes_the_argument(site: Path) -> None:
+    install(site, "some-things", "1.0", "[compress_ssl.things]\ntable = tables:table\n")
+    (site / "tables.py").write_text(
+        "from pathlib import Path\nfrom photos import Listed\n"
+        "def table(file: Path, /, *, limit: int = 3):\n    return Listed(file, limit)\n"
+    )
+    things = registry()
+    assert len(things.build("table:photos.csv,limit=2")) == 2  # type: ignore[arg-type]
+    assert things.absolute_spec("table:photos.csv") == f"table:{site.parent}/photos.csv"
+    for spec, message in {
+        "table": "needs an argument: table:FILE",
+        "table:x,y=2": "has no key 'y'. Known: limit",
+    }.items():
+        with pytest.raises(UserError, match=f"thing 'table' of some-things 1.0 {message}"):
+            things.check(spec)
