@@ -23,6 +23,8 @@ _PUBLIC = {
     "Batch": "compress_ssl.pipeline.methods.base:Batch",
     "MemoryBank": "compress_ssl.pipeline.methods.memory_bank:MemoryBank",
     "UserError": "compress_ssl.pipeline.runtime.errors:UserError",
+    "Dataset": "compress_ssl.pipeline.datasets.base:Dataset",
+    "check_dataset": "compress_ssl.pipeline.testing:check_dataset",
     "check_method": "compress_ssl.pipeline.testing:check_method",
 }
 """{public name: "module" or "module:object"}"""
