@@ -23,6 +23,8 @@ _PUBLIC = {
     "Batch": "compress_ssl.pipeline.methods.base:Batch",
     "MemoryBank": "compress_ssl.pipeline.methods.memory_bank:MemoryBank",
     "UserError": "compress_ssl.pipeline.runtime.errors:UserError",
+    "Dataset": "compress_ssl.pipeline.datasets.base:Dataset",
+    "check_dataset": "compress_ssl.pipeline.testing:check_dataset",
     "Evaluator": "compress_ssl.pipeline.evaluators.base:Evaluator",
     "Result": "compress_ssl.pipeline.evaluators.base:Result",
     "Score": "compress_ssl.pipeline.evaluators.base:Score",

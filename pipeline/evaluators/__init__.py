@@ -7,7 +7,7 @@ from compress_ssl.pipeline.runtime.registry import PYTHON, Registry
 if TYPE_CHECKING:
     from compress_ssl.pipeline.evaluators.base import Evaluator
 
-PROTOCOLS = Registry(
+PROTOCOLS: "Registry[Evaluator]" = Registry(
     "protocol",
     {
         "nn": "compress_ssl.pipeline.evaluators.nn:NearestNeighbor",

@@ -252,7 +252,8 @@ def place_labels(x: np.ndarray, y: np.ndarray, names: list[str], width: float) -
     x, y: (m,) positions of the dots in points, on axes `width` points wide. A name takes the nearest place where it
     covers the fewest other names and dots and does not leave the axes.
     """
-    taken = [(a - 4, a + 4, b) for a, b in zip(x, y, strict=True)]  # (left, right, height) of each dot
+    # (left, right, height) of each dot, then also of each name
+    taken: list[tuple[float, float, float]] = [(a - 4, a + 4, b) for a, b in zip(x, y, strict=True)]
 
     def cost(left: float, right: float, height: float) -> int:
         covered = sum(
