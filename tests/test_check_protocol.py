@@ -295,5 +295,5 @@ def test_a_score_that_a_page_leaves_out_is_found(monkeypatch: pytest.MonkeyPatch
     from compress_ssl.pipeline.report import comparison
 
     monkeypatch.setattr(comparison, "compare", lambda rows: ("", ""))
-    with pytest.raises(AssertionError, match="the comparison does not show the score Commonest of Correct"):
+    with pytest.raises(AssertionError, match="the comparison does not show Commonest of Correct"):
         check_protocol(Correct)
