@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.evaluators.record import (
     METRICS,
@@ -22,6 +22,7 @@ from compress_ssl.pipeline.evaluators.record import (
 )
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact, jsonl
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import set_aside
@@ -110,7 +111,7 @@ class Config:
     overwrite: bool = flag(False, "Start anew. An earlier evaluation is moved aside, not deleted.", panel="Output")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> CommandResult:
     """Compute what is missing. Returns {"summary", "evaluation": the folder, "metrics": those of metrics.json}.
 
     Raises UserError for what the user can mend, before any feature is computed where that is possible.
