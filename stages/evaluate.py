@@ -192,7 +192,7 @@ def resolve(config: Config) -> Job:
             FingerprintsRecord(train.fingerprint, val.fingerprint),
             precision,
         ),
-        EvaluationAbout(scored.model, config.train or str((scored.data or {}).get("spec")), config.val),
+        EvaluationAbout(scored.model, config.train or str(scored.data and scored.data.spec), config.val),
     )
     if earlier:
         require_same_images(earlier, record, str(out))

@@ -27,6 +27,7 @@ from compress_ssl.pipeline.runtime.records import (
     to_json,
 )
 from compress_ssl.pipeline.runtime.storage import Folder, Storage
+from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 METRICS = "metrics.json"
 OWN_ENTRIES = ("model", "data", "scores")  # of metrics.json, which no protocol may be called
@@ -72,22 +73,11 @@ class DataRecord:
 
 
 @dataclass(frozen=True)
-class PreprocessingRecord:
-    """Preprocessing as a manifest has it, with whole numbers as whole numbers."""
-
-    size: Positive
-    mean: tuple[Number, Number, Number]
-    std: tuple[Number, Number, Number]
-    interpolation: str
-    crop_ratio: Number
-
-
-@dataclass(frozen=True)
 class WeightsRecord:
     """The weights that are scored, and how their images are prepared."""
 
     weights: str
-    preprocessing: PreprocessingRecord
+    preprocessing: Preprocessing
 
 
 @dataclass(frozen=True)
