@@ -19,7 +19,6 @@ from compress_ssl.pipeline.datasets.decode import BadImage
 from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
 from compress_ssl.pipeline.views.render import render_views
 
-REQUEST_BYTES = 32_000_000  # bytes of pixels per request; bounds the memory of a batch in flight
 PREFETCH = 2  # requests in flight per worker
 
 Sizes = Sequence[tuple[int, str]]
@@ -66,12 +65,21 @@ class ViewDataset:
         spec: ViewSpec,
         view_key: np.ndarray,
         sizes: Sizes,
-        requests: Sequence[ViewRequest],
+        requests: Sequence[ViewRequest] = (),
         local_sizes: Sizes = (),
     ):
         """view_key: (N,) uint64, one key per row of the data set; see `augment.draw_variates`."""
         self.dataset, self.spec, self.view_key = dataset, spec, view_key
         self.sizes, self.local_sizes, self.requests = list(sizes), list(local_sizes), requests
+
+    def with_requests(self, requests: Sequence[ViewRequest]) -> "ViewDataset":
+        """The same views of the same images, for other requests."""
+        return ViewDataset(self.dataset, self.spec, self.view_key, self.sizes, requests, self.local_sizes)
+
+    def with_images(self, dataset: Dataset) -> "ViewDataset":
+        """The views of other images, each with the number of its row as its key."""
+        keys = np.arange(len(dataset))
+        return ViewDataset(dataset, self.spec, keys, self.sizes, (), self.local_sizes)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -150,24 +158,3 @@ def _prepare_worker(_: int) -> None:
     # Ctrl-C and a batch system send these signals to the whole process group; the parent process handles them.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
-
-
-def split_rows(
-    start: int, stop: int, views: Sequence[int], size: int, local: Sequence[int] = (), local_size: int = 0
-) -> list[ViewRequest]:
-    """Split rows start..stop-1, all with the same views and local crops, into requests of at most REQUEST_BYTES.
-
-    size, local_size: side in pixels of the views and of the local crops. A request has at least one row.
-    """
-    row_bytes = 3 * (len(views) * size * size + len(local) * local_size * local_size)
-    step = max(1, REQUEST_BYTES // row_bytes)
-    requests = []
-    for first in range(start, stop, step):
-        rows = np.arange(first, min(first + step, stop))
-        requests.append(ViewRequest(rows, _repeat(views, rows), _repeat(local, rows) if local else None))
-    return requests
-
-
-def _repeat(views: Sequence[int], rows: np.ndarray) -> np.ndarray:
-    """(n, V) int64 with the same views in each row, without a copy per row."""
-    return np.broadcast_to(np.array(views, np.int64), (len(rows), len(views)))
