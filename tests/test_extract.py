@@ -119,8 +119,7 @@ def test_loaders_change_no_bit(store: FeatureStore, source: FeatureSource, loade
 def run(
     source: FeatureSource, views: tuple[int, ...], proceed: Callable[[int], bool] = lambda _: True
 ) -> list[FeatureBatch]:
-    rows = np.arange(len(source.views.dataset))
-    batches = [request_batch(source.views, rows[k : k + BATCH], views) for k in range(0, len(rows), BATCH)]
+    batches = source.batches(np.arange(len(source.views.dataset)), views)
     with closing(extract(source, batches, proceed)) as feature_batches:
         return list(feature_batches)
 
