@@ -283,7 +283,7 @@ def prepare(
 
     device = collectives.rank_device(configs[0].device)
     learners = [learner for config in configs for learner in learners_of(config, store, sampler, device)]
-    sampler = sampler.with_local_crops(store, [learner.method.needs for learner in learners])
+    sampler = sampler.with_needs(store, [learner.method.needs for learner in learners])
     training_run = TrainingRun(store, dataset, sampler, learners, device)
     training_run.batches.require_sizes()
     if collectives.rank() == 0:

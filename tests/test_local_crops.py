@@ -1,6 +1,7 @@
 """Local crops: how they are drawn, exported, stored, verified and shown to students."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard, done_key
 from compress_ssl.pipeline.training.sampler import StepSampler
-from compress_ssl.pipeline.views.augment import LOCAL_POLICIES, ResolvedView, ViewSpec, draw_variates, resolve_view
+from compress_ssl.pipeline.views.augment import ResolvedView, ViewSpec, draw_variates, resolve_view
+from compress_ssl.pipeline.views.groups import LOCAL_CROPS, view_name
 from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
-from compress_ssl.pipeline.views.numbering import FRESH, LOCAL, view_name
-from compress_ssl.pipeline.views.render import default_local_size, render_views
+from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
+from compress_ssl.pipeline.views.policies import LOCAL_POLICIES
+from compress_ssl.pipeline.views.render import render_views
 from compress_ssl.stages import distill, export_teacher, inspect, verify
 
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -100,14 +103,14 @@ def test_the_areas_of_local_crops_fill_the_range_of_their_policy(policy: str) ->
         for u, v in zip(draw_variates(3, key, numbers), numbers, strict=True)
     ]
     areas = np.array([box.height * box.width / (400 * 500) for box in boxes])
-    low, high = LOCAL_POLICIES[policy].scale
+    low, high = LOCAL_POLICIES[policy][0].scale
     assert (
         low * 0.97 < areas.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < areas.max() < high * 1.03
     )
 
 
 def test_the_default_side_of_local_crops_is_3_sevenths_of_the_views_in_multiples_of_eight() -> None:
-    assert [default_local_size(size) for size in (224, 96, 64, 32, 8)] == [96, 40, 24, 16, 8]
+    assert [LOCAL_CROPS.side(size) for size in (224, 96, 64, 32, 8)] == [96, 40, 24, 16, 8]
 
 
 def test_a_local_crop_shows_the_same_box_at_every_size() -> None:
@@ -128,20 +131,17 @@ def test_the_loader_renders_local_crops_with_or_without_global_views(images: Pat
 
     data, spec, rows = ImageFolder(images), ViewSpec("crop-flip", 0, 0.875), np.array([3, 11])
     views, local = np.array([[1, 2]] * 2), LOCAL + np.array([[0, 1, 5]] * 2)
-    view_dataset = ViewDataset(
-        data, spec, np.arange(IMAGES), [(SIZE, "bilinear")], [], [(SMALL, "bilinear"), (16, "bilinear")]
-    )
-    both, alone = (
-        view_dataset.load(ViewRequest(rows, views, local)),
-        view_dataset.load(ViewRequest(rows, views[:, :0], local)),
-    )
-    assert [tuple(p.shape) for p in both.local] == [(2, 3, 3, SMALL, SMALL), (2, 3, 3, 16, 16)]
-    assert alone.pixels[0].shape == (2, 0, 3, SIZE, SIZE) and not alone.bad
+    sizes = {"global": [(SIZE, "bilinear")], "local": [(SMALL, "bilinear"), (16, "bilinear")]}
+    view_dataset = ViewDataset(data, spec, np.arange(IMAGES), sizes, [])
+    both = view_dataset.load(ViewRequest(rows, {"global": views, "local": local}))
+    alone = view_dataset.load(ViewRequest(rows, {"local": local}))
+    assert [tuple(p.shape) for p in both.pixels["local"]] == [(2, 3, 3, SMALL, SMALL), (2, 3, 3, 16, 16)]
+    assert list(alone.pixels) == ["local"] and not alone.bad
     for j, i in enumerate(rows.tolist()):
         image, _ = data.load(i)
         for n, size in enumerate((SMALL, 16)):
             (want,) = render_views(image, spec, draw_variates(0, i, local[j]), local[j].tolist(), [(size, "bilinear")])
-            assert torch.equal(both.local[n][j], want) and torch.equal(alone.local[n][j], want)
+            assert torch.equal(both.pixels["local"][n][j], want) and torch.equal(alone.pixels["local"][n][j], want)
 
 
 # ---------------------------------------------------------------- in the store
@@ -358,13 +358,14 @@ def test_every_step_uses_all_stored_crops_or_as_many_fresh_ones() -> None:
     def plan(**options: Any) -> StepSampler:
         return StepSampler(3, np.arange(10), (1, 2), 4, 1, "same", 100, **options)
 
-    assert plan().step_local_views(0) is None and not plan().has_local
-    stored = tuple(range(LOCAL, LOCAL + 6))
-    assert plan(local=stored)[7].local.tolist() == [list(stored)] * 4
+    assert list(plan()[0].views) == ["global"]
+    stored = replace(LOCAL_CROPS, count=6)
+    assert plan(beside=(stored,))[7].views["local"].tolist() == [list(range(LOCAL, LOCAL + 6))] * 4
+    fresh = plan(beside=(LOCAL_CROPS.fresh(3),))
     seen = set()
     for step in range(30):
-        rows, local = plan(crops=3).step_indices(step)[0], plan(crops=3).step_local_views(step)
-        assert local is not None and local.shape == (4, 3)
+        rows, local = fresh[step].rows, fresh[step].views["local"]
+        assert local.shape == (4, 3)
         assert np.all(local & LOCAL) and np.all(local & FRESH), "never one that a store keeps"
         seen |= {(int(i), int(v)) for i, views in zip(rows, local, strict=True) for v in views}
     assert len(seen) == 30 * 4 * 3, "a fresh crop was shown twice"

@@ -13,10 +13,10 @@ from compress_ssl.pipeline.extraction.encoded_rows import EncodedRows, encode_ro
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.shard_writer import ShardWriter
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.shards import Shard, batch_spans, is_local
+from compress_ssl.pipeline.store.shards import Shard, batch_spans
 from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, LOCAL_CROPS, by_group, group_of_array
 from compress_ssl.pipeline.views.loader import ViewBatch, ViewDataset, ViewRequest, iterate_views, split_rows
-from compress_ssl.pipeline.views.numbering import LOCAL
 
 
 @dataclass
@@ -105,14 +105,11 @@ def embed(
 
 
 def _split_into_batches(store: FeatureStore, extractor: FeatureExtractor, shards: Sequence[Shard]) -> list[_RowBatch]:
-    size, local_size = extractor.embedder.preprocessing.size, _local_size(store)
-    batches = []
+    sizes, batches = _sizes(store, extractor), []
     for shard in shards:
-        global_views = [view for view in shard.views if not view & LOCAL]
-        local_views = [view for view in shard.views if view & LOCAL]
+        views = by_group(shard.views)
         for start, stop in batch_spans(shard, extractor.batch_size):
-            requests = split_rows(start, stop, global_views, size, local_views, local_size)
-            batches.append(_RowBatch(shard, stop == shard.stop, requests))
+            batches.append(_RowBatch(shard, stop == shard.stop, split_rows(start, stop, views, sizes)))
     return batches
 
 
@@ -120,20 +117,20 @@ def _view_dataset(
     store: FeatureStore, dataset: Dataset, spec: ViewSpec, extractor: FeatureExtractor, batches: Sequence[_RowBatch]
 ) -> ViewDataset:
     """The pixels of all requests, in order, at the model's size and interpolation."""
-    preprocessing = extractor.embedder.preprocessing
+    interpolation = extractor.embedder.preprocessing.interpolation
     return ViewDataset(
         dataset,
         spec,
         store.table("view_key"),
-        [(preprocessing.size, preprocessing.interpolation)],
+        {group: [(size, interpolation)] for group, size in _sizes(store, extractor).items()},
         [request for batch in batches for request in batch.requests],
-        [(_local_size(store), preprocessing.interpolation)],
     )
 
 
-def _local_size(store: FeatureStore) -> int:
-    """Side of local crops in pixels; 0 if the store has none."""
-    return store.identity.get("local", {}).get("size", 0)
+def _sizes(store: FeatureStore, extractor: FeatureExtractor) -> dict[str, int]:
+    """Side in pixels of each group's views; 0 if the store has none."""
+    size = extractor.embedder.preprocessing.size
+    return {GLOBAL_VIEWS.name: size, LOCAL_CROPS.name: store.identity.get("local", {}).get("size", 0)}
 
 
 # ---------------------------------------------------------------- one batch
@@ -143,9 +140,9 @@ def _start_batch(
     store: FeatureStore, extractor: FeatureExtractor, requests: list[ViewRequest], loaded: list[ViewBatch]
 ) -> Callable[[], EncodedRows]:
     """Start the forward passes of a batch of rows; the function returned waits for the device and encodes the rows."""
-    outputs = _forward_views(store, extractor, "", [batch.pixels[0] for batch in loaded])
-    if requests[0].local is not None:
-        outputs |= _forward_views(store, extractor, "local_", [batch.local[0] for batch in loaded])
+    outputs: dict[str, torch.Tensor] = {}
+    for group in requests[0].views:
+        outputs |= _forward_views(store, extractor, group, [batch.pixels[group][0] for batch in loaded])
     # from a GPU into pinned memory: the copy is asynchronous, and the event below marks its end
     on_host = {name: out.to("cpu", non_blocking=True) for name, out in outputs.items()}
     copied = torch.cuda.Event() if extractor.device.type == "cuda" else None
@@ -162,18 +159,16 @@ def _start_batch(
 
 
 def _forward_views(
-    store: FeatureStore, extractor: FeatureExtractor, prefix: str, loaded: list[torch.Tensor]
+    store: FeatureStore, extractor: FeatureExtractor, group: str, loaded: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """{array: float32 (n, V, ...) on the device} of the arrays of one group of views.
 
-    prefix: "" for global views, "local_" for local crops. loaded: their pixels, uint8 (., V, 3, S, S), n rows in all.
+    loaded: pixels of the group's views, uint8 (., V, 3, S, S), n rows in all.
     """
     # copy whole tensors: a part of a pinned tensor would first be copied to memory that is not pinned
     on_device = [pixels.to(extractor.device, non_blocking=True) for pixels in loaded]
     pixels = on_device[0] if len(on_device) == 1 else torch.cat(on_device)  # (n, V, 3, S, S)
-    arrays = [name for name in store.arrays if is_local(name) == bool(prefix)]
-    if not arrays or not pixels.shape[1]:
-        return {name: torch.zeros((len(pixels), 0, *store.arrays[name])) for name in arrays}
-    names = [name.removeprefix("local_") for name in arrays]
-    views = [extractor.start(pixels[:, v], names) for v in range(pixels.shape[1])]
-    return {f"{prefix}{name}": torch.stack([outputs[name] for outputs in views], 1) for name in names}
+    groups = {name: group_of_array(name) for name in store.arrays}
+    names = {name: of.output(name) for name, of in groups.items() if of.name == group}
+    views = [extractor.start(pixels[:, v], list(names.values())) for v in range(pixels.shape[1])]
+    return {array: torch.stack([outputs[name] for outputs in views], 1) for array, name in names.items()}

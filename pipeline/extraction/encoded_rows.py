@@ -7,9 +7,8 @@ import numpy as np
 
 from compress_ssl.pipeline.datasets.decode import GOOD, NOT_FINITE, REASONS
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.shards import is_local
+from compress_ssl.pipeline.views.groups import group_of_array, view_name
 from compress_ssl.pipeline.views.loader import ViewBatch, ViewRequest
-from compress_ssl.pipeline.views.numbering import view_name
 
 Stored = tuple[np.ndarray, np.ndarray | None]
 """(values (n, V, ...) in the codec's type, their scales or None)."""
@@ -60,8 +59,7 @@ def _mark_not_finite(
 ) -> None:
     """Set `status` and `bad` of rows whose features (n, V, ...) in one array the codec cannot hold."""
     codec = store.codecs[name]
-    views = requests[0].local if is_local(name) else requests[0].views
-    assert views is not None
+    views = requests[0].views[group_of_array(name).name]
     rows = np.concatenate([request.rows for request in requests])
     fits = (np.abs(values) <= codec.limit) & np.isfinite(values)  # the comparison alone lets infinity pass in float32
     fits = fits.all(tuple(range(2, values.ndim)))  # (n, V)

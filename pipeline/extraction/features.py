@@ -13,6 +13,7 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.precision import autocast
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.groups import group_of
 from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest, iterate_views
 
 MAX_BATCH_BYTES = 32_000_000
@@ -41,15 +42,16 @@ def view_features(
     wanted = np.arange(len(dataset)) if rows is None else rows
     step = max(1, min(batch, MAX_BATCH_BYTES // (3 * size * size)))
     parts = [wanted[start : start + step] for start in range(0, len(wanted), step)]
-    requests = [ViewRequest(part, np.full((len(part), 1), view)) for part in parts]
-    view_dataset = ViewDataset(dataset, spec, np.arange(len(dataset)), [(size, interpolation)], requests)
+    group = group_of(view).name
+    requests = [ViewRequest(part, {group: np.full((len(part), 1), view)}) for part in parts]
+    view_dataset = ViewDataset(dataset, spec, np.arange(len(dataset)), {group: [(size, interpolation)]}, requests)
     features, used = [], []
     with _evaluation_mode(embedder), closing(iterate_views(view_dataset, workers)) as view_batches:
         for request, view_batch in zip(requests, view_batches, strict=True):
             good = view_batch.status == GOOD
             if good.any():
                 with autocast(device, precision):
-                    pixels = view_batch.pixels[0][torch.from_numpy(good), 0].to(device)
+                    pixels = view_batch.pixels[group][0][torch.from_numpy(good), 0].to(device)
                     features.append(embedder(embedder.prepare(pixels)).float())
                 used.append(request.rows[good])
     if not used:

@@ -15,8 +15,9 @@ from compress_ssl.pipeline.runtime.device import choose_device
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, LOCAL_CROPS, group_of, view_name
 from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
-from compress_ssl.pipeline.views.numbering import LOCAL, view_name
+from compress_ssl.pipeline.views.numbering import LOCAL
 
 MAX_COSINE_LOSS = 0.001  # beyond the codec's own loss. Another device or precision loses less, another view loses more
 CONTROL_MARGIN = 5.0  # a control's mean cosine gap must be more than this many times the true one's
@@ -169,27 +170,23 @@ def embed_again(
         dataset,
         ViewSpec(**identity["views"]),
         store.table("view_key"),
-        [(size, interpolation)],
+        {GLOBAL_VIEWS.name: [(size, interpolation)], LOCAL_CROPS.name: [(local_size, interpolation)]},
         [],
-        [(local_size, interpolation)],
     )
     content = store.table("content")  # (N,) hashes of the images as exported
 
     def live(rows: np.ndarray, view: int) -> np.ndarray:
-        out = []
+        out, group = [], group_of(view).name
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
-            wanted, none = np.full((len(part), 1), view), np.empty((len(part), 0), np.int64)
-            request = ViewRequest(part, none, wanted) if view & LOCAL else ViewRequest(part, wanted)
-            view_batch = view_dataset.load(request)
+            view_batch = view_dataset.load(ViewRequest(part, {group: np.full((len(part), 1), view)}))
             changed = np.flatnonzero((view_batch.content != content[part]) | (view_batch.status != 0))
             if len(changed):
                 raise UserError(
                     f"image {dataset.ids[int(part[changed[0]])]} changed since {location} was made; restore it, or "
                     "export these images to another store"
                 )
-            pixels = view_batch.local[0] if view & LOCAL else view_batch.pixels[0]  # (B, 1, 3, S, S) uint8
-            out.append(forward(pixels[:, 0])["embedding"])
+            out.append(forward(view_batch.pixels[group][0][:, 0])["embedding"])  # of (B, 3, S, S) uint8
         return np.concatenate(out)
 
     return live

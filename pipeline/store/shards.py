@@ -8,7 +8,7 @@ fill value. Names and layout are described in docs/store.md.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.codecs import Codec, build_codec
 from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK, ArrayLayout, array_layouts
+from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, GROUPS, ViewGroup
 from compress_ssl.pipeline.views.numbering import LOCAL
 
 SHARD_ROWS = 2048  # largest number of rows of a shard
@@ -73,6 +74,11 @@ class ShardIndex:
     def stored_views(self) -> range:
         """Numbers of the global views that the store holds. A copy may lack the first ones."""
         return range(self.about.get("first_view", 0), self.views)
+
+    @property
+    def groups(self) -> tuple[ViewGroup, ...]:
+        """The groups of views that the store holds, the global ones first."""
+        return stored_groups(self.identity, self.views, self.stored_views.start)
 
     @property
     def all_views(self) -> list[int]:
@@ -246,6 +252,17 @@ def array_codecs(identity: Mapping[str, Any], codebook: Callable[[str], bytes] |
 def codebook_key(name: str) -> str:
     """Key of the file with the codebook of an array."""
     return f"codebook/{name}.safetensors"
+
+
+def stored_groups(identity: Mapping[str, Any], views: int, start: int = 0) -> tuple[ViewGroup, ...]:
+    """The groups of a store: its global views start..views-1, and the other groups that its identity names."""
+    found = [replace(GLOBAL_VIEWS, count=views, start=start)]
+    for group in GROUPS:
+        entry = identity.get(group.name) if group.stored else None
+        if entry:
+            whole = identity["teacher"]["preprocessing"]["size"]
+            found.append(replace(group, count=entry["views"], size=entry["size"], ratio=(entry["size"], whole)))
+    return tuple(found)
 
 
 def is_local(array: str) -> bool:
