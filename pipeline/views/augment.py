@@ -8,6 +8,7 @@ resolved view, each at its own size.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ def draw_variates(seed: int, key: Any, v: Any) -> np.ndarray:
 
 def resolve_view(spec: ViewSpec, variates: np.ndarray, v: int, height: int, width: int) -> ResolvedView:
     """Turn the variates (36,) of view v into a crop box, a flip and colours for an image of height x width pixels."""
-    chosen = group_of(v).augmentation(spec.policy, v)
+    chosen = _find_augmentation(spec.policy, v)
     if chosen is None:
         return ResolvedView(plain=spec.crop_ratio)
     u = variates.tolist()
@@ -84,6 +85,12 @@ def resolve_view(spec: ViewSpec, variates: np.ndarray, v: int, height: int, widt
         sigma=sigma if u[_BLUR] < chosen.blur_p else 0.0,
         solarize=u[_SOLARIZE] < chosen.solarize_p,
     )
+
+
+@lru_cache(maxsize=4096)  # the same few views are asked for in every image
+def _find_augmentation(policy: str, v: int) -> Augmentation | None:
+    """The distribution of view v by its group; None for the plain view."""
+    return group_of(v).augmentation(policy, v)
 
 
 def _jitter_steps(augmentation: Augmentation, u: list[float]) -> tuple[tuple[int, float], ...]:
