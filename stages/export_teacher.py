@@ -83,11 +83,13 @@ def run(config: Config) -> dict[str, Any]:
         require_its_images(config, earlier, dataset)
 
     from compress_ssl.pipeline.extraction.dask_worker import build_worker
+    from compress_ssl.pipeline.extraction.embed import store_source
+    from compress_ssl.pipeline.extraction.extract import LoaderSettings
     from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
     from compress_ssl.pipeline.extraction.store_record import describe_store
     from compress_ssl.pipeline.extraction.worker import DaskExport, ExportWorker
     from compress_ssl.pipeline.runtime import lease
-    from compress_ssl.pipeline.runtime.device import choose_device, device_name
+    from compress_ssl.pipeline.runtime.device import choose_device, device_name, loader_workers
     from compress_ssl.pipeline.store import teacher_heads
     from compress_ssl.pipeline.store.compatibility import (
         require_recorded_rendering,
@@ -129,7 +131,8 @@ def run(config: Config) -> dict[str, Any]:
             remote = DaskExport(config.scheduler, partial(build_worker, worker_settings(config, about)))
             return fill(config, store, remote, config.scheduler, held, other)
         forward = FeatureExtractor(embedder, device, config.precision, config.batch_size, parse_outputs(config.keep))
-        work = ExportWorker(store, dataset, spec, forward, config.workers)
+        loader = LoaderSettings(loader_workers(config.workers, device))
+        work = ExportWorker(store, store_source(store, dataset, forward, loader))
         return fill(config, store, work, device_name(device), held, other)
 
 

@@ -17,7 +17,8 @@ from compress_ssl.pipeline.datasets.base import Subset
 from compress_ssl.pipeline.datasets.decode import GOOD, BadImage, decode
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 from compress_ssl.pipeline.datasets.folder import escape
-from compress_ssl.pipeline.extraction.embed import embed
+from compress_ssl.pipeline.extraction.embed import embed, store_source
+from compress_ssl.pipeline.extraction.extract import LoaderSettings
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.store_record import describe_store
 from compress_ssl.pipeline.models import build
@@ -78,7 +79,8 @@ def good_ones_alone(dataset: ImageFolder, rows: np.ndarray, data: Path, out: Pat
     identity, about = describe_store(export_teacher.store_settings(config), few, model, spec)
     tables = {"sample_id": few.ids, "label": few.label, "view_key": rows}
     made = FeatureStore.create(Folder(out), identity, about, tables)
-    embed(made, few, spec, FeatureExtractor(model, torch.device("cpu"), "fp32", 8), workers=0)
+    forward = FeatureExtractor(model, torch.device("cpu"), "fp32", 8)
+    embed(made, store_source(made, few, forward, LoaderSettings()), made.pending())
     return made
 
 
@@ -121,9 +123,9 @@ def test_nasty_files_do_not_shift_the_rows_of_others(
         assert not np.delete(among, rows, axis=0).any()
 
 
-@pytest.mark.parametrize("how", [{"workers": 2}, {"workers": 3, "threads": True}], ids=["processes", "threads"])
+@pytest.mark.parametrize("loader", [LoaderSettings(2), LoaderSettings(3, threads=True)], ids=["processes", "threads"])
 def test_loader_processes_and_threads_treat_nasty_files_alike(
-    mixed: tuple[Path, dict[str, int]], store: FeatureStore, tmp_path: Path, how: dict
+    mixed: tuple[Path, dict[str, int]], store: FeatureStore, tmp_path: Path, loader: LoaderSettings
 ) -> None:
     config = settings(mixed[0], tmp_path / "store", workers=0)
     torch.manual_seed(0)
@@ -132,7 +134,8 @@ def test_loader_processes_and_threads_treat_nasty_files_alike(
     identity, about = describe_store(export_teacher.store_settings(config), dataset, model, spec)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     made = FeatureStore.create(Folder(tmp_path / "store"), identity, about, tables)
-    embed(made, dataset, spec, FeatureExtractor(model, torch.device("cpu"), "fp32", 8), **how)
+    forward = FeatureExtractor(model, torch.device("cpu"), "fp32", 8)
+    embed(made, store_source(made, dataset, forward, loader), made.pending())
     done = [key for key in store.storage.list("done")]
     assert done and {key: made.storage.get(key) for key in done} == {key: store.storage.get(key) for key in done}
 

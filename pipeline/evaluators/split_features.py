@@ -11,8 +11,11 @@ from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.evaluators.base import AugmentedFeatures, Split
 from compress_ssl.pipeline.evaluators.scored_model import ScoredModel
-from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
+from compress_ssl.pipeline.extraction.embed import embed, store_source
+from compress_ssl.pipeline.extraction.extract import FeatureSource, LoaderSettings
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.features import view_features
+from compress_ssl.pipeline.extraction.view_batches import model_views
 from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
@@ -83,11 +86,8 @@ def embed_pending(
     done = store.images - missing
     with StopRequest() as stop, progress_bar(f"features {title}", store.images, "images", done) as bar:
         forward = FeatureExtractor(scored.build_embedder(), device, settings.precision, settings.batch_size)
-        workers = loader_workers(settings.workers, device)
-        embed(
-            store, dataset, scored.views, forward, workers=workers, progress=bar.advance,
-            stopped=lambda: stop.requested,
-        )  # fmt: skip
+        source = store_source(store, dataset, forward, LoaderSettings(loader_workers(settings.workers, device)))
+        embed(store, source, store.pending(), bar.advance, lambda: stop.requested)
         stop.check("the features so far are kept; repeat the command to continue")
 
 
@@ -147,10 +147,12 @@ def embed_random_view(
     device = choose_device(settings.device)
     embedder = scored.build_embedder().to(device).to(memory_format=torch.channels_last)  # as FeatureExtractor sets it
     spec = ViewSpec("crop-flip", scored.views.seed, scored.views.crop_ratio)
-    workers = loader_workers(settings.workers, device)
-    features, embedded_rows = view_features(
-        embedder, dataset, spec, device, settings.precision, FRESH + epoch, rows, workers
+    source = FeatureSource(
+        FeatureExtractor.unpadded(embedder, device, settings.precision),
+        model_views(dataset, spec, embedder),
+        LoaderSettings(loader_workers(settings.workers, device)),
     )
+    features, embedded_rows = view_features(source, rows, FRESH + epoch)
     if len(embedded_rows) != len(rows):
         raise UserError(f"{len(rows) - len(embedded_rows)} training images can no longer be read; restore them")
-    return features.cpu().numpy()
+    return features

@@ -85,6 +85,11 @@ class ViewGroup:
         """Name of the array, or of the student's output, that holds an output of a model for this group's views."""
         return self.prefix + output
 
+    def arrays(self, outputs: Iterable[str]) -> dict[str, str]:
+        """{array: output that it holds} of those outputs of a model that are kept of this group's views."""
+        kept = [name for name in outputs if self.outputs is None or name in self.outputs]
+        return {self.array(name): name for name in kept}
+
     def output(self, array: str) -> str:
         """Name of the model's output that an array of this group holds."""
         return array.removeprefix(self.prefix)
@@ -138,6 +143,11 @@ def group_of_array(array: str, groups: Iterable[ViewGroup] | None = None) -> Vie
     """The stored group among `groups`, by default among GROUPS, whose prefix the name of an array has."""
     found = [group for group in groups or GROUPS if group.stored and array.startswith(group.prefix)]
     return max(found, key=lambda group: len(group.prefix))
+
+
+def named_group(name: str) -> ViewGroup:
+    """The stored group of this name."""
+    return next(group for group in GROUPS if group.stored and group.name == name)
 
 
 def by_group(views: Iterable[int]) -> dict[str, list[int]]:

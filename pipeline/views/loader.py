@@ -21,7 +21,6 @@ from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
 from compress_ssl.pipeline.views.groups import PerGroup
 from compress_ssl.pipeline.views.render import render_views
 
-REQUEST_BYTES = 32_000_000  # bytes of pixels per request; bounds the memory of a batch in flight
 PREFETCH = 2  # requests in flight per worker
 
 Sizes = Sequence[tuple[int, str]]
@@ -71,13 +70,21 @@ class ViewDataset:
         spec: ViewSpec,
         view_key: np.ndarray,
         sizes: PerGroup[Sizes],
-        requests: Requests,
+        requests: Requests = (),
     ):
         """view_key: (N,) uint64, one key per row of the data set; see `augment.draw_variates`.
 
         sizes: of each group that the requests name.
         """
         self.dataset, self.spec, self.view_key, self.sizes, self.requests = dataset, spec, view_key, sizes, requests
+
+    def with_requests(self, requests: Requests) -> "ViewDataset":
+        """The same views of the same images, for other requests."""
+        return ViewDataset(self.dataset, self.spec, self.view_key, self.sizes, requests)
+
+    def with_images(self, dataset: Dataset) -> "ViewDataset":
+        """The views of other images, each with the number of its row as its key."""
+        return ViewDataset(dataset, self.spec, np.arange(len(dataset)), self.sizes)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -151,23 +158,3 @@ def _prepare_worker(_: int) -> None:
     # Ctrl-C and a batch system send these signals to the whole process group; the parent process handles them.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
-
-
-def split_rows(start: int, stop: int, views: PerGroup[Sequence[int]], sizes: PerGroup[int]) -> list[ViewRequest]:
-    """Split rows start..stop-1, all with the same views, into requests of at most REQUEST_BYTES.
-
-    views: numbers of at least one view of each group; sizes: side in pixels of each group's views. A request has at
-    least one row.
-    """
-    row_bytes = 3 * sum(len(numbers) * sizes[group] ** 2 for group, numbers in views.items())
-    step = max(1, REQUEST_BYTES // row_bytes)
-    requests = []
-    for first in range(start, stop, step):
-        rows = np.arange(first, min(first + step, stop))
-        requests.append(ViewRequest(rows, {group: _repeat(numbers, rows) for group, numbers in views.items()}))
-    return requests
-
-
-def _repeat(views: Sequence[int], rows: np.ndarray) -> np.ndarray:
-    """(n, V) int64 with the same views in each row, without a copy per row."""
-    return np.broadcast_to(np.array(views, np.int64), (len(rows), len(views)))
