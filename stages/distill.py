@@ -152,7 +152,7 @@ def _train_in_this_process(configs: Sequence[Config]) -> dict[str, Any]:
     val = open_labelled(config.val) if config.val is not None else None
     if is_url(config.store):  # training reads each view many times: it needs a local copy
         with collectives.rank_zero_first():
-            store = fetch(store, [*views_used(config, store), *store.local], config.cache)
+            store = fetch(store, [*views_used(config, store), *store.other_views], config.cache)
     sampler = build_sampler(config, store)
     for each in configs:  # runs begun before and after the store grew have different views
         if views_used(each, store) != sampler.views:

@@ -15,6 +15,7 @@ from compress_ssl.pipeline.runtime.jsonl import read_jsonl as read_journal
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.records import GroupIdentity
 from compress_ssl.pipeline.store.shards import Shard, done_key
 from compress_ssl.pipeline.training.sampler import StepSampler
 from compress_ssl.pipeline.views.augment import ResolvedView, ViewSpec, draw_variates, resolve_view
@@ -149,13 +150,13 @@ def test_the_loader_renders_local_crops_with_or_without_global_views(images: Pat
 
 def test_local_crops_have_their_own_arrays_shards_and_done_records(whole: Path) -> None:
     store = FeatureStore(Folder(whole))
-    assert store.local == tuple(range(LOCAL, LOCAL + 6)) and store.views == 3
-    assert store.identity["local"] == {"views": 6, "size": SMALL}
+    assert store.other_views == list(range(LOCAL, LOCAL + 6)) and store.views == 3
+    assert store.identity.local == GroupIdentity(views=6, size=SMALL)
     shapes = {name: store.array(name).shape for name in ("embedding", "local_embedding", "local_embedding_scale")}
     assert shapes == {"embedding": (20, 3, 8), "local_embedding": (20, 6, 8), "local_embedding_scale": (20, 6)}
     first = {done_key(0, 0, 3), done_key(0, LOCAL, LOCAL + 4), done_key(0, LOCAL + 4, LOCAL + 6)}
     assert {name for name in files(whole) if name.startswith("done/0000000.")} == first
-    apart = [store.read("local_embedding", v) for v in store.local]
+    apart = [store.read("local_embedding", v) for v in store.other_views]
     assert all(not np.allclose(apart[0], other) for other in apart[1:])
 
 
@@ -224,7 +225,7 @@ def test_growing_the_views_leaves_the_local_crops_unchanged(images: Path, whole:
     before = local(copy)
     assert len(before) > 10
     grown = export(images, copy, views=6)
-    assert local(copy) == before and grown.views == 6 and len(grown.local) == 6
+    assert local(copy) == before and grown.views == 6 and len(grown.other_views) == 6
     with pytest.raises(UserError, match="local.views is 6 there, 8 asked"):
         export(images, copy, views=6, local_views=8)
 

@@ -38,8 +38,7 @@ def train_codebooks(store: FeatureStore, source: FeatureSource, stopped: Callabl
         return
     views = 1 if source.views.spec.policy == "none" else VIEW_BLOCK
     sample = replace(source, views=_choose_sample(store, source.views, views))
-    other_views = [view for group in store.groups[1:] for view in group.numbers]
-    batches = _embed_sample(sample, [*range(views), *other_views], stopped)
+    batches = _embed_sample(sample, [*range(views), *store.other_views], stopped)
     if stopped():
         return
     _require_readable_blocks(store, sample.extractor.batch_size, batches)

@@ -167,7 +167,7 @@ def _require_fit(comparison: Comparison, low: int, said: str) -> None:
         return
     store = comparison.store
     arithmetic = "the pixels were checked first, so the arithmetic differs: another device, precision or version?"
-    why = f"more than {MAX_COSINE_LOSS} below what {store.identity['codec']} keeps it is not this teacher's feature"
+    why = f"more than {MAX_COSINE_LOSS} below what {store.identity.codec} keeps it is not this teacher's feature"
     raise UserError(f"{store.storage}: {low} of {said}; {why}: {comparison.place or arithmetic}")
 
 

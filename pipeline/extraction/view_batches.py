@@ -54,14 +54,13 @@ def model_views(
         dataset,
         spec,
         view_key,
-        {group.name: [(group.size or embedder.preprocessing.size, interpolation)] for group in shown},
+        {group.name: [(group.size, interpolation)] for group in shown},
     )
 
 
 def stored_views(store: FeatureStore, dataset: Dataset, embedder: Embedder) -> ViewDataset:
     """The views that a store holds features of: those of its own view spec, keys and groups."""
-    spec = ViewSpec(**store.identity["views"])
-    return model_views(dataset, spec, embedder, store.table("view_key"), store.groups)
+    return model_views(dataset, store.identity.views, embedder, store.table("view_key"), store.groups)
 
 
 # ---------------------------------------------------------------- one batch

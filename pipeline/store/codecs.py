@@ -5,6 +5,7 @@ A codec encodes float32 features (n, D) to an array of the store and, if it need
 behind any name compresses the files without loss. Sizes, speeds and errors are measured in docs/codecs.md.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -241,7 +242,7 @@ def build_codec(name: str, codebook: Callable[[], bytes] | None = None) -> Codec
     """
     kind, _, compressor = name.partition("+")
     built: Codec
-    if kind.startswith("pq:") and kind[3:].isdecimal() and int(kind[3:]) > 0:
+    if re.fullmatch(r"pq:[1-9][0-9]{0,8}", kind, re.ASCII):
         built = ProductQuantiser(int(kind[3:]), codebook or _raise_untrained)
     elif kind in CODECS:
         built = CODECS[kind]()

@@ -7,14 +7,18 @@ from typing import Any
 import numpy as np
 
 from compress_ssl.pipeline.datasets.decode import GOOD, REASONS
-from compress_ssl.pipeline.runtime import jsonl
+from compress_ssl.pipeline.runtime.artifact import MANIFEST
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder
-from compress_ssl.pipeline.store.layout import GROUP, UNWRITTEN, open_group
+from compress_ssl.pipeline.store.layout import GROUP, TABLES, UNWRITTEN, open_group
+from compress_ssl.pipeline.store.records import HistoryEvent, read_history
 from compress_ssl.pipeline.store.shard_reader import read_view
-from compress_ssl.pipeline.store.shards import ShardIndex, view_column
+from compress_ssl.pipeline.store.shards import ShardIndex
+from compress_ssl.pipeline.views.groups import group_of, group_of_array
 
 HISTORY = "history.jsonl"  # key of the log of exports: one JSON object per line
+_REMEDY = "restore it from a copy, or export anew"
 
 
 class StoreReader(ShardIndex):
@@ -35,26 +39,52 @@ class StoreReader(ShardIndex):
 
     def _damaged_metadata(self) -> list[str]:
         """Keys of Zarr metadata that differs from its digest in the manifest."""
-        return [key for key in self.about["small"] if key.endswith("/zarr.json") and self.read_if_intact(key) is None]
+        return [key for key in self.about.small if key.endswith("/zarr.json") and self.read_if_intact(key) is None]
 
     def array(self, name: str) -> Any:
-        """One Zarr array. Raises UserError if the store does not keep it or its metadata is damaged."""
-        if f"{GROUP}/{name}/zarr.json" in self.about["small"]:
-            return self.group[name]
-        kept = ", ".join(self.arrays)
-        raise UserError(
-            f"{self.storage} keeps {kept}, not {name!r}; export anew with --keep {','.join([*self.arrays, name])}"
-        )
+        """One Zarr array. Raises UserError if the store does not keep it, or its metadata does not fit the manifest."""
+        layout = self.layouts.get(name)
+        if layout is None and name not in TABLES:
+            kept = ", ".join(self.arrays)
+            raise UserError(
+                f"{self.storage} keeps {kept}, not {name!r}; export anew with --keep {','.join([*self.arrays, name])}"
+            )
+        key = f"{GROUP}/{name}/zarr.json"
+        if key not in self.about.small:
+            raise UserError(f"{self.storage}/{MANIFEST} is not valid: about.small lacks {key}; {_REMEDY}")
+        array = self.group[name]
+        shape = (self.images,) if layout is None else layout.shape(self.images, self._views_along(name))
+        if array.shape != shape or (layout is not None and array.dtype != layout.dtype):
+            raise UserError(
+                f"{self.storage}/{MANIFEST} is not valid: by it the array {name!r} has the shape {shape}"
+                + ("" if layout is None else f" and the type {np.dtype(layout.dtype)}")
+                + f", but {key} has {array.shape} and {array.dtype}; {_REMEDY}"
+            )
+        return array
+
+    def _views_along(self, name: str) -> int:
+        """Length of the view axis of a feature array or of its scales."""
+        return group_of_array(name, self.groups).count
 
     def table(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """(n,) values of a per-image table: label, sample_id, view_key, content or status."""
         return self._read_array(name, rows)
 
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by label. Raises UserError for a label without a name, and for unnamed images."""
+        names, largest = self.export.classes, int(self.table("label").max(initial=-1))
+        if largest >= len(names):
+            raise UserError(
+                f"{self.storage}/{MANIFEST} is not valid: about.classes has {len(names)} names, but an image has the "
+                f"label {largest}; {_REMEDY}"
+            )
+        return names
+
     # ---------------------------------------------------------------- features
 
     def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
         """One view as it lies on disk: ((n, ...) in the codec's dtype, (n, ...) float32 scale or None)."""
-        column = view_column(view)
+        column = group_of(view).column(view)
         if isinstance(self.storage, Folder):
             self.array(name)  # checks the metadata of the array, which `read_view` does not look at
             start, stop, _ = rows.indices(self.images)
@@ -110,12 +140,17 @@ class StoreReader(ShardIndex):
         for block, spans in self.done().items():
             if np.any(bad // self.rows == block):
                 for span in spans:
-                    record = self.record(block, *span)
-                    reasons |= {int(i): why for i, why in record["bad"].items()}
-        return [(int(i), str(ids[i]), reasons.get(int(i), REASONS[int(status[i])])) for i in bad]
+                    reasons |= {int(i): why for i, why in self.record(block, *span).bad.items()}
+        # A record may lack the reason: another view of the image was found bad first.
+        usual = {int(i): REASONS.get(int(status[i]), f"status {status[i]}") for i in bad}
+        return [(int(i), str(ids[i]), reasons.get(int(i), usual[int(i)])) for i in bad]
 
-    def history(self) -> list[dict[str, Any]]:
-        """The events of history.jsonl in order. A line that a crash has cut off is skipped."""
+    def history(self) -> list[HistoryEvent]:
+        """The events of history.jsonl in order. Lines that a crash has cut off, or that are damaged, are left out."""
         if not self.storage.exists(HISTORY):
             return []
-        return jsonl.parse_jsonl(self.storage.get(HISTORY).decode(errors="replace"))
+        where = f"{self.storage}/{HISTORY}"
+        events, unreadable = read_history(self.storage.get(HISTORY), where)
+        if unreadable:
+            echo(f"warning: {unreadable} lines of {where} are damaged and left out")
+        return events

@@ -37,7 +37,7 @@ class BatchSource:
     content: np.ndarray = field(init=False)  # (N,) uint64 hashes of the images that the teacher saw
 
     def __post_init__(self) -> None:
-        self.spec = ViewSpec(**self.store.identity["views"])
+        self.spec = self.store.identity.views
         self.sizes = {
             group.name: list(dict.fromkeys(_image_size(student, group) for student in self.students))
             for group in self.groups
@@ -122,7 +122,7 @@ class BatchSource:
             all_rows, all_views = rows.repeat(views.shape[1]), views.flatten()  # (b * V,)
             values = features.read(all_rows, all_views)
             self._require_finite(name, values, all_rows, all_views)
-            teacher[name] = torch.from_numpy(values).unflatten(0, views.shape).to(self.device)
+            teacher[name] = torch.from_numpy(values.reshape(*views.shape, *values.shape[1:])).to(self.device)
         i, v, u = (torch.from_numpy(part).to(self.device) for part in (rows, student_views, teacher_views))
         batch = Batch(step, i, v, u, teacher, [])
         for group in self.sampler.beside:

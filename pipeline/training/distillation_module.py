@@ -44,4 +44,4 @@ class DistillationModule(nn.Module):
 
 def _unflatten(outputs: dict[str, Tensor], images: int) -> Outputs:
     """(B * V, ...) -> (B, V, ...) for B images; V is inferred."""
-    return {name: value.unflatten(0, (images, -1)) for name, value in outputs.items()}
+    return {name: value.reshape(images, -1, *value.shape[1:]) for name, value in outputs.items()}

@@ -15,8 +15,9 @@ import numpy as np
 
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import Count, PositiveNumber
 from compress_ssl.pipeline.views.groups import group_of
-from compress_ssl.pipeline.views.policies import POLICIES, Augmentation
+from compress_ssl.pipeline.views.policies import POLICIES, Augmentation, Policy
 
 _LOG_RATIO = 0.2876820724517809  # ln(4/3): the aspect ratio of a crop is between 3:4 and 4:3
 _TRIES = 10  # attempts at a random crop box before the fallback, as in torchvision
@@ -30,14 +31,17 @@ _TOP, _LEFT, _FLIP, _JITTER, _ORDER, _FACTORS, _GREY, _BLUR, _SIGMA, _SOLARIZE =
 class ViewSpec:
     """The settings that determine view v of an image. `crop_ratio` belongs to view 0.
 
-    Raises UserError for an unknown policy.
+    The types are those of a record: a manifest is read into this class (`compress_ssl.pipeline.runtime.records`).
+    Raises UserError for an unknown policy, ValueError for a seed that is no 64-bit number.
     """
 
-    policy: str
-    seed: int
-    crop_ratio: float
+    policy: Policy
+    seed: Count
+    crop_ratio: PositiveNumber
 
     def __post_init__(self) -> None:
+        if not self.seed < 2**64:
+            raise ValueError(f"seed: expected int < 2**64, got {self.seed}")
         if self.policy not in POLICIES:
             raise UserError(f"unknown policy {self.policy!r}. Known: {', '.join(POLICIES)}")
 

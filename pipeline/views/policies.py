@@ -1,6 +1,7 @@
 """Policies: how the views of each group are augmented, by the name that `--policy` takes."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Augmentation:
     sigma: tuple[float, float] = (0.1, 2.0)  # range of the blur's sigma, in pixels of a 224-pixel crop
     solarize_p: float = 0.0
 
+
+Policy = Literal["crop-flip", "moco-v2", "dino", "none"]
+"""The names that --policy takes: those of POLICIES."""
 
 Policies = dict[str, tuple[Augmentation, ...]]
 """Augmentations by the name of the policy: view v of a group uses entry (v - 1) modulo the length.
