@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from store_records import plain_record
 
+from compress_ssl.pipeline.datasets.decode import GOOD, NOT_FINITE
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.jsonl import read_jsonl as read_journal
 from compress_ssl.pipeline.runtime.storage import Folder
@@ -19,7 +21,7 @@ from compress_ssl.pipeline.store.records import GroupIdentity
 from compress_ssl.pipeline.store.shards import Shard, done_key
 from compress_ssl.pipeline.training.sampler import StepSampler
 from compress_ssl.pipeline.views.augment import ResolvedView, ViewSpec, draw_variates, resolve_view
-from compress_ssl.pipeline.views.groups import LOCAL_CROPS, view_name
+from compress_ssl.pipeline.views.groups import LOCAL_CROPS
 from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
 from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
 from compress_ssl.pipeline.views.policies import LOCAL_POLICIES
@@ -230,6 +232,26 @@ def test_growing_the_views_leaves_the_local_crops_unchanged(images: Path, whole:
         export(images, copy, views=6, local_views=8)
 
 
+@pytest.mark.parametrize(("later", "earlier"), [("embedding", "local_embedding"), ("local_embedding", "embedding")])
+def test_an_image_that_is_found_bad_in_one_group_of_views_is_blanked_in_the_other_one_too(
+    later: str, earlier: str, tmp_path: Path
+) -> None:
+    """Its other group was stored before, so nothing of that group is handed to the store again."""
+    arrays = {"embedding": (3,), "local_embedding": (3,)}
+    record = plain_record(5, 2, 3, "float32", 5, arrays=arrays, local=GroupIdentity(2, SMALL))
+    store = FeatureStore.create(
+        Folder(tmp_path), record, {"sample_id": list("abcde"), "label": [0] * 5, "view_key": range(5)}
+    )
+    numbers, features = {"embedding": (0, 1), "local_embedding": (LOCAL, LOCAL + 1)}, np.ones((5, 2, 3), np.float32)
+    for name, bad in ((earlier, {}), (later, {3: "not finite"})):
+        status = np.array([NOT_FINITE if i in bad else GOOD for i in range(5)], np.uint8)
+        store.write(Shard(0, 0, 5, numbers[name]), {name: (features, None)}, status, np.arange(5, dtype=np.uint64), bad)
+    assert not store.pending() and not list(integrity.check_shards(store))
+    for name in arrays:
+        for view in numbers[name]:
+            assert store.read(name, view).any(1).tolist() == [True, True, True, False, True]
+
+
 TWO_SIZES = """
 import torch
 from torch import nn
@@ -370,7 +392,3 @@ def test_every_step_uses_all_stored_crops_or_as_many_fresh_ones() -> None:
         assert np.all(local & LOCAL) and np.all(local & FRESH), "never one that a store keeps"
         seen |= {(int(i), int(v)) for i, views in zip(rows, local, strict=True) for v in views}
     assert len(seen) == 30 * 4 * 3, "a fresh crop was shown twice"
-
-
-def test_view_numbers_are_named_in_words() -> None:
-    assert [view_name(v) for v in (0, 7, LOCAL, LOCAL + 5)] == ["view 0", "view 7", "local crop 0", "local crop 5"]

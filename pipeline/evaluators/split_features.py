@@ -32,7 +32,7 @@ from compress_ssl.pipeline.store.records import (
 )
 from compress_ssl.pipeline.store.shards import shard_rows
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.numbering import FRESH
+from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 
@@ -150,8 +150,7 @@ def embed_random_view(
 ) -> np.ndarray:
     """(n, d) features of these rows in random crops and flips, other ones in every epoch.
 
-    The view numbers carry the bit FRESH, so none of them is a stored view. Raises UserError if an image cannot be
-    read any more.
+    The views are fresh ones, so none of them is a stored view. Raises UserError if an image cannot be read any more.
     """
     device = choose_device(settings.device)
     embedder = scored.build_embedder().to(device).to(memory_format=torch.channels_last)  # as FeatureExtractor sets it
@@ -161,7 +160,7 @@ def embed_random_view(
         model_views(dataset, spec, embedder),
         LoaderSettings(loader_workers(settings.workers, device)),
     )
-    features, embedded_rows = view_features(source, rows, FRESH + epoch)
+    features, embedded_rows = view_features(source, rows, GLOBAL_VIEWS.fresh().first + epoch)
     if len(embedded_rows) != len(rows):
         raise UserError(f"{len(rows) - len(embedded_rows)} training images can no longer be read; restore them")
     return features
