@@ -12,7 +12,7 @@ from PIL import Image
 from compress_ssl.pipeline.datasets.decode import GOOD, NOT_FINITE
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 from compress_ssl.pipeline.extraction import codebook, verification
-from compress_ssl.pipeline.extraction.embed import store_source
+from compress_ssl.pipeline.extraction.embed import _split_into_batches, store_source
 from compress_ssl.pipeline.extraction.extract import FeatureBatch, FeatureSource, LoaderSettings, extract
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.features import view_features
@@ -21,6 +21,7 @@ from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.shards import Shard
 from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.groups import group_of
 from compress_ssl.pipeline.views.loader import ViewRequest
@@ -120,8 +121,7 @@ def test_loaders_change_no_bit(store: FeatureStore, source: FeatureSource, loade
 def run(
     source: FeatureSource, views: tuple[int, ...], proceed: Callable[[int], bool] = lambda _: True
 ) -> list[FeatureBatch]:
-    rows = np.arange(len(source.views.dataset))
-    batches = [request_batch(source.views, rows[k : k + BATCH], views) for k in range(0, len(rows), BATCH)]
+    batches = source.batches(np.arange(len(source.views.dataset)), views)
     with closing(extract(source, batches, proceed)) as feature_batches:
         return list(feature_batches)
 
@@ -164,6 +164,14 @@ def test_a_batch_whose_pixels_are_loaded_in_parts_has_the_same_features(
         assert batch.bad == parts.bad and np.array_equal(batch.status, parts.status)
         for name, features in batch.features.items():
             np.testing.assert_array_equal(parts.features[name], features)
+
+
+def test_batches_cover_a_shard_and_never_cross_it(source: FeatureSource) -> None:
+    shards = [Shard(0, 0, 10, (0, 1)), Shard(1, 10, 21, (1, LOCAL))]
+    plan = _split_into_batches(source, shards)
+    rows = [np.concatenate([request.rows for request in part.batch]).tolist() for part in plan]
+    assert rows == [[*range(8)], [8, 9], [*range(10, 18)], [18, 19, 20]]
+    assert [(part.shard.block, part.last) for part in plan] == [(0, False), (0, True), (1, False), (1, True)]
 
 
 def test_a_request_has_at_most_so_many_bytes_of_pixels_or_one_row(source: FeatureSource) -> None:

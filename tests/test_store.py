@@ -28,7 +28,7 @@ from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.codecs import CODECS
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.records import HistoryEvent, StoreAbout
-from compress_ssl.pipeline.store.shards import Shard, batch_spans, done_key, shard_rows, view_digest
+from compress_ssl.pipeline.store.shards import Shard, done_key, shard_rows, view_digest
 
 ROOT = Path(__file__).parents[1]
 N, D, ROWS = 10, 3, 4
@@ -390,10 +390,6 @@ def test_shards_are_whole_batches_within_the_limits(images: int, batch: int, wid
     assert rows % batch == 0 and rows >= batch
     assert rows == batch or (rows <= 2048 and rows * 4 * width * itemsize <= 256_000_000)
     assert rows <= max(batch, 256, -(-images // 16))
-
-
-def test_batches_cover_a_shard_and_never_cross_it() -> None:
-    assert list(batch_spans(Shard(1, 8, 15, (0,)), 3)) == [(8, 11), (11, 14), (14, 15)]
 
 
 # ---------------------------------------------------------------- done and pending shards

@@ -15,7 +15,6 @@ from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.extraction.encoded_rows import mark_not_finite
 from compress_ssl.pipeline.extraction.extract import FeatureBatch, FeatureSource, extract
 from compress_ssl.pipeline.extraction.shard_writer import require_readable
-from compress_ssl.pipeline.extraction.view_batches import request_batch
 from compress_ssl.pipeline.store.codecs import build_codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK
@@ -56,13 +55,12 @@ def _choose_sample(store: FeatureStore, view_dataset: ViewDataset, views: int) -
 
 def _embed_sample(sample: FeatureSource, views: Sequence[int], stopped: Callable[[], bool]) -> list[FeatureBatch]:
     """The features of all images of the sample, with those marked as bad that are not finite; fewer if stopped."""
-    rows, size, float32 = np.arange(len(sample.views.dataset)), sample.extractor.batch_size, build_codec("float32")
-    requests = [request_batch(sample.views, rows[start : start + size], views) for start in range(0, len(rows), size)]
+    rows, float32 = np.arange(len(sample.views.dataset)), build_codec("float32")
     batches = []
-    with closing(extract(sample, requests, lambda _: not stopped())) as feature_batches:
+    with closing(extract(sample, sample.batches(rows, views), lambda _: not stopped())) as feature_batches:
         for batch in feature_batches:
             mark_not_finite(batch, dict.fromkeys(batch.features, float32))
-            batches.append(batch)
+            batches.append(replace(batch, features={name: part.copy() for name, part in batch.features.items()}))
     return batches
 
 

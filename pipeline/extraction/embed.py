@@ -12,9 +12,9 @@ from compress_ssl.pipeline.extraction.encoded_rows import encode_rows
 from compress_ssl.pipeline.extraction.extract import FeatureSource, LoaderSettings, extract
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.shard_writer import ShardWriter
-from compress_ssl.pipeline.extraction.view_batches import Batch, request_batch, stored_views
+from compress_ssl.pipeline.extraction.view_batches import Batch, stored_views
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.shards import Shard, batch_spans
+from compress_ssl.pipeline.store.shards import Shard
 
 
 @dataclass
@@ -88,7 +88,6 @@ def embed(
 def _split_into_batches(source: FeatureSource, shards: Sequence[Shard]) -> list[_RowBatch]:
     plan = []
     for shard in shards:
-        for start, stop in batch_spans(shard, source.extractor.batch_size):
-            batch = request_batch(source.views, np.arange(start, stop), shard.views)
-            plan.append(_RowBatch(shard, stop == shard.stop, batch))
+        batches = source.batches(np.arange(shard.start, shard.stop), shard.views)
+        plan += [_RowBatch(shard, batch is batches[-1], batch) for batch in batches]
     return plan

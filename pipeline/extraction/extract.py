@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
-from compress_ssl.pipeline.extraction.view_batches import Batch, GroupPixels, group_pixels
+from compress_ssl.pipeline.extraction.view_batches import Batch, GroupPixels, group_pixels, request_batch
 from compress_ssl.pipeline.views.loader import ViewBatch, ViewDataset, iterate_views
 
 
@@ -36,6 +36,11 @@ class FeatureSource:
     views: ViewDataset  # images, view spec, keys and sizes; `extract` gives it the requests
     loader: LoaderSettings = LoaderSettings()
 
+    def batches(self, rows: np.ndarray, views: Sequence[int]) -> list[Batch]:
+        """Rows (n,) in the same views, in batches of the extractor's size; the last one may be smaller."""
+        size = self.extractor.batch_size
+        return [request_batch(self.views, rows[start : start + size], views) for start in range(0, len(rows), size)]
+
 
 @dataclass
 class FeatureBatch:
@@ -43,7 +48,8 @@ class FeatureBatch:
 
     rows: np.ndarray  # (n,) int64
     views: dict[str, np.ndarray]  # {array: (n, V) int64}: the view numbers of its features
-    features: dict[str, np.ndarray]  # {array: (n, V, ...) float32}; of a bad image they mean nothing
+    features: dict[str, np.ndarray]  # {array: (n, V, ...) float32}; of a bad image they mean nothing. Copy what you
+    # keep: features from a GPU lie in pinned memory
     status: np.ndarray  # (n,) uint8: datasets.decode.GOOD or a key of REASONS
     content: np.ndarray  # (n,) uint64: hashes of the images; 0 where the image is bad
     bad: dict[int, str]  # {row: why the image cannot be used}

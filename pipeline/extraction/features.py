@@ -6,7 +6,6 @@ import numpy as np
 
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.extraction.extract import FeatureSource, extract
-from compress_ssl.pipeline.extraction.view_batches import request_batch
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.groups import group_of
 
@@ -17,10 +16,9 @@ def view_features(source: FeatureSource, rows: np.ndarray, view: int = 0) -> tup
     Returns (features (n, d) float32, their rows (n,)). Images that cannot be used are left out, so n may be smaller
     than the number of rows. Raises UserError if no image can be used.
     """
-    size, array = source.extractor.batch_size, group_of(view).array("embedding")
-    batches = [request_batch(source.views, rows[start : start + size], [view]) for start in range(0, len(rows), size)]
+    array = group_of(view).array("embedding")
     features, used = [], []
-    with closing(extract(source, batches)) as feature_batches:
+    with closing(extract(source, source.batches(rows, [view]))) as feature_batches:
         for batch in feature_batches:
             good = batch.status == GOOD
             features.append(batch.features[array][good, 0])

@@ -11,7 +11,6 @@ from compress_ssl.pipeline.extraction.embed import store_source
 from compress_ssl.pipeline.extraction.extract import FeatureBatch, FeatureSource, LoaderSettings, extract
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.teacher import load_live_teacher
-from compress_ssl.pipeline.extraction.view_batches import request_batch
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.device import choose_device
 from compress_ssl.pipeline.runtime.errors import UserError
@@ -197,14 +196,11 @@ def embed_again(live: LiveTeacher, rows: np.ndarray, view: int) -> np.ndarray:
 
     Raises UserError for an image whose content is not the exported one.
     """
-    size = live.source.extractor.batch_size
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    batches = [request_batch(live.source.views, part, [view]) for part in parts]
     features = []
-    with closing(extract(live.source, batches)) as feature_batches:
+    with closing(extract(live.source, live.source.batches(rows, [view]))) as feature_batches:
         for batch in feature_batches:
             _require_exported_images(live, batch)
-            features.append(batch.features[group_of(view).array("embedding")][:, 0])
+            features.append(batch.features[group_of(view).array("embedding")][:, 0].copy())
     return np.concatenate(features)
 
 

@@ -6,7 +6,7 @@ fill value. Names and layout are described in docs/store.md.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -283,9 +283,3 @@ def done_key(block: int, first: int, stop: int) -> str:
 def view_digest(stored: NDArray[np.generic], scale: NDArray[np.generic] | None) -> str:
     """Digest of one view of a shard: of the stored rows followed by their scales, little-endian."""
     return digests.digest(stored.tobytes() + (b"" if scale is None else scale.tobytes()))
-
-
-def batch_spans(shard: Shard, size: int) -> Iterator[tuple[int, int]]:
-    """Row spans (start, stop) of the forward batches of a shard; a batch never extends into the next shard."""
-    for start in range(shard.start, shard.stop, size):
-        yield start, min(start + size, shard.stop)
