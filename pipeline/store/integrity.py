@@ -12,6 +12,7 @@ import numpy as np
 
 from compress_ssl.pipeline.runtime import artifact, digests
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import InvalidRecord
 from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.feature_store import COPY, FeatureStore
 from compress_ssl.pipeline.store.records import store_record
@@ -62,10 +63,10 @@ def check_small_files(storage: Storage) -> list[Damage]:
 
 
 def _parse_manifest(data: bytes, key: str) -> artifact.Manifest | None:
-    """A manifest, None if it is damaged. Raises OtherFormat for one of another version."""
+    """A manifest, None if it is damaged. Raises UserError for a whole one that is not valid or of another version."""
     try:
         return artifact.parse(data, key)
-    except artifact.OtherFormat:
+    except (artifact.OtherFormat, InvalidRecord):
         raise
     except UserError:
         return None
@@ -92,8 +93,10 @@ def _restorable(storage: Storage, key: str, source: bytes | None) -> Damage:
 def check_shards(store: FeatureStore, progress: Callable[[int], None] = lambda n: None) -> Iterator[Damage]:
     """Yield the damage of shards and done records. Every stored byte that a reader can use is read.
 
-    progress: called with 1 after each row block.
+    progress: called with 1 after each row block. Raises UserError for a manifest that does not fit the arrays: then it
+    is wrong itself, and no shard is marked.
     """
+    _ = store.group  # opening it compares the manifest with the metadata of the arrays
     for block, spans in sorted(store.done().items()):
         for span in sorted(spans):
             key = done_key(block, *span)

@@ -1,6 +1,6 @@
 """StoreReader: read tables, features and bad images of a store, with every damaged byte reported."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,18 +24,41 @@ _REMEDY = "restore it from a copy, or export anew"
 class StoreReader(ShardIndex):
     """A store open for reading. Raises UserError if there is none or its manifest is damaged."""
 
+    def require_complete(self, views: Sequence[int] | None = None) -> None:
+        """As `ShardIndex.require_complete`, and raises UserError for a manifest that does not fit the arrays."""
+        _ = self.group
+        super().require_complete(views)
+
     # ---------------------------------------------------------------- arrays
 
     @cached_property
     def group(self) -> Any:
-        """The Zarr group. Raises UserError if its metadata is not what was written.
+        """The Zarr group. Raises UserError if its metadata is not what was written, or does not fit the manifest.
 
-        The check is ours because Zarr accepts any metadata that it can parse.
+        The checks are ours because Zarr accepts any metadata that it can parse.
         """
         damaged = self._damaged_metadata()
         if damaged:
             raise UserError(f"{self.storage}/{damaged[0]} is gone or damaged; see compress verify --repair")
-        return open_group(self.storage)
+        group = open_group(self.storage)
+        for name in (*self.layouts, *TABLES):
+            if _metadata_key(name) in self.about.small:
+                self._require_fit(name, group[name])
+            elif name in self.layouts:
+                raise UserError(self._lack(name))
+        return group
+
+    def _require_fit(self, name: str, array: Any) -> None:
+        """Raises UserError unless the metadata of an array agrees with the manifest."""
+        layout = self.layouts.get(name)
+        views = group_of_array(name, self.groups).count
+        shape = (self.images,) if layout is None else layout.shape(self.images, views)
+        dtype = array.dtype if layout is None else np.dtype(layout.dtype)
+        if (array.shape, array.dtype) != (shape, dtype):
+            raise UserError(
+                f"{self.storage}/{MANIFEST} is not valid: by it the array {name!r} has the shape {shape} and the type "
+                f"{dtype}, but {_metadata_key(name)} has {array.shape} and {array.dtype}; {_REMEDY}"
+            )
 
     def _damaged_metadata(self) -> list[str]:
         """Keys of Zarr metadata that differs from its digest in the manifest."""
@@ -43,28 +66,17 @@ class StoreReader(ShardIndex):
 
     def array(self, name: str) -> Any:
         """One Zarr array. Raises UserError if the store does not keep it, or its metadata does not fit the manifest."""
-        layout = self.layouts.get(name)
-        if layout is None and name not in TABLES:
+        if name not in self.layouts and name not in TABLES:
             kept = ", ".join(self.arrays)
             raise UserError(
                 f"{self.storage} keeps {kept}, not {name!r}; export anew with --keep {','.join([*self.arrays, name])}"
             )
-        key = f"{GROUP}/{name}/zarr.json"
-        if key not in self.about.small:
-            raise UserError(f"{self.storage}/{MANIFEST} is not valid: about.small lacks {key}; {_REMEDY}")
-        array = self.group[name]
-        shape = (self.images,) if layout is None else layout.shape(self.images, self._views_along(name))
-        if array.shape != shape or (layout is not None and array.dtype != layout.dtype):
-            raise UserError(
-                f"{self.storage}/{MANIFEST} is not valid: by it the array {name!r} has the shape {shape}"
-                + ("" if layout is None else f" and the type {np.dtype(layout.dtype)}")
-                + f", but {key} has {array.shape} and {array.dtype}; {_REMEDY}"
-            )
-        return array
+        if _metadata_key(name) not in self.about.small:
+            raise UserError(self._lack(name))
+        return self.group[name]
 
-    def _views_along(self, name: str) -> int:
-        """Length of the view axis of a feature array or of its scales."""
-        return group_of_array(name, self.groups).count
+    def _lack(self, name: str) -> str:
+        return f"{self.storage}/{MANIFEST} is not valid: about.small lacks {_metadata_key(name)}; {_REMEDY}"
 
     def table(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """(n,) values of a per-image table: label, sample_id, view_key, content or status."""
@@ -154,3 +166,8 @@ class StoreReader(ShardIndex):
         if unreadable:
             echo(f"warning: {unreadable} lines of {where} are damaged and left out")
         return events
+
+
+def _metadata_key(name: str) -> str:
+    """Key of the file with the metadata of an array."""
+    return f"{GROUP}/{name}/zarr.json"
