@@ -1,8 +1,8 @@
 """`compress models`, `compress methods` and `compress protocols`: list what a spec can name."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import flag
 
 GIVEN = ("context",)
@@ -28,7 +28,7 @@ class Protocols:
     """List what can be given as --protocol, with every key and its default."""
 
 
-def run(config: Models | Methods | Protocols) -> dict[str, Any]:
+def run(config: Models | Methods | Protocols) -> CommandResult:
     """List one registry. Returns {"summary": text, "menu": {kind: {"summary", "keys": {key: default}}}}.
 
     With a search text: {"summary": text, "names": the matching specs}.
@@ -42,17 +42,19 @@ def run(config: Models | Methods | Protocols) -> dict[str, Any]:
 
         if config.search:
             return search_models(config.search)
-    kinds, lines = {}, []
+    kinds: dict[str, object] = {}
+    lines = []
     for kind in registry.entries:
         parameters = registry.keys(kind, given=GIVEN)
         keys = {name: "..." if p.default is p.empty else str(p.default) for name, p in parameters.items()}
-        kinds[kind] = {"summary": registry.summary(kind), "keys": keys}
-        lines.append(f"{kind}  {kinds[kind]['summary']}")
+        summary = registry.summary(kind)
+        kinds[kind] = {"summary": summary, "keys": keys}
+        lines.append(f"{kind}  {summary}")
         lines += [f"    {name}={default}" for name, default in keys.items()]
     return {"summary": "\n".join(lines), "menu": kinds}
 
 
-def search_models(text: str) -> dict[str, Any]:
+def search_models(text: str) -> CommandResult:
     """{"summary", "names"}: specs of the models of timm and torchvision whose names contain this text."""
     from compress_ssl.pipeline.models import names
 

@@ -126,7 +126,7 @@ def _start_copy(extractor: FeatureExtractor, on_device: dict[str, Tensor]) -> Ca
     """Start to copy features to the host; the function returned waits for them. The one way from torch to numpy."""
     # from a GPU into pinned memory: the copy is asynchronous, and the event below marks its end
     on_host = {name: features.to("cpu", non_blocking=True) for name, features in on_device.items()}
-    copied = torch.cuda.Event() if extractor.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    copied = torch.cuda.Event() if extractor.device.type == "cuda" else None
     if copied:
         copied.record(torch.cuda.current_stream(extractor.device))
 

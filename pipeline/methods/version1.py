@@ -7,7 +7,7 @@ paths to this module.
 import inspect
 from collections.abc import Container
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from compress_ssl.pipeline.methods import METHODS, base, memory_bank
 from compress_ssl.pipeline.models.linear_head import LinearHead
@@ -60,12 +60,12 @@ def __getattr__(name: str) -> type[Method]:
 
 @cache
 def _with_old_names(kind: str) -> type[Method]:
-    built_in: Any = METHODS.resolve(kind)
+    built_in = cast(type[base.Method], METHODS.resolve(kind))
 
-    class OldNames(Method, built_in):
+    class OldNames(Method, built_in):  # type: ignore[misc, valid-type]  # which class it is, is known only when it runs
         """The built-in method with the first version's names."""
 
-        def __init__(self, *, setting: base.MethodContext, **options: Any):
+        def __init__(self, *, setting: base.MethodContext, **options: object):
             super().__init__(context=setting, **options)
 
     return OldNames

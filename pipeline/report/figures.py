@@ -135,7 +135,7 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> Chart:
         image = axes.imshow(share, cmap=ramp, vmin=0, vmax=100, aspect="equal")
         _label_confusion(axes, share, names)
         bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.03)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.ax.tick_params(colors=MUTED, length=0, labelsize=8)
         bar.set_label("% of the category's images", color=MUTED, fontsize=9)
 
@@ -217,7 +217,8 @@ def place_labels(x: np.ndarray, y: np.ndarray, names: list[str], width: float) -
     x, y: (m,) positions of the dots in points, on axes `width` points wide. A name takes the nearest place where it
     covers the fewest other names and dots and does not leave the axes.
     """
-    taken = [(a - 4, a + 4, b) for a, b in zip(x, y, strict=True)]  # (left, right, height) of each dot
+    # (left, right, height) of each dot, then also of each name
+    taken: list[tuple[float, float, float]] = [(a - 4, a + 4, b) for a, b in zip(x, y, strict=True)]
 
     def cost(left: float, right: float, height: float) -> int:
         covered = sum(left < far and near < right and abs(height - other) < LINE_HEIGHT for near, far, other in taken)
