@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.photographs import prepare_images
+from benchmarks.store_records import plain_record
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.extraction.embed import embed, store_source
 from compress_ssl.pipeline.extraction.extract import LoaderSettings
@@ -55,22 +56,16 @@ def measure() -> dict[str, Any]:
 
 def _measure_forward(forward: FeatureExtractor) -> tuple[float, float]:
     pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
-    forward.start(pixels)
+    forward(pixels)
     count = FORWARD_VIEWS // BATCH
-    return _rates(count * BATCH, lambda: [forward.start(pixels)["embedding"].cpu() for _ in range(count)])
+    return _rates(count * BATCH, lambda: [forward(pixels) for _ in range(count)])
 
 
 def _measure_export(forward: FeatureExtractor, dataset: Any, out: Path, device: torch.device) -> tuple[float, float]:
-    arrays = {"embedding": [forward.embedder.width]}
-    identity = {
-        "data": {"images": len(dataset), "fingerprint": dataset.fingerprint},
-        "arrays": arrays,
-        "views": {"policy": "crop-flip", "seed": 0, "crop_ratio": 0.875},
-        "codec": "int8",
-        "shard_rows": shard_rows(len(dataset), BATCH, arrays, 1),
-    }
+    width = forward.embedder.width
+    rows = shard_rows(len(dataset), BATCH, {"embedding": (width,)}, 1)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
-    store = FeatureStore.create(Folder(out), identity, {"views": VIEWS}, tables)
+    store = FeatureStore.create(Folder(out), plain_record(len(dataset), VIEWS, width, "int8", rows), tables)
     source = store_source(store, dataset, forward, LoaderSettings(loader_workers(None, device)))
     return _rates(len(dataset) * VIEWS, lambda: embed(store, source, store.pending()))
 

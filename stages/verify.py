@@ -134,7 +134,7 @@ def compare_sample(config: Config, store: "FeatureStore") -> "Verdict":
     exported = store.identity
     # Those of the export by default: another batch size or precision may change the last bits of a feature.
     arithmetic = verification.Arithmetic(
-        config.batch_size or exported["batch_size"], config.device, config.precision or exported["precision"]
+        config.batch_size or exported.batch_size, config.device, config.precision or exported.precision
     )
     live = verification.build_live_teacher(store, dataset, config.teacher, arithmetic)
     comparison = verification.Comparison(store)
@@ -144,4 +144,4 @@ def compare_sample(config: Config, store: "FeatureStore") -> "Verdict":
             features = verification.embed_again(live, of_view, view)
             verification.compare_view(comparison, view, of_view, features)
             bar.advance(len(of_view))
-    return verification.judge(comparison, arithmetic.describe(exported["precision"]))
+    return verification.judge(comparison, arithmetic.describe(exported.precision))

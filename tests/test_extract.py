@@ -16,13 +16,14 @@ from compress_ssl.pipeline.extraction.embed import _split_into_batches, store_so
 from compress_ssl.pipeline.extraction.extract import FeatureBatch, FeatureSource, LoaderSettings, extract
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.features import view_features
-from compress_ssl.pipeline.extraction.view_batches import REQUEST_BYTES, array_name, model_views, request_batch
+from compress_ssl.pipeline.extraction.view_batches import REQUEST_BYTES, model_views, request_batch
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard
 from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.groups import group_of
 from compress_ssl.pipeline.views.loader import ViewRequest
 from compress_ssl.pipeline.views.numbering import LOCAL
 from compress_ssl.stages import export_teacher
@@ -74,7 +75,7 @@ Features = dict[int, np.ndarray]
 
 def of_the_store(store: FeatureStore, source: FeatureSource) -> Features:
     good = store.table("status") == GOOD
-    return {view: store.read(array_name(view), view)[good] for view in VIEWS}
+    return {view: store.read(group_of(view).array("embedding"), view)[good] for view in VIEWS}
 
 
 def of_the_codebook(store: FeatureStore, source: FeatureSource) -> Features:
@@ -175,7 +176,7 @@ def test_batches_cover_a_shard_and_never_cross_it(source: FeatureSource) -> None
 
 def test_a_request_has_at_most_so_many_bytes_of_pixels_or_one_row(source: FeatureSource) -> None:
     def largest(images: int, size: int) -> int:
-        source.views.sizes[0] = (size, "bilinear")
+        source.views.sizes = {"global": [(size, "bilinear")]}
         requests = request_batch(source.views, np.arange(images), range(8))
         assert np.array_equal(np.concatenate([request.rows for request in requests]), np.arange(images))
         return max(len(request.rows) for request in requests)
@@ -212,7 +213,7 @@ def test_the_model_is_in_its_earlier_mode_again_after_an_extraction_that_failed(
     source = FeatureSource(FeatureExtractor.unpadded(student, CPU), views)
     with (
         pytest.raises(IndexError),
-        closing(extract(source, [[ViewRequest(np.array([99]), np.zeros((1, 1)))]])) as batches,
+        closing(extract(source, [[ViewRequest(np.array([99]), {"global": np.zeros((1, 1))})]])) as batches,
     ):
         next(batches)
     assert student.training

@@ -275,7 +275,7 @@ def test_the_stored_projection_is_the_stored_head_applied_to_the_stored_embeddin
     }
     assert safetensors.torch.load_file(tmp_path / "store/heads.safetensors").keys() == kept.keys()
     head = heads.ProjectionHead(heads.group_by_head(kept)["projection_head"])
-    for kind, views in (("", range(2)), ("local_", store.local)):
+    for kind, views in (("", range(2)), ("local_", store.other_views)):
         for view in views:
             embedding, projection = (store.read(f"{kind}{name}", view) for name in ("embedding", "projection"))
             with torch.no_grad():
@@ -302,8 +302,8 @@ def test_a_partial_copy_with_another_codec_keeps_local_crops_and_heads_and_a_run
     source = export(spec, tmp_path / "source", codec="float32", **how)
     store_copy.run(store_copy.Config(str(tmp_path / "source"), str(tmp_path / "part"), images="::2", codec="pq:4"))
     part, rows = FeatureStore(Folder(tmp_path / "part")), np.arange(0, 24, 2)
-    assert part.identity["codec"] == "pq:4" and part.local == source.local
-    for name, view in [("embedding", 1), ("regions", 0), *(("local_embedding", view) for view in part.local)]:
+    assert part.identity.codec == "pq:4" and part.other_views == source.other_views
+    for name, view in [("embedding", 1), ("regions", 0), *(("local_embedding", view) for view in part.other_views)]:
         want, got = source.read(name, view)[rows], part.read(name, view)
         assert (F.cosine_similarity(torch.from_numpy(want), torch.from_numpy(got), dim=-1) > 0.99).all()
     found: list[Any] = []

@@ -37,7 +37,7 @@ def train_codebooks(store: FeatureStore, source: FeatureSource, stopped: Callabl
         return
     views = 1 if source.views.spec.policy == "none" else VIEW_BLOCK
     sample = replace(source, views=_choose_sample(store, source.views, views))
-    batches = _embed_sample(sample, [*range(views), *store.local], stopped)
+    batches = _embed_sample(sample, [*range(views), *store.other_views], stopped)
     if stopped():
         return
     _require_readable_blocks(store, sample.extractor.batch_size, batches)

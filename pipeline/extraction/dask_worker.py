@@ -50,7 +50,7 @@ def build_worker(settings: WorkerSettings) -> ExportWorker:
     store = FeatureStore(open_storage(settings.store))
     device = _choose_worker_device(settings.device)
     embedder = load_live_teacher(store, settings.teacher)
-    if dataset.fingerprint != store.identity["data"]["fingerprint"]:
+    if dataset.fingerprint != store.identity.data.fingerprint:
         raise UserError(
             f"{settings.data} holds other images on this worker than on the machine that started the export; "
             "give a path that leads to the same images on all machines"

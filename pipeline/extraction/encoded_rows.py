@@ -9,8 +9,7 @@ from compress_ssl.pipeline.datasets.decode import GOOD, NOT_FINITE, REASONS
 from compress_ssl.pipeline.extraction.extract import FeatureBatch
 from compress_ssl.pipeline.store.codecs import Codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.shards import is_local
-from compress_ssl.pipeline.views.numbering import view_name
+from compress_ssl.pipeline.views.groups import group_of_array, view_name
 
 Stored = tuple[np.ndarray, np.ndarray | None]
 """(values (n, V, ...) in the codec's type, their scales or None)."""
@@ -32,7 +31,8 @@ def encode_rows(store: FeatureStore, batch: FeatureBatch) -> EncodedRows:
     A row is marked as bad if one of its features is not finite or too large for the codec. Features of bad rows are
     set to 0, in `batch` too.
     """
-    names = sorted(store.arrays, key=is_local)  # the first array that does not fit is named in the done record
+    # Global views first: the first array that does not fit is named in the done record.
+    names = sorted(store.arrays, key=lambda name: group_of_array(name).first)
     codecs = {name: store.codecs[name] for name in names if name in batch.features}
     mark_not_finite(batch, codecs)
     stored: dict[str, Stored] = {}

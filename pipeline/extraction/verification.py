@@ -11,12 +11,11 @@ from compress_ssl.pipeline.extraction.embed import store_source
 from compress_ssl.pipeline.extraction.extract import FeatureBatch, FeatureSource, LoaderSettings, extract
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.teacher import load_live_teacher
-from compress_ssl.pipeline.extraction.view_batches import array_name, views_of_group
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.device import choose_device
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.views.numbering import LOCAL, view_name
+from compress_ssl.pipeline.views.groups import group_of, view_name
 
 MAX_COSINE_LOSS = 0.001  # beyond the codec's own loss. Another device or precision loses less, another view loses more
 CONTROL_MARGIN = 5.0  # a control's mean cosine gap must be more than this many times the true one's
@@ -83,8 +82,9 @@ def select_sample(store: FeatureStore, share: float, seed: int) -> tuple[np.ndar
     order = philox.permutation(seed, philox.PICK, 0, len(rows))
     rows = np.sort(rows[order[:count]])
     views = np.array(store.all_views)[philox.words(seed, philox.PICK, rows, 1, 1)[:, 0] % len(store.all_views)]
-    if store.local and not np.any(views & LOCAL):
-        views[0] = store.local[0]  # a store with local crops has at least one of them in the sample
+    for number, group in enumerate(store.groups[1:]):  # at least one view of each group is in the sample
+        if not np.any(np.isin(views, group.numbers)):
+            views[number % count] = group.numbers[0]
     return rows, views
 
 
@@ -93,16 +93,16 @@ def select_sample(store: FeatureStore, share: float, seed: int) -> tuple[np.ndar
 
 def compare_view(comparison: Comparison, view: int, rows: np.ndarray, live: np.ndarray) -> None:
     """Add one view: live (n, D) features of these rows (n,), compared with the stored ones and the two controls."""
-    store, array = comparison.store, array_name(view)
+    store, group = comparison.store, group_of(view, comparison.store.groups)
+    array, others = group.array("embedding"), group.numbers
     stored, codec = store.read_rows(array, view, rows), store.codecs[array]
     decoded = codec.decode(*codec.encode(live))  # what a right store would hold
     cosines, ideal = cosine(live, stored), cosine(live, decoded)
     comparison.stored.append(cosines)
     comparison.ideal.append(ideal)
-    group = views_of_group(store, view)
-    if len(group) > 1:
-        other = group[(group.index(view) + 1) % len(group)]
-        comparison.wrong_view.append(cosine(live, store.read_rows(array_name(other), other, rows)))
+    if len(others) > 1:
+        other = others[(others.index(view) + 1) % len(others)]
+        comparison.wrong_view.append(cosine(live, store.read_rows(array, other, rows)))
     if len(rows) > 1:
         comparison.wrong_image.append(cosine(live, np.roll(stored, 1, axis=0)))
     worst = int((cosines - ideal).argmin())
@@ -115,8 +115,9 @@ def compare_view(comparison: Comparison, view: int, rows: np.ndarray, live: np.n
 def locate_feature(store: FeatureStore, row: int, view: int, feature: np.ndarray, least: float) -> str:
     """A sentence about where in its row block a feature (D,) is stored; "" if no stored cosine reaches `least`."""
     start, stop = store.span(row // store.rows)
-    views = views_of_group(store, view)
-    cosines = [cosine(feature[None], store.read(array_name(v), v, slice(start, stop))) for v in views]
+    group = group_of(view, store.groups)
+    array, views = group.array("embedding"), group.numbers
+    cosines = [cosine(feature[None], store.read(array, v, slice(start, stop))) for v in views]
     v, i = np.unravel_index(np.argmax(cosines), (len(views), stop - start))
     if cosines[v][i] < least:
         return ""
@@ -165,7 +166,7 @@ def _require_fit(comparison: Comparison, low: int, said: str) -> None:
         return
     store = comparison.store
     arithmetic = "the pixels were checked first, so the arithmetic differs: another device, precision or version?"
-    why = f"more than {MAX_COSINE_LOSS} below what {store.identity['codec']} keeps it is not this teacher's feature"
+    why = f"more than {MAX_COSINE_LOSS} below what {store.identity.codec} keeps it is not this teacher's feature"
     raise UserError(f"{store.storage}: {low} of {said}; {why}: {comparison.place or arithmetic}")
 
 
@@ -199,7 +200,7 @@ def embed_again(live: LiveTeacher, rows: np.ndarray, view: int) -> np.ndarray:
     with closing(extract(live.source, live.source.batches(rows, [view]))) as feature_batches:
         for batch in feature_batches:
             _require_exported_images(live, batch)
-            features.append(batch.features[array_name(view)][:, 0].copy())
+            features.append(batch.features[group_of(view).array("embedding")][:, 0].copy())
     return np.concatenate(features)
 
 
