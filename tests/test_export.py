@@ -217,8 +217,8 @@ def by_embed(
     settings = config(images, out, codec=codec)
     torch.manual_seed(0)
     model = build(TEACHER, image_size=SIZE, pretrained_default=True)
-    dataset, spec = ImageFolder(images), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
-    record = describe_store(export_teacher.store_settings(settings), dataset, model, spec)
+    dataset = ImageFolder(images)
+    record = describe_store(export_teacher.resolve(settings), model)
     keys = np.arange(len(dataset), dtype=np.uint64) + np.uint64(first_key)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": keys}
     store = FeatureStore.create(Folder(out), record, tables)

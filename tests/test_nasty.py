@@ -5,6 +5,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -24,7 +25,6 @@ from compress_ssl.pipeline.extraction.store_record import describe_store
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.stages import export_teacher
 
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -75,8 +75,8 @@ def good_ones_alone(dataset: ImageFolder, rows: np.ndarray, data: Path, out: Pat
     config = settings(data, out, workers=0)
     torch.manual_seed(0)
     model = build(TEACHER, image_size=16, pretrained_default=True)
-    few, spec = Subset(dataset, rows), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
-    record = describe_store(export_teacher.store_settings(config), few, model, spec)
+    few = Subset(dataset, rows)
+    record = describe_store(replace(export_teacher.resolve(config), dataset=few), model)
     tables = {"sample_id": few.ids, "label": few.label, "view_key": rows}
     made = FeatureStore.create(Folder(out), record, tables)
     forward = FeatureExtractor(model, torch.device("cpu"), "fp32", 8)
@@ -130,8 +130,8 @@ def test_loader_processes_and_threads_treat_nasty_files_alike(
     config = settings(mixed[0], tmp_path / "store", workers=0)
     torch.manual_seed(0)
     model = build(TEACHER, image_size=16, pretrained_default=True)
-    dataset, spec = ImageFolder(mixed[0]), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
-    record = describe_store(export_teacher.store_settings(config), dataset, model, spec)
+    dataset = ImageFolder(mixed[0])
+    record = describe_store(export_teacher.resolve(config), model)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     made = FeatureStore.create(Folder(tmp_path / "store"), record, tables)
     forward = FeatureExtractor(model, torch.device("cpu"), "fp32", 8)

@@ -20,7 +20,6 @@ from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
-from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -35,7 +34,6 @@ from compress_ssl.pipeline.store.records import (
 from compress_ssl.pipeline.store.shards import shard_rows
 from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS
-from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def recorded_batch_size(folder: Path) -> int | None:
     """The batch size of the features in FOLDER/train and FOLDER/val; None if none were begun."""
     for part in ("train", "val"):
         if artifact.claimed(Folder(folder / part), "store"):
-            return int(FeatureStore(Folder(folder / part)).identity["batch_size"])
+            return FeatureStore(Folder(folder / part)).identity.batch_size
     return None
 
 

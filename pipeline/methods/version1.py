@@ -7,7 +7,7 @@ paths to this module.
 import inspect
 from collections.abc import Container
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 from compress_ssl.pipeline.methods import METHODS, base, memory_bank
 from compress_ssl.pipeline.models.linear_head import LinearHead

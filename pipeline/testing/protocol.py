@@ -231,7 +231,9 @@ def _require_shown(name: str, result: Result, gathered: Gathered, train: Split, 
     _, compared = comparison.compare([evaluation])
     for score in result.scores:
         for shown, text in (("report", page), ("comparison", compared)):
-            assert printable(score.title) in html.unescape(text), f"the {shown} does not show {score.title} of {name}"
+            assert str(printable(score.title)) in html.unescape(text), (
+                f"the {shown} does not show {score.title} of {name}"
+            )
     for figure in gathered.figures:
         assert (folder / f"figures/{figure.name}.png").exists(), f"the report does not show {figure.name} of {name}"
 
