@@ -160,13 +160,13 @@ def process_group() -> Iterator[None]:
     An exception in one rank ends all of them. The rank that fails first raises its exception; the others raise
     SystemExit, so that the error is printed once.
     """
-    if not launch_env.is_launched() or distributed.is_initialized():
+    launched = launch_env.read_launch()
+    if launched is None or distributed.is_initialized():
         yield
         return
     common, number, count = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # The same store, without the prefix that torchrun may put before the names of keys in `common`.
-    store = distributed.TCPStore(address, port, is_master=False)
+    store = distributed.TCPStore(launched.address, launched.port, is_master=False)
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=distributed.PrefixStore(agree_on_attempt(common, number, count), common), rank=number, world_size=count,
