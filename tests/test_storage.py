@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from compress_ssl.pipeline.runtime import artifact, digests, storage
 from compress_ssl.pipeline.runtime.artifact import Mismatch
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.storage import PART, Folder
+from compress_ssl.pipeline.runtime.storage import INTERRUPTED, PART, UNREACHABLE, Folder, open_storage
 
 
 class PowerCut(BaseException):
@@ -87,6 +87,49 @@ def test_a_failed_write_leaves_no_part_file_and_names_the_target(
         Folder(tmp_path).put("deep/key", b"data")
     assert caught.value.filename == str(tmp_path / "deep/key")
     assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize("number", sorted(INTERRUPTED))
+@pytest.mark.parametrize("done", [False, True])
+def test_a_rename_that_the_file_system_interrupts_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, done: bool
+) -> None:
+    """`done`: the file is renamed, and the call reports an error all the same."""
+    replace, failures = os.replace, [number, number]
+
+    def interrupted(part: Path, target: Path) -> None:
+        if failures:
+            code = failures.pop()
+            if done:
+                replace(part, target)
+            raise OSError(code, os.strerror(code))
+        replace(part, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    Folder(tmp_path).put("key", b"data")
+    assert files(tmp_path) == {"key": b"data"}
+
+
+@pytest.mark.parametrize("call", ["replace", "link", "fsync"])
+@pytest.mark.parametrize("number", sorted(UNREACHABLE))
+def test_a_network_file_system_that_does_not_answer_is_an_error_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    def unreachable(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
+    monkeypatch.setattr(os, call, unreachable)
+    put = Folder(tmp_path).put_new if call == "link" else Folder(tmp_path).put
+    with pytest.raises(UserError, match=rf"key: the file system reports '{os.strerror(number)}'.*repeat the command"):
+        put("key", b"data")
+    assert "key" not in files(tmp_path)
+
+
+def test_a_home_folder_that_is_unknown_is_refused() -> None:
+    with pytest.raises(UserError, match="~nobody-has-this-name/x: the home folder is unknown"):
+        open_storage("~nobody-has-this-name/x")
 
 
 def test_readers_get_complete_values_while_others_write(tmp_path: Path) -> None:

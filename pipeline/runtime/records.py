@@ -23,7 +23,7 @@ __all__ = [
 
 Record = TypeVar("Record")
 
-JsonObject = dict[str, Any]  # a JSON object whose entries are not known here
+JsonObject = dict[str, Any]  # Any: a JSON object whose entries are not known here
 Number = int | float  # a number as it stands on disk: 1 stays 1 and 1.0 stays 1.0
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
@@ -55,7 +55,7 @@ def read_record(cls: type[Record], data: object, where: str, *, ignore_unknown: 
 _REMEDY = "use the version of compress that made it, or restore it from a copy"
 
 
-def to_json(record: object) -> Any:
+def to_json(record: object) -> Any:  # Any: a dictionary for a dataclass, a list for a tuple of them
     """A record as JSON: dataclasses become dictionaries without their UNSET fields, tuples become lists."""
     return _with_lists(msgspec.to_builtins(record))
 
