@@ -1,8 +1,10 @@
 """What a launcher tells its processes is read as numbers in their ranges, or refused in words."""
 
 import os
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,21 @@ def test_a_value_that_cannot_be_is_refused_by_its_name(monkeypatch: pytest.Monke
     ):
         pass
     assert len(str(refused.value)) < 400
+
+
+def test_a_rank_that_reaches_no_other_says_where_it_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]  # nobody listens on it
+    set_variables(monkeypatch, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_PORT=str(port))
+    monkeypatch.setattr(collectives, "TIMEOUT", timedelta(seconds=1))
+    with (
+        pytest.raises(
+            UserError, match=rf"rank 1 cannot join the others by way of 127.0.0.1:{port} \(Dist.*check MASTER"
+        ),
+        collectives.process_group(),
+    ):
+        pass
 
 
 def test_a_command_with_a_malformed_launcher_ends_in_words(tmp_path: Path) -> None:

@@ -403,3 +403,11 @@ def test_a_folder_on_a_file_system_without_fsync_is_skipped(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "fsync", unable)
     storage.sync(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["", "\x1b]0;x", "Store", 5, None, "a" * 5 + "\n"])
+def test_a_manifest_of_an_impossible_kind_is_refused_in_words(kind: object, tmp_path: Path) -> None:
+    entries = {"format": artifact.FORMAT, "kind": kind, "identity": {}, "about": {}}
+    content = json.dumps({**entries, "digest": digests.fingerprint(entries)})
+    with pytest.raises(UserError, match="manifest.json is not valid: kind"):
+        artifact.parse(content.encode(), "S/manifest.json")

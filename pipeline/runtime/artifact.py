@@ -27,7 +27,7 @@ class Manifest:
     """The contents of a manifest.json. The records of a kind are read from `identity` and `about`."""
 
     format: int
-    kind: Annotated[str, Meta(pattern="^[a-z][a-z ]*$")]
+    kind: Annotated[str, Meta(pattern=r"^[a-z][a-z ]*\Z")]
     identity: JsonObject
     about: JsonObject
 

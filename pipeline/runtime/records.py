@@ -27,7 +27,7 @@ JsonObject = dict[str, Any]  # Any: a JSON object whose entries are not known he
 Number = int | float  # a number as it stands on disk: 1 stays 1 and 1.0 stays 1.0
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]  # BLAKE2b-128, see compress_ssl.pipeline.runtime.digests
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]  # BLAKE2b-128, see compress_ssl.pipeline.runtime.digests
 
 _FAULT = re.compile(r"(?P<what>.*?)(?: - at (?P<where>key in )?`\$?(?P<path>.*)`)?$", re.DOTALL)
 
