@@ -15,7 +15,7 @@ from pathlib import Path
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.config import check_choices, flag
 from compress_ssl.pipeline.runtime.config_values import as_texts, build, convert_values, parse_flags
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import shorten
@@ -42,9 +42,12 @@ class Config:
     """
 
     file: Path = flag(
-        help="YAML file with the keys out, store, student, method, at_once; distill and evaluate hold flags", place=True
+        help="A YAML file with the keys out, store, student, method and at_once; its keys distill and evaluate hold "
+        "flags of these commands.",
+        metavar="FILE",
+        place=True,
     )
-    dry_run: bool = flag(False, "list the passes without running them")
+    dry_run: bool = flag(False, "List the passes without running them.")
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,11 @@ def check_plan(plan: Plan, cells: Sequence[Cell], file: Path) -> dict[str, objec
             raise UserError(f"{count} combinations would share the folder {name}; rename a store, or take one out")
     set_by_sweep = ("run", "store", "model", "out")
     flags = parse_flags(evaluate.Config, plan.evaluate, f"evaluate of {file}", without=set_by_sweep)
-    for protocol in build(evaluate.Config, flags).protocol if flags else ():
-        PROTOCOLS.check(protocol)
+    if flags:
+        evaluation = build(evaluate.Config, flags)
+        check_choices(evaluation)
+        for protocol in evaluation.protocol:
+            PROTOCOLS.check(protocol)
     for store in dict.fromkeys(cell.config.store for cell in cells):
         artifact.read(open_storage(store), "store")
     for cell in cells:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from compress_ssl.pipeline.runtime import artifact, digests, storage
 from compress_ssl.pipeline.runtime.artifact import Mismatch
-from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.storage import INTERRUPTED, PART, UNREACHABLE, Folder, open_storage
+from compress_ssl.pipeline.runtime.errors import UserError, describe_disk_error
+from compress_ssl.pipeline.runtime.storage import INTERRUPTED, PART, Folder, open_storage
 
 
 class PowerCut(BaseException):
@@ -111,19 +111,18 @@ def test_a_rename_that_the_file_system_interrupts_is_repeated(
     assert files(tmp_path) == {"key": b"data"}
 
 
-@pytest.mark.parametrize("call", ["replace", "link", "fsync"])
-@pytest.mark.parametrize("number", sorted(UNREACHABLE))
-def test_a_network_file_system_that_does_not_answer_is_an_error_in_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+@pytest.mark.parametrize("number", sorted(INTERRUPTED))
+def test_a_file_system_that_interrupts_every_rename_ends_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def unreachable(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+    def interrupted(part: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number), str(part), None, str(target))
 
     monkeypatch.setattr(storage, "PAUSES", (0.0,))
-    monkeypatch.setattr(os, call, unreachable)
-    put = Folder(tmp_path).put_new if call == "link" else Folder(tmp_path).put
-    with pytest.raises(UserError, match=rf"key: the file system reports '{os.strerror(number)}'.*repeat the command"):
-        put("key", b"data")
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(OSError) as caught:
+        Folder(tmp_path).put("key", b"data")
+    assert describe_disk_error(caught.value).startswith(f"{tmp_path / 'key'}: the file system")
     assert "key" not in files(tmp_path)
 
 

@@ -95,6 +95,10 @@ class Subset(Dataset):
         self.label = whole.label[rows]
         self.classes = whole.classes
 
+    @property
+    def remedy(self) -> str:
+        return self.whole.remedy
+
     def load(self, i: int) -> tuple[np.ndarray, int]:
         return self.whole.load(int(self.rows[i]))
 

@@ -4,14 +4,14 @@ A method is one file of this package and one line of METHODS. Code outside the p
 `memory_bank` and `similarity` only, and builds methods through METHODS.
 """
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.runtime.registry import Registry
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.methods.base import Method
 
-METHODS = Registry(
+METHODS: "Registry[Method]" = Registry(
     "method",
     {
         "compress-2q": "compress_ssl.pipeline.methods.compress:TwoQueues",
@@ -24,8 +24,9 @@ METHODS = Registry(
         "esvit": "compress_ssl.pipeline.methods.esvit:EsVit",
         "dogo": "compress_ssl.pipeline.methods.dogo:Dogo",
         "dogo-frozen": "compress_ssl.pipeline.methods.dogo:DogoFrozen",
-        "python": "compress_ssl.pipeline.methods.python:UserMethod",
+        "python": "compress_ssl.pipeline.methods.python:method",
     },
+    packages="compress_ssl.methods",
 )
 
 
@@ -34,6 +35,6 @@ def find_method(text: str) -> "type[Method]":
 
     Raises UserError for an unknown method, and for a key that it does not take.
     """
-    spec = METHODS.check(text, given=("context",))
-    member = cast("type[Method]", METHODS.resolve(spec.kind))  # UserMethod is none, but has `for_spec` too
-    return member.for_spec(spec.argument)
+    member = METHODS.member(METHODS.check(text, given=("context",)))
+    found: type[Method] = member.build.for_spec(member.argument)  # type: ignore[attr-defined]  # a Method's class
+    return found

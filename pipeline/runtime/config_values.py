@@ -5,8 +5,10 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, TypeVar
 
+from compress_ssl.pipeline.runtime.config import choices, plain_types
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import shorten
 from compress_ssl.pipeline.runtime.registry import did_you_mean
@@ -19,6 +21,16 @@ C = TypeVar("C", bound="DataclassInstance")
 
 EXPONENT_NUMBER = re.compile(r"[-+]?[0-9.]+e[-+]?[0-9]+")
 """Numbers like 1e-3, which YAML 1.1 reads as text unless they have a dot and a signed exponent."""
+
+IN_WORDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path",
+    NoneType: "null",
+}
+"""What errors call the types of a flag."""
 
 
 def parse_flags(
@@ -47,7 +59,7 @@ def convert_values(config: "type[DataclassInstance]", values: Mapping[str, objec
 
 
 def _convert(key: str, value: object, hint: object) -> object:
-    types = typing.get_args(hint) or (hint,)  # of `float | None`, both
+    types = plain_types(hint)  # of `float | None`, both
     if typing.get_origin(hint) is tuple:
         return as_texts(value, key)
     if Path in types and isinstance(value, str):
@@ -60,9 +72,9 @@ def _convert(key: str, value: object, hint: object) -> object:
             raise UserError(
                 f"{key} is {shorten(repr(value), 80)}, but must be a number that a float can hold"
             ) from None
-    allowed = tuple(each for each in types if isinstance(each, type))
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        expected = " or ".join(each.__name__ for each in allowed if each is not type(None))
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        names = choices(hint)
+        expected = f"one of {', '.join(names)}" if names else " or ".join(IN_WORDS[each] for each in types)
         raise UserError(f"{key} is {shorten(repr(value), 80)}, but must be {expected}")
     return value
 

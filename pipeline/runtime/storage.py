@@ -10,7 +10,6 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +19,6 @@ from compress_ssl.pipeline.runtime.process import start_time
 PART = ".part"  # suffix of files that are being written; a killed writer leaves them behind, and `list` omits them
 _WRITER = re.compile(r"\.[0-9a-f]{8}\.(\d+)\.(.*)\.part$")  # groups: PID and host name of the writer
 INTERRUPTED = {errno.EINTR, errno.ESTALE}  # errors of network file systems that are gone when the call is repeated
-UNREACHABLE = INTERRUPTED | {errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ECONNRESET}
 PAUSES = (0.05, 0.5, 2.0)  # seconds before each repetition of an interrupted call
 _DAY = 86_400.0  # seconds; the age after which a part file of another machine is assumed to be abandoned
 
@@ -110,26 +108,23 @@ class Folder:
         return str(self.path)
 
     def get(self, key: str) -> bytes:
-        with _network_errors_in_words(self.path / key):
-            return (self.path / key).read_bytes()
+        return (self.path / key).read_bytes()
 
     def put(self, key: str, data: bytes) -> None:
         target = self.path / key
-        with _network_errors_in_words(target):
-            replace_file(self._write_part(target, data), target)
-            sync(target.parent)
+        replace_file(self._write_part(target, data), target)
+        sync(target.parent)
 
     def put_new(self, key: str, data: bytes) -> bool:
         target = self.path / key
-        with _network_errors_in_words(target):
-            part = self._write_part(target, data)
-            try:
-                os.link(part, target)
-            except FileExistsError:
-                return False
-            finally:
-                part.unlink()
-            sync(target.parent)
+        part = self._write_part(target, data)
+        try:
+            os.link(part, target)
+        except FileExistsError:
+            return False
+        finally:
+            part.unlink()
+        sync(target.parent)
         return True
 
     def delete(self, key: str) -> None:
@@ -200,20 +195,6 @@ def replace_file(part: Path, target: Path) -> None:
             if problem.errno not in INTERRUPTED or pause is None:
                 raise
             time.sleep(pause)
-
-
-@contextmanager
-def _network_errors_in_words(path: Path) -> Iterator[None]:
-    """Raise UserError for an error of the block that only network file systems have."""
-    try:
-        yield
-    except OSError as problem:
-        if problem.errno not in UNREACHABLE:
-            raise
-        raise UserError(
-            f"{path}: the file system reports {os.strerror(problem.errno or 0)!r}, as a network mount does that does "
-            "not answer; when it does, repeat the command to continue"
-        ) from None
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ an epoch reads only W views from the store. Nothing has to be saved in order to 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import get_args
 
 import numpy as np
 
@@ -18,15 +19,11 @@ from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.training.choices import Pairing
 from compress_ssl.pipeline.views.loader import ViewRequest
 from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
 
-PAIRINGS = ("same", "fresh", "cross")
-"""How a step pairs the student's views with the teacher's.
-
-same: both see the same stored view. fresh: the student sees a view that was never stored, the teacher a stored one.
-cross: they see two different stored views.
-"""
+PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
 
 
 @dataclass(frozen=True)

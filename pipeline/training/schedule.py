@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from compress_ssl.pipeline.runtime.errors import UserError
 
-SCHEDULES = ("cosine", "step", "constant")
+ScheduleKind = Literal["cosine", "step", "constant"]
+SCHEDULES: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
 
 
 @dataclass(frozen=True)
