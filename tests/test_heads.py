@@ -131,6 +131,29 @@ def test_a_layer_that_is_neither_linear_nor_a_norm_is_refused_with_its_shapes() 
         heads.ProjectionHead({"0.weight": torch.zeros(4, 3, 1, 1)})
 
 
+WRONG_HEADS = {
+    "no layer before the prototypes": {"last_layer.weight": torch.zeros(3, 2)},
+    "a bias of another length": {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(4)},
+    "a tensor that no layer has": {"0.weight": torch.zeros(3, 2), "0.gamma": torch.zeros(3)},
+    "statistics without a dimension": {"0.running_mean": torch.tensor(1.0)},
+    "a norm with statistics of another length": {"0.weight": torch.zeros(3), "0.running_mean": torch.zeros(4)},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_HEADS)
+def test_tensors_that_form_no_head_are_refused_in_words(name: str) -> None:
+    with pytest.raises(UserError, match="head"):
+        heads.ProjectionHead(WRONG_HEADS[name])
+
+
+@pytest.mark.parametrize("length", [None, torch.zeros(5), torch.zeros(3, 2)])
+def test_prototypes_whose_lengths_are_missing_or_of_another_number_are_refused(length: torch.Tensor | None) -> None:
+    for g, v in (("weight_g", "weight_v"), *[[f"parametrizations.weight.original{n}" for n in (0, 1)]]):
+        tensors = {f"last_layer.{v}": torch.ones(3, 2)} | ({} if length is None else {f"last_layer.{g}": length})
+        with pytest.raises(UserError, match=f"prototypes last_layer.{v} lack a last_layer.{g} of one number for each"):
+            heads.prototypes(tensors)
+
+
 # ---------------------------------------------------------------- a model's own heads
 
 BARE = "convnet:channels=4+8"
