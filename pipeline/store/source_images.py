@@ -29,7 +29,7 @@ def open_recorded(
             raise
         why = f"the images of {of} are not where they were: {problem}. Say where they are now with {flag}"
         raise UserError(why) from None
-    return dataset.restore_selection(made_of, ids)
+    return dataset.restore_selection(made_of["limit"], bool(made_of.get("selected")), ids)
 
 
 def require_exported(store: FeatureStore) -> None:
