@@ -55,7 +55,9 @@ class Config:
     command again continues an interrupted run; a larger --epochs makes a finished run longer.
     """
 
-    store: str = flag(help="The teacher's feature store: a folder, or s3://BUCKET/PREFIX, gs:// or az://.", metavar="STORE")
+    store: str = flag(
+        help="The teacher's feature store: a folder, or s3://BUCKET/PREFIX, gs:// or az://.", metavar="STORE"
+    )
     student: tuple[str, ...] = flag(
         help="A student: timm:NAME, torchvision:NAME, cifar-resnet:20, ... (compress models lists the kinds). Repeat "
         "the flag for several students.",

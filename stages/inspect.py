@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress_ssl.pipeline.evaluators.record import METRICS, read_evaluation_record, read_metrics
 from compress_ssl.pipeline.runtime import artifact, jsonl
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.formatting import format_bytes, format_duration
@@ -164,13 +165,13 @@ def list_checkpoints(storage: Storage) -> list[int]:
 
 def describe_evaluation(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any]:
     """An evaluation by title: its model, its images, the scores of each protocol and the path of its page."""
-    scores = artifact.read_json(storage, "metrics.json") if storage.exists("metrics.json") else {}
-    about = manifest.about
+    about = read_evaluation_record(manifest, str(storage)).about
+    protocols = read_metrics(storage).protocols if storage.exists(METRICS) else {}
     return {
-        "model": f"{about['model']['name']} ({about['model']['role']})",
-        "train": about["train"],
-        "val": about["val"],
-        **{name: json.dumps(found) for name, found in scores.items() if name not in ("model", "data")},
+        "model": f"{about.model.name} ({about.model.role})",
+        "train": about.train,
+        "val": about.val,
+        **{name: json.dumps(found) for name, found in protocols.items()},
         "report": f"{storage}/report.html" if storage.exists("report.html") else "not yet",
     }
 

@@ -1,10 +1,11 @@
 """`compress datasets`, `models`, `methods` and `protocols`: list what a spec can name."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import flag
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import JsonObject
 from compress_ssl.pipeline.runtime.registry import Registry
 
 GIVEN = ("context",)
@@ -35,7 +36,7 @@ class Protocols:
     """List what can be given as --protocol, with every key and its default."""
 
 
-def run(config: Datasets | Models | Methods | Protocols) -> JsonObject:
+def run(config: Datasets | Models | Methods | Protocols) -> CommandResult:
     """List one registry: {"summary": text, "menu": {kind: {"summary", "keys": {key: default}}}, "problems"}.
 
     A kind of an installed package also has "package". With a search text: {"summary", "names": the matching specs}.
@@ -53,7 +54,7 @@ def run(config: Datasets | Models | Methods | Protocols) -> JsonObject:
     return {"summary": "\n".join([*lines, *problems]), "menu": menu, "problems": problems}
 
 
-def find_registry(config: Datasets | Models | Methods | Protocols) -> Registry[object]:
+def find_registry(config: Datasets | Models | Methods | Protocols) -> Registry[Any]:
     """The registry that a command lists. It is imported here, so that the others are not."""
     if isinstance(config, Datasets):
         from compress_ssl.pipeline.datasets import DATASETS
@@ -72,7 +73,7 @@ def find_registry(config: Datasets | Models | Methods | Protocols) -> Registry[o
     return MODELS
 
 
-def describe(registry: Registry[object], kind: str) -> JsonObject:
+def describe(registry: Registry[Any], kind: str) -> dict[str, Any]:
     """{"summary", "keys"} of a kind, and "package" if it is of one; a kind that cannot be imported says so instead."""
     of = {"package": registry.package(kind)} if kind in registry.packages else {}
     try:
@@ -83,7 +84,7 @@ def describe(registry: Registry[object], kind: str) -> JsonObject:
         return {"summary": f"cannot be used: {problem}", "keys": {}, **of}
 
 
-def search_models(text: str) -> JsonObject:
+def search_models(text: str) -> CommandResult:
     """{"summary", "names"}: specs of the models of timm and torchvision whose names contain this text."""
     from compress_ssl.pipeline.models import names
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -22,6 +22,8 @@ from compress_ssl.pipeline.runtime import launch_env
 from compress_ssl.pipeline.runtime.device import choose_device
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.signals import Interrupted, StopRequest
+
+M = TypeVar("M", bound=nn.Module)
 
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 saves or evaluates --val; gloo detects a lost rank sooner
 REPORT_DELAY = 3.0  # seconds that a rank with a lost connection leaves to the rank that failed to report its error
@@ -48,18 +50,19 @@ def gather(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    return _Gather.apply(rows)
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
+    def forward(ctx: object, rows: Tensor) -> Tensor:
         parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
         distributed.all_gather(parts, rows.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
         whole = gradient.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(whole)
         return whole[rank() :: world_size()]
@@ -77,7 +80,7 @@ def wrap_ddp(module: nn.Module) -> nn.Module:
         return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
 
-def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> Any:
+def convert_sync_batchnorm(module: M, device: torch.device) -> M:
     """The module with batch norm over the batches of all ranks. Raises UserError on the CPU."""
     if world_size() == 1:
         return module
@@ -85,7 +88,7 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> Any:
         raise UserError("--sync-bn needs CUDA devices: torch has no synchronised batch norm for the CPU; leave it out")
     from timm.layers import convert_sync_batchnorm  # also converts timm's batch norms with an activation
 
-    return convert_sync_batchnorm(module)
+    return cast(M, convert_sync_batchnorm(module))  # another class only for a module that is itself a batch norm
 
 
 # ---------------------------------------------------------------- numbers

@@ -11,11 +11,13 @@ import safetensors.torch
 import torch
 
 from compress_ssl.pipeline.datasets.base import Dataset
+from compress_ssl.pipeline.evaluators.record import ModelRecord, PreprocessingRecord
 from compress_ssl.pipeline.extraction.teacher import load_live_teacher
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import read_record
 from compress_ssl.pipeline.runtime.storage import Folder, open_storage
 from compress_ssl.pipeline.store import source_images
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -27,14 +29,13 @@ MAX_REASON = 200  # characters of a library's error text that are repeated in ou
 
 @dataclass
 class ScoredModel:
-    """A model with what an evaluation records of it, how its images are rendered, and where the results belong."""
+    """A model with what an evaluation records of it and how its images are rendered."""
 
-    model: dict[str, Any]  # written to metrics.json: name, role, parameters, width in dims, spec, ...
+    model: ModelRecord
     weights: str  # digest of the weights
-    preprocessing: dict[str, Any]  # record of views.preprocessing.Preprocessing
+    preprocessing: PreprocessingRecord
     views: ViewSpec
     build_embedder: Callable[[], Embedder]  # returns the same network at every call
-    default_out: Path  # the evaluation folder if --out is not given
     data: dict[str, Any] | None = None  # the images it was trained or exported on: {"spec", "limit"}
     store: FeatureStore | None = None  # of a teacher: its stored features
     run: Path | None = None
@@ -63,14 +64,20 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
     size = image_size or student["preprocessing"]["size"]
     embedder = build(student["spec"], image_size=size, pretrained_default=False)
     load_student(embedder, file)
-    model = {"name": about["name"], "role": "student", "parameters": about["parameters"], "width": student["width"]}
     return ScoredModel(
-        model={**model, "spec": student["spec"], "run": str(folder), "method": manifest.identity["method"]},
+        model=ModelRecord(
+            about["name"],
+            "student",
+            about["parameters"],
+            student["width"],
+            spec=student["spec"],
+            run=str(folder),
+            method=manifest.identity["method"],
+        ),
         weights=embedder.digest(),
-        preprocessing=embedder.preprocessing.record(),
+        preprocessing=_record(embedder.preprocessing.record(), str(folder)),
         views=ViewSpec(**about["views_spec"]),
         build_embedder=lambda: embedder,
-        default_out=folder / "evaluation",
         data=about["data"],
         sample_ids=lambda: FeatureStore(open_storage(about["store"])).table("sample_id"),
         run=folder,
@@ -105,14 +112,14 @@ def open_teacher(store: FeatureStore) -> ScoredModel:
     if has_view_0:
         store.require_complete([0])
     where, teacher, about = str(store.storage), store.identity["teacher"], store.about
-    model = {"name": teacher["name"], "role": "teacher", "parameters": about["parameters"], "width": teacher["width"]}
     return ScoredModel(
-        model={**model, "spec": about["teacher"], "store": where},
+        model=ModelRecord(
+            teacher["name"], "teacher", about["parameters"], teacher["width"], spec=about["teacher"], store=where
+        ),
         weights=teacher["weights"],
-        preprocessing=teacher["preprocessing"],
+        preprocessing=_record(teacher["preprocessing"], where),
         views=ViewSpec(**store.identity["views"]),
         build_embedder=cache(partial(load_live_teacher, store)),
-        default_out=artifact.sibling(where, "-evaluation"),
         data=about["data"],
         store=store if has_view_0 else None,
         sample_ids=lambda: store.table("sample_id"),
@@ -122,20 +129,23 @@ def open_teacher(store: FeatureStore) -> ScoredModel:
 # ---------------------------------------------------------------- any model
 
 
-def open_model(spec: str, image_size: int | None, out: Path) -> ScoredModel:
-    """Any model by its spec, for instance `timm:resnet18`; `out` is the folder of its evaluation.
+def open_model(spec: str, image_size: int | None) -> ScoredModel:
+    """Any model by its spec, for instance `timm:resnet18`.
 
     A model without pretrained weights gets those that a run with --seed 0 starts from.
     """
     torch.manual_seed(RANDOM_WEIGHTS_SEED)
     embedder = build(spec, image_size=image_size, pretrained_default=False)
     parameters = sum(p.numel() for p in embedder.backbone.parameters())
-    model = {"name": embedder.name, "role": "model", "parameters": parameters, "width": embedder.width}
     return ScoredModel(
-        model={**model, "spec": spec},
+        model=ModelRecord(embedder.name, "model", parameters, embedder.width, spec=spec),
         weights=embedder.digest(),
-        preprocessing=embedder.preprocessing.record(),
+        preprocessing=_record(embedder.preprocessing.record(), spec),
         views=ViewSpec("crop-flip", 0, embedder.preprocessing.crop_ratio),
         build_embedder=lambda: embedder,
-        default_out=out,
     )
+
+
+def _record(preprocessing: object, where: str) -> PreprocessingRecord:
+    """The preprocessing as an evaluation's manifest has it; `where` names what it was read from."""
+    return read_record(PreprocessingRecord, preprocessing, where)

@@ -11,11 +11,14 @@ from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.evaluators.base import AugmentedFeatures, Split
 from compress_ssl.pipeline.evaluators.scored_model import ScoredModel
-from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
+from compress_ssl.pipeline.extraction.embed import embed
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.features import view_features
+from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
+from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -56,10 +59,10 @@ def load_splits(
 
 def embed_dataset(scored: ScoredModel, settings: EmbedSettings, dataset: Dataset, folder: Path) -> FeatureStore:
     """The scored model's features of view 0, as a store with one view in float32, resumed where it stopped."""
-    arrays = {"embedding": [scored.model["width"]]}
+    arrays = {"embedding": [scored.model.width]}
     identity = {
         "data": {"fingerprint": dataset.fingerprint, "images": len(dataset)},
-        "teacher": {"weights": scored.weights, "preprocessing": scored.preprocessing},
+        "teacher": {"weights": scored.weights, "preprocessing": to_json(scored.preprocessing)},
         "views": {**scored.views.record(), "policy": "none"},
         "arrays": arrays,
         "codec": "float32",
@@ -109,6 +112,14 @@ def build_split(store: FeatureStore, dataset: Dataset, classes: tuple[str, ...])
     # One more entry at the end: a label of -1 (none) indexes it and stays -1.
     joined = np.array([number.get(name, -1) for name in dataset.classes] + [-1], np.int64)
     return Split(store.read("embedding", 0)[rows], joined[dataset.label[rows]], rows, classes)
+
+
+def recorded_batch_size(folder: Path) -> int | None:
+    """The batch size of the features in FOLDER/train and FOLDER/val; None if none were begun."""
+    for part in ("train", "val"):
+        if artifact.claimed(Folder(folder / part), "store"):
+            return int(FeatureStore(Folder(folder / part)).identity["batch_size"])
+    return None
 
 
 # ---------------------------------------------------------------- random views

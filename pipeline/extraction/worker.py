@@ -11,7 +11,7 @@ from functools import partial
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.extraction import cluster
-from compress_ssl.pipeline.extraction.cluster import Outcome
+from compress_ssl.pipeline.extraction.cluster import Failed
 from compress_ssl.pipeline.extraction.codebook import train_codebooks
 from compress_ssl.pipeline.extraction.embed import Cost, embed
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
@@ -34,7 +34,7 @@ class ExportWorker:
     spec: ViewSpec
     extractor: FeatureExtractor
     workers: int | None  # loader processes or threads, as --workers; None: chosen by the number of cores
-    failed: Sequence[Outcome] = ()  # stays empty: a shard that fails in this process raises its exception
+    failed: Sequence[Failed[Shard]] = ()  # stays empty: a shard that fails in this process raises its exception
 
     def train_codebooks(self, stopped: Callable[[], bool] = lambda: False, threads: bool = False) -> None:
         """Train the codecs of the store that have no codebook yet. threads: see `compute`."""
@@ -75,13 +75,13 @@ class DaskExport:
 
     scheduler: str  # as --scheduler
     build: BuildWorker
-    failed: list[Outcome] = field(default_factory=list)  # shards that failed on their last attempt
+    failed: list[Failed[Shard]] = field(default_factory=list)  # shards that failed on their last attempt
 
     def train_codebooks(self, stopped: Callable[[], bool]) -> None:
         """Let one worker train the codecs of the store. Raises that worker's exception."""
         task = partial(_train_codebooks, self.build)
         for outcome in cluster.run_tasks(["codebook"], task, self.scheduler, stopped):
-            if outcome.error is not None:
+            if isinstance(outcome, Failed):
                 raise outcome.error
 
     def compute(self, shards: Sequence[Shard], progress: Callable[[int], None], stopped: Callable[[], bool]) -> Cost:
@@ -91,12 +91,12 @@ class DaskExport:
         """
         total, began = Cost(), time.monotonic()
         for outcome in cluster.run_tasks(shards, partial(_compute_shard, self.build), self.scheduler, stopped):
-            if outcome.error is None:
-                total += outcome.result
-                progress(outcome.task.stop - outcome.task.start)
-            else:
+            if isinstance(outcome, Failed):
                 self.failed.append(outcome)
                 echo(f"rows {outcome.task.start} to {outcome.task.stop - 1} failed: {outcome.error}")
+            else:
+                total += outcome.result
+                progress(outcome.task.stop - outcome.task.start)
         total.seconds = time.monotonic() - began
         return total
 
@@ -117,7 +117,7 @@ def _compute_shard(build: BuildWorker, shard: Shard) -> Cost:
 # ---------------------------------------------------------------- failed shards
 
 
-def require_no_failures(failed: Sequence[Outcome], pending: int) -> None:
+def require_no_failures(failed: Sequence[Failed[Shard]], pending: int) -> None:
     """Raises UserError, with the reason of the first failed shard, if any of `pending` shards failed."""
     if failed:
         first = failed[0]

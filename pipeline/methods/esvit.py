@@ -153,6 +153,7 @@ class Prototypes(nn.Module):
     """
 
     tau_t, tau_s = 0.04, 0.1  # overwritten by EsVit's keys
+    prototypes: Tensor  # (C, P)
     centre: Tensor  # (C,)
 
     def __init__(
@@ -172,7 +173,8 @@ class Prototypes(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, D) -> (n, C)"""
-        return self.head(x) @ self.prototypes.T  # type: ignore[operator]
+        out: Tensor = self.head(x)  # (n, P)
+        return out @ self.prototypes.T
 
     def update(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
         """Move the centre towards the mean teacher logits. teacher: (B * W, D), or regions (B * W, R, D)."""

@@ -106,7 +106,9 @@ class ProjectionHead(nn.Sequential):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(n, D) -> (n, P)"""
-        out = super().forward(embedding)
+        out = embedding
+        for layer in self:
+            out = layer(out)
         return F.normalize(out, dim=-1) if self.unit else out
 
 
@@ -143,4 +145,4 @@ def frozen_classifier(layer: nn.Module) -> nn.Linear:
         raise UserError(f"the classifier is a {type(layer).__name__}, not one linear layer; keep embedding only")
     copy = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     copy.load_state_dict(layer.state_dict())
-    return copy.eval().requires_grad_(False)  # type: ignore[return-value]
+    return copy.eval().requires_grad_(False)

@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -80,7 +79,7 @@ def _head_of_other_tables(tables: Mapping[str, State], loaded: str, selection: S
     return head
 
 
-def _find_tables(node: Mapping[str, Any], path: str = "") -> dict[str, State]:
+def _find_tables(node: Mapping[str, object], path: str = "") -> dict[str, State]:
     """{dotted path: table} for every dictionary in a checkpoint that holds tensors by name."""
     table = {key: value.detach() for key, value in node.items() if isinstance(key, str) and isinstance(value, Tensor)}
     found = {path: table} if table else {}
@@ -98,7 +97,7 @@ def _keys(tables: Iterable[str]) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def read(file: Path) -> Mapping[str, Any]:
+def read(file: Path) -> Mapping[str, object]:
     """Read the (nested) dictionary in a file, with torch.load(weights_only=True) or safetensors.
 
     Raises UserError if the file is missing or damaged, if it would run code, or if it holds no dictionary.

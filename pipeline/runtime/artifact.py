@@ -47,12 +47,12 @@ class OtherFormat(UserError):
     """The manifest was written by a version of compress that uses another format."""
 
 
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+def differences(there: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:
     """The entries that differ, as ["optimizer.lr is 0.01 there, 0.02 asked", ...]; nested keys are joined by dots."""
     return list(_unequal(there, asked).values())
 
 
-def _unequal(there: Mapping[str, Any], asked: Mapping[str, Any], under: str = "") -> dict[str, str]:
+def _unequal(there: Mapping[str, object], asked: Mapping[str, object], under: str = "") -> dict[str, str]:
     """{dotted name: "NAME is OLD there, NEW asked"} of the entries that differ; a missing entry counts as null."""
     out: dict[str, str] = {}
     for key in sorted({*there, *asked}):
@@ -65,14 +65,14 @@ def _unequal(there: Mapping[str, Any], asked: Mapping[str, Any], under: str = ""
     return out
 
 
-def _numbered(value: Any) -> Any:
+def _numbered(value: object) -> object:
     """A list of records as {"0": record, ...}, so that only the records that differ are reported."""
     if isinstance(value, list) and value and all(isinstance(record, Mapping) for record in value):
         return {str(number): record for number, record in enumerate(value)}
     return value
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """JSON of at most 80 characters, so that an error stays readable."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -148,7 +148,7 @@ def to_bytes(manifest: Manifest) -> bytes:
     return json.dumps({**entries, "digest": fingerprint(entries)}, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def write(storage: Storage, kind: str, identity: Mapping[str, Any], about: Mapping[str, Any]) -> Manifest:
+def write(storage: Storage, kind: str, identity: Mapping[str, object], about: Mapping[str, object]) -> Manifest:
     """Write the manifest atomically and return it."""
     # Through JSON, so that tuples are lists here too, as after reading.
     manifest = Manifest(FORMAT, kind, json.loads(canonical(identity)), json.loads(canonical(about)))
@@ -157,7 +157,7 @@ def write(storage: Storage, kind: str, identity: Mapping[str, Any], about: Mappi
 
 
 def claim(
-    storage: Storage, kind: str, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None
+    storage: Storage, kind: str, identity: Mapping[str, object], about: Mapping[str, object] | None = None
 ) -> tuple[Manifest, bool]:
     """Make a folder an artifact of a kind and identity -> (its manifest, whether it was written just now).
 

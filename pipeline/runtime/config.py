@@ -4,19 +4,22 @@ import typing
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
 from types import NoneType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Panel = Literal["What", "Recipe", "Views", "Speed", "Output"]
 """The sections of a command's help, in the order in which they are shown."""
 
 
 # The result is Any because a field stands where the class body promises a value of the field's own type, as with
-# dataclasses.field; the default may be of any type for the same reason.
+# dataclasses.field.
 def flag(
-    default: Any = MISSING, help: str = "", *, panel: Panel = "What", metavar: str = "", short: str = "",
+    default: object = MISSING, help: str = "", *, panel: Panel = "What", metavar: str = "", short: str = "",
     place: bool = False,
 ) -> Any:  # fmt: skip
     """A dataclass field that becomes a command line flag; without a default the flag is required.
@@ -29,7 +32,7 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
-def to_flags(config: Any) -> list[str]:
+def to_flags(config: "DataclassInstance") -> list[str]:
     """The command line arguments that reproduce a Config; fields that have their default value are left out.
 
     Positional arguments come as they are, in the order of the fields; a flag comes as one word, "--name=value", so
@@ -56,7 +59,7 @@ def flag_name(field_name: str) -> str:
 # ---------------------------------------------------------------- checks
 
 
-def require(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
+def require(config: "DataclassInstance", rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
     """Check fields against {name: (predicate, "must be ...")} and all choices; the value None passes a rule.
 
     Raises UserError.
@@ -68,7 +71,7 @@ def require(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) ->
             raise UserError(f"--{flag_name(name)} is {value}, but {words}")
 
 
-def check_choices(config: Any) -> None:
+def check_choices(config: "DataclassInstance") -> None:
     """Raises UserError if a field whose type is a Literal has a value outside it.
 
     A Config that was made in Python or from a sweep's file is checked alike, and in the same words.
@@ -85,19 +88,20 @@ def check_choices(config: Any) -> None:
                 raise UserError(f"--{flag_name(f.name)} is {member}, but must be one of {', '.join(known)}{hint}")
 
 
-def choices(hint: Any) -> tuple[str, ...]:
+def choices(hint: object) -> tuple[str, ...]:
     """The names in a field's type: those of Literal[...], `Literal[...] | None` and tuple[Literal[...], ...]."""
     if typing.get_origin(hint) is Literal:
         return tuple(map(str, typing.get_args(hint)))
     return tuple(name for part in typing.get_args(hint) for name in choices(part))
 
 
-def plain_types(hint: Any) -> tuple[Any, ...]:
+def plain_types(hint: object) -> tuple[type, ...]:
     """The types in a field's type, such as (float, NoneType) of `float | None`, with str in place of a Literal."""
     if typing.get_origin(hint) is Literal:
         return (str,)
-    parts = typing.get_args(hint)
-    return tuple(found for part in parts for found in plain_types(part)) if parts else (hint,)
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return (hint,)
+    return tuple(found for part in typing.get_args(hint) for found in plain_types(part))
 
 
 # Rules for `require`: (predicate, what the error says a value must be).

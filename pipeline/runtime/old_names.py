@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from compress_ssl.pipeline.runtime.progress import echo
 
@@ -232,7 +231,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 class _Moved(ModuleType):
     """A module under its old name; its attributes are looked up in the module of the new name."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
         module, _, renamed = RENAMED.get(self.__name__, {}).get(name, name).rpartition(":")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.process import start_time
 
 PART = ".part"  # suffix of files that are being written; a killed writer leaves them behind, and `list` omits them
@@ -87,11 +88,19 @@ def absolute(where: str | os.PathLike[str]) -> str:
     return os.fspath(where) if is_url(where) else str(Folder(os.fspath(where).removeprefix("file://")).path.absolute())
 
 
+def local_path(text: str | os.PathLike[str]) -> Path:
+    """A path in which a beginning `~` is the home folder. Raises UserError if there is no such user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{os.fspath(text)}: the home folder is unknown; write the whole path") from None
+
+
 class Folder:
     """Storage in a local folder. A put writes a part file, fsyncs it, renames it and fsyncs the folder."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser()
+        self.path = local_path(path)
 
     def __str__(self) -> str:
         return str(self.path)

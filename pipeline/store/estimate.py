@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_ssl.pipeline.runtime.formatting import format_bytes
-from compress_ssl.pipeline.runtime.storage import is_url
+from compress_ssl.pipeline.runtime.storage import is_url, local_path
 from compress_ssl.pipeline.store.codecs import Codec, build_codec
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK
 from compress_ssl.pipeline.store.shards import Shard, is_local
@@ -60,6 +60,6 @@ def _shard_cost(identity: Mapping[str, Any], kind: Codec, shard: Shard) -> tuple
 
 def free_disk(out: str) -> tuple[int, Path]:
     """(free bytes, folder that was asked): `out`, or the nearest folder above it that exists."""
-    folder = Path(out).expanduser().absolute()
+    folder = local_path(out).absolute()
     existing = next(path for path in [folder, *folder.parents] if path.exists())
     return shutil.disk_usage(existing).free, existing
