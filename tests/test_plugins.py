@@ -92,13 +92,15 @@ def test_the_tests_of_the_page_pass(home: Path) -> None:
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 
 
-def test_dask_workers_load_a_data_set_from_a_users_file(home: Path) -> None:
+def test_dask_workers_load_a_data_set_from_a_users_file_and_leave_out_a_bad_image(home: Path) -> None:
+    (home / "03.png").unlink()
     export_teacher.run(
         export_teacher.Config(
             "python:photos.py:Listed,table=photos.csv", "python:nets.py:tiny", "store", views=1, scheduler="processes:1"
         )
     )
-    assert (FeatureStore(open_storage("store")).table("status") == 0).all()
+    assert np.flatnonzero(FeatureStore(open_storage("store")).table("status")).tolist() == [3]
+    assert "No such file or directory" in (home / "store/bad-images.tsv").read_text()
 
 
 def test_a_data_set_from_a_file_pickles_to_a_process_that_has_not_imported_the_file(home: Path) -> None:
