@@ -44,7 +44,7 @@ class Config:
     precision: Precision | None = flag(None, "Arithmetic of the teacher. Default: as exported.", panel="Speed")
 
 
-def run(config: Config) -> JsonObject:
+def run(config: Config) -> CommandResult:
     """Returns {"summary", "damaged", "mended", "pending"}, and with a sample the record of `verification.Verdict`.
 
     Raises UserError if the store is damaged and --repair is not given, or if stored features do not fit the teacher.

@@ -1,16 +1,15 @@
 """check_method: a test of the requirements that the training loop has of every method, for your own methods too."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext
+from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext, Outputs
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.models.network import Network
@@ -43,7 +42,7 @@ WIDTHS: dict[str, tuple[int, ...]] = {
 
 
 def check_method(
-    build: Callable[..., Method], /, *, students: int = 1, heads: Mapping[str, Tensor] | None = None, **options: Any
+    build: Callable[..., Method], /, *, students: int = 1, heads: Mapping[str, Tensor] | None = None, **options: object
 ) -> None:
     """Train a method for six steps on artificial data and raise AssertionError if it breaks a requirement.
 
@@ -104,7 +103,7 @@ def check_method(
 
 def _build_learner(
     build: Callable[..., Method],
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     students: int,
     heads: Mapping[str, Tensor] | None,
     folder: Path,
@@ -170,7 +169,7 @@ def _take_step(learner: Learner, step: int, name: str) -> list[float]:
     count = len(learner.students)
     forward = type(learner.method).forward
 
-    def checked_forward(self: Any, batch: Batch, outputs: Any) -> list[Tensor]:
+    def checked_forward(self: Method, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         losses = forward(self, batch, outputs)
         assert len(losses) == count, f"{name}.forward returned {len(losses)} losses for {count} students"
         shapes = [tuple(loss.shape) for loss in losses if loss.dim()]
