@@ -1,7 +1,7 @@
 """`compress sweep FILE.yaml`: train, evaluate and compare a grid of students, methods and stores.
 
 A sweep runs the commands `distill`, `evaluate` and `compare`; of its own, it writes nothing. Combinations that need
-the same images in the same order share one pass over them (`distill.data_pass_key`).
+the same images in the same order share one pass over them (`distill.Job.data_pass_key`).
 """
 
 import itertools
@@ -10,6 +10,7 @@ import typing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ class Cell:
     name: str  # of its folder, relative to the sweep's
     config: distill.Config
 
+    @cached_property
+    def job(self) -> distill.Job:
+        """The command with its specs parsed and what its folder recorded, as it was before the sweep began."""
+        return distill.resolve(self.config)
+
 
 def run(config: Config) -> dict[str, Any]:
     """Returns {"summary", "passes", "runs", "page"}; of a dry run, the first two.
@@ -75,7 +81,7 @@ def run(config: Config) -> dict[str, Any]:
         unfinished |= train(group)
 
     # ---------------------------------------------------------------- evaluation
-    folders = [folder for cell in cells for folder in distill.run_folders(cell.config)]
+    folders = [folder for cell in cells for folder in cell.job.folders]
     runs = [folder for folder in folders if folder not in unfinished]
     evaluations = evaluate_all(cells, runs, evaluation_flags)
     page = Path(plan["out"]) / "compare.html"
@@ -120,7 +126,7 @@ def group_into_passes(cells: Sequence[Cell], at_once: int | None) -> list[list[C
     """
     by_key: dict[Any, list[list[Cell]]] = {}
     for cell in cells:
-        groups = by_key.setdefault(distill.data_pass_key(cell.config), [[]])
+        groups = by_key.setdefault(cell.job.data_pass_key, [[]])
         students = sum(len(other.config.student) for other in [*groups[-1], cell])
         if at_once and students > at_once and groups[-1]:
             groups.append([])
@@ -138,7 +144,7 @@ def train(cells: Sequence[Cell]) -> dict[Path, str]:
     finished: Sequence[Path] = ()
     try:
         if len(cells) > 1:
-            distill.train_together([cell.config for cell in cells])
+            distill.train_together([cell.job for cell in cells])
         else:
             distill.run(cells[0].config)
         return {}
@@ -154,10 +160,7 @@ def train(cells: Sequence[Cell]) -> dict[Path, str]:
             raise
         why = "a rank failed, see above"
     unfinished = {
-        folder: f"{cell.name}: {why}"
-        for cell in cells
-        for folder in distill.run_folders(cell.config)
-        if folder not in finished
+        folder: f"{cell.name}: {why}" for cell in cells for folder in cell.job.folders if folder not in finished
     }
     for failure in dict.fromkeys(unfinished.values()):
         echo(f"failed: {failure}")

@@ -1,15 +1,13 @@
 """A user's own method, `python:module:Class,key=value` or `python:FILE.py:Class,key=value`."""
 
 import inspect
-import typing
-from pathlib import Path
-from typing import Any
 
 from compress_ssl.pipeline.methods import version1
 from compress_ssl.pipeline.methods.base import Method, MethodContext
+from compress_ssl.pipeline.methods.options import convert_loosely
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.import_object import import_object
-from compress_ssl.pipeline.runtime.registry import convert, did_you_mean, literal
+from compress_ssl.pipeline.runtime.registry import did_you_mean
 
 
 class UserMethod:
@@ -32,20 +30,16 @@ class UserMethod:
             if key not in known:
                 keys = ", ".join(known) or "none"
                 raise UserError(f"python:{place} has no key {key!r}{did_you_mean(key, known) or '.'} Known: {keys}")
-        values = {key: convert_option(text, known.get(key), place) for key, text in options.items()}
+        values = {
+            key: convert_loosely(value, known.get(key), f"python:{place}") if isinstance(value, str) else value
+            for key, value in options.items()  # a value that is no text was converted before
+        }
         return build(**{context_name: context}, **values)
 
     @staticmethod
     def for_spec(place: str) -> type[Method]:
         """The user's class, whose `recipe` and `needs` apply."""
         return import_method(place)
-
-
-def convert_option(text: str, parameter: inspect.Parameter | None, place: str) -> Any:
-    """`text` as the annotated bool, int, float or Path, else as a Python literal. Raises UserError if it cannot be."""
-    if parameter and {parameter.annotation, *typing.get_args(parameter.annotation)} & {bool, int, float, Path}:
-        return convert(text, parameter, f"python:{place} {parameter.name}=")
-    return literal(text)
 
 
 def import_method(place: str) -> type[Method]:

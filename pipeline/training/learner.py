@@ -34,17 +34,8 @@ class Learner:
     The result does not depend on which other learners train in the same run.
     """
 
-    def __init__(
-        self, students: Sequence[Student], method: Method, settings: TrainingSettings, *,
-        name: str = "", warmup_epochs: float = 0.0,
-    ):  # fmt: skip
-        """name: the method's spec as the user wrote it, for the manifest and messages.
-
-        warmup_epochs: the warm-up as it was asked for, for the manifest; `settings.schedule` holds it as a
-        fraction of the run, which changes when the run is made longer.
-        """
+    def __init__(self, students: Sequence[Student], method: Method, settings: TrainingSettings):
         self.students, self.method, self.settings = list(students), method, settings
-        self.name, self.warmup_epochs = name, warmup_epochs
         specs = "+".join(student.model.spec for student in students)
         self.seed = settings.seed ^ (zlib.crc32(specs.encode()) << 32)  # learners of one run draw independently
         module = DistillationModule(students, method)

@@ -41,6 +41,7 @@ class Trainer:
             stop = collectives.SharedStopRequest(stack.enter_context(StopRequest()))
             folders = [student.folder for student in training_run.students] if collectives.rank() == 0 else []
             leases = [stack.enter_context(Lease(Folder(folder))) for folder in folders]
+            training_run.record_changes()
             echo(training_run.summary())
             bar = stack.enter_context(progress_bar("distill", steps, "steps", training_run.start))
             for learner in training_run.learners if folders else []:

@@ -1,0 +1,121 @@
+"""A student as a command uses it: its spec, with what a run in its folder recorded for the keys that are not given."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from compress_ssl.pipeline.models import MODELS
+from compress_ssl.pipeline.models.factory import ModelOptions
+from compress_ssl.pipeline.runtime.artifact import MANIFEST
+from compress_ssl.pipeline.runtime.records import UnsetType
+from compress_ssl.pipeline.runtime.registry import Spec, convert, parse
+from compress_ssl.pipeline.training.run_record import Option, RunRecord
+from compress_ssl.pipeline.training.version1_defaults import STUDENT_OPTIONS
+
+
+@dataclass(frozen=True)
+class StudentChoice:
+    """A student's spec, its own options, the size of its images and the folder of its run."""
+
+    words: str  # the spec as it was typed when the run was begun: for its record, its seed and messages
+    spec: str  # the same with every own option, to build the network from
+    options: Mapping[str, Any]  # JSON values of the own options; empty for a network of another library
+    image_size: int | None  # side in pixels; None: the student's own
+    folder: Path
+    recorded: Mapping[str, Any] | None = None  # own options with which the run in the folder was begun; None: no run
+
+
+def choose_student(text: str, folder: Path, record: RunRecord | None, image_size: int | None) -> StudentChoice:
+    """The student of a spec as typed, in a folder that may hold a run of it.
+
+    Keys that the spec does not give are those of the recorded spec, if both name the same network. Raises UserError
+    for an unknown kind of model and for a value of the wrong type.
+    """
+    typed = MODELS.parse(text)
+    own = own_parameters(typed.kind)
+    there = parse(record.identity.student.spec) if record else None
+    if record is None or there is None or not _same_network(typed, there, own):
+        options = {**_defaults(own), **_given(typed, own)}
+        return StudentChoice(text, str(_with_options(typed, own, options)), options, image_size, folder)
+    # ---------------------------------------------------------------- the run in the folder is one of this network
+    saved = record.identity.student
+    recorded = {**_defaults(own), **STUDENT_OPTIONS.get(typed.kind, {}), **_given(there, own)}
+    recorded |= _recorded(saved.options, own, f"{folder}/{MANIFEST}")
+    options = {**{name: value for name, value in recorded.items() if name in own}, **_given(typed, own)}
+    spec = Spec(typed.kind, typed.argument or there.argument, {**there.options, **typed.options})
+    same_words = _foreign(spec, own) == _foreign(there, own)
+    words = saved.spec if same_words else text
+    size = image_size if image_size or "size" in typed.options else saved.preprocessing.size
+    return StudentChoice(words, str(_with_options(spec, own, options)), options, size, folder, recorded)
+
+
+def own_parameters(kind: str) -> dict[str, inspect.Parameter]:
+    """{option: its parameter} of a kind's own options that have a default, the argument included.
+
+    Empty for a kind that passes its keys on to another library or to a user's function.
+    """
+    parameters = inspect.signature(MODELS.resolve(kind)).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return {}
+    common = {f.name for f in fields(ModelOptions)}
+    return {p.name: p for p in parameters if p.name not in common and p.default is not inspect.Parameter.empty}
+
+
+def _same_network(one: Spec, other: Spec, own: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether two specs name one network, except for its options."""
+    return one.kind == other.kind and (_argument_name(own) is not None or one.argument == other.argument)
+
+
+def _argument_name(own: Mapping[str, inspect.Parameter]) -> str | None:
+    """The own option that the argument of a spec gives; None if there is none."""
+    return next((name for name, p in own.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY), None)
+
+
+def _defaults(own: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    return {name: _to_json(p.default) for name, p in own.items()}
+
+
+def _given(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """The own options that a spec gives, as JSON values."""
+    argument = _argument_name(own)
+    texts = {key: text for key, text in spec.options.items() if key in own and key != argument}
+    if argument and spec.argument:
+        texts[argument] = spec.argument
+    return {key: _to_json(convert(text, own[key], _place(spec.kind, key, argument))) for key, text in texts.items()}
+
+
+def _recorded(
+    saved: Mapping[str, Option] | UnsetType, own: Mapping[str, inspect.Parameter], where: str
+) -> dict[str, Any]:
+    """The options of a record. Raises UserError, which names the manifest, for a value of the wrong type."""
+    options = dict(saved or {})
+    for key in options.keys() & own.keys():
+        convert(_to_text(options[key]), own[key], f"{where}: identity.student.options.{key} is ")
+    return options
+
+
+def _place(kind: str, key: str, argument: str | None) -> str:
+    return f"{kind}:" if key == argument else f"{kind} {key}="
+
+
+def _foreign(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, str]:
+    """The options of a spec that are not the network's own."""
+    return {key: text for key, text in spec.options.items() if key not in own or key == _argument_name(own)}
+
+
+def _with_options(spec: Spec, own: Mapping[str, inspect.Parameter], options: Mapping[str, Any]) -> Spec:
+    """The spec with every own option."""
+    argument = _argument_name(own)
+    texts = {key: _to_text(value) for key, value in options.items()}
+    head = texts.pop(argument) if argument else spec.argument
+    return Spec(spec.kind, head, {**_foreign(spec, own), **texts})
+
+
+def _to_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _to_text(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
