@@ -11,21 +11,30 @@ import os
 import signal
 import sys
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from compress_ssl.pipeline.runtime.config import check_choices, choices, flag_name
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.help_page import Rows, format_page, sections_of, value_name
 from compress_ssl.pipeline.runtime.launch_env import is_launched, is_main_process
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.signals import Interrupted
 
+if TYPE_CHECKING:
+    from typer._click.core import Command as AnyCommand
+    from typer._click.core import Context
+    from typer._click.exceptions import ClickException
+    from typer._click.formatting import HelpFormatter
+
 # Typer contains a copy of click, or depends on it, according to its version: the base class of usage errors is found
 # by its name.
-UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+UsageProblem: "type[ClickException]" = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 COMMANDS = {
     "export-teacher": ("export_teacher", "Run the frozen teacher once over every view and store its embeddings."),
@@ -48,6 +57,24 @@ A module is imported only when its command is run or its own --help is shown.
 """
 
 
+SETTINGS = {"max_content_width": 100}
+"""Of every command: the help is as wide as the terminal, but its lines grow no longer than this."""
+
+JSON = ("--json", "Print one JSON object on stdout instead of the summary.")
+HELP = ("--help", "Show this page and exit.")
+
+
+class Command(TyperCommand):
+    """A command whose --help has one section for each panel of its Config."""
+
+    sections: Mapping[str, Rows] = {}
+
+    def format_help(self, ctx: "Context", formatter: "HelpFormatter") -> None:
+        """Write the page to the formatter."""
+        self.format_usage(ctx, formatter)
+        formatter.write(format_page(self.help or "", self.sections, formatter.width))
+
+
 class Commands(TyperGroup):
     """The commands of COMMANDS whose names begin with `prefix`. Listing them imports no stage.
 
@@ -56,23 +83,38 @@ class Commands(TyperGroup):
 
     prefix = ""
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
+        """The arguments that are left for the command. Without any, the page is printed, and it is a usage error."""
+        if not args:
+            _print(ctx.get_help())
+            ctx.fail("No command was given")
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: "Context") -> list[str]:
         """The first words of the commands' names, after the prefix and without repetition."""
         words = (name.removeprefix(self.prefix).split()[0] for name in COMMANDS if name.startswith(self.prefix))
         return list(dict.fromkeys(words))
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+    def get_command(self, ctx: "Context", cmd_name: str) -> "AnyCommand":
         """A group, or a command with its summary alone. Raises UserError for an unknown name."""
         name = self.prefix + cmd_name
         if any(known.startswith(f"{name} ") for known in COMMANDS):
-            group = Commands(name=cmd_name, help=f"Commands for a {name}.", no_args_is_help=True)
+            group = Commands(name=cmd_name, help=f"Commands for a {name}.", context_settings=SETTINGS)
             group.prefix = f"{name} "
             return group
         if name not in COMMANDS:
             raise UserError(f"no command {name!r}{did_you_mean(name, COMMANDS) or '.'} Known: {', '.join(COMMANDS)}")
         return TyperCommand(cmd_name, help=COMMANDS[name][1])
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+    def format_help(self, ctx: "Context", formatter: "HelpFormatter") -> None:
+        """Write the page to the formatter: the commands and their summaries."""
+        names = self.list_commands(ctx)
+        summaries = [(name, COMMANDS.get(self.prefix + name, ("", f"Commands for a {name}."))[1]) for name in names]
+        self.format_usage(ctx, formatter)
+        sections: dict[str, Rows] = {"Commands": summaries, "Options": [HELP]}
+        formatter.write(format_page(self.help or "", sections, formatter.width))
+
+    def resolve_command(self, ctx: "Context", args: list[str]) -> tuple[str | None, "AnyCommand | None", list[str]]:
         """The command to run for these arguments, with all its options, as (name, command, remaining arguments)."""
         name, command, rest = super().resolve_command(ctx, args)
         full_name = f"{self.prefix}{name}"
@@ -81,7 +123,7 @@ class Commands(TyperGroup):
         return name, command, rest
 
 
-app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
 
 
 @app.callback()
@@ -89,14 +131,20 @@ def _root() -> None:
     """Compress a self-supervised vision model into small ones: export its views once, distill many, evaluate."""
 
 
-def _command(name: str, where: str, summary: str) -> Any:
+def _command(name: str, where: str, summary: str) -> Command:
     """A Typer command with one option per field of a stage's Config. where: module, or module:Config."""
     module_name, _, config_name = where.partition(":")
     module = importlib.import_module(f"compress_ssl.stages.{module_name}")
     config = getattr(module, config_name or "Config")
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name, help=inspect.getdoc(config) or summary)(_function(config, module.run))
-    return typer.main.get_command(single)
+    described = single.command(name, cls=Command, help=inspect.getdoc(config) or summary, context_settings=SETTINGS)
+    described(_function(config, module.run))
+    command = typer.main.get_command(single)
+    assert isinstance(command, Command)
+    sections = sections_of(config)
+    last = next(reversed(sections))
+    command.sections = {**sections, last: [*sections[last], JSON, HELP]}
+    return command
 
 
 def _function(config: Any, run: Any) -> Any:
@@ -105,13 +153,15 @@ def _function(config: Any, run: Any) -> Any:
     def call(**values: Any) -> None:
         as_json = values.pop("json")
         settings = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        result = run(config(**settings))
+        made = config(**settings)
+        check_choices(made)
+        result = run(made)
         if result:  # only rank 0 of several ranks returns a result
             _print(json.dumps(result, default=str) if as_json else result.get("summary", ""))
 
     hints = typing.get_type_hints(config)
     parameters = [_parameter(field, hints[field.name]) for field in fields(config)]
-    as_json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout instead of the summary")]
+    as_json = Annotated[bool, typer.Option("--json")]
     parameters.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=as_json))
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -120,14 +170,14 @@ def _function(config: Any, run: Any) -> Any:
 
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     """A field of a Config as a parameter that Typer reads as an option, or as an argument if the field has `place`."""
-    kind = list[str] if typing.get_origin(hint) is tuple else hint
-    name, short = field.name.replace("_", "-"), field.metadata.get("short")
+    # Choices are text for the parser: `check_choices` refuses a wrong one in the same words as for Python.
+    kind = list[str] if typing.get_origin(hint) is tuple else str | None if choices(hint) else hint
+    name, short = flag_name(field.name), field.metadata["short"]
     is_switch = kind is bool or bool in typing.get_args(kind)
     names = [f"--{name}/--no-{name}" if is_switch else f"--{name}"]
     if short:
         names.append(short)
-    text = field.metadata.get("help")
-    info = typer.Argument(help=text) if field.metadata.get("place") else typer.Option(*names, help=text)
+    info = typer.Argument(metavar=value_name(field, hint)) if field.metadata["place"] else typer.Option(*names)
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     if isinstance(default, tuple):
         default = list(default)
@@ -239,10 +289,11 @@ def _describe_exhaustion(problem: Exception) -> str:
     return ""
 
 
-def _describe_usage_error(problem: Any) -> str:
+def _describe_usage_error(problem: "ClickException") -> str:
     """What is wrong with the arguments, and which --help lists the valid ones."""
-    text = problem.format_message().strip().rstrip(".") or "no command was given"
-    where = problem.ctx.command_path if problem.ctx else ""
+    text = problem.format_message().strip().rstrip(".")
+    context = getattr(problem, "ctx", None)
+    where = context.command_path if context else ""
     return f"{text}; {where} --help lists commands and options" if where else text
 
 

@@ -14,8 +14,10 @@ from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 class Config:
     """One table and one page over many evaluations, with the teacher in the first row."""
 
-    folder: tuple[str, ...] = flag(help="evaluations, or runs and stores that have one; folders or URLs", place=True)
-    out: Path = flag(Path("compare.html"), "the page to write")
+    folder: tuple[str, ...] = flag(
+        help="Evaluations, or runs and stores that have one: folders or URLs.", metavar="FOLDER", place=True
+    )
+    out: Path = flag(Path("compare.html"), "The page to write.", metavar="FILE")
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -53,9 +53,9 @@ class Config:
     the teacher, with the same students untrained, and with raw pixels. Running the same command again resumes it.
     """
 
-    out: Path = flag(Path("demo"), "folder of all results of the demo")
-    epochs: float = flag(30.0, "training epochs of the students; fewer give a faster demo with lower scores")
-    overwrite: bool = flag(False, "start from scratch; an existing demo is moved aside, not deleted")
+    out: Path = flag(Path("demo"), "The folder of all results of the demo.", metavar="FOLDER")
+    epochs: float = flag(30.0, "Training epochs of the students; fewer give a faster demo with lower scores.")
+    overwrite: bool = flag(False, "Start from scratch. An existing demo is moved aside, not deleted.")
 
 
 def run(config: Config) -> dict[str, Any]:

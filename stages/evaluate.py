@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact, jsonl
-from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import set_aside
 from compress_ssl.pipeline.runtime.progress import echo
@@ -32,22 +33,63 @@ class Config:
     Features, the FAISS index and finished protocols are kept on disk; the same command computes what is missing.
     """
 
-    val: str = flag(help="images to score, with labels: folder:PATH, digits:split=test, ...")
-    train: str | None = flag(None, "images for neighbours, clusters and probes (default: those of the run or store)")
-    limit: int | None = flag(None, "with --train: use only this many of them, evenly spread, as the export does")
-    run: Path | None = flag(None, "a run of compress distill, whose student is scored")
-    store: str | None = flag(None, "a feature store, whose teacher is scored; its view 0 is used if stored")
-    cache: Path | None = flag(None, "with --store URL: the folder of its local copy (default: the XDG cache)")
-    model: str | None = flag(None, "any model to score: timm:NAME, cifar-resnet:20, ...")
-    protocol: tuple[str, ...] = flag(("nn", "knn:k=20", "cluster", "linear"), "score with nn, knn:k=20, cluster, ...")
-    out: Path | None = flag(None, "folder to write (default: RUN/evaluation or STORE-evaluation; in . for a URL)")
-    teacher: Path | None = flag(None, "the teacher's evaluation, shown beside the scores in the report")
-    image_size: int | None = flag(None, "side of the images in pixels (default: as trained, or the model's own)")
-    batch_size: int = flag(64, "images per forward pass", short="-b")
-    workers: int | None = flag(None, "loader processes (default: one per core, at most 16; 4 on CPU)", short="-j")
-    device: str = flag("auto", "device of the model: auto, cpu, cuda, cuda:1")
-    precision: str = flag("fp32", "arithmetic of the model: fp32, bf16, fp16")
-    overwrite: bool = flag(False, "start anew; an earlier evaluation is set aside, not deleted")
+    val: str = flag(
+        help="The images to score, with labels: folder:PATH, digits:split=test, ...; a path alone means folder:PATH.",
+        metavar="SPEC",
+    )
+    run: Path | None = flag(
+        None, "Score the student of this run of compress distill. Default: give one of --run, --store, --model.",
+        metavar="RUN",
+    )  # fmt: skip
+    store: str | None = flag(
+        None, "Score the teacher of this feature store; its view 0 is used if stored. Default: as for --run.",
+        metavar="STORE",
+    )  # fmt: skip
+    model: str | None = flag(
+        None, "Score any model: timm:NAME, cifar-resnet:20, ... Default: as for --run.", metavar="SPEC"
+    )
+    train: str | None = flag(
+        None, "The images for neighbours, clusters and probes. Default: those of the run or store.", metavar="SPEC"
+    )
+    limit: int | None = flag(
+        None, "With --train: use only this many of its images, evenly spread, as the export does. Default: all."
+    )
+    protocol: tuple[str, ...] = flag(
+        ("nn", "knn:k=20", "cluster", "linear"),
+        "A protocol to score with (compress protocols lists them). Repeat the flag for several.",
+        metavar="SPEC",
+    )
+    image_size: int | None = flag(
+        None, "Side of the images in pixels. Default: as trained, or the model's own.", metavar="PIXELS"
+    )
+
+    batch_size: int = flag(64, "Images per forward pass.", panel="Speed", short="-b")
+    workers: int | None = flag(
+        None, "Loader processes. Default: one per core, at most 16; at most 4 if the model runs on the CPU.",
+        panel="Speed", short="-j",
+    )  # fmt: skip
+    device: str = flag("auto", "Device of the model: auto, cpu, cuda or cuda:1.", panel="Speed", metavar="DEVICE")
+    precision: Precision = flag("fp32", "Arithmetic of the model.", panel="Speed")
+    cache: Path | None = flag(
+        None, "The folder for the local copy of a store in a bucket. Default: compress in the XDG cache.",
+        panel="Speed", metavar="FOLDER",
+    )  # fmt: skip
+
+    out: Path | None = flag(
+        None,
+        "The folder to write. Default: RUN/evaluation or STORE-evaluation; for a store in a bucket, the latter in the "
+        "current folder.",
+        panel="Output",
+        metavar="FOLDER",
+    )
+    teacher: Path | None = flag(
+        None,
+        "The teacher's evaluation, shown beside the scores in the report. Default: the one beside the run's store, if "
+        "there is one.",
+        panel="Output",
+        metavar="FOLDER",
+    )
+    overwrite: bool = flag(False, "Start anew. An earlier evaluation is moved aside, not deleted.", panel="Output")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -127,7 +169,6 @@ def check_flags(config: Config) -> None:
     Raises UserError.
     """
     require(config, {"batch_size": POSITIVE, "image_size": POSITIVE, "limit": POSITIVE, "workers": NOT_NEGATIVE})
-    require(config, {"precision": one_of("fp32", "bf16", "fp16")})
     given = [name for name in ("run", "store", "model") if getattr(config, name)]
     if len(given) != 1:
         raise UserError(f"give one of --run, --store and --model; given: {' and '.join(given) or 'none'}")

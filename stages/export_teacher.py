@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from compress_ssl.pipeline.datasets import open_images
 from compress_ssl.pipeline.extraction.cluster import parse_scheduler
 from compress_ssl.pipeline.models import parse_outputs
+from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, one_of, require
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder, absolute, open_storage
 from compress_ssl.pipeline.store.codecs import KNOWN, build_codec
+from compress_ssl.pipeline.views.augment import Policy
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
@@ -38,29 +40,68 @@ class Config:
     Running the same command again resumes it; a larger --views adds views and recomputes nothing.
     """
 
-    data: str = flag(help="data set: folder:PATH, digits, torchvision:NAME,root=DIR")
-    teacher: str = flag(help="teacher model: timm:NAME, torchvision:NAME, python:module:factory, torchscript:FILE, ...")
-    out: str = flag(help="where the store is written: a folder, or s3://BUCKET/PREFIX, gs://, az://")
-    views: int = flag(8, "views per image; view 0 is the deterministic centre crop, the others are random")
-    policy: str = flag("crop-flip", "augmentation policy of the random views: crop-flip, moco-v2, dino, none")
-    image_size: int | None = flag(None, "side of a view in pixels (default: the input size of the teacher)")
-    local_views: int = flag(0, "additional small crops per image, stored in separate arrays")
-    local_size: int | None = flag(None, "side of a local view in pixels (default: 3/7 of a view's, as 96 is of 224)")
-    seed: int = flag(0, "seed of the random views")
-    keep: str = flag("embedding", "outputs of the teacher to store: embedding,projection,logits,regions")
-    codec: str = flag("int8", f"codec of the stored features: {KNOWN}")
-    batch_size: int = flag(64, "images per forward pass on a device", short="-b")
-    workers: int | None = flag(None, "loader processes (default: one per core up to 16; 4 on CPU)", short="-j")
-    device: str = flag("auto", "device of the teacher: auto, cpu, cuda, cuda:1")
-    precision: str = flag("fp32", "precision of the forward pass: fp32, bf16, fp16")
-    scheduler: str = flag(
-        "local", "where shards are computed: local, processes:N, or a dask scheduler at tcp://HOST:PORT"
+    data: str = flag(
+        help="The data set: folder:PATH, digits or torchvision:NAME,root=DIR; a path alone means folder:PATH.",
+        metavar="SPEC",
     )
-    shard_size: int | None = flag(None, "images per shard (default: up to 2048, fewer for small data sets)")
-    limit: int | None = flag(None, "use only this many images, evenly spread over the data set")
-    like: str | None = flag(None, "reuse the view settings of this store and require the same images")
-    dry_run: bool = flag(False, "print what would be computed and an estimate of its cost, and write nothing")
-    overwrite: bool = flag(False, "start from scratch; an existing store is moved aside, not deleted")
+    teacher: str = flag(
+        help="The teacher: timm:NAME, torchvision:NAME, python:module:factory, torchscript:FILE, ... (compress models "
+        "lists the kinds).",
+        metavar="SPEC",
+    )
+    out: str = flag(
+        help="Where the store is written: a folder, or s3://BUCKET/PREFIX, gs:// or az://.", metavar="STORE"
+    )
+    keep: str = flag(
+        "embedding",
+        "The outputs of the teacher to store, separated by commas: embedding, projection, logits, regions.",
+        metavar="OUTPUTS",
+    )
+    codec: str = flag("int8", f"The codec of the stored features: {KNOWN}.", metavar="CODEC")
+    limit: int | None = flag(
+        None, "Use only this many images, evenly spread over the data set. Default: all.", metavar="N"
+    )
+    like: str | None = flag(
+        None,
+        "Take the view settings of this store, and require the same images. Default: the settings of this command.",
+        metavar="STORE",
+    )
+
+    views: int = flag(
+        8, "Views per image. View 0 is the deterministic centre crop, the others are random.", panel="Views"
+    )
+    policy: Policy = flag("crop-flip", "The augmentation policy of the random views.", panel="Views")
+    image_size: int | None = flag(
+        None, "Side of a view in pixels. Default: the input size of the teacher.", panel="Views", metavar="PIXELS"
+    )
+    local_views: int = flag(0, "Small crops per image beside the views, stored in arrays of their own.", panel="Views")
+    local_size: int | None = flag(
+        None, "Side of a small crop in pixels. Default: 3/7 of a view's side, as 96 is of 224.", panel="Views",
+        metavar="PIXELS",
+    )  # fmt: skip
+    seed: int = flag(0, "Seed of the random views.", panel="Views")
+
+    batch_size: int = flag(64, "Images per forward pass on a device.", panel="Speed", short="-b")
+    workers: int | None = flag(
+        None, "Loader processes. Default: one per core, at most 16; at most 4 if the model runs on the CPU.",
+        panel="Speed", short="-j",
+    )  # fmt: skip
+    device: str = flag("auto", "Device of the teacher: auto, cpu, cuda or cuda:1.", panel="Speed", metavar="DEVICE")
+    precision: Precision = flag("fp32", "Arithmetic of the forward pass.", panel="Speed")
+    scheduler: str = flag(
+        "local",
+        "Where shards are computed: local, processes:N, or a dask scheduler at tcp://HOST:PORT.",
+        panel="Speed",
+        metavar="SCHEDULER",
+    )
+    shard_size: int | None = flag(
+        None, "Images per shard. Default: up to 2048, fewer for a small data set.", panel="Speed", metavar="N"
+    )
+
+    dry_run: bool = flag(
+        False, "Print what would be computed and an estimate of its cost, and write nothing.", panel="Output"
+    )
+    overwrite: bool = flag(False, "Start from scratch. An existing store is moved aside, not deleted.", panel="Output")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -265,8 +306,6 @@ def check(config: Config) -> None:
             "local_views": NOT_NEGATIVE,
             "local_size": POSITIVE,
             "seed": (lambda x: 0 <= x < 2**64, "must be from 0 to 2**64 - 1"),
-            "precision": one_of("fp32", "bf16", "fp16"),
-            "policy": one_of("crop-flip", "moco-v2", "dino", "none"),
         },
     )
     build_codec(config.codec)

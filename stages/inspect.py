@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Config:
     """What a store, run or evaluation is and how far it got."""
 
-    path: str = flag(help="a folder that compress made, or its URL", place=True)
-    students: int = flag(1, "students to train on a store, for the estimate of what it saves")
-    epochs: float = flag(200.0, "epochs of each of these students, for the same estimate")
+    path: str = flag(help="A folder that compress made, or its URL.", metavar="PATH", place=True)
+    students: int = flag(1, "Students to train on a store, for the estimate of what it saves.")
+    epochs: float = flag(200.0, "Epochs of each of these students, for the same estimate.")
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -24,12 +24,14 @@ class Config:
     The head makes a self-supervised teacher predict classes; distill reads it with --method simclr-v2:head=FILE.
     """
 
-    store: str = flag(help="the teacher's feature store, with labels")
-    out: Path = flag(help="the file to write, for instance head.safetensors")
-    labels: str = flag("10%", "labels to use: a share of each class, such as 1%, or a file of image ids")
-    strength: float = flag(1.0, "inverse of the L2 penalty (scikit-learn's C): a smaller value fits a smoother head")
-    seed: int = flag(0, "seed that selects the images of a share")
-    overwrite: bool = flag(False, "replace the file")
+    store: str = flag(help="The teacher's feature store, with labels.", metavar="STORE")
+    out: Path = flag(help="The file to write, for instance head.safetensors.", metavar="FILE")
+    labels: str = flag("10%", "The labels to use: a share of each class, such as 1%, or a file of image ids.")
+    strength: float = flag(
+        1.0, "The inverse of the L2 penalty (C of scikit-learn): a smaller value fits a smoother head."
+    )
+    seed: int = flag(0, "Seed that selects the images of a share.")
+    overwrite: bool = flag(False, "Replace the file if it exists.")
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -13,7 +13,9 @@ GIVEN = ("context",)
 class Models:
     """List what can be given as --teacher, --student or --model."""
 
-    search: str = flag("", "list only the model names of timm and torchvision that contain this text")
+    search: str = flag(
+        "", "List only the model names of timm and torchvision that contain this text. Default: list the kinds."
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import format_bytes
 from compress_ssl.pipeline.runtime.progress import progress_bar
 from compress_ssl.pipeline.runtime.storage import absolute, open_storage
+from compress_ssl.pipeline.store.codecs import KNOWN
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,16 @@ class Config:
     every array that is read is checked. Running the same command again resumes it; a wider --views adds views.
     """
 
-    src: str = flag(help="the feature store to copy: a folder or a URL", place=True)
-    dst: str = flag(help="where the copy is written: a folder or a URL", place=True)
-    views: str | None = flag(None, "FIRST:END, such as 0:8 or 4:8; FIRST is a multiple of four (default: all)")
-    images: str | None = flag(None, "START:END[:STEP], or a text file with one sample id per line (default: all)")
-    codec: str | None = flag(
-        None, "codec of the copy: int8, float16, float32, pq:M, each also +zstd (default: unchanged)"
+    src: str = flag(help="The feature store to copy: a folder or a URL.", metavar="SRC", place=True)
+    dst: str = flag(help="Where the copy is written: a folder or a URL.", metavar="DST", place=True)
+    views: str | None = flag(
+        None, "The views to copy, as 0:8 or 4:8; FIRST is a multiple of four. Default: all.", metavar="FIRST:END"
     )
+    images: str | None = flag(
+        None, "The images to copy: START:END[:STEP], or a text file with one sample id per line. Default: all.",
+        metavar="IMAGES",
+    )  # fmt: skip
+    codec: str | None = flag(None, f"The codec of the copy: {KNOWN}. Default: as in SRC.", metavar="CODEC")
 
 
 def run(config: Config) -> dict[str, Any]:

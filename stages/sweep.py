@@ -16,7 +16,7 @@ from typing import Any
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.config import check_choices, choices, flag, plain_types
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.registry import did_you_mean
@@ -41,9 +41,12 @@ class Config:
     """
 
     file: Path = flag(
-        help="YAML file with the keys out, store, student, method, at_once; distill and evaluate hold flags", place=True
+        help="A YAML file with the keys out, store, student, method and at_once; its keys distill and evaluate hold "
+        "flags of these commands.",
+        metavar="FILE",
+        place=True,
     )
-    dry_run: bool = flag(False, "list the passes without running them")
+    dry_run: bool = flag(False, "List the passes without running them.")
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def check_plan(plan: Mapping[str, Any], cells: Sequence[Cell], file: Path) -> di
             raise UserError(f"{count} combinations would share the folder {name}; rename a store, or take one out")
     set_by_sweep = ("run", "store", "model", "out")
     flags = parse_flags(evaluate.Config, plan.get("evaluate") or {}, f"evaluate of {file}", without=set_by_sweep)
+    if flags:
+        check_choices(evaluate.Config(**flags))
     for protocol in flags.get("protocol", ()):
         PROTOCOLS.check(protocol)
     for store in dict.fromkeys(cell.config.store for cell in cells):
@@ -264,7 +269,7 @@ def convert_values(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(config)
     converted = {}
     for key, value in values.items():
-        types = typing.get_args(hints[key]) or (hints[key],)  # of `float | None`, both
+        types = plain_types(hints[key])  # of `float | None`, both
         if float in types and isinstance(value, str) and EXPONENT_NUMBER.fullmatch(value):
             value = float(value)
         if typing.get_origin(hints[key]) is tuple:
@@ -274,7 +279,8 @@ def convert_values(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         elif float in types and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         elif not isinstance(value, tuple(each for each in types if isinstance(each, type))):
-            expected = " or ".join(each.__name__ for each in types if each is not type(None))
+            names = choices(hints[key]) or [each.__name__ for each in types if each is not type(None)]
+            expected = " or ".join(names)
             raise UserError(f"{key} is {value!r}, but must be {expected}")
         converted[key] = value
     return converted

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress_ssl.pipeline.runtime.config import POSITIVE, flag, one_of, require
+from compress_ssl.pipeline.models.choices import Precision
+from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.runtime.lease import require_free
@@ -24,15 +25,22 @@ class Config:
     repeating the command that made the store computes exactly those again.
     """
 
-    store: str = flag(help="a feature store: a folder or URL", place=True)
-    data: str | None = flag(None, "the images, if they have moved since the export")
-    teacher: str | None = flag(None, "the teacher, if its weights have moved since the export")
-    sample: float = flag(0.001, "share of the images to embed again, at least 16 of them; 0 checks digests only")
-    repair: bool = flag(False, "restore small files and mark damaged shards to be computed again")
-    batch_size: int | None = flag(None, "images per forward pass (default: as exported)", short="-b")
-    device: str = flag("auto", "device of the teacher: auto, cpu, cuda, cuda:1")
-    precision: str | None = flag(None, "arithmetic of the teacher: fp32, bf16, fp16 (default: as exported)")
-    seed: int = flag(0, "seed that selects the sample")
+    store: str = flag(help="A feature store: a folder or a URL.", metavar="STORE", place=True)
+    data: str | None = flag(
+        None, "The images, if they have moved since the export. Default: where the store says they are.", metavar="SPEC"
+    )
+    teacher: str | None = flag(
+        None, "The teacher, if its weights have moved since the export. Default: as the store says.", metavar="SPEC"
+    )
+    sample: float = flag(
+        0.001, "The share of the images to embed again, at least 16 of them; 0 checks digests only.", metavar="SHARE"
+    )
+    seed: int = flag(0, "Seed that selects the sample.")
+    repair: bool = flag(False, "Restore small files, and mark damaged shards to be computed again.")
+
+    batch_size: int | None = flag(None, "Images per forward pass. Default: as exported.", panel="Speed", short="-b")
+    device: str = flag("auto", "Device of the teacher: auto, cpu, cuda or cuda:1.", panel="Speed", metavar="DEVICE")
+    precision: Precision | None = flag(None, "Arithmetic of the teacher. Default: as exported.", panel="Speed")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -41,7 +49,6 @@ def run(config: Config) -> dict[str, Any]:
     Raises UserError if the store is damaged and --repair is not given, or if stored features do not fit the teacher.
     """
     require(config, {"batch_size": POSITIVE, "sample": (lambda x: 0 <= x <= 1, "must be from 0 to 1")})
-    require(config, {"precision": one_of("fp32", "bf16", "fp16")})
     damaged, mended = check_digests(config)
     if damaged and not config.repair:
         raise UserError(

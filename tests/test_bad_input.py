@@ -365,7 +365,7 @@ NEAR_MISSES = [
     (["export-teacher", "--vews", "3"], ["--vews", "--views", "--help"]),
     (["export-teacher"], ["--data", "--help"]),
     (["export-teacher", "--views", "many"], ["--views", "integer", "--help"]),
-    ([], ["no command", "--help"]),
+    ([], ["No command was given", "--help"]),
     (["EXPORT", "--views", "0"], ["--views is 0", "more than 0"]),
     (["EXPORT", "--limit", "-1"], ["--limit is -1", "more than 0"]),
     (["EXPORT", "--policy", "mocov2"], ["--policy is mocov2", "moco-v2"]),

@@ -1,18 +1,32 @@
 """Fields of a stage's Config, the command line flags that reproduce one, and checks of its values."""
 
+import typing
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
-from typing import Any
+from types import NoneType
+from typing import Any, Literal
 
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.registry import did_you_mean
+
+Panel = Literal["What", "Recipe", "Views", "Speed", "Output"]
+"""The sections of a command's help, in the order in which they are shown."""
 
 
-def flag(default: Any = MISSING, help: str = "", *, short: str = "", place: bool = False) -> Any:
+# The result is Any because a field stands where the class body promises a value of the field's own type, as with
+# dataclasses.field; the default may be of any type for the same reason.
+def flag(
+    default: Any = MISSING, help: str = "", *, panel: Panel = "What", metavar: str = "", short: str = "",
+    place: bool = False,
+) -> Any:  # fmt: skip
     """A dataclass field that becomes a command line flag; without a default the flag is required.
 
-    short: a second name such as "-q". place: the field is a positional argument instead of a flag.
+    help: whole sentences. `help_page` adds the default, so only a help whose default is None or "" says it itself.
+    panel: the section of the command's help. metavar: what the help calls the value. short: a second name such as
+    "-q". place: the field is a positional argument instead of a flag.
     """
-    return field(default=default, metadata={"help": help, "short": short, "place": place})
+    metadata = {"help": help, "panel": panel, "metavar": metavar, "short": short, "place": place}
+    return field(default=default, metadata=metadata)
 
 
 def to_flags(config: Any) -> list[str]:
@@ -23,7 +37,7 @@ def to_flags(config: Any) -> list[str]:
     """
     out: list[str] = []
     for f in fields(config):
-        name, value = f.name.replace("_", "-"), getattr(config, f.name)
+        name, value = flag_name(f.name), getattr(config, f.name)
         if value == f.default:
             continue
         if isinstance(value, bool):
@@ -34,19 +48,58 @@ def to_flags(config: Any) -> list[str]:
     return out
 
 
+def flag_name(field_name: str) -> str:
+    """The name of a field's flag, without the leading hyphens."""
+    return field_name.replace("_", "-")
+
+
+# ---------------------------------------------------------------- checks
+
+
 def require(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
-    """Check fields against {name: (predicate, "must be ...")}; the value None always passes. Raises UserError."""
+    """Check fields against {name: (predicate, "must be ...")} and all choices; the value None passes a rule.
+
+    Raises UserError.
+    """
+    check_choices(config)
     for name, (good, words) in rules.items():
         value = getattr(config, name)
         if value is not None and not good(value):
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but {words}")
+            raise UserError(f"--{flag_name(name)} is {value}, but {words}")
+
+
+def check_choices(config: Any) -> None:
+    """Raises UserError if a field whose type is a Literal has a value outside it.
+
+    A Config that was made in Python or from a sweep's file is checked alike, and in the same words.
+    """
+    hints = typing.get_type_hints(type(config))
+    for f in fields(config):
+        known = choices(hints[f.name])
+        value = getattr(config, f.name)
+        if not known or (value is None and NoneType in typing.get_args(hints[f.name])):
+            continue
+        for member in value if isinstance(value, tuple) else (value,):
+            if member not in known:
+                hint = did_you_mean(str(member), known)
+                raise UserError(f"--{flag_name(f.name)} is {member}, but must be one of {', '.join(known)}{hint}")
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """The names in a field's type: those of Literal[...], `Literal[...] | None` and tuple[Literal[...], ...]."""
+    if typing.get_origin(hint) is Literal:
+        return tuple(map(str, typing.get_args(hint)))
+    return tuple(name for part in typing.get_args(hint) for name in choices(part))
+
+
+def plain_types(hint: Any) -> tuple[Any, ...]:
+    """The types in a field's type, such as (float, NoneType) of `float | None`, with str in place of a Literal."""
+    if typing.get_origin(hint) is Literal:
+        return (str,)
+    parts = typing.get_args(hint)
+    return tuple(found for part in parts for found in plain_types(part)) if parts else (hint,)
 
 
 # Rules for `require`: (predicate, what the error says a value must be).
 POSITIVE = (lambda x: x > 0, "must be more than 0")
 NOT_NEGATIVE = (lambda x: x >= 0, "must be 0 or more")
-
-
-def one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
-    """A rule for `require`: the value is one of these names."""
-    return (lambda x: x in names), f"must be one of {', '.join(names)}"

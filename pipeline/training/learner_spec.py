@@ -16,6 +16,7 @@ from compress_ssl.pipeline.methods.options import (
     given_options,
     require_all,
 )
+from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime.registry import parse
 from compress_ssl.pipeline.training.run_record import RunRecord
 from compress_ssl.pipeline.training.sampler import Sampling, StepSampler
@@ -42,7 +43,7 @@ class LearnerSpec:
     recipe: Recipe
     lr: float | None  # for the global batch; None: the recipe's, scaled
     ema: float | None
-    precision: str
+    precision: Precision
     sampling: Sampling
     execution: Execution
     begun_steps: int | None = None  # length of the run that was begun; None: there is none, or it is of version 1

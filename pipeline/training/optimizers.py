@@ -1,14 +1,15 @@
 """Optimizers by name, each with up to two parameter groups: with and without weight decay."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from timm.optim import Lars
 from torch import nn
 
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.training.choices import OptimizerName
 
-OPTIMIZERS = ("sgd", "adam", "adamw", "lars")
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 
 def make_optimizer(

@@ -11,17 +11,23 @@ from pathlib import Path
 
 from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import Needs, Recipe
+from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import UNSET, UnsetType
+from compress_ssl.pipeline.runtime.records import UNSET
 from compress_ssl.pipeline.training import version1_defaults as version1
+from compress_ssl.pipeline.training.choices import OptimizerName, Pairing
 from compress_ssl.pipeline.training.learner_spec import Execution, LearnerSpec, choose_method
 from compress_ssl.pipeline.training.run_record import RunRecord
 from compress_ssl.pipeline.training.sampler import Sampling
+from compress_ssl.pipeline.training.schedule import ScheduleKind
 from compress_ssl.pipeline.training.student_choice import choose_student
 
-SEED, PAIRING, PRECISION, CHANNELS_LAST, COMPILE, SYNC_BN = 0, "same", "fp32", True, False, False
-"""Today's defaults of flags that do not belong to the method."""
+# Today's defaults of flags that do not belong to the method.
+SEED = 0
+PAIRING: Pairing = "same"
+PRECISION: Precision = "fp32"
+EXECUTION = Execution(channels_last=True, compile=False, sync_bn=False)
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,18 @@ class Asked:
     batch_size: int | None = None  # images per step of each rank
     views: int | None = None
     views_per_step: int | None = None  # of each student
-    pairing: str | None = None
+    pairing: Pairing | None = None
     seed: int | None = None
-    optimizer: str | None = None
+    optimizer: OptimizerName | None = None
     lr: float | None = None
     momentum: float | None = None
     weight_decay: float | None = None
     norm_decay: bool | None = None
-    schedule: str | None = None
+    schedule: ScheduleKind | None = None
     warmup_epochs: float | None = None
     clip: float | None = None
     ema: float | None = None
-    precision: str | None = None
+    precision: Precision | None = None
     channels_last: bool | None = None
     compile: bool | None = None
     sync_bn: bool | None = None
@@ -84,8 +90,8 @@ def _resolve_learner(asked: Asked, group: Sequence[Member], begun: Member) -> Le
         method=method,
         students=tuple(choose_student(one.spec, one.folder, one.record, asked.image_size) for one in group),
         recipe=recipe,
-        lr=asked.lr if asked.lr is not None else training and training.lr,
-        ema=asked.ema if asked.ema is not None else training and training.ema,
+        lr=training.lr if training and asked.lr is None else asked.lr,
+        ema=training.ema if training and asked.ema is None else asked.ema,
         precision=asked.precision or (training.precision if training else PRECISION),
         sampling=_resolve_sampling(asked, recipe, method.spec.kind, method.method.needs, record),
         execution=_resolve_execution(asked, record),
@@ -148,16 +154,17 @@ def _resolve_length(
 
 
 def _resolve_execution(asked: Asked, record: RunRecord | None) -> Execution:
-    if record is None:
-        defaults, about = (CHANNELS_LAST, COMPILE, SYNC_BN), (None, None, None)
-    else:
-        defaults = (version1.CHANNELS_LAST, version1.COMPILE, version1.SYNC_BN)
-        about = (record.about.channels_last, record.about.compile, record.about.sync_bn)
-    given = (asked.channels_last, asked.compile, asked.sync_bn)
-    return Execution(*(_first(*values) for values in zip(given, about, defaults, strict=True)))
-
-
-def _first(given: bool | None, recorded: bool | UnsetType | None, default: bool) -> bool:
-    if given is not None:
-        return given
-    return default if recorded is None or recorded is UNSET else recorded
+    """How the networks are run. Version 1 did not record it."""
+    begun = EXECUTION
+    if record:
+        about = record.about
+        begun = Execution(
+            version1.CHANNELS_LAST if about.channels_last is UNSET else about.channels_last,
+            version1.COMPILE if about.compile is UNSET else about.compile,
+            version1.SYNC_BN if about.sync_bn is UNSET else about.sync_bn,
+        )
+    return Execution(
+        begun.channels_last if asked.channels_last is None else asked.channels_last,
+        begun.compile if asked.compile is None else asked.compile,
+        begun.sync_bn if asked.sync_bn is None else asked.sync_bn,
+    )

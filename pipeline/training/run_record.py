@@ -5,8 +5,9 @@ entries that version 1 did not write are missing in its runs (UNSET); `version1_
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
+from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.records import (
     UNSET,
@@ -20,6 +21,8 @@ from compress_ssl.pipeline.runtime.records import (
     read_record,
 )
 from compress_ssl.pipeline.runtime.storage import Storage
+from compress_ssl.pipeline.training.choices import OptimizerName, Pairing
+from compress_ssl.pipeline.training.schedule import ScheduleKind
 
 Side = Annotated[int, Meta(ge=1, le=8192)]  # of an image in pixels; models take up to about 1500
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -55,7 +58,7 @@ class StudentRecord:
 class ScheduleRecord:
     """The learning rate's schedule. The warm-up is kept in epochs: as a fraction it would change with the length."""
 
-    kind: Literal["cosine", "step", "constant"]
+    kind: ScheduleKind
     drops: tuple[tuple[Number, Number], ...]
     warmup: None
     warmup_epochs: Number
@@ -65,7 +68,7 @@ class ScheduleRecord:
 class TrainingRecord:
     """The hyper-parameters of a run, see training.settings.TrainingSettings."""
 
-    optimizer: Literal["sgd", "adam", "adamw", "lars"]
+    optimizer: OptimizerName
     lr: Number
     momentum: Number
     weight_decay: Number
@@ -73,7 +76,7 @@ class TrainingRecord:
     schedule: ScheduleRecord
     clip: Number | None
     ema: Number | None
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     seed: Count  # below 2**64
 
 
@@ -87,7 +90,7 @@ class RunIdentity:
     method: str  # spec of the method, as it was typed
     training: TrainingRecord
     batch_size: Positive  # images per step of all ranks together
-    pairing: Literal["same", "fresh", "cross"]
+    pairing: Pairing
     views_per_step: Positive
     views: Annotated[tuple[Count, ...], Meta(min_length=1)]  # numbers of the stored views
     peers: tuple[StudentRecord, ...] | UnsetType = UNSET  # all students of a method that trains several together

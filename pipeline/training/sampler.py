@@ -8,6 +8,7 @@ an epoch reads only W views from the store. Nothing has to be saved in order to 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import get_args
 
 import numpy as np
 
@@ -19,15 +20,11 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.training.choices import Pairing
 from compress_ssl.pipeline.views.loader import ViewRequest
 from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
 
-PAIRINGS = ("same", "fresh", "cross")
-"""How a step pairs the student's views with the teacher's.
-
-same: both see the same stored view. fresh: the student sees a view that was never stored, the teacher a stored one.
-cross: they see two different stored views.
-"""
+PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class StepSampler:
     views: tuple[int, ...]  # stored views to train on
     batch: int  # images per step of all ranks together
     views_per_step: int  # W
-    pairing: str  # one of PAIRINGS
+    pairing: Pairing
     steps: int
     reads_features: bool = True  # whether teacher features are read; if not, the stored views need not suffice
     first: int = 0  # step of request 0
@@ -150,7 +147,7 @@ class Sampling:
     batch: int  # images per step of all ranks together
     views: int | None  # only stored views below this number; None: all
     views_per_step: int  # W
-    pairing: str  # one of PAIRINGS
+    pairing: Pairing
     epochs: float | None  # length of the run; None if `steps` is given
     steps: int | None
     reads_features: bool = True  # whether a method reads teacher features; if not, the stored views need not suffice

@@ -8,7 +8,7 @@ resolved view, each at its own size.
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -44,6 +44,9 @@ class Augmentation:
 
 
 _DINO = Augmentation(scale=(0.4, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey_p=0.2)
+
+Policy = Literal["crop-flip", "moco-v2", "dino", "none"]
+"""The names that --policy takes: those of POLICIES."""
 
 POLICIES: dict[str, tuple[Augmentation, ...]] = {
     "crop-flip": (Augmentation(scale=(0.08, 1.0)),),
