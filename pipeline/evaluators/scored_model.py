@@ -16,9 +16,11 @@ from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.storage import Folder, open_storage
 from compress_ssl.pipeline.store import source_images
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.training.run_record import read_run
 from compress_ssl.pipeline.views.augment import ViewSpec
 
 RANDOM_WEIGHTS_SEED = 0  # of a model scored untrained: `compress distill --seed 0` starts from the same weights
@@ -55,26 +57,26 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
 
     image_size: side in pixels, None for the side it was trained with. Raises UserError if the run is not finished.
     """
-    manifest = artifact.read(Folder(folder), "run")
-    about, student = manifest.about, manifest.identity["student"]
+    record = read_run(Folder(folder))
+    about, student = record.about, record.identity.student
     file = folder / "student.safetensors"
     if not file.exists():
         raise UserError(f"{folder} is not finished: it holds no student.safetensors; repeat its distill command")
-    size = image_size or student["preprocessing"]["size"]
-    embedder = build(student["spec"], image_size=size, pretrained_default=False)
+    size = image_size or student.preprocessing.size
+    embedder = build(student.spec, image_size=size, pretrained_default=False)
     load_student(embedder, file)
-    model = {"name": about["name"], "role": "student", "parameters": about["parameters"], "width": student["width"]}
+    model = {"name": about.name, "role": "student", "parameters": about.parameters, "width": student.width}
     return ScoredModel(
-        model={**model, "spec": student["spec"], "run": str(folder), "method": manifest.identity["method"]},
+        model={**model, "spec": student.spec, "run": str(folder), "method": record.identity.method},
         weights=embedder.digest(),
         preprocessing=embedder.preprocessing.record(),
-        views=ViewSpec(**about["views_spec"]),
+        views=ViewSpec(**to_json(about.views_spec)),
         build_embedder=lambda: embedder,
         default_out=folder / "evaluation",
-        data=about["data"],
-        sample_ids=lambda: FeatureStore(open_storage(about["store"])).table("sample_id"),
+        data=to_json(about.data),
+        sample_ids=lambda: FeatureStore(open_storage(about.store)).table("sample_id"),
         run=folder,
-        teacher_evaluation=artifact.sibling(about["store"], "-evaluation"),
+        teacher_evaluation=artifact.sibling(about.store, "-evaluation"),
     )
 
 

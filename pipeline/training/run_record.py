@@ -27,6 +27,8 @@ from compress_ssl.pipeline.training.schedule import ScheduleKind
 Side = Annotated[int, Meta(ge=1, le=8192)]  # of an image in pixels; models take up to about 1500
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Channels = tuple[Number, Number, Number]
+Share = Annotated[int, Meta(gt=0, le=1)] | Annotated[float, Meta(gt=0, le=1)]
+AboveZero = Annotated[int, Meta(gt=0)] | Annotated[float, Meta(gt=0)]
 Scalar = bool | int | float | str | None
 Option = Scalar | tuple[Scalar, ...]
 """The value of an option of a method or a student, as it stands in a record."""
@@ -38,9 +40,9 @@ class PreprocessingRecord:
 
     size: Side
     mean: Channels
-    std: Channels
+    std: tuple[AboveZero, AboveZero, AboveZero]
     interpolation: str
-    crop_ratio: Number
+    crop_ratio: Share
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class ViewsRecord:
 
     policy: str
     seed: Count  # below 2**64
-    crop_ratio: Number
+    crop_ratio: Share
 
 
 @dataclass(frozen=True)
