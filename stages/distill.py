@@ -191,7 +191,11 @@ class Job:
         """
         from compress_ssl.pipeline.training.resolve import Asked
 
-        resolved = {"out", *(f.name for f in fields(Asked))}  # found in `learners`, which may differ, or in `sampling`
+        resolved = {
+            "out",
+            "method",
+            *(f.name for f in fields(Asked)),
+        }  # found in `learners`, which may differ, or in `sampling`
         shared = [getattr(self.config, f.name) for f in fields(self.config) if f.name not in resolved]
         return (*shared, self.sampling)
 
@@ -296,17 +300,18 @@ def resolve(config: Config) -> Job:
     Raises UserError for specs that cannot be resolved, and CannotSharePass for students whose runs were begun with
     other images, views or steps.
     """
+    from compress_ssl.pipeline.methods.options import find_typed
     from compress_ssl.pipeline.training.resolve import Asked, Member, resolve_learners
     from compress_ssl.pipeline.training.run_record import read_begun_run
 
-    peers = find_method(config.method).needs.peers
-    folders = list_run_folders(config.out, config.student, lambda: peers)
+    method = find_typed(config.method)
+    folders = list_run_folders(config.out, config.student, lambda: method.method.needs.peers)
     members = [
         Member(spec, folder, None if config.overwrite else read_begun_run(Folder(folder)))
         for spec, folder in zip(config.student, folders, strict=True)
     ]
     asked = Asked(**{f.name: getattr(config, f.name) for f in fields(Asked)})
-    learners = resolve_learners(asked, members, peers=peers)
+    learners = resolve_learners(asked, method, members)
     for learner in learners:
         if learner.sampling != learners[0].sampling:
             one, other = learners[0].students[0].folder, learner.students[0].folder

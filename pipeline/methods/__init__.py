@@ -24,8 +24,9 @@ METHODS = Registry(
         "esvit": "compress_ssl.pipeline.methods.esvit:EsVit",
         "dogo": "compress_ssl.pipeline.methods.dogo:Dogo",
         "dogo-frozen": "compress_ssl.pipeline.methods.dogo:DogoFrozen",
-        "python": "compress_ssl.pipeline.methods.python:UserMethod",
+        "python": "compress_ssl.pipeline.methods.python:method",
     },
+    packages="compress_ssl.methods",
 )
 
 
@@ -34,5 +35,6 @@ def find_method(text: str) -> "type[Method]":
 
     Raises UserError for an unknown method, and for a key that it does not take.
     """
-    spec = METHODS.check(text, given=("context",))
-    return METHODS.resolve(spec.kind).for_spec(spec.argument)  # type: ignore[attr-defined,no-any-return]
+    member = METHODS.member(METHODS.check(text, given=("context",)))
+    found: type[Method] = member.build.for_spec(member.argument)  # type: ignore[attr-defined]  # a Method's class
+    return found

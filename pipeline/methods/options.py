@@ -1,22 +1,22 @@
 """The options of a method: what a spec gives, what a run recorded, and defaults for the rest.
 
-A method's options are the keyword-only parameters of its constructor, without the context. A run's record keeps all of
-them as JSON values, so that a default that changes later does not change a run that has begun.
+A method's options are the arguments of its constructor, without the context. A run's record keeps all of them as JSON
+values, so that a default that changes later does not change a run that has begun.
 """
 
 import inspect
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import Method, MethodContext
-from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.registry import Spec, convert, literal
+from compress_ssl.pipeline.runtime.registry import Member, Spec, convert, literal
+from compress_ssl.pipeline.runtime.signatures import any_key
 
-CONTEXT_NAMES = ("context", "setting")  # of the constructor's first keyword; `setting` in users' methods of version 1
+Options = Mapping[str, Any]  # JSON values: null, true, numbers, texts and lists of these
 
 
 @dataclass(frozen=True)
@@ -26,93 +26,72 @@ class MethodChoice:
     words: str  # the spec as it was typed when the run was begun: for its record, messages and tables
     spec: Spec
     method: type[Method]
-    options: Mapping[str, Any]  # JSON values
-    recorded: Mapping[str, Any] | None = None  # the options with which the run in the folder was begun; None: no run
+    options: Options
+    recorded: Options | None = None  # the options with which the run in the folder was begun; None: no run
 
     def build(self, context: MethodContext) -> Method:
         """The method. Raises UserError for options that it does not accept and for a store that does not suffice."""
-        parameters = option_parameters(self.method)
-        values = {key: self._value(key, value, parameters.get(key)) for key, value in self.options.items()}
-        built: Method = METHODS.build(Spec(self.spec.kind, self.spec.argument), context=context, **values)
+        bare = Spec(self.spec.kind, self.spec.argument)
+        keys = METHODS.member(bare).keys(("context",))
+        values = {key: from_json(value, keys.get(key), f"{bare} {key}=") for key, value in self.options.items()}
+        built: Method = METHODS.build(bare, context=context, **values)
         return built
 
-    def _value(self, key: str, value: Any, parameter: inspect.Parameter | None) -> Any:
-        """The value that the constructor takes, from JSON."""
-        if isinstance(value, str):
-            return convert_text(self.spec, key, value, parameter)
-        if not takes_any_key(self.spec.kind):  # a record is not typed by the user: its numbers are checked like texts
-            return convert_text(self.spec, key, _to_text(value), parameter)
-        of_tuple = parameter is not None and isinstance(parameter.default, tuple)
-        return tuple(value) if of_tuple and isinstance(value, list | tuple) else value
+
+@dataclass(frozen=True)
+class TypedMethod:
+    """A method's spec as it was typed, and the class that it names."""
+
+    text: str
+    spec: Spec
+    member: Member
+    method: type[Method]  # its `needs` and `recipe` apply
+
+    @cached_property
+    def keys(self) -> Mapping[str, inspect.Parameter]:
+        """{option: its parameter} of the constructor."""
+        return self.member.keys(("context",))
+
+    @property
+    def defaults(self) -> Options:
+        """The defaults of the options; one that JSON cannot hold is left out, and is not recorded."""
+        return {name: to_json_value(p.default) for name, p in self.keys.items() if _is_json(p.default)}
+
+    def given(self, spec: Spec, place: str = "") -> Options:
+        """The options that a spec of this method gives. Raises UserError for a value of the wrong type.
+
+        place: of the spec, with which such an error begins.
+        """
+        rest = any_key(self.member.signature)
+        where = f"{place}{self.member.name if self.member.user else spec.kind}"
+        options: dict[str, Any] = {}
+        for key, text in spec.options.items():
+            if key in self.keys:
+                options[key] = to_json_value(convert(text, self.keys[key], f"{where} {key}="))
+            else:
+                options[key] = text if rest is None or rest.annotation is str else literal(text)
+        return options
+
+    def accepts(self, option: str) -> bool:
+        """Whether the constructor takes an option."""
+        return option in self.keys or any_key(self.member.signature) is not None
+
+    def check(self, filled: Options) -> None:
+        """Raise UserError for an unknown option, and for one that is required and neither given nor `filled`."""
+        METHODS.check(self.spec, given=("context", *(name for name in filled if name not in self.spec.options)))
+
+    def check_recorded(self, recorded: Options, place: str) -> None:
+        """Raise UserError, which begins with `place`, for a recorded option of the wrong type."""
+        for key, value in recorded.items():
+            from_json(value, self.keys.get(key), f"{place}{key}=")
 
 
-def option_parameters(method: type[Method]) -> dict[str, inspect.Parameter]:
-    """{option: its parameter} of a method's constructor."""
-    parameters = inspect.signature(method).parameters
-    keyword_only = inspect.Parameter.KEYWORD_ONLY
-    return {name: p for name, p in parameters.items() if p.kind is keyword_only and name not in CONTEXT_NAMES}
-
-
-def default_options(method: type[Method]) -> dict[str, Any]:
-    """The defaults of a method's options as JSON values; one that JSON cannot hold is left out, and not recorded."""
-    defaults = {name: p.default for name, p in option_parameters(method).items()}
-    return {name: to_json_value(value) for name, value in defaults.items() if _is_json(value)}
-
-
-def given_options(spec: Spec, method: type[Method], place: str = "") -> dict[str, Any]:
-    """The options that a spec gives, as JSON values. Raises UserError for a value of the wrong type.
-
-    place: of the spec, with which such an error begins.
-    """
-    parameters = option_parameters(method)
-    return {
-        key: to_json_value(convert_text(spec, key, text, parameters.get(key), place))
-        for key, text in spec.options.items()
-    }
-
-
-def check_recorded(spec: Spec, method: type[Method], recorded: Mapping[str, Any], place: str) -> None:
-    """Raise UserError, which begins with `place`, for a recorded option of the wrong type."""
-    parameters = option_parameters(method)
-    for key, value in recorded.items():
-        if key in parameters and (isinstance(value, str) or not takes_any_key(spec.kind)):
-            convert_text(spec, key, _to_text(value), parameters[key], place)
-
-
-def accepts(method: type[Method], option: str) -> bool:
-    """Whether a method's constructor takes an option."""
-    parameters = inspect.signature(method).parameters.values()
-    return option in option_parameters(method) or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def require_all(spec: Spec, method: type[Method], options: Mapping[str, Any]) -> None:
-    """Raise UserError if an option without a default is missing."""
-    for key, parameter in option_parameters(method).items():
-        if parameter.default is inspect.Parameter.empty and key not in options:
-            raise UserError(f"method {Spec(spec.kind, spec.argument)} needs {key}=")
-
-
-def takes_any_key(kind: str) -> bool:
-    """Whether a kind of method passes its options on to a user's class."""
-    parameters = inspect.signature(METHODS.resolve(kind)).parameters.values()
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def convert_text(spec: Spec, key: str, text: str, parameter: inspect.Parameter | None, place: str = "") -> Any:
-    """An option's text as the annotated type. For a user's class see `convert_loosely`."""
-    if takes_any_key(spec.kind):
-        return convert_loosely(text, parameter, f"{place}{spec.kind}:{spec.argument}")
-    return text if parameter is None else convert(text, parameter, f"{place}{spec.kind} {key}=")
-
-
-def convert_loosely(text: str, parameter: inspect.Parameter | None, method: str) -> Any:
-    """`text` as the annotated bool, int, float or Path, else as a Python literal. Raises UserError if it cannot be.
-
-    method: name of the method in the error.
-    """
-    if parameter and {parameter.annotation, *typing.get_args(parameter.annotation)} & {bool, int, float, Path}:
-        return convert(text, parameter, f"{method} {parameter.name}=")
-    return literal(text)
+def find_typed(text: str) -> TypedMethod:
+    """The method that a spec names; imports it. Its options are not checked yet: `TypedMethod.check` does so."""
+    spec = METHODS.parse(text)
+    member = METHODS.member(spec)
+    method: type[Method] = member.build.for_spec(member.argument)  # type: ignore[attr-defined]  # a Method's class
+    return TypedMethod(text, spec, member, method)
 
 
 def to_json_value(value: Any) -> Any:
@@ -120,6 +99,17 @@ def to_json_value(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value.expanduser().absolute())
     return [to_json_value(member) for member in value] if isinstance(value, tuple | list) else value
+
+
+def from_json(value: Any, parameter: inspect.Parameter | None, where: str) -> Any:
+    """The value that a constructor takes. A record may have been changed, so it is checked as a typed text is."""
+    if parameter is None:
+        return value
+    if isinstance(value, list | tuple) and parameter.annotation is not parameter.empty:
+        return convert("+".join(map(_to_text, value)), parameter, where)
+    if isinstance(value, list | tuple):
+        return tuple(value) if isinstance(parameter.default, tuple) else value
+    return convert(_to_text(value), parameter, where)
 
 
 def _is_json(value: Any) -> bool:
@@ -130,6 +120,4 @@ def _is_json(value: Any) -> bool:
 
 def _to_text(value: Any) -> str:
     """A JSON value as it would be typed in a spec."""
-    if isinstance(value, list | tuple):
-        return "+".join(map(_to_text, value))
     return "none" if value is None else str(value)

@@ -4,6 +4,7 @@ In version 1 a subclass overrode `named`, `suit`, `delivers` and `fill`. `runtim
 paths to this module.
 """
 
+import inspect
 from collections.abc import Container
 from functools import cache
 from typing import Any
@@ -68,3 +69,18 @@ def _with_old_names(kind: str) -> type[Method]:
             super().__init__(context=setting, **options)
 
     return OldNames
+
+
+def with_context(built: type[base.Method], signature: inspect.Signature) -> type[base.Method]:
+    """A user's class, whose constructor takes `setting`, as one that takes `context`, which is its name now."""
+
+    class TakesContext(built):  # type: ignore[misc, valid-type]  # a base class that is known when it runs only
+        def __init__(self, *, context: base.MethodContext, **options: Any):
+            super().__init__(setting=context, **options)
+
+    TakesContext.__name__, TakesContext.__qualname__ = built.__name__, built.__qualname__
+    parameters = [p.replace(name="context") if p.name == "setting" else p for p in signature.parameters.values()]
+    if "setting" not in signature.parameters:  # a constructor that takes any key gets it among them
+        parameters.insert(-1, inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY))
+    TakesContext.__signature__ = inspect.Signature(parameters)
+    return TakesContext

@@ -27,6 +27,7 @@ MODELS = Registry(
         "cifar-resnet": "compress_ssl.pipeline.models.networks.cifar_resnet:model",
         "convnet": "compress_ssl.pipeline.models.networks.convnet:model",
     },
+    packages="compress_ssl.models",
 )
 
 

@@ -1,9 +1,11 @@
 """Import of a user's own function or class by `MODULE:NAME` or `FILE.py:NAME`, as in `python:` specs."""
 
+import hashlib
 import importlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,10 +13,13 @@ from typing import Any
 from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
-from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.spec import did_you_mean
+
+FILE_MODULE = "python:"
+"""The name in sys.modules of a module that was imported from a file begins with this; the file's path follows."""
 
 
-def import_object(place: str) -> Any:
+def import_object(place: str) -> Callable[..., Any]:  # what a user's function returns is known to nobody
     """The function or class at `MODULE:NAME` or `FILE.py:NAME`; modules in the current folder are found too.
 
     Raises UserError if there is none, or if importing it fails.
@@ -28,7 +33,7 @@ def import_object(place: str) -> Any:
     try:
         with old_names.importable():
             if where.endswith(".py"):
-                module = _import_file(Path(where).expanduser())
+                module = import_file(Path(where).expanduser())
             else:
                 module = importlib.import_module(old_names.translate(where))
     except UserError:
@@ -42,16 +47,29 @@ def import_object(place: str) -> Any:
     return found
 
 
-def _import_file(file: Path) -> ModuleType:
-    """Execute a Python file as a module. Raises UserError if there is no such file."""
+def import_file(file: Path) -> ModuleType:
+    """Execute a Python file as a module, or return the module if that file was executed before and is the same.
+
+    Raises UserError if there is no such file.
+    """
     if not file.is_file():
         raise UserError(f"python:{file} does not exist; give the path of a Python file or the name of a module")
-    name = f"python:{file.resolve()}"  # the path, not the stem: a user's zarr.py must not replace the package zarr
+    name = f"{FILE_MODULE}{file.resolve()}"  # not the stem: a user's zarr.py must not replace the package zarr
+    source = hashlib.blake2b(file.read_bytes()).digest()
+    earlier = sys.modules.get(name)
+    # A second module would have other classes: isinstance and pickle would not take an object of the first for one.
+    if earlier and earlier.__spec__ and earlier.__spec__.loader_state == source:
+        return earlier
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec and spec.loader  # a name that ends in .py always has a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look up classes by their module's name
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    spec.loader_state = source
     return module
 
 

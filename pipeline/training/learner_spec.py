@@ -6,16 +6,8 @@ recorded, and today's defaults, in this order. Below a `LearnerSpec` nobody pars
 
 from dataclasses import dataclass
 
-from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import Recipe
-from compress_ssl.pipeline.methods.options import (
-    MethodChoice,
-    accepts,
-    check_recorded,
-    default_options,
-    given_options,
-    require_all,
-)
+from compress_ssl.pipeline.methods.options import MethodChoice, TypedMethod
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime.registry import parse
 from compress_ssl.pipeline.training.run_record import RunRecord
@@ -55,25 +47,21 @@ class LearnerSpec:
         )
 
 
-def choose_method(text: str, record: RunRecord | None, where: str) -> MethodChoice:
+def choose_method(typed: TypedMethod, record: RunRecord | None, where: str) -> MethodChoice:
     """The method of a spec as typed. Options that it does not give are those with which the run was begun.
 
     record: of the run, None for a new one; `where` names its manifest in an error. Raises UserError for an unknown
-    method or option, and for a value of the wrong type.
+    option, for one that is missing, and for a value of the wrong type.
     """
-    spec = METHODS.check(text, given=("context",))
-    method = METHODS.resolve(spec.kind).for_spec(spec.argument)  # type: ignore[attr-defined]  # a Method, or UserMethod
-    given = given_options(spec, method)
-    there = parse(record.identity.method) if record else None
+    spec, there = typed.spec, parse(record.identity.method) if record else None
     if record is None or there is None or (there.kind, there.argument) != (spec.kind, spec.argument):
-        choice = MethodChoice(text, spec, method, {**default_options(method), **given})
-    else:
-        recorded = {**default_options(method), **METHOD_OPTIONS.get(spec.kind, {})}
-        recorded |= given_options(there, method, f"{where}: identity.method: ")
-        if record.identity.options:
-            check_recorded(spec, method, record.identity.options, f"{where}: identity.options: ")
-            recorded |= record.identity.options
-        options = {**{name: value for name, value in recorded.items() if accepts(method, name)}, **given}
-        choice = MethodChoice(record.identity.method, spec, method, options, recorded)
-    require_all(spec, method, choice.options)
-    return choice
+        typed.check({})
+        return MethodChoice(typed.text, spec, typed.method, {**typed.defaults, **typed.given(spec)})
+    recorded = {**typed.defaults, **METHOD_OPTIONS.get(spec.kind, {})}
+    recorded |= typed.given(there, f"{where}: identity.method: ")
+    if record.identity.options:
+        typed.check_recorded(record.identity.options, f"{where}: identity.options: ")
+        recorded |= record.identity.options
+    typed.check(recorded)
+    kept = {name: value for name, value in recorded.items() if typed.accepts(name)}
+    return MethodChoice(record.identity.method, spec, typed.method, {**kept, **typed.given(spec)}, recorded)

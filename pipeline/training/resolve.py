@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress_ssl.pipeline.distributed import collectives
-from compress_ssl.pipeline.methods.base import Needs, Recipe
+from compress_ssl.pipeline.methods.base import Recipe
+from compress_ssl.pipeline.methods.options import TypedMethod
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
 from compress_ssl.pipeline.runtime.errors import UserError
@@ -34,7 +35,6 @@ EXECUTION = Execution(channels_last=True, compile=False, sync_bn=False)
 class Asked:
     """The flags of `compress distill` that runs record; None: not given."""
 
-    method: str
     student: tuple[str, ...]
     image_size: int | None = None
     epochs: float | None = None
@@ -68,23 +68,23 @@ class Member:
     record: RunRecord | None
 
 
-def resolve_learners(asked: Asked, members: Sequence[Member], *, peers: bool) -> tuple[LearnerSpec, ...]:
-    """One learner for all members if they are peers, else one for each.
+def resolve_learners(asked: Asked, typed: TypedMethod, members: Sequence[Member]) -> tuple[LearnerSpec, ...]:
+    """One learner for all members if the method trains peers, else one for each.
 
     A student without a run of its own is trained like the others of the command that have begun. Raises UserError
     for specs that cannot be resolved.
     """
     begun = next((member for member in members if member.record), members[0])
-    groups = [list(members)] if peers else [[member] for member in members]
-    return tuple(_resolve_learner(asked, group, begun) for group in groups)
+    groups = [list(members)] if typed.method.needs.peers else [[member] for member in members]
+    return tuple(_resolve_learner(asked, typed, group, begun) for group in groups)
 
 
-def _resolve_learner(asked: Asked, group: Sequence[Member], begun: Member) -> LearnerSpec:
+def _resolve_learner(asked: Asked, typed: TypedMethod, group: Sequence[Member], begun: Member) -> LearnerSpec:
     """The learner of some students. begun: the member whose record counts if none of the group has one."""
     source = next((member for member in group if member.record), begun)
     record = source.record
-    method = choose_method(asked.method, record, f"{source.folder}/{MANIFEST}")
-    recipe = _choose_recipe(asked, method.method.recipe, record)
+    method = choose_method(typed, record, f"{source.folder}/{MANIFEST}")
+    recipe = _choose_recipe(asked, typed.method.recipe, record)
     training = record.identity.training if record else None
     return LearnerSpec(
         method=method,
@@ -93,7 +93,7 @@ def _resolve_learner(asked: Asked, group: Sequence[Member], begun: Member) -> Le
         lr=training.lr if training and asked.lr is None else asked.lr,
         ema=training.ema if training and asked.ema is None else asked.ema,
         precision=asked.precision or (training.precision if training else PRECISION),
-        sampling=_resolve_sampling(asked, recipe, method.spec.kind, method.method.needs, record),
+        sampling=_resolve_sampling(asked, recipe, typed, record),
         execution=_resolve_execution(asked, record),
         begun_steps=max((one.record.about.steps or 0 for one in group if one.record), default=0) or None,
     )
@@ -118,16 +118,17 @@ def _choose_recipe(asked: Asked, published: Recipe, record: RunRecord | None) ->
     return replace(begun, **given)
 
 
-def _resolve_sampling(asked: Asked, recipe: Recipe, kind: str, needs: Needs, record: RunRecord | None) -> Sampling:
+def _resolve_sampling(asked: Asked, recipe: Recipe, typed: TypedMethod, record: RunRecord | None) -> Sampling:
     """Images, views and length. Raises UserError for fewer views per step than the method needs.
 
     --batch-size is per rank; a published or recorded batch size is that of all ranks together.
     """
+    needs = typed.method.needs
     identity, about = (record.identity, record.about) if record else (None, None)
     if asked.views_per_step is not None and asked.views_per_step < needs.views:
-        raise UserError(f"{asked.method} needs --views-per-step {needs.views} or more, not {asked.views_per_step}")
+        raise UserError(f"{typed.text} needs --views-per-step {needs.views} or more, not {asked.views_per_step}")
     w = (asked.views_per_step or needs.views) * (len(asked.student) if needs.independent else 1)
-    epochs, steps = _resolve_length(asked, recipe, kind, record)
+    epochs, steps = _resolve_length(asked, recipe, typed.spec.kind, record)
     return Sampling(
         seed=asked.seed if asked.seed is not None else identity.training.seed if identity else SEED,
         batch=asked.batch_size * collectives.world_size() if asked.batch_size else recipe.batch_size,

@@ -11,6 +11,7 @@ from compress_ssl.pipeline.models.factory import ModelOptions
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
 from compress_ssl.pipeline.runtime.records import UnsetType
 from compress_ssl.pipeline.runtime.registry import Spec, convert, parse
+from compress_ssl.pipeline.runtime.signatures import any_key, is_required
 from compress_ssl.pipeline.training.run_record import Option, RunRecord
 from compress_ssl.pipeline.training.version1_defaults import STUDENT_OPTIONS
 
@@ -34,7 +35,7 @@ def choose_student(text: str, folder: Path, record: RunRecord | None, image_size
     for an unknown kind of model and for a value of the wrong type.
     """
     typed = MODELS.parse(text)
-    own = own_parameters(typed.kind)
+    own = own_parameters(typed)
     there = parse(record.identity.student.spec) if record else None
     if record is None or there is None or not _same_network(typed, there, own):
         options = {**_defaults(own), **_given(typed, own)}
@@ -51,16 +52,17 @@ def choose_student(text: str, folder: Path, record: RunRecord | None, image_size
     return StudentChoice(words, str(_with_options(spec, own, options)), options, size, folder, recorded)
 
 
-def own_parameters(kind: str) -> dict[str, inspect.Parameter]:
-    """{option: its parameter} of a kind's own options that have a default, the argument included.
+def own_parameters(spec: Spec) -> dict[str, inspect.Parameter]:
+    """{option: its parameter} of the own options of a network of ours that have a default, the argument included.
 
-    Empty for a kind that passes its keys on to another library or to a user's function.
+    Empty for a kind that passes its keys on to another library, and for a user's function.
     """
-    parameters = inspect.signature(MODELS.resolve(kind)).parameters.values()
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+    member = MODELS.member(spec)
+    if member.user or any_key(member.signature):
         return {}
     common = {f.name for f in fields(ModelOptions)}
-    return {p.name: p for p in parameters if p.name not in common and p.default is not inspect.Parameter.empty}
+    parameters = member.signature.parameters.values()
+    return {p.name: p for p in parameters if p.name not in common and not is_required(p)}
 
 
 def _same_network(one: Spec, other: Spec, own: Mapping[str, inspect.Parameter]) -> bool:
