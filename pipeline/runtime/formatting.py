@@ -9,7 +9,10 @@ DASH = "\N{EN DASH}"  # stands for a missing value
 
 def is_finite(value: Any) -> TypeGuard[float]:
     """Whether a value is a number other than NaN and infinity, which cannot be shown or drawn."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
 
 
 def shorten(text: str, most: int) -> str:

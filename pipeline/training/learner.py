@@ -70,10 +70,11 @@ class Learner:
 
         with autocast(batch.images[0].device, self.settings.precision):
             losses, embeddings = self.module(batch, self._seed_for(batch.step, ALL_RANKS))
-        rows = [{"loss": loss} for loss in collectives.all_reduce_mean([float(loss.detach()) for loss in losses])]
-        for row in rows:
-            if not math.isfinite(row["loss"]):
-                raise self._diverged(f"the loss is {row['loss']}", batch.step)
+        means = collectives.all_reduce_mean([float(loss.detach()) for loss in losses])
+        for mean in means:
+            if not math.isfinite(mean):
+                raise self._diverged(f"the loss is {mean}", batch.step)
+        rows = [{"loss": mean} for mean in means]
 
         self._update_weights(losses)
         self.method.after_step(batch)

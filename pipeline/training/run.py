@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -14,12 +13,13 @@ from compress_ssl.pipeline.training.batches import BatchSource
 from compress_ssl.pipeline.training.claim_runs import claim_run_folders, record_changes, require_length
 from compress_ssl.pipeline.training.learner import Diverged, Learner
 from compress_ssl.pipeline.training.learner_spec import LearnerSpec
+from compress_ssl.pipeline.training.metrics_log import MetricsRow
 from compress_ssl.pipeline.training.prepared_images import PreparedImages
 from compress_ssl.pipeline.training.sampler import StepSampler
 from compress_ssl.pipeline.training.student import Student
 from compress_ssl.pipeline.views.loader import ViewBatch
 
-Rows = list[dict[str, Any] | None]
+Rows = list[MetricsRow | None]
 """Metrics of one step, one row per student; None for a student that did not train in this step."""
 
 
@@ -115,7 +115,7 @@ class TrainingRun:
                 batch.images, batch.local_images = self.batches.prepare_inputs(learner, view_batch, prepared)
                 with self.isolating_divergence(learner):
                     metrics = learner.step(batch, step / self.sampler.steps, measure)
-            rows += [row and {"step": step + 1, "epoch": epoch, **row} for row in metrics]
+            rows += [MetricsRow(step + 1, {"epoch": epoch, **row}) if row else None for row in metrics]
         return rows
 
     @contextmanager
