@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_version1 import CONVNET as version1.CONVNET
 import test_version1 as version1
 
 from compress_ssl.pipeline.distributed import collectives
@@ -166,7 +165,9 @@ def test_a_run_of_version_1_keeps_the_defaults_of_version_1(
 
 def test_a_run_of_version_1_has_the_epochs_of_version_1(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TwoQueuesMomentum, "recipe", OTHER_RECIPE)
-    config = distill.Config(str(home / "store"), (version1.CONVNET, version1.RESNET), "compress-2q-momentum", home / "runs", **version1.CPU)
+    config = distill.Config(
+        str(home / "store"), (version1.CONVNET, version1.RESNET), "compress-2q-momentum", home / "runs", **version1.CPU
+    )
     assert distill.resolve(config).sampling.epochs == 130
     anew = replace(config, overwrite=True)
     assert distill.resolve(anew).sampling.epochs == OTHER_RECIPE.epochs
@@ -344,7 +345,9 @@ def interrupt_at(patch: pytest.MonkeyPatch, number: int) -> None:
 
 def test_an_unfinished_run_of_version_1_is_not_finished_by_asking_for_fewer_steps(home: Path) -> None:
     flags: dict[str, Any] = {"steps": 8, **version1.CPU}
-    config = distill.Config(str(home / "store"), (version1.CONVNET, version1.RESNET), "compress-2q-momentum", home / "runs", **flags)
+    config = distill.Config(
+        str(home / "store"), (version1.CONVNET, version1.RESNET), "compress-2q-momentum", home / "runs", **flags
+    )
     with pytest.raises(UserError, match=r"8 steps were asked, but the run has taken 12 .* is not finished") as refusal:
         distill.run(config)
     if "student.initial" in str(refusal.value):
