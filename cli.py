@@ -3,7 +3,6 @@
 `compress --help` must take less than half a second, so nothing here imports torch or a stage before a command is run.
 """
 
-import errno
 import importlib
 import inspect
 import json
@@ -11,22 +10,24 @@ import os
 import signal
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from compress_ssl.pipeline.runtime.config import check_choices, choices, flag_name
-from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.config import check_choices, choices, flag_name, plain_types
+from compress_ssl.pipeline.runtime.errors import UserError, describe_disk_error, describe_exhaustion
 from compress_ssl.pipeline.runtime.help_page import Rows, format_page, sections_of, value_name
 from compress_ssl.pipeline.runtime.launch_env import is_launched, is_main_process
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from typer._click.core import Command as AnyCommand
     from typer._click.core import Context
     from typer._click.exceptions import ClickException
@@ -57,7 +58,7 @@ A module is imported only when its command is run or its own --help is shown.
 """
 
 
-SETTINGS = {"max_content_width": 100}
+SETTINGS: dict[str, object] = {"max_content_width": 100}
 """Of every command: the help is as wide as the terminal, but its lines grow no longer than this."""
 
 JSON = ("--json", "Print one JSON object on stdout instead of the summary.")
@@ -147,7 +148,8 @@ def _command(name: str, where: str, summary: str) -> Command:
     return command
 
 
-def _function(config: Any, run: Any) -> Any:
+# `run` takes its own stage's Config and a flag's value has any type, which is why they are Any in this section.
+def _function(config: "type[DataclassInstance]", run: Callable[[Any], Mapping[str, object]]) -> Callable[..., None]:
     """A function that calls `run` with a Config. Typer reads the options from its signature, one per field."""
 
     def call(**values: Any) -> None:
@@ -157,7 +159,7 @@ def _function(config: Any, run: Any) -> Any:
         check_choices(made)
         result = run(made)
         if result:  # only rank 0 of several ranks returns a result
-            _print(json.dumps(result, default=str) if as_json else result.get("summary", ""))
+            _print(json.dumps(result, default=str) if as_json else str(result.get("summary", "")))
 
     hints = typing.get_type_hints(config)
     parameters = [_parameter(field, hints[field.name]) for field in fields(config)]
@@ -168,7 +170,7 @@ def _function(config: Any, run: Any) -> Any:
     return call
 
 
-def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
+def _parameter(field: Field[Any], hint: object) -> inspect.Parameter:
     """A field of a Config as a parameter that Typer reads as an option, or as an argument if the field has `place`."""
     # Choices are text for the parser: `check_choices` refuses a wrong one in the same words as for Python.
     kind = list[str] if typing.get_origin(hint) is tuple else str | None if choices(hint) else hint
@@ -177,7 +179,10 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     names = [f"--{name}/--no-{name}" if is_switch else f"--{name}"]
     if short:
         names.append(short)
-    info = typer.Argument(metavar=value_name(field, hint)) if field.metadata["place"] else typer.Option(*names)
+    number = next((each for each in (int, float) if each in plain_types(hint)), None)
+    parser = partial(_parse_number, f"--{name}", number) if number else None
+    place = field.metadata["place"]
+    info = typer.Argument(metavar=value_name(field, hint)) if place else typer.Option(*names, parser=parser)
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     if isinstance(default, tuple):
         default = list(default)
@@ -186,25 +191,15 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     )
 
 
-# ---------------------------------------------------------------- running a command, exit status and errors
+def _parse_number(flag: str, kind: type[int] | type[float], value: str) -> int | float:
+    """The value of a flag as a number. Raises UserError: Typer's own words do not say what was given."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{flag} is {value}, but must be a {'whole ' * (kind is int)}number") from None
 
-_DISK = {
-    errno.ENOSPC: "the disk is full; make room and repeat the command, it continues where it stopped",
-    errno.EDQUOT: "the disk quota is used up; make room and repeat the command, it continues where it stopped",
-    errno.EFBIG: "the file size limit was reached (ulimit -f); raise it and repeat the command",
-    errno.EACCES: "no permission; choose another folder or change its rights",
-    errno.EPERM: "not permitted; choose another folder or change its rights",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
-    errno.EEXIST: "a file stands where a folder is needed; choose another folder",
-    errno.EISDIR: "a folder stands where a file is needed; choose another name",
-    errno.ENOENT: "there is no such file or folder",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.ELOOP: "symbolic links lead in a circle",
-    errno.EMFILE: "too many files are open (ulimit -n); raise the limit, or use fewer --workers",
-    errno.EIO: "the disk reports an error; check it, then repeat the command",
-}
-"""{errno of an OSError that the user can correct: what is wrong and what to do}; all others are bugs."""
+
+# ---------------------------------------------------------------- running a command, exit status and errors
 
 
 def main() -> None:
@@ -247,14 +242,15 @@ def _run_command() -> int:
     except UsageProblem as problem:
         return _fail(_describe_usage_error(problem)) if is_main_process() else 2
     except (MemoryError, RuntimeError) as problem:
-        text = _describe_exhaustion(problem)
+        text = describe_exhaustion(problem)
         if not text:
             raise
         return _fail(text)
     except OSError as problem:
-        if problem.errno not in _DISK:
+        text = describe_disk_error(problem)
+        if not text:
             raise
-        return _fail(f"{problem.filename2 or problem.filename or 'writing'}: {_DISK[problem.errno]}")
+        return _fail(text)
 
 
 def _print(text: str) -> None:
@@ -269,24 +265,6 @@ def _fail(text: str) -> int:
     """Print an error in one line to stderr; returns the exit status."""
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return 2
-
-
-def _describe_exhaustion(problem: Exception) -> str:
-    """The error text if memory ran out or a loader process ended unexpectedly, else "".
-
-    torch raises a plain RuntimeError for some of these, so they are recognised by their texts.
-    """
-    text = " ".join(str(problem).split())
-    signs = ("killed by signal", "exited unexpectedly", "shared memory", "No space left on device")
-    if "DataLoader worker" in text and any(sign in text for sign in signs):
-        return (
-            f"a loader process died ({text[:160]}); use fewer --workers (0: none), or give them more memory "
-            "(docker run --shm-size), and repeat the command, it continues where it stopped"
-        )
-    is_memory_error = type(problem).__name__ in ("MemoryError", "_ArrayMemoryError", "OutOfMemoryError")
-    if is_memory_error or "can't allocate memory" in text:
-        return f"the memory is full ({text[:160]}); take a smaller batch where the command has one, or fewer students"
-    return ""
 
 
 def _describe_usage_error(problem: "ClickException") -> str:

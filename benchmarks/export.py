@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.photographs import prepare_images
+from benchmarks.store_records import plain_record
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.extraction.embed import embed
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
@@ -61,15 +62,10 @@ def _measure_forward(forward: FeatureExtractor) -> tuple[float, float]:
 
 
 def _measure_export(forward: FeatureExtractor, dataset: Any, out: Path, device: torch.device) -> tuple[float, float]:
-    arrays = {"embedding": [forward.embedder.width]}
-    identity = {
-        "data": {"images": len(dataset), "fingerprint": dataset.fingerprint},
-        "arrays": arrays,
-        "codec": "int8",
-        "shard_rows": shard_rows(len(dataset), BATCH, arrays, 1),
-    }
+    width = forward.embedder.width
+    rows = shard_rows(len(dataset), BATCH, {"embedding": (width,)}, 1)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
-    store = FeatureStore.create(Folder(out), identity, {"views": VIEWS}, tables)
+    store = FeatureStore.create(Folder(out), plain_record(len(dataset), VIEWS, width, "int8", rows), tables)
     spec = ViewSpec("crop-flip", 0, 0.875)
     workers = loader_workers(None, device)
     return _rates(len(dataset) * VIEWS, lambda: embed(store, dataset, spec, forward, workers=workers))

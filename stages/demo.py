@@ -106,7 +106,7 @@ def run_step(stage: ModuleType, **settings: Any) -> dict[str, Any]:
     """Print the command that a user would type, run the stage, and print its summary."""
     config = stage.Config(**settings)
     echo(f"\n$ {command(stage, config)}")
-    result = stage.run(config)
+    result: dict[str, Any] = stage.run(config)
     text = result["summary"]
     echo(text.rstrip().splitlines()[-1] if stage is compare else text)  # of the comparison only the path of its page
     return result

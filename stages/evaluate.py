@@ -223,7 +223,7 @@ def open_store(config: Config, location: str, augment: bool) -> "FeatureStore":
 
 def train_spec(config: Config, scored: "ScoredModel") -> str:
     """The spec of the training images, as it is written to metrics.json."""
-    return config.train or str((scored.data or {}).get("spec"))
+    return config.train or str(scored.data.spec if scored.data else None)
 
 
 def open_datasets(config: Config, scored: "ScoredModel") -> tuple["Dataset", "Dataset"]:

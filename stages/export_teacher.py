@@ -4,7 +4,6 @@ Each (i, v), image i in view v, is computed once: running the command again comp
 """
 
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, r
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
+from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder, absolute, open_storage
 from compress_ssl.pipeline.store.codecs import KNOWN, build_codec
@@ -121,7 +121,7 @@ def run(config: Config) -> dict[str, Any]:
     earlier = None if anew else artifact.claimed(storage, "store")
     dataset = open_images(config.data, config.limit)
     if earlier:
-        require_its_images(config, earlier, dataset)
+        require_its_images(config, dataset)
 
     from compress_ssl.pipeline.extraction.dask_worker import build_worker
     from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
@@ -141,33 +141,33 @@ def run(config: Config) -> dict[str, Any]:
     local = config.scheduler == "local"
     device = choose_device(config.device if local else "cpu")  # each worker of a scheduler chooses its own
     embedder = build_teacher(config)
-    ratio = other.identity["views"]["crop_ratio"] if other else embedder.preprocessing.crop_ratio
+    ratio = other.identity.views.crop_ratio if other else embedder.preprocessing.crop_ratio
     spec = ViewSpec(config.policy, config.seed, ratio)
-    identity, about = describe_store(store_settings(config), dataset, embedder, spec)
+    record = describe_store(store_settings(config), dataset, embedder, spec)
     if other:
-        require_same_views(identity, dataset, other)
-        about["like"] = other.fingerprint
+        require_same_views(record.identity, dataset, other)
+        record = replace(record, about=replace(record.about, like=other.fingerprint))
     if earlier:
-        artifact.claim(storage, "store", identity)
+        artifact.claim(storage, "store", to_json(record.identity))
     if config.dry_run:
         from compress_ssl.pipeline.store.estimate import estimate
 
         pending = FeatureStore(storage).pending(config.views) if earlier else None
-        return estimate(identity, config.views, config.out, pending)
+        return estimate(record.identity, config.views, config.out, pending)
 
     if earlier:
-        require_recorded_rendering(earlier, dataset, spec, embedder.preprocessing)
+        require_recorded_rendering(FeatureStore(storage), dataset)
     elif config.overwrite:  # only after all checks have passed
         lease.set_aside(config.out, "store")
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     with lease.Lease(storage) as held:
         if earlier:
             require_unchanged(FeatureStore(storage), dataset)
-        store = FeatureStore.create(storage, identity, about, tables, teacher_heads.head_files(embedder.head_tensors()))
+        store = FeatureStore.create(storage, record, tables, teacher_heads.head_files(embedder.head_tensors()))
         if not store.pending():
             return finish(store, f"{config.out} is complete already: {store.images} images, {store.views} views", other)
         if not local:
-            remote = DaskExport(config.scheduler, partial(build_worker, worker_settings(config, about)))
+            remote = DaskExport(config.scheduler, partial(build_worker, worker_settings(config, store)))
             return fill(config, store, remote, config.scheduler, held, other)
         forward = FeatureExtractor(embedder, device, config.precision, config.batch_size, parse_outputs(config.keep))
         work = ExportWorker(store, dataset, spec, forward, config.workers)
@@ -207,7 +207,7 @@ def fill(
     from compress_ssl.pipeline.extraction.worker import require_no_failures
     from compress_ssl.pipeline.store.compatibility import require_unchanged
 
-    width, pending = store.identity["teacher"]["width"], store.pending()
+    width, pending = store.export.width, store.pending()
     rows = sum(shard.stop - shard.start for shard in pending)
     echo(f"{rows} of {store.images} images to embed, {store.views} views, on {device}, {width} dimensions")
     with StopRequest() as stop, progress_bar("export", store.images, "images", store.images - rows) as bar:
@@ -233,7 +233,7 @@ def fill(
     if isinstance(store.storage, Folder):
         store.storage.sweep()  # unfinished files of workers that were killed
     now = open_images(config.data, config.limit)
-    require_its_images(config, store.manifest, now)
+    require_its_images(config, now)
     require_unchanged(store, now)
     return made
 
@@ -257,14 +257,14 @@ def store_settings(config: Config) -> "StoreSettings":
     )
 
 
-def worker_settings(config: Config, about: Mapping[str, Any]) -> "WorkerSettings":
-    """The settings of the dask workers of this command. `about` of the manifest has the absolute specs."""
+def worker_settings(config: Config, store: "FeatureStore") -> "WorkerSettings":
+    """The settings of the dask workers of this command. The store names images and teacher by absolute specs."""
     from compress_ssl.pipeline.extraction.dask_worker import WorkerSettings, worker_threads
 
     return WorkerSettings(
-        data=about["data"]["spec"],
+        data=store.export.data.spec,
         limit=config.limit,
-        teacher=about["teacher"],
+        teacher=store.export.teacher,
         store=absolute(config.out),
         outputs=parse_outputs(config.keep),
         device=config.device,
@@ -319,12 +319,13 @@ def check(config: Config) -> None:
         raise UserError(f"--local-size {config.local_size} was given without --local-views; add --local-views N")
 
 
-def require_its_images(config: Config, earlier: artifact.Manifest, dataset: "Dataset") -> None:
+def require_its_images(config: Config, dataset: "Dataset") -> None:
     """Raises Mismatch, with the difference, if the existing store was made from other images."""
-    if dataset.fingerprint != earlier.identity["data"]["fingerprint"]:
-        from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
-        difference = dataset.describe_difference(FeatureStore(open_storage(config.out)).table("sample_id"))
+    store = FeatureStore(open_storage(config.out))
+    if dataset.fingerprint != store.identity.data.fingerprint:
+        difference = dataset.describe_difference(store.table("sample_id"))
         raise artifact.Mismatch(
             f"{config.out} was made from other images than --data {config.data}: {difference}. "
             "Give the same images, choose another --out, or start from scratch with --overwrite"

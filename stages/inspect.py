@@ -11,10 +11,10 @@ from compress_ssl.pipeline.runtime.formatting import format_bytes, format_durati
 from compress_ssl.pipeline.runtime.records import UNSET, to_json
 from compress_ssl.pipeline.runtime.storage import Storage, open_storage
 from compress_ssl.pipeline.training.metrics_log import MetricsRow, read_metrics
-from compress_ssl.pipeline.training.run_record import Option, RunRecord, parse_run
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.training.run_record import Option, RunRecord
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def run(config: Config) -> dict[str, Any]:
 def describe_store(store: "FeatureStore", savings: dict[str, Any]) -> dict[str, Any]:
     """A store in words, by title. savings: the numbers of `compute_savings`."""
     about, identity = store.about, store.identity
-    exported = "data" in about  # false for an evaluation's features, which name neither their images nor their model
+    exported = bool(about.data)  # false for an evaluation's features, which name neither their images nor their model
     if exported:
-        origin, teacher = f" of {about['data']['spec']}, {len(about['classes'])} classes", about["teacher"]
+        origin, teacher = f" of {store.export.data.spec}, {len(store.export.classes)} classes", store.export.teacher
     else:
         origin, teacher = ", scored by an evaluation", "what was scored"
     first = store.stored_views.start  # above 0 if view 0 is not stored
@@ -69,20 +69,20 @@ def describe_store(store: "FeatureStore", savings: dict[str, Any]) -> dict[str, 
         "fingerprint": store.fingerprint,
         "data": f"{store.images} images{origin}",
         "teacher": f"{teacher}, {store.arrays['embedding'][0]} dimensions",
-        "views": f"{views}, {identity['views']['policy']}, seed {identity['views']['seed']}",
+        "views": f"{views}, {identity.views.policy}, seed {identity.views.seed}",
     }
     if store.local:
-        described["local crops"] = f"{len(store.local)} of {identity['local']['size']} pixels"
+        described["local crops"] = f"{len(store.local)} of {identity.local_size} pixels"
     described |= {
         "arrays": ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in store.arrays.items()),
-        "codec": identity["codec"],
+        "codec": identity.codec,
         "shards": f"{shards - savings['pending']} of {shards} done, {store.rows} rows each",
         "bad images": len(store.bad_images()),
         "on disk": format_bytes(savings["bytes"]),
         "cost": format_cost(savings),
     }
-    if "copied" in about:
-        described["copied from"] = about["copied"]["from"]
+    if about.copied_from is not None:
+        described["copied from"] = about.copied_from
     if exported:
         described["saves"] = format_savings(savings)
     return described
@@ -95,7 +95,8 @@ def compute_savings(store: "FeatureStore", config: Config) -> dict[str, Any]:
     each student and epoch. So the store pays from V epochs on, summed over all students.
     """
     history, view_count = store.history(), len(store.all_views)
-    seconds, images, views = (sum(entry.get(key, 0) for entry in history) for key in ("seconds", "images", "views"))
+    seconds = sum(event.seconds for event in history)
+    images, views = sum(event.images for event in history), sum(event.views for event in history)
     return {
         "students": config.students,
         "epochs": config.epochs,
@@ -135,6 +136,8 @@ def format_savings(savings: dict[str, Any]) -> str:
 
 def describe_run(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any]:
     """A run of distill in words and numbers, by title: its settings, the last logged step and its checkpoints."""
+    from compress_ssl.pipeline.training.run_record import parse_run
+
     record = parse_run(manifest, f"{storage}/{artifact.MANIFEST}")
     identity, about = record.identity, record.about
     rows = read_metrics(storage)
@@ -161,7 +164,7 @@ def describe_run(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any
     return described
 
 
-def is_finished(storage: Storage, record: RunRecord, taken: int) -> bool:
+def is_finished(storage: Storage, record: "RunRecord", taken: int) -> bool:
     """Whether a run has been trained to its end and its student is written. taken: steps that it has taken.
 
     A run of version 1 does not record its length: there, the written student is all there is to go by.
@@ -170,7 +173,7 @@ def is_finished(storage: Storage, record: RunRecord, taken: int) -> bool:
     return storage.exists("student.safetensors") and (steps is UNSET or taken >= steps)
 
 
-def format_option(value: Option) -> str:
+def format_option(value: "Option") -> str:
     """An option's value as it is typed in a spec."""
     if isinstance(value, tuple):
         return "+".join(map(str, value))

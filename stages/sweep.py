@@ -6,7 +6,6 @@ the same images in the same order share one pass over them (`distill.Job.data_pa
 
 import itertools
 import re
-import typing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -16,16 +15,13 @@ from typing import Any
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.config import check_choices, choices, flag, plain_types
+from compress_ssl.pipeline.runtime.config import as_list, check_choices, convert_values, flag
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.storage import open_storage
 from compress_ssl.pipeline.training.export_students import PartialFailure
 from compress_ssl.stages import compare, distill, evaluate
-
-EXPONENT_NUMBER = re.compile(r"[-+]?[0-9.]+e[-+]?[0-9]+")
-"""Numbers like 1e-3, which YAML 1.1 reads as text unless they have a dot and a signed exponent."""
 
 KEYS = ("out", "store", "student", "method", "at_once", "distill", "evaluate")
 """The keys of a sweep's file."""
@@ -262,33 +258,6 @@ def parse_flags(config: Any, flags: Mapping[str, Any], where: str, without: tupl
     if given and missing:
         raise UserError(f"{where} needs {missing[0]}")
     return convert_values(config, given)
-
-
-def convert_values(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values from YAML as a Config's fields require them: paths, tuples, numbers. Raises UserError."""
-    hints = typing.get_type_hints(config)
-    converted = {}
-    for key, value in values.items():
-        types = plain_types(hints[key])  # of `float | None`, both
-        if float in types and isinstance(value, str) and EXPONENT_NUMBER.fullmatch(value):
-            value = float(value)
-        if typing.get_origin(hints[key]) is tuple:
-            value = tuple(map(str, as_list(value)))
-        elif Path in types:
-            value = Path(value).expanduser()
-        elif float in types and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        elif not isinstance(value, tuple(each for each in types if isinstance(each, type))):
-            names = choices(hints[key]) or [each.__name__ for each in types if each is not type(None)]
-            expected = " or ".join(names)
-            raise UserError(f"{key} is {value!r}, but must be {expected}")
-        converted[key] = value
-    return converted
-
-
-def as_list(value: Any) -> list[str]:
-    """A list of texts from one value or from a list of values."""
-    return [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
 
 
 def format_value(value: Any) -> str:

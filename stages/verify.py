@@ -133,7 +133,7 @@ def compare_sample(config: Config, store: "FeatureStore") -> dict[str, Any]:
     exported = store.identity
     # Those of the export by default: another batch size or precision may change the last bits of a feature.
     arithmetic = verification.Arithmetic(
-        config.batch_size or exported["batch_size"], config.device, config.precision or exported["precision"]
+        config.batch_size or exported.batch_size, config.device, config.precision or exported.precision
     )
     live = verification.embed_again(store, config.store, dataset, config.teacher, arithmetic)
     comparison = verification.Comparison(store, config.store)
@@ -142,4 +142,4 @@ def compare_sample(config: Config, store: "FeatureStore") -> dict[str, Any]:
             of_view = rows[views == view]
             verification.compare_view(comparison, view, of_view, live(of_view, view))
             bar.advance(len(of_view))
-    return verification.judge(comparison, arithmetic.describe(exported["precision"]))
+    return verification.judge(comparison, arithmetic.describe(exported.precision))

@@ -364,7 +364,7 @@ NEAR_MISSES = [
     (["distil"], ["no command 'distil'", "did you mean 'distill'?"]),
     (["export-teacher", "--vews", "3"], ["--vews", "--views", "--help"]),
     (["export-teacher"], ["--data", "--help"]),
-    (["export-teacher", "--views", "many"], ["--views", "integer", "--help"]),
+    (["export-teacher", "--views", "many"], ["--views is many", "must be a whole number"]),
     ([], ["No command was given", "--help"]),
     (["EXPORT", "--views", "0"], ["--views is 0", "more than 0"]),
     (["EXPORT", "--limit", "-1"], ["--limit is -1", "more than 0"]),

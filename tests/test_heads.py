@@ -302,7 +302,7 @@ def test_a_partial_copy_with_another_codec_keeps_local_crops_and_heads_and_a_run
     source = export(spec, tmp_path / "source", codec="float32", **how)
     store_copy.run(store_copy.Config(str(tmp_path / "source"), str(tmp_path / "part"), images="::2", codec="pq:4"))
     part, rows = FeatureStore(Folder(tmp_path / "part")), np.arange(0, 24, 2)
-    assert part.identity["codec"] == "pq:4" and part.local == source.local
+    assert part.identity.codec == "pq:4" and part.local == source.local
     for name, view in [("embedding", 1), ("regions", 0), *(("local_embedding", view) for view in part.local)]:
         want, got = source.read(name, view)[rows], part.read(name, view)
         assert (F.cosine_similarity(torch.from_numpy(want), torch.from_numpy(got), dim=-1) > 0.99).all()

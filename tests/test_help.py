@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import subprocess
+import sys
 import typing
 from dataclasses import MISSING, Field, fields
 from types import NoneType
@@ -13,7 +15,7 @@ import torch
 from compress_ssl import cli
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.models.precision import PRECISIONS
-from compress_ssl.pipeline.runtime.config import choices, flag, flag_name, plain_types, to_flags
+from compress_ssl.pipeline.runtime.config import check_choices, choices, flag, flag_name, plain_types, to_flags
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.help_page import FIRST_COLUMN, format_page, help_text, sections_of
 from compress_ssl.pipeline.training.choices import OptimizerName
@@ -21,6 +23,7 @@ from compress_ssl.pipeline.training.optimizers import make_optimizer
 from compress_ssl.pipeline.views.augment import POLICIES, Policy
 
 WIDTHS = (50, 80, 120)
+HEAVY = {"torch", "torchvision", "timm", "faiss", "zarr", "dask", "distributed", "jinja2", "psutil"}
 BIG = ("export-teacher", "distill", "evaluate")
 
 
@@ -87,6 +90,20 @@ def test_no_line_of_a_page_is_wider_than_the_terminal_and_nothing_is_cut(page: A
     assert "…" not in text
     words = text.split()
     assert [word for word in words if word.endswith("-")] == [], "a word is cut at its hyphen"
+
+
+def test_the_pages_of_all_commands_are_printed_without_any_heavy_package() -> None:
+    program = (
+        "import sys; from compress_ssl import cli\n"
+        "for command in cli.COMMANDS:\n"
+        "    sys.argv = ['compress', *command.split(), '--help']\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as stop: assert not stop.code, (command, stop.code)\n"
+        f"loaded = sorted(set(sys.modules) & {HEAVY!r}); assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: ") == len(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -190,6 +207,22 @@ def test_a_long_name_stands_on_a_line_of_its_own_and_no_word_is_cut() -> None:
     assert lines[4] == "  --short  text text text text text text"[:40].rstrip()
 
 
+# ---------------------------------------------------------------- numbers
+
+
+NUMBERS = [(command, f) for command, f in FLAGS if {int, float} & set(plain_types(hint_of(command, f)))]
+
+
+@pytest.mark.parametrize("command, of", NUMBERS, ids=[f"{command} {f.name}" for command, f in NUMBERS])
+def test_a_word_in_place_of_a_number_is_refused_with_the_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, of: Field[Any]
+) -> None:
+    words = to_flags(placeholders(stage_of(command)[1], **{of.name: "1.5.2"}))
+    said = refusal(monkeypatch, capsys, [*command.split(), *words])
+    number = "whole number" if int in plain_types(hint_of(command, of)) else "number"
+    assert said == f"--{flag_name(of.name)} is 1.5.2, but must be a {number}"
+
+
 # ---------------------------------------------------------------- choices
 
 
@@ -224,8 +257,6 @@ def test_none_is_a_choice_in_python_only_where_the_type_says_so(command: str, of
 
 
 def test_a_wrong_member_of_several_choices_is_refused() -> None:
-    from compress_ssl.pipeline.runtime.config import check_choices
-
     check_choices(Example("x", kinds=("b",)))
     with pytest.raises(UserError, match="--kinds is c, but must be one of a, b"):
         check_choices(Example("x", kinds=("a", "c")))  # type: ignore[arg-type]

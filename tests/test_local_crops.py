@@ -14,6 +14,7 @@ from compress_ssl.pipeline.runtime.jsonl import read_jsonl as read_journal
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.records import LocalIdentity
 from compress_ssl.pipeline.store.shards import Shard, done_key
 from compress_ssl.pipeline.training.sampler import StepSampler
 from compress_ssl.pipeline.views.augment import LOCAL_POLICIES, ResolvedView, ViewSpec, draw_variates, resolve_view
@@ -150,7 +151,7 @@ def test_the_loader_renders_local_crops_with_or_without_global_views(images: Pat
 def test_local_crops_have_their_own_arrays_shards_and_done_records(whole: Path) -> None:
     store = FeatureStore(Folder(whole))
     assert store.local == tuple(range(LOCAL, LOCAL + 6)) and store.views == 3
-    assert store.identity["local"] == {"views": 6, "size": SMALL}
+    assert store.identity.local == LocalIdentity(views=6, size=SMALL)
     shapes = {name: store.array(name).shape for name in ("embedding", "local_embedding", "local_embedding_scale")}
     assert shapes == {"embedding": (20, 3, 8), "local_embedding": (20, 6, 8), "local_embedding_scale": (20, 6)}
     first = {done_key(0, 0, 3), done_key(0, LOCAL, LOCAL + 4), done_key(0, LOCAL + 4, LOCAL + 6)}

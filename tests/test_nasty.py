@@ -75,9 +75,9 @@ def good_ones_alone(dataset: ImageFolder, rows: np.ndarray, data: Path, out: Pat
     torch.manual_seed(0)
     model = build(TEACHER, image_size=16, pretrained_default=True)
     few, spec = Subset(dataset, rows), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
-    identity, about = describe_store(export_teacher.store_settings(config), few, model, spec)
+    record = describe_store(export_teacher.store_settings(config), few, model, spec)
     tables = {"sample_id": few.ids, "label": few.label, "view_key": rows}
-    made = FeatureStore.create(Folder(out), identity, about, tables)
+    made = FeatureStore.create(Folder(out), record, tables)
     embed(made, few, spec, FeatureExtractor(model, torch.device("cpu"), "fp32", 8), workers=0)
     return made
 
@@ -129,9 +129,9 @@ def test_loader_processes_and_threads_treat_nasty_files_alike(
     torch.manual_seed(0)
     model = build(TEACHER, image_size=16, pretrained_default=True)
     dataset, spec = ImageFolder(mixed[0]), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
-    identity, about = describe_store(export_teacher.store_settings(config), dataset, model, spec)
+    record = describe_store(export_teacher.store_settings(config), dataset, model, spec)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
-    made = FeatureStore.create(Folder(tmp_path / "store"), identity, about, tables)
+    made = FeatureStore.create(Folder(tmp_path / "store"), record, tables)
     embed(made, dataset, spec, FeatureExtractor(model, torch.device("cpu"), "fp32", 8), **how)
     done = [key for key in store.storage.list("done")]
     assert done and {key: made.storage.get(key) for key in done} == {key: store.storage.get(key) for key in done}

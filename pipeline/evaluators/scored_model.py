@@ -16,10 +16,9 @@ from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.storage import Folder, open_storage
-from compress_ssl.pipeline.store import source_images
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.records import DataSource
 from compress_ssl.pipeline.training.run_record import read_run
 from compress_ssl.pipeline.views.augment import ViewSpec
 
@@ -37,7 +36,7 @@ class ScoredModel:
     views: ViewSpec
     build_embedder: Callable[[], Embedder]  # returns the same network at every call
     default_out: Path  # the evaluation folder if --out is not given
-    data: dict[str, Any] | None = None  # the images it was trained or exported on: {"spec", "limit"}
+    data: DataSource | None = None  # the images it was trained or exported on
     store: FeatureStore | None = None  # of a teacher: its stored features
     run: Path | None = None
     sample_ids: Callable[[], Any] | None = None  # ids of the images in `data`, needed if they are a selection
@@ -46,7 +45,7 @@ class ScoredModel:
     def find_store(self, dataset: Dataset) -> FeatureStore | None:
         """The store that holds this model's features of exactly these images; None if there is none."""
         store = self.store
-        return store if store and store.identity["data"]["fingerprint"] == dataset.fingerprint else None
+        return store if store and store.identity.data.fingerprint == dataset.fingerprint else None
 
 
 # ---------------------------------------------------------------- a run's student
@@ -70,10 +69,10 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
         model={**model, "spec": student.spec, "run": str(folder), "method": record.identity.method},
         weights=embedder.digest(),
         preprocessing=embedder.preprocessing.record(),
-        views=ViewSpec(**to_json(about.views_spec)),
+        views=about.views_spec,
         build_embedder=lambda: embedder,
         default_out=folder / "evaluation",
-        data=to_json(about.data),
+        data=about.data,
         sample_ids=lambda: FeatureStore(open_storage(about.store)).table("sample_id"),
         run=folder,
         teacher_evaluation=artifact.sibling(about.store, "-evaluation"),
@@ -102,20 +101,20 @@ def open_teacher(store: FeatureStore) -> ScoredModel:
     The network itself is built only when features of other images are needed. Raises UserError for a store without
     a teacher (features of an evaluation) and for one whose view 0 is not complete.
     """
-    source_images.require_exported(store)
+    exported, where = store.export, str(store.storage)
     has_view_0 = 0 in store.stored_views
     if has_view_0:
         store.require_complete([0])
-    where, teacher, about = str(store.storage), store.identity["teacher"], store.about
-    model = {"name": teacher["name"], "role": "teacher", "parameters": about["parameters"], "width": teacher["width"]}
+    weights, preprocessing = store.identity.teacher.weights, store.identity.teacher.preprocessing
+    model = {"name": exported.name, "role": "teacher", "parameters": exported.parameters, "width": exported.width}
     return ScoredModel(
-        model={**model, "spec": about["teacher"], "store": where},
-        weights=teacher["weights"],
-        preprocessing=teacher["preprocessing"],
-        views=ViewSpec(**store.identity["views"]),
+        model={**model, "spec": exported.teacher, "store": where},
+        weights=weights,
+        preprocessing=preprocessing.record(),
+        views=store.identity.views,
         build_embedder=cache(partial(load_live_teacher, store)),
         default_out=artifact.sibling(where, "-evaluation"),
-        data=about["data"],
+        data=exported.data,
         store=store if has_view_0 else None,
         sample_ids=lambda: store.table("sample_id"),
     )

@@ -1,6 +1,6 @@
 """The features that protocols score: view 0 of the training and the validation images, and random views for probes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +19,18 @@ from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.records import (
+    DataIdentity,
+    Precision,
+    StoreAbout,
+    StoreIdentity,
+    StoreRecord,
+    TeacherIdentity,
+)
 from compress_ssl.pipeline.store.shards import shard_rows
 from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.numbering import FRESH
+from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class EmbedSettings:
     batch_size: int  # images per forward pass
     workers: int | None  # loader processes; None: what runtime.device.loader_workers chooses for the device
     device: str  # "auto", "cpu", "cuda", "cuda:1"
-    precision: str  # a key of models.precision.PRECISIONS
+    precision: Precision
 
 
 # ---------------------------------------------------------------- view 0
@@ -56,19 +65,19 @@ def load_splits(
 
 def embed_dataset(scored: ScoredModel, settings: EmbedSettings, dataset: Dataset, folder: Path) -> FeatureStore:
     """The scored model's features of view 0, as a store with one view in float32, resumed where it stopped."""
-    arrays = {"embedding": [scored.model["width"]]}
-    identity = {
-        "data": {"fingerprint": dataset.fingerprint, "images": len(dataset)},
-        "teacher": {"weights": scored.weights, "preprocessing": scored.preprocessing},
-        "views": {**scored.views.record(), "policy": "none"},
-        "arrays": arrays,
-        "codec": "float32",
-        "batch_size": settings.batch_size,
-        "precision": settings.precision,
-        "shard_rows": shard_rows(len(dataset), settings.batch_size, arrays, 4),
-    }
+    arrays: dict[str, tuple[int, ...]] = {"embedding": (scored.model["width"],)}
+    identity = StoreIdentity(
+        data=DataIdentity(dataset.fingerprint, len(dataset)),
+        teacher=TeacherIdentity(scored.weights, Preprocessing.of(scored.preprocessing)),
+        views=replace(scored.views, policy="none"),
+        arrays=arrays,
+        codec="float32",
+        batch_size=settings.batch_size,
+        precision=settings.precision,
+        shard_rows=shard_rows(len(dataset), settings.batch_size, arrays, 4),
+    )
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
-    store = FeatureStore.create(Folder(folder), identity, {"views": 1}, tables)
+    store = FeatureStore.create(Folder(folder), StoreRecord(identity, StoreAbout(views=1, small={})), tables)
     if store.pending():
         embed_pending(scored, settings, dataset, store, folder.name)
     return store

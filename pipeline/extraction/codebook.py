@@ -7,6 +7,7 @@ views at once.
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK
+from compress_ssl.pipeline.store.records import DataIdentity, StoreAbout, StoreRecord
 from compress_ssl.pipeline.store.shards import is_local, shard_rows
 from compress_ssl.pipeline.views.augment import ViewSpec
 
@@ -68,7 +70,7 @@ def _create_sample_store(
 ) -> FeatureStore:
     """An empty store for the sample, with the arrays of `store` in float32."""
     rows = shard_rows(len(sample), batch_size, store.arrays, 4)
-    identity = {**store.identity, "codec": "float32", "shard_rows": rows}
-    identity["data"] = {"images": len(sample), "fingerprint": sample.fingerprint}
+    data = DataIdentity(sample.fingerprint, len(sample))
+    identity = replace(store.identity, codec="float32", shard_rows=rows, data=data)
     tables = {"sample_id": sample.ids, "label": sample.label, "view_key": range(len(sample))}
-    return FeatureStore.create(Folder(folder), identity, {"views": views}, tables)
+    return FeatureStore.create(Folder(folder), StoreRecord(identity, StoreAbout(views, small={})), tables)

@@ -133,7 +133,7 @@ def _view_dataset(
 
 def _local_size(store: FeatureStore) -> int:
     """Side of local crops in pixels; 0 if the store has none."""
-    return store.identity.get("local", {}).get("size", 0)
+    return store.identity.local_size
 
 
 # ---------------------------------------------------------------- one batch

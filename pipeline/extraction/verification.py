@@ -14,7 +14,6 @@ from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.device import choose_device
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
 from compress_ssl.pipeline.views.numbering import LOCAL, view_name
 
@@ -138,7 +137,7 @@ def judge(comparison: Comparison, how: str) -> dict[str, Any]:
     low = int((stored < ideal - MAX_COSINE_LOSS).sum())
     if low:
         arithmetic = "the pixels were checked first, so the arithmetic differs: another device, precision or version?"
-        why = f"more than {MAX_COSINE_LOSS} below what {store.identity['codec']} keeps it is not this teacher's feature"
+        why = f"more than {MAX_COSINE_LOSS} below what {store.identity.codec} keeps it is not this teacher's feature"
         raise UserError(f"{comparison.location}: {low} of {said}; {why}: {comparison.place or arithmetic}")
     gap = max(ROUNDING, ideal.mean() - stored.mean())
     for name, score in controls.items():
@@ -160,14 +159,14 @@ def embed_again(
     A smaller batch is padded, because another size may change the last bits of a feature. The function raises UserError
     for an image whose content is not the exported one.
     """
-    identity, embedder = store.identity, load_live_teacher(store, teacher)
+    embedder = load_live_teacher(store, teacher)
     batch = arithmetic.batch_size
     forward = FeatureExtractor(embedder, choose_device(arithmetic.device), arithmetic.precision, batch)
     size, interpolation = embedder.preprocessing.size, embedder.preprocessing.interpolation
-    local_size = identity.get("local", {}).get("size", 0)  # pixels; 0: the store has no local crops
+    local_size = store.identity.local_size
     view_dataset = ViewDataset(
         dataset,
-        ViewSpec(**identity["views"]),
+        store.identity.views,
         store.table("view_key"),
         [(size, interpolation)],
         [],

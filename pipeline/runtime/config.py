@@ -1,22 +1,27 @@
-"""Fields of a stage's Config, the command line flags that reproduce one, and checks of its values."""
+"""Fields of a stage's Config, the command line flags that reproduce one, its values from YAML, and their checks."""
 
+import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields
+from pathlib import Path
 from types import NoneType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Panel = Literal["What", "Recipe", "Views", "Speed", "Output"]
 """The sections of a command's help, in the order in which they are shown."""
 
 
 # The result is Any because a field stands where the class body promises a value of the field's own type, as with
-# dataclasses.field; the default may be of any type for the same reason.
+# dataclasses.field.
 def flag(
-    default: Any = MISSING, help: str = "", *, panel: Panel = "What", metavar: str = "", short: str = "",
+    default: object = MISSING, help: str = "", *, panel: Panel = "What", metavar: str = "", short: str = "",
     place: bool = False,
 ) -> Any:  # fmt: skip
     """A dataclass field that becomes a command line flag; without a default the flag is required.
@@ -29,7 +34,7 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
-def to_flags(config: Any) -> list[str]:
+def to_flags(config: "DataclassInstance") -> list[str]:
     """The command line arguments that reproduce a Config; fields that have their default value are left out.
 
     Positional arguments come as they are, in the order of the fields; a flag comes as one word, "--name=value", so
@@ -53,10 +58,54 @@ def flag_name(field_name: str) -> str:
     return field_name.replace("_", "-")
 
 
+# ---------------------------------------------------------------- values from a YAML file
+
+EXPONENT_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)e[-+]?[0-9]+")
+"""Numbers like 1e-3, which YAML 1.1 reads as text unless they have a dot and a signed exponent."""
+
+IN_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path",
+    NoneType: "null",
+}
+"""What errors call the types of a flag."""
+
+
+# A value from YAML may be anything before it is checked here, which is why it is Any.
+def convert_values(config: "type[DataclassInstance]", values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values from YAML as a Config's fields require them: paths, tuples, numbers. Raises UserError."""
+    hints = typing.get_type_hints(config)
+    converted: dict[str, Any] = {}
+    for key, value in values.items():
+        types = plain_types(hints[key])  # of `float | None`, both
+        if float in types and isinstance(value, str) and EXPONENT_NUMBER.fullmatch(value):
+            value = float(value)
+        if typing.get_origin(hints[key]) is tuple:
+            value = tuple(map(str, as_list(value)))
+        elif Path in types and value is not None:
+            value = Path(str(value)).expanduser()
+        elif float in types and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        elif not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            names = choices(hints[key])
+            expected = f"one of {', '.join(names)}" if names else " or ".join(IN_WORDS[each] for each in types)
+            raise UserError(f"{key} is {value!r}, but must be {expected}")
+        converted[key] = value
+    return converted
+
+
+def as_list(value: object) -> list[str]:
+    """A list of texts from one value or from a list of values."""
+    return [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
+
+
 # ---------------------------------------------------------------- checks
 
 
-def require(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
+def require(config: "DataclassInstance", rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
     """Check fields against {name: (predicate, "must be ...")} and all choices; the value None passes a rule.
 
     Raises UserError.
@@ -68,7 +117,7 @@ def require(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) ->
             raise UserError(f"--{flag_name(name)} is {value}, but {words}")
 
 
-def check_choices(config: Any) -> None:
+def check_choices(config: "DataclassInstance") -> None:
     """Raises UserError if a field whose type is a Literal has a value outside it.
 
     A Config that was made in Python or from a sweep's file is checked alike, and in the same words.
@@ -85,19 +134,20 @@ def check_choices(config: Any) -> None:
                 raise UserError(f"--{flag_name(f.name)} is {member}, but must be one of {', '.join(known)}{hint}")
 
 
-def choices(hint: Any) -> tuple[str, ...]:
+def choices(hint: object) -> tuple[str, ...]:
     """The names in a field's type: those of Literal[...], `Literal[...] | None` and tuple[Literal[...], ...]."""
     if typing.get_origin(hint) is Literal:
         return tuple(map(str, typing.get_args(hint)))
     return tuple(name for part in typing.get_args(hint) for name in choices(part))
 
 
-def plain_types(hint: Any) -> tuple[Any, ...]:
+def plain_types(hint: object) -> tuple[type, ...]:
     """The types in a field's type, such as (float, NoneType) of `float | None`, with str in place of a Literal."""
     if typing.get_origin(hint) is Literal:
         return (str,)
-    parts = typing.get_args(hint)
-    return tuple(found for part in parts for found in plain_types(part)) if parts else (hint,)
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return (hint,)
+    return tuple(found for part in typing.get_args(hint) for found in plain_types(part))
 
 
 # Rules for `require`: (predicate, what the error says a value must be).

@@ -8,9 +8,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.runtime.config import Panel, choices, flag_name, plain_types
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FIRST_COLUMN = 26
 """Characters of the first column, with two before it and two behind it. A longer name stands on a line of its own."""
@@ -25,7 +28,7 @@ Rows = Sequence[tuple[str, str]]
 # ---------------------------------------------------------------- what a Config says
 
 
-def sections_of(config: type) -> dict[str, list[tuple[str, str]]]:
+def sections_of(config: "type[DataclassInstance]") -> dict[str, list[tuple[str, str]]]:
     """The rows of every flag of a Config class, by panel; flags of one panel alone are called Options."""
     hints = typing.get_type_hints(config)
     sections: dict[str, list[tuple[str, str]]] = {name: [] for name in typing.get_args(Panel)}
@@ -35,8 +38,7 @@ def sections_of(config: type) -> dict[str, list[tuple[str, str]]]:
     return sections if len(sections) > 1 else {"Options": [row for rows in sections.values() for row in rows]}
 
 
-# A type hint and a field's default may be anything, which is why they are Any in this section.
-def spelling(of: Field[Any], hint: Any) -> str:
+def spelling(of: Field[Any], hint: object) -> str:
     """A flag as it is typed: `-b, --batch-size N`, `--norm-decay / --no-norm-decay`, or `STORE` if it has a place.
 
     A switch that is off by default is shown without its --no- form, which changes nothing.
@@ -50,7 +52,7 @@ def spelling(of: Field[Any], hint: Any) -> str:
     return f"{short}--{name} {value}"
 
 
-def value_name(of: Field[Any], hint: Any) -> str:
+def value_name(of: Field[Any], hint: object) -> str:
     """What the help calls the value of a flag: its metavar, its choices, or a word for its type; "" for a switch."""
     if of.metadata["metavar"]:
         return str(of.metadata["metavar"])

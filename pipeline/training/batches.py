@@ -38,7 +38,7 @@ class BatchSource:
     content: np.ndarray = field(init=False)  # (N,) uint64 hashes of the images that the teacher saw
 
     def __post_init__(self) -> None:
-        self.spec = ViewSpec(**self.store.identity["views"])
+        self.spec = self.store.identity.views
         arrays = dict.fromkeys(name for learner in self.learners for name in learner.method.needs.arrays)
         # A batch that crosses an epoch's end uses the views of two epochs: twice the views of a step.
         min_views = {True: len(self.sampler.local), False: 2 * self.sampler.views_per_step}
@@ -158,11 +158,11 @@ class BatchSource:
         no local crops, it is the published ratio of `default_local_size`.
         """
         size, interpolation = student.image_size
-        local = self.store.identity.get("local")
-        if local is None:
+        crop_size = self.store.identity.local_size
+        if not crop_size:
             return default_local_size(size), interpolation
-        teacher_size = self.store.identity["teacher"]["preprocessing"]["size"]
-        return max(8, 8 * round(size * local["size"] / teacher_size / 8)), interpolation
+        teacher_size = self.store.identity.teacher.preprocessing.size
+        return max(8, 8 * round(size * crop_size / teacher_size / 8)), interpolation
 
 
 def needs_local_crops(learner: Learner) -> bool:

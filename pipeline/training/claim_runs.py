@@ -9,21 +9,18 @@ from dataclasses import replace
 
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import UNSET, JsonObject, read_record, to_json
+from compress_ssl.pipeline.runtime.records import UNSET, to_json
 from compress_ssl.pipeline.runtime.storage import Folder, absolute
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.learner import Learner
 from compress_ssl.pipeline.training.learner_spec import LearnerSpec
 from compress_ssl.pipeline.training.run_record import (
-    ImagesRecord,
-    PreprocessingRecord,
     RunAbout,
     RunIdentity,
     RunRecord,
     ScheduleRecord,
     StudentRecord,
     TrainingRecord,
-    ViewsRecord,
     parse_run,
     read_run,
 )
@@ -124,29 +121,17 @@ def _training_record(settings: TrainingSettings, warmup_epochs: float) -> Traini
 
 def _student_record(student: Student) -> StudentRecord:
     model = student.model
-    preprocessing = model.preprocessing
-    return StudentRecord(
-        spec=model.spec,
-        preprocessing=PreprocessingRecord(
-            preprocessing.size, preprocessing.mean, preprocessing.std, preprocessing.interpolation,
-            preprocessing.crop_ratio,
-        ),
-        width=model.width,
-        initial=model.digest(),
-    )  # fmt: skip
+    return StudentRecord(model.spec, model.preprocessing, model.width, initial=model.digest())
 
 
 def _about(student: Student, spec: LearnerSpec, store: FeatureStore, sampler: StepSampler) -> RunAbout:
-    where = str(store.storage)
-    views: JsonObject = store.identity["views"]
-    data: JsonObject = store.about["data"]
     return RunAbout(
-        store=absolute(where),
-        data=read_record(ImagesRecord, data, f"{where}: about.data"),
+        store=absolute(str(store.storage)),
+        data=store.export.data,
         views=sampler.views[-1] + 1,
-        views_spec=read_record(ViewsRecord, views, f"{where}: identity.views"),
+        views_spec=store.identity.views,
         parameters=sum(p.numel() for p in student.model.backbone.parameters()),
-        teacher=store.about["teacher"],
+        teacher=store.export.teacher,
         name=student.model.name,
         steps=sampler.steps,
         epochs=spec.sampling.epochs,

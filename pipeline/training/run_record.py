@@ -17,32 +17,21 @@ from compress_ssl.pipeline.runtime.records import (
     Meta,
     Number,
     Positive,
+    Sha256,
     UnsetType,
     read_record,
 )
 from compress_ssl.pipeline.runtime.storage import Storage
+from compress_ssl.pipeline.store.records import DataSource
 from compress_ssl.pipeline.training.choices import OptimizerName, Pairing
 from compress_ssl.pipeline.training.schedule import ScheduleKind
+from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
-Side = Annotated[int, Meta(ge=1, le=8192)]  # of an image in pixels; models take up to about 1500
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Channels = tuple[Number, Number, Number]
-Share = Annotated[int, Meta(gt=0, le=1)] | Annotated[float, Meta(gt=0, le=1)]
-AboveZero = Annotated[int, Meta(gt=0)] | Annotated[float, Meta(gt=0)]
+MAX_SIDE = 8192  # of an image in pixels: models take up to about 1500
 Scalar = bool | int | float | str | None
 Option = Scalar | tuple[Scalar, ...]
 """The value of an option of a method or a student, as it stands in a record."""
-
-
-@dataclass(frozen=True)
-class PreprocessingRecord:
-    """The preprocessing of a student, see views.preprocessing.Preprocessing."""
-
-    size: Side
-    mean: Channels
-    std: tuple[AboveZero, AboveZero, AboveZero]
-    interpolation: str
-    crop_ratio: Share
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,7 @@ class StudentRecord:
     """A student before its first step."""
 
     spec: str  # as it was typed
-    preprocessing: PreprocessingRecord
+    preprocessing: Preprocessing
     width: Positive
     initial: Sha256  # digest of the initial weights
     options: dict[str, Option] | UnsetType = UNSET  # what the keys of a network of our own stand for
@@ -100,31 +89,13 @@ class RunIdentity:
 
 
 @dataclass(frozen=True)
-class ImagesRecord:
-    """The images of the store: `limit` of those that `spec` names, or a selection of them."""
-
-    spec: str
-    limit: Positive | UnsetType | None = UNSET
-    selected: bool | UnsetType = UNSET
-
-
-@dataclass(frozen=True)
-class ViewsRecord:
-    """How the store's views are drawn, see views.augment.ViewSpec."""
-
-    policy: str
-    seed: Count  # below 2**64
-    crop_ratio: Share
-
-
-@dataclass(frozen=True)
 class RunAbout:
     """Facts for readers of a run that may change without making it another run."""
 
     store: str  # where the store was
-    data: ImagesRecord
+    data: DataSource
     views: Positive  # stored views below this number are used
-    views_spec: ViewsRecord
+    views_spec: ViewSpec
     parameters: Count
     teacher: str  # spec
     name: str  # of the student, for files
@@ -167,7 +138,8 @@ def parse_run(manifest: artifact.Manifest, where: str) -> RunRecord:
             f"{where} is not valid: identity.views is {list(used)[:8]}, but must be ascending and end with "
             f"{record.about.views - 1}, the last below about.views; restore it from a copy"
         )
-    for name, seed in (("identity.training", record.identity.training.seed), ("about", record.about.views_spec.seed)):
-        if seed >= 2**64:  # msgspec's ranges end at 2**63
-            raise InvalidRecord(f"{where} is not valid: the seed in {name} is not below 2**64; restore it from a copy")
+    seed, size = record.identity.training.seed, record.identity.student.preprocessing.size
+    if seed >= 2**64 or size > MAX_SIDE:  # msgspec's ranges end at 2**63
+        name, limit = ("training.seed", 2**64 - 1) if seed >= 2**64 else ("student.preprocessing.size", MAX_SIDE)
+        raise InvalidRecord(f"{where} is not valid: identity.{name} is more than {limit}; restore it from a copy")
     return record

@@ -14,6 +14,7 @@ import numpy as np
 
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import Count, PositiveNumber
 from compress_ssl.pipeline.views.numbering import LOCAL
 
 _LOG_RATIO = 0.2876820724517809  # ln(4/3): the aspect ratio of a crop is between 3:4 and 4:3
@@ -76,14 +77,17 @@ al. 2021, arXiv 2101.04731); for dino those of DINO's multi-crop."""
 class ViewSpec:
     """The settings that determine view v of an image. `crop_ratio` belongs to view 0.
 
-    Raises UserError for an unknown policy.
+    The types are those of a record: a manifest is read into this class (`compress_ssl.pipeline.runtime.records`).
+    Raises UserError for an unknown policy, ValueError for a seed that is no 64-bit number.
     """
 
-    policy: str
-    seed: int
-    crop_ratio: float
+    policy: Policy
+    seed: Count
+    crop_ratio: PositiveNumber
 
     def __post_init__(self) -> None:
+        if not self.seed < 2**64:
+            raise ValueError(f"seed: expected int < 2**64, got {self.seed}")
         if self.policy not in POLICIES:
             raise UserError(f"unknown policy {self.policy!r}. Known: {', '.join(POLICIES)}")
 
