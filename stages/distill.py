@@ -176,7 +176,8 @@ class Job:
 
     config: Config  # the flags that need no resolving: where things are, and what does not change the result
     learners: tuple["LearnerSpec", ...]
-    sampling: "Sampling"
+    sampling: "Sampling"  # as it was asked for: what concerns the images, equal for all learners
+    bounded_sampling: "Sampling"  # the same with no more views and images per step than the store has
 
     @property
     def folders(self) -> list[Path]:
@@ -197,7 +198,7 @@ class Job:
             *(f.name for f in fields(Asked)),
         }  # found in `learners`, which may differ, or in `sampling`
         shared = [getattr(self.config, f.name) for f in fields(self.config) if f.name not in resolved]
-        return (*shared, self.sampling)
+        return (*shared, self.bounded_sampling)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -234,7 +235,7 @@ def train_together(jobs: Sequence[Job]) -> dict[str, Any]:
 
     config, asked = jobs[0].config, jobs[0].sampling  # what concerns the images is equal in all jobs
     for job in jobs:
-        if job.sampling != asked:
+        if job.bounded_sampling != jobs[0].bounded_sampling:
             raise CannotSharePass(f"{job.config.out} needs other images, views or steps than {config.out}")
 
     # ---------------------------------------------------------------- reading
@@ -301,6 +302,7 @@ def resolve(config: Config) -> Job:
     other images, views or steps.
     """
     from compress_ssl.pipeline.methods.options import find_typed
+    from compress_ssl.pipeline.store.records import read_store
     from compress_ssl.pipeline.training.resolve import Asked, Member, resolve_learners
     from compress_ssl.pipeline.training.run_record import read_begun_run
 
@@ -319,7 +321,9 @@ def resolve(config: Config) -> Job:
                 f"{other} was begun with other images, views or steps than {one}; continue them by separate commands, "
                 "each with one --student"
             )
-    return Job(config, learners, learners[0].sampling)
+    sampling, store = learners[0].sampling, read_store(open_storage(config.store))
+    batch, views = min(sampling.batch, store.identity.data.images), sampling.views or store.about.views
+    return Job(config, learners, sampling, replace(sampling, batch=batch, views=views))
 
 
 def prepare(jobs: Sequence[Job], store: "FeatureStore", dataset: "Dataset", sampler: "StepSampler") -> "TrainingRun":

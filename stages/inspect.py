@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.formatting import format_bytes, format_duration, is_finite
+from compress_ssl.pipeline.runtime.options import option_text
 from compress_ssl.pipeline.runtime.records import UNSET, to_json
 from compress_ssl.pipeline.runtime.storage import Storage, open_storage
 from compress_ssl.pipeline.training.metrics_log import MetricsRow, read_metrics
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.training.run_record import Option, RunRecord
+    from compress_ssl.pipeline.training.run_record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def describe_run(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any
         "loss": last.loss,
     }
     if identity.options:
-        described["options"] = ", ".join(f"{name}={format_option(value)}" for name, value in identity.options.items())
+        described["options"] = ", ".join(f"{name}={option_text(value)}" for name, value in identity.options.items())
     if about.steps is not UNSET:
         described["steps"] = about.steps
     if scores:
@@ -171,13 +172,6 @@ def is_finished(storage: Storage, record: "RunRecord", taken: int) -> bool:
     """
     steps = record.about.steps
     return storage.exists("student.safetensors") and (steps is UNSET or taken >= steps)
-
-
-def format_option(value: "Option") -> str:
-    """An option's value as it is typed in a spec."""
-    if isinstance(value, tuple):
-        return "+".join(map(str, value))
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def list_checkpoints(storage: Storage) -> list[int]:

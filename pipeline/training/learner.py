@@ -85,7 +85,7 @@ class Learner:
     def _update_weights(self, losses: Sequence[Tensor]) -> None:
         """Backward pass over the sum of the losses, optimizer step, and the step of the averaged students."""
         total = torch.stack(list(losses)).sum() if len(losses) > 1 else losses[0]
-        self.scaler.scale(total).backward()
+        torch.autograd.backward(self.scaler.scale(total))
         if self.settings.clip:
             self.scaler.unscale_(self.optimizer)  # the limit is for true gradients, not for scaled ones
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

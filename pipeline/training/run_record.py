@@ -9,6 +9,7 @@ from typing import Annotated
 
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.options import Option
 from compress_ssl.pipeline.runtime.records import (
     UNSET,
     Count,
@@ -29,9 +30,6 @@ from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 MAX_SIDE = 8192  # of an image in pixels: models take up to about 1500
-Scalar = bool | int | float | str | None
-Option = Scalar | tuple[Scalar, ...]
-"""The value of an option of a method or a student, as it stands in a record."""
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.models.factory import ModelOptions
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
+from compress_ssl.pipeline.runtime.options import Option, from_option, option_text, recordable
 from compress_ssl.pipeline.runtime.records import UnsetType
 from compress_ssl.pipeline.runtime.registry import Spec, convert, parse
 from compress_ssl.pipeline.runtime.signatures import any_key, is_required
-from compress_ssl.pipeline.training.run_record import Option, RunRecord
+from compress_ssl.pipeline.training.run_record import RunRecord
 from compress_ssl.pipeline.training.version1_defaults import STUDENT_OPTIONS
 
 
@@ -22,10 +22,10 @@ class StudentChoice:
 
     words: str  # the spec as it was typed when the run was begun: for its record, its seed and messages
     spec: str  # the same with every own option, to build the network from
-    options: Mapping[str, Any]  # JSON values of the own options; empty for a network of another library
+    options: Mapping[str, Option]  # its own options; empty for a network of another library
     image_size: int | None  # side in pixels; None: the student's own
     folder: Path
-    recorded: Mapping[str, Any] | None = None  # own options with which the run in the folder was begun; None: no run
+    recorded: Mapping[str, Option] | None = None  # own options with which the run in the folder was begun; None: no run
 
 
 def choose_student(text: str, folder: Path, record: RunRecord | None, image_size: int | None) -> StudentChoice:
@@ -75,26 +75,26 @@ def _argument_name(own: Mapping[str, inspect.Parameter]) -> str | None:
     return next((name for name, p in own.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY), None)
 
 
-def _defaults(own: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    return {name: _to_json(p.default) for name, p in own.items()}
+def _defaults(own: Mapping[str, inspect.Parameter]) -> dict[str, Option]:
+    return recordable({name: p.default for name, p in own.items()})
 
 
-def _given(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """The own options that a spec gives, as JSON values."""
+def _given(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, Option]:
+    """The own options that a spec gives."""
     argument = _argument_name(own)
     texts = {key: text for key, text in spec.options.items() if key in own and key != argument}
     if argument and spec.argument:
         texts[argument] = spec.argument
-    return {key: _to_json(convert(text, own[key], _place(spec.kind, key, argument))) for key, text in texts.items()}
+    return recordable({k: convert(text, own[k], _place(spec.kind, k, argument)) for k, text in texts.items()})
 
 
 def _recorded(
     saved: Mapping[str, Option] | UnsetType, own: Mapping[str, inspect.Parameter], where: str
-) -> dict[str, Any]:
+) -> dict[str, Option]:
     """The options of a record. Raises UserError, which names the manifest, for a value of the wrong type."""
     options = dict(saved or {})
     for key in options.keys() & own.keys():
-        convert(_to_text(options[key]), own[key], f"{where}: identity.student.options.{key} is ")
+        from_option(options[key], own[key], f"{where}: identity.student.options.{key} is ")
     return options
 
 
@@ -107,17 +107,9 @@ def _foreign(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, str]
     return {key: text for key, text in spec.options.items() if key not in own or key == _argument_name(own)}
 
 
-def _with_options(spec: Spec, own: Mapping[str, inspect.Parameter], options: Mapping[str, Any]) -> Spec:
+def _with_options(spec: Spec, own: Mapping[str, inspect.Parameter], options: Mapping[str, Option]) -> Spec:
     """The spec with every own option."""
     argument = _argument_name(own)
-    texts = {key: _to_text(value) for key, value in options.items()}
+    texts = {key: option_text(value) for key, value in options.items()}
     head = texts.pop(argument) if argument else spec.argument
     return Spec(spec.kind, head, {**_foreign(spec, own), **texts})
-
-
-def _to_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _to_text(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

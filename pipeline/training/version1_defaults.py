@@ -6,9 +6,10 @@ the training; else a record without it means the default of its signature.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
-METHOD_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+from compress_ssl.pipeline.runtime.options import Option
+
+METHOD_OPTIONS: Mapping[str, Mapping[str, Option]] = {
     "compress-2q": {"bank": None, "tau": 0.04, "start": "empty"},
     "compress-2q-momentum": {"bank": None, "tau": 0.04, "start": "empty", "momentum": 0.999},
     "compress-1q": {"bank": None, "tau": 0.04, "start": "store"},
@@ -28,9 +29,9 @@ EPOCHS: Mapping[str, int] = {
 }  # fmt: skip
 """{method: epochs of its recipe}. Everything else of the recipe is in the records of version 1."""
 
-STUDENT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+STUDENT_OPTIONS: Mapping[str, Mapping[str, Option]] = {
     "cifar-resnet": {"depth": 20, "width": 16, "drop_path": 0.0},
-    "convnet": {"channels": [16, 32, 64]},
+    "convnet": {"channels": (16, 32, 64)},
 }
 """{network of our own: {option: value}}, the argument of the spec included."""
 
