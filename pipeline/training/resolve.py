@@ -2,7 +2,7 @@
 
 Each value is the one that was given, else the one that the run in the folder recorded, else a default. So a default
 that is changed does not change a run that has begun, also when the run is made longer or moves to another device.
-docs/reliability.md states the rule for users.
+docs/runs.md states the rule for users.
 """
 
 from collections.abc import Sequence
