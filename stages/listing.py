@@ -1,11 +1,11 @@
 """`compress datasets`, `models`, `methods` and `protocols`: list what a spec can name."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import flag
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import JsonObject
 from compress_ssl.pipeline.runtime.registry import Registry
 
 GIVEN = ("context",)
@@ -54,7 +54,7 @@ def run(config: Datasets | Models | Methods | Protocols) -> CommandResult:
     return {"summary": "\n".join([*lines, *problems]), "menu": menu, "problems": problems}
 
 
-def find_registry(config: Datasets | Models | Methods | Protocols) -> Registry[Any]:
+def find_registry(config: Datasets | Models | Methods | Protocols) -> Registry[object]:
     """The registry that a command lists. It is imported here, so that the others are not."""
     if isinstance(config, Datasets):
         from compress_ssl.pipeline.datasets import DATASETS
@@ -73,7 +73,7 @@ def find_registry(config: Datasets | Models | Methods | Protocols) -> Registry[A
     return MODELS
 
 
-def describe(registry: Registry[Any], kind: str) -> dict[str, Any]:
+def describe(registry: Registry[object], kind: str) -> JsonObject:
     """{"summary", "keys"} of a kind, and "package" if it is of one; a kind that cannot be imported says so instead."""
     of = {"package": registry.package(kind)} if kind in registry.packages else {}
     try:

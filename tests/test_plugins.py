@@ -1,4 +1,4 @@
-"""Data sets, models and methods of a user's own: the examples of docs/plugins.md, by place and as a package."""
+"""Data sets, models, methods and protocols of a user's own: the examples of docs/plugins.md, by place and packaged."""
 
 import json
 import os
@@ -23,12 +23,13 @@ from compress_ssl.pipeline.runtime.storage import open_storage
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.stages import distill, export_teacher, listing, verify
 
-PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, PROTOCOLS_PAGE = ((DOCS / name).read_text() for name in ("plugins.md", "protocols.md"))
 CPU = {"device": "cpu", "workers": 0}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 @pytest.fixture
@@ -91,13 +92,15 @@ def test_the_tests_of_the_page_pass(home: Path) -> None:
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 
 
-def test_dask_workers_load_a_data_set_from_a_users_file(home: Path) -> None:
+def test_dask_workers_load_a_data_set_from_a_users_file_and_leave_out_a_bad_image(home: Path) -> None:
+    (home / "03.png").unlink()
     export_teacher.run(
         export_teacher.Config(
             "python:photos.py:Listed,table=photos.csv", "python:nets.py:tiny", "store", views=1, scheduler="processes:1"
         )
     )
-    assert (FeatureStore(open_storage("store")).table("status") == 0).all()
+    assert np.flatnonzero(FeatureStore(open_storage("store")).table("status")).tolist() == [3]
+    assert "No such file or directory" in (home / "store/bad-images.tsv").read_text()
 
 
 def test_a_data_set_from_a_file_pickles_to_a_process_that_has_not_imported_the_file(home: Path) -> None:
@@ -119,6 +122,7 @@ def test_a_users_file_is_executed_once_unless_it_changes(home: Path) -> None:
 MINE = """import numpy as np
 from PIL import Image
 from compress_ssl import Dataset
+from compress_ssl.pipeline.datasets.decode import BadImage
 
 class Items:
     classes = np.array(["x", "y", "never"])
@@ -149,6 +153,9 @@ class Fails(Dataset):
         return self.server.get(i)
     def changed_rows(self, content, since):
         return self.server.changed()
+class Good(Fails):
+    def load(self, i):
+        raise BadImage(0, "but its status is that of a good one")
 class Floats(Fails):
     def load(self, i):
         return np.zeros((8, 8, 3)), 0
@@ -182,8 +189,9 @@ def test_labels_that_only_the_items_have_are_not_used_and_a_line_says_so_once(
 
 def test_an_exception_in_a_users_load_makes_a_bad_image_with_file_and_line_as_its_reason(mine: str) -> None:
     for spec, message in {
-        f"{mine}:labelled": r"KeyError: 'row 2' \(mine.py, line 14\)",
-        f"{mine}:Fails": r"AttributeError: 'Fails' object has no attribute 'server' \(mine.py, line 31\)",
+        f"{mine}:labelled": r"KeyError: 'row 2' \(mine.py, line 15\)",
+        f"{mine}:Fails": r"AttributeError: 'Fails' object has no attribute 'server' \(mine.py, line 32\)",
+        f"{mine}:Good": "but its status is that of a good one",
         f"{mine}:Floats": r"returned float64 \(8, 8, 3\) as pixels",
     }.items():
         with pytest.raises(BadImage, match=message) as caught:
@@ -198,7 +206,7 @@ def test_an_exception_in_a_users_load_makes_a_bad_image_with_file_and_line_as_it
         ("short", "its attribute targets must have one whole number per image"),
         ("nothing", "returned a NoneType without __len__ and __getitem__"),
         ("arrays", r"it is a ndarray of float32 \(3, 8, 8\): take out transforms such as ToTensor"),
-        ("broken", r"python:mine.py:broken failed: RuntimeError: no server \(mine.py, line 24\)"),
+        ("broken", r"python:mine.py:broken failed: RuntimeError: no server \(mine.py, line 25\)"),
         ("empty", "has no images"),
         ("same", "'a' is there twice"),
         ("Unfinished", r"failed: TypeError: Can't instantiate abstract class Unfinished"),
@@ -213,7 +221,7 @@ def test_what_is_no_data_set_is_refused_in_words(mine: str, name: str, message: 
 
 
 def test_an_error_in_a_users_changed_rows_is_reported_with_file_and_line(mine: str) -> None:
-    with pytest.raises(UserError, match=r"changed_rows of python:mine.py:Fails failed: .* \(mine.py, line 33\)"):
+    with pytest.raises(UserError, match=r"changed_rows of python:mine.py:Fails failed: .* \(mine.py, line 34\)"):
         DATASETS.build(f"{mine}:Fails").subset(1).changed_rows(np.zeros(1, np.uint64), 0.0)
 
 
@@ -248,12 +256,13 @@ def test_a_package_adds_kinds_to_every_family_that_commands_take_and_listings_sh
     install(site, project["name"], project["version"], to_ini(project["entry-points"]))
     for file in ("photos.py", "nets.py", "losses.py"):
         (home / file).rename(site / file)
+    (site / "mine.py").write_text(blocks("python", PROTOCOLS_PAGE)[0])
     cpu = "--device cpu --workers 0"
     commands = [
         f"export-teacher --data listed:table=photos.csv --teacher tiny:width=6 --views 2 --out teacher {cpu}",
         f"distill --store teacher --student tiny --method squared:weight=2 --steps 1 --batch-size 4 --out run {cpu}",
-        f"evaluate --run run --val listed:table=photos.csv --protocol nn {cpu}",
-        *(f"{listing} --json" for listing in ("datasets", "models", "methods")),
+        f"evaluate --run run --val listed:table=photos.csv --protocol centroid:power=2 {cpu}",
+        *(f"{listing} --json" for listing in ("datasets", "models", "methods", "protocols")),
     ]
     done = subprocess.run(
         [sys.executable, "-P", "-c", COMMANDS.format(commands=commands)],
@@ -264,10 +273,12 @@ def test_a_package_adds_kinds_to_every_family_that_commands_take_and_listings_sh
     assert done.returncode == 0, done.stderr
     about = json.loads((home / "teacher/manifest.json").read_text())["about"]
     assert about["data"]["spec"] == f"listed:table={home}/photos.csv" and about["teacher"] == "tiny:width=6"
+    metrics = json.loads((home / "run/evaluation/metrics.json").read_text())
+    assert [score["key"] for score in metrics["scores"]] == ["centroid.top1"]
     menus = [json.loads(line)["menu"] for line in done.stdout.splitlines() if line.startswith("{")]
     for menu, kind, key, summary in zip(
-        menus, ("listed", "tiny", "squared"), ("table", "width", "weight"),
-        ("The image files that a table lists", "A teacher for a test", "Squared distance"), strict=True,
+        menus, ("listed", "tiny", "squared", "centroid"), ("table", "width", "weight", "power"),
+        ("The image files that a table lists", "A teacher for a test", "Squared distance", "Top-1 of"), strict=True,
     ):  # fmt: skip
         assert menu[kind]["package"] == "photo-plugins 1.2" and key in menu[kind]["keys"]
         assert menu[kind]["summary"].startswith(summary)

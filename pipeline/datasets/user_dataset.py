@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from compress_ssl.pipeline.datasets.base import Dataset
-from compress_ssl.pipeline.datasets.decode import BROKEN, BadImage
+from compress_ssl.pipeline.datasets.decode import BROKEN, GOOD, REASONS, BadImage
 from compress_ssl.pipeline.datasets.map_style import LABELS, MapStyle, integer_labels, to_pixels
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.import_object import describe_with_location, import_file
@@ -36,7 +36,11 @@ class UserDataset(Dataset):
     def load(self, i: int) -> tuple[np.ndarray, int]:
         try:
             pixels, content = self.original.load(i)
-        except (BadImage, MemoryError):
+        except BadImage as bad:
+            if bad.status in REASONS and bad.status != GOOD:
+                raise
+            raise BadImage(BROKEN, str(bad)) from None
+        except MemoryError:
             raise
         except UserError as wrong:
             raise BadImage(BROKEN, str(wrong)) from None

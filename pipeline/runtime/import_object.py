@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.errors import UserError
@@ -17,7 +16,7 @@ from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.spec import did_you_mean
 
 
-def import_object(place: str) -> Callable[..., Any]:  # what a user's function returns is known to nobody
+def import_object(place: str) -> Callable[..., object]:
     """The function or class at `MODULE:NAME` or `FILE.py:NAME`; modules in the current folder are found too.
 
     Raises UserError if there is none, or if importing it fails.
@@ -38,7 +37,7 @@ def import_object(place: str) -> Callable[..., Any]:  # what a user's function r
         raise
     except (Exception, SystemExit) as wrong:  # a script without `if __name__ == "__main__"` may call sys.exit
         raise UserError(f"python:{where} could not be imported: {describe_with_location(wrong)}") from wrong
-    found: Callable[..., Any] | None = getattr(module, name, None)
+    found: Callable[..., object] | None = getattr(module, name, None)
     if found is None or not callable(found):
         callables = [key for key, value in vars(module).items() if callable(value)]
         raise UserError(f"{where} has no function or class {name!r}{did_you_mean(name, callables)}")

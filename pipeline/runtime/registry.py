@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Member", "Registry", "Spec", "convert", "did_you_mean", "literal", "parse"]
 
-Built = TypeVar("Built")
+Built_co = TypeVar("Built_co", covariant=True)
 
 PYTHON = "python"
 """The kind of a spec that names a function or class by its place."""
@@ -70,7 +70,7 @@ class Member:
         return {name: p for name, p in self.signature.parameters.items() if p.kind in kinds and name not in given}
 
 
-class Registry(Generic[Built]):
+class Registry(Generic[Built_co]):
     """A family of objects that specs name: models, data sets, methods and so on.
 
     family: what error messages call a member. entries: {kind: "module:object"}. path_means: the kind of a spec that
@@ -171,7 +171,7 @@ class Registry(Generic[Built]):
         path = ", and there is no file or folder of that name" if self.path_means and text == spec.kind else ""
         raise UserError(f"unknown {self.family} {spec.kind!r}{path}{hint} Known: {', '.join(self.kinds())}")
 
-    def resolve(self, kind: str) -> Callable[..., Any]:
+    def resolve(self, kind: str) -> Callable[..., Any]:  # its result is a Built_co, or a builder of one for `python`
         """Import the object of a kind of the table. Raises UserError if an optional package is not installed."""
         module, _, name = self.entries[kind].partition(":")
         try:
@@ -201,7 +201,7 @@ class Registry(Generic[Built]):
         user = from_entry_point(self.packages[spec.kind], self.family)
         return Member(user.name, self.resolve(PYTHON)(user), spec.argument, user)
 
-    def build(self, text: str | Spec, **given: object) -> Built:
+    def build(self, text: str | Spec, **given: object) -> Built_co:
         """Build the object that a spec names. `given` are arguments from the caller, not from the user.
 
         Raises UserError for an unknown kind or key, a missing argument or key, and a value of the wrong type.
@@ -212,7 +212,7 @@ class Registry(Generic[Built]):
         from compress_ssl.pipeline.runtime.user_object import describing_errors
 
         with describing_errors(member.name) if member.user else nullcontext():
-            built: Built = member.build(*argument, **options, **given)
+            built: Built_co = member.build(*argument, **options, **given)
         return built
 
     def check(self, text: str | Spec, given: Iterable[str] = ()) -> Spec:

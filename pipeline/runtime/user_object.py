@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.errors import UserError
@@ -24,7 +24,7 @@ class UserObject:
     """A function or class that a spec names by its place, or by the name of an entry point."""
 
     name: str  # in messages: python:mine.py:Cosine, or the kind and the package
-    target: Callable[..., Any]  # what it returns is known to nobody before it is called
+    target: Callable[..., object]  # what it returns is known to nobody before it is called
     words: tuple[str, ...]  # parts of a name for files: ("python", "mine", "Cosine")
     file: Path | None = None  # of `python:FILE.py:NAME`: no module that a fresh process could import by a name
 
