@@ -40,7 +40,7 @@ class ScoredModel:
     data: DataSource | None = None  # the images it was trained or exported on
     store: FeatureStore | None = None  # of a teacher: its stored features
     run: Path | None = None
-    sample_ids: Callable[[], Iterable[object]] | None = None  # ids of the images in `data`, needed if they are a selection
+    sample_ids: Callable[[], Iterable[object]] | None = None  # of the images in `data`, if they are a selection
     teacher_evaluation: Path | None = None  # of a student: the folder where its teacher's evaluation is by default
 
     def find_store(self, dataset: Dataset) -> FeatureStore | None:
