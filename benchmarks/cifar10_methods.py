@@ -23,7 +23,6 @@ from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.source_images import open_store_images
 from compress_ssl.pipeline.training.schedule import Schedule
-from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.loader import ViewDataset, iterate_views
 from compress_ssl.stages import distill, label_head
 
@@ -110,18 +109,18 @@ def train_supervised(store: Path, seed: int, out: Path) -> Path:
     sampler = distill.build_sampler(config, images)
     torch.manual_seed(seed)
     student = build(STUDENT, pretrained_default=False).to(memory_format=torch.channels_last)
-    layer = torch.nn.Linear(student.width, len(images.about["classes"]))
+    layer = torch.nn.Linear(student.width, len(images.export.classes))
     modules = torch.nn.ModuleList([student, layer]).train()
     sgd = torch.optim.SGD(modules.parameters(), RATES["sgd"], momentum=0.9, weight_decay=1e-4)
     schedule, preprocessing = Schedule("cosine", warmup=WARMUP / EPOCHS), student.preprocessing
-    dataset, spec = open_store_images(images, config.data), ViewSpec(**images.identity["views"])
+    dataset, spec = open_store_images(images, config.data), images.identity.views
     label = torch.from_numpy(images.table("label"))
-    sizes = [(preprocessing.size, preprocessing.interpolation)]
+    sizes = {"global": [(preprocessing.size, preprocessing.interpolation)]}
     requests = [sampler[step] for step in range(sampler.steps)]
     view_dataset = ViewDataset(dataset, spec, images.table("view_key"), sizes, requests)
     for step, view_batch in enumerate(iterate_views(view_dataset, workers=0)):
         sgd.param_groups[0]["lr"] = RATES["sgd"] * schedule(step / sampler.steps)
-        rows, pixels = torch.from_numpy(sampler.step_indices(step)[0]), view_batch.pixels[0].flatten(0, 1)
+        rows, pixels = torch.from_numpy(sampler.step_indices(step)[0]), view_batch.pixels["global"][0].flatten(0, 1)
         loss = F.cross_entropy(layer(student(student.prepare(pixels))), label[rows])
         sgd.zero_grad()
         loss.backward()

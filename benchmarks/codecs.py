@@ -39,7 +39,7 @@ def measure() -> dict[str, Any]:
         width = held_out.shape[1]
         names = [*CODECS, *(f"pq:{m}" for m in BYTES if m <= width), f"pq:{min(64, width)}+zstd"]
         rows = [_measure_codec(name, sample, queries, anchors) for name in names]
-    about = store.about.get("teacher", "the model of an evaluation")
+    about = store.about.teacher or "the model of an evaluation"
     zeros = round(float((held_out == 0).mean()), 3)
     return {"features": f"{about}, {len(held_out)} x {width}", "zeros": zeros, "rows": rows}
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.store_records import plain_record
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard, done_key
@@ -44,13 +45,7 @@ def measure() -> dict[str, Any]:
 
 def create_store(folder: Path) -> FeatureStore:
     """Create an empty store without tables, which this benchmark does not read."""
-    identity = {
-        "data": {"images": IMAGES, "fingerprint": "benchmark"},
-        "arrays": {"embedding": [WIDTH]},
-        "codec": "int8",
-        "shard_rows": ROWS,
-    }
-    return FeatureStore.create(Folder(folder), identity, {"views": VIEWS}, {})
+    return FeatureStore.create(Folder(folder), plain_record(IMAGES, VIEWS, WIDTH, "int8", ROWS), {})
 
 
 def touch(folder: Path, keys: list[str]) -> None:

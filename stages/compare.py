@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from compress_ssl.pipeline.evaluators.record import METRICS, Evaluation, read_metrics
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import flag
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
@@ -21,7 +21,7 @@ class Config:
     out: Path = flag(Path("compare.html"), "The page to write.", metavar="FILE")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> CommandResult:
     """Write the page. Returns {"summary": table and path, "rows": each metrics.json, "page"}.
 
     Raises UserError for a folder without an evaluation.

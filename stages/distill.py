@@ -222,7 +222,7 @@ def _train_in_this_process(configs: Sequence[Config]) -> dict[str, Any]:
     val = open_labelled(config.val) if config.val is not None else None
     if is_url(config.store):  # training reads each view many times: it needs a local copy
         with collectives.rank_zero_first():
-            store = fetch(store, [*views_used(config, store), *store.local], config.cache)
+            store = fetch(store, [*views_used(config, store), *store.other_views], config.cache)
     sampler = build_sampler(config, store)
     for each in configs:  # runs begun before and after the store grew have different views
         if views_used(each, store) != sampler.views:
@@ -348,7 +348,7 @@ def prepare(
 
     device = collectives.rank_device(configs[0].device)
     learners = [learner for config in configs for learner in learners_of(config, store, sampler, device)]
-    sampler = sampler.with_local_crops(store, [learner.method.needs for learner in learners])
+    sampler = sampler.with_needs(store, [learner.method.needs for learner in learners])
     training_run = TrainingRun(store, dataset, sampler, learners, device)
     training_run.batches.require_sizes()
     if collectives.rank() == 0:

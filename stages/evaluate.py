@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.evaluators.record import (
     METRICS,
@@ -15,25 +15,25 @@ from compress_ssl.pipeline.evaluators.record import (
     EvaluationRecord,
     FingerprintsRecord,
     WeightsRecord,
+    on_same_images,
     read_evaluation_record,
-    read_metrics,
+    read_teacher,
     require_same_images,
 )
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact, jsonl
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import set_aside
-from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.records import to_json
-from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline.runtime.storage import Folder, open_storage
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
-    from compress_ssl.pipeline.evaluators.base import Evaluator, Split
+    from compress_ssl.pipeline.evaluators.base import Evaluator
     from compress_ssl.pipeline.evaluators.scored_model import ScoredModel
     from compress_ssl.pipeline.evaluators.split_features import EmbedSettings
-    from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 BATCH_SIZE = 64  # images per forward pass of an evaluation that begins now
 PRECISION: Precision = "fp32"  # likewise
@@ -111,7 +111,7 @@ class Config:
     overwrite: bool = flag(False, "Start anew. An earlier evaluation is moved aside, not deleted.", panel="Output")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> CommandResult:
     """Compute what is missing. Returns {"summary", "evaluation": the folder, "metrics": those of metrics.json}.
 
     Raises UserError for what the user can mend, before any feature is computed where that is possible.
@@ -130,7 +130,9 @@ def run(config: Config) -> dict[str, Any]:
     train, val = split_features.load_splits(scored, settings, job.train, job.val, job.out / "features")
     augmented = split_features.make_augmenter(scored, settings, job.train, train.rows)
     gathered = scoring.score_all(job.evaluators, train, val, augmented, job.out)
-    evaluation = Evaluation(scored.model, describe_data(job.record, train, val), gathered.scores, gathered.protocols)
+    about = job.record.about
+    data = DataRecord(about.train, len(train), about.val, len(val), len(train.classes))
+    evaluation = Evaluation(about.model, data, gathered.scores, gathered.protocols)
     folder.put(METRICS, json.dumps(evaluation.to_json(), indent=1).encode() + b"\n")
     page = pages.write_report(
         job.out,
@@ -138,12 +140,12 @@ def run(config: Config) -> dict[str, Any]:
         gathered.figures,
         train=train,
         val=val,
-        teacher=read_teacher(job.teacher, evaluation.data),
+        teacher=on_same_images(job.teacher, data),
         curves=jsonl.read_jsonl(scored.run / "metrics.jsonl") if scored.run else None,
         load_image=partial(load_thumbnail, {"train": job.train, "val": job.val}),
     )
-    summary = f"{evaluation.summary}\n{page}"
-    return {"summary": summary, "evaluation": str(job.out), "metrics": evaluation.to_json()}
+    metrics = evaluation.to_json()
+    return {"summary": f"{evaluation.summary}\n{page}", "evaluation": str(job.out), "metrics": metrics}
 
 
 # ---------------------------------------------------------------- what is to be done
@@ -160,7 +162,7 @@ class Job:
     val: "Dataset"
     evaluators: "dict[str, Evaluator]"  # by spec
     settings: "EmbedSettings"
-    teacher: Path | None  # the folder of the teacher's evaluation, if it has one
+    teacher: Evaluation | None  # the teacher's, if it has one
 
 
 def resolve(config: Config) -> Job:
@@ -171,18 +173,16 @@ def resolve(config: Config) -> Job:
     """
     config = convert_paths(config)
     check_flags(config)
-    from compress_ssl.pipeline.evaluators import PROTOCOLS
+    from compress_ssl.pipeline.evaluators import PROTOCOLS, scoring
+    from compress_ssl.pipeline.evaluators.images import open_images
+    from compress_ssl.pipeline.evaluators.split_features import EmbedSettings, recorded_batch_size
+    from compress_ssl.pipeline.runtime.device import choose_device
 
     evaluators = {spec: PROTOCOLS.build(spec) for spec in config.protocol}
     out = config.out or default_out(config)
     earlier = read_earlier(config, out)
     scored = open_scored_model(config, earlier, any(evaluator.needs_augmented for evaluator in evaluators.values()))
-    train, val = open_datasets(config, scored)
-
-    from compress_ssl.pipeline.evaluators import scoring
-    from compress_ssl.pipeline.evaluators.split_features import EmbedSettings, recorded_batch_size
-    from compress_ssl.pipeline.runtime.device import choose_device
-
+    train, val = open_images(scored, config.train, config.limit, config.val)
     precision = config.precision or (earlier.identity.precision if earlier else PRECISION)
     batch_size = config.batch_size or (recorded_batch_size(out / "features") if earlier else None) or BATCH_SIZE
     record = EvaluationRecord(
@@ -192,7 +192,7 @@ def resolve(config: Config) -> Job:
             FingerprintsRecord(train.fingerprint, val.fingerprint),
             precision,
         ),
-        EvaluationAbout(scored.model, config.train or str((scored.data or {}).get("spec")), config.val),
+        EvaluationAbout(scored.model, config.train or str(scored.data and scored.data.spec), config.val),
     )
     if earlier:
         require_same_images(earlier, record, str(out))
@@ -200,7 +200,7 @@ def resolve(config: Config) -> Job:
     scoring.require_fitting(evaluators, scored.model.name, scored.weights, train, val)
     choose_device(config.device)
     settings = EmbedSettings(batch_size, config.workers, config.device, precision)
-    teacher = find_teacher(config.teacher, scored.teacher_evaluation)
+    teacher = read_teacher(config.teacher, scored.teacher_evaluation)
     return Job(out, record, scored, train, val, evaluators, settings, teacher)
 
 
@@ -287,77 +287,6 @@ def open_scored_model(config: Config, earlier: EvaluationRecord | None, augment:
     if config.run:
         return scored_model.open_run(config.run, image_size)
     if config.store:
-        return scored_model.open_teacher(open_store(config, config.store, augment))
+        return scored_model.open_teacher(scored_model.open_store(config.store, config.cache, augment))
     assert config.model
     return scored_model.open_model(config.model, image_size)
-
-
-def open_store(config: Config, location: str, augment: bool) -> "FeatureStore":
-    """The store at a path or URL; of a URL, a local copy of view 0 or, with `augment`, of all stored views."""
-    from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.store.local_cache import fetch
-
-    store = FeatureStore(open_storage(location))
-    used = store.stored_views if augment else [v for v in store.stored_views if v == 0]
-    return fetch(store, used, config.cache) if is_url(location) else store
-
-
-def open_datasets(config: Config, scored: "ScoredModel") -> tuple["Dataset", "Dataset"]:
-    """(training images, validation images).
-
-    Raises UserError if the images of a run or store have moved or changed, or if --val has a class that labelled
-    training images lack: no protocol could predict it.
-    """
-    from compress_ssl.pipeline.datasets import DATASETS
-    from compress_ssl.pipeline.store import source_images
-
-    if config.train:
-        train = DATASETS.build(config.train)
-        train = train.subset(config.limit) if config.limit else train
-    else:
-        assert scored.data
-        of = str(config.run or config.store)
-        ids = scored.sample_ids or tuple
-        train = source_images.open_recorded(scored.data, ids, given=None, flag="--train", of=of)
-    val = DATASETS.build(config.val)
-    unknown = [name for name in val.classes if name not in train.classes]
-    if unknown and (train.label >= 0).any():
-        raise UserError(
-            f"{len(unknown)} of {len(val.classes)} classes of --val {config.val} are not among the training images, "
-            f"the first is {unknown[0]!r}; give training images of all classes with --train, or remove these classes "
-            "from --val"
-        )
-    return train, val
-
-
-# ---------------------------------------------------------------- scores
-
-
-def describe_data(record: EvaluationRecord, train: "Split", val: "Split") -> DataRecord:
-    """What metrics.json says of the images: specs, numbers of usable images, number of classes."""
-    return DataRecord(record.about.train, len(train), record.about.val, len(val), len(train.classes))
-
-
-# ---------------------------------------------------------------- report
-
-
-def find_teacher(given: Path | None, usual: Path | None) -> Path | None:
-    """The folder of the teacher's evaluation: --teacher, or where it is by default; None if there is none.
-
-    Raises UserError if --teacher names a folder without one.
-    """
-    folder = given or usual
-    if folder is None or not (folder / METRICS).exists():
-        if given:
-            raise UserError(f"--teacher {given} holds no metrics.json; score the teacher first, with --store")
-        return None
-    return folder
-
-
-def read_teacher(folder: Path | None, data: DataRecord) -> Evaluation | None:
-    """The teacher's evaluation, if it is of as many images and classes."""
-    teacher = read_metrics(Folder(folder)) if folder else None
-    if teacher and teacher.data.extent != data.extent:
-        echo(f"{folder} was scored on other images, so it is left out of the report")
-        return None
-    return teacher

@@ -56,9 +56,9 @@ def run(config: Config) -> dict[str, Any]:
 def describe_store(store: "FeatureStore", savings: dict[str, Any]) -> dict[str, Any]:
     """A store in words, by title. savings: the numbers of `compute_savings`."""
     about, identity = store.about, store.identity
-    exported = "data" in about  # false for an evaluation's features, which name neither their images nor their model
+    exported = bool(about.data)  # false for an evaluation's features, which name neither their images nor their model
     if exported:
-        origin, teacher = f" of {about['data']['spec']}, {len(about['classes'])} classes", about["teacher"]
+        origin, teacher = f" of {store.export.data.spec}, {len(store.export.classes)} classes", store.export.teacher
     else:
         origin, teacher = ", scored by an evaluation", "what was scored"
     first = store.stored_views.start  # above 0 if view 0 is not stored
@@ -68,20 +68,19 @@ def describe_store(store: "FeatureStore", savings: dict[str, Any]) -> dict[str, 
         "fingerprint": store.fingerprint,
         "data": f"{store.images} images{origin}",
         "teacher": f"{teacher}, {store.arrays['embedding'][0]} dimensions",
-        "views": f"{views}, {identity['views']['policy']}, seed {identity['views']['seed']}",
+        "views": f"{views}, {identity.views.policy}, seed {identity.views.seed}",
     }
-    if store.local:
-        described["local crops"] = f"{len(store.local)} of {identity['local']['size']} pixels"
+    described |= {f"{group.noun}s": f"{group.count} of {group.size} pixels" for group in store.groups[1:]}
     described |= {
         "arrays": ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in store.arrays.items()),
-        "codec": identity["codec"],
+        "codec": identity.codec,
         "shards": f"{shards - savings['pending']} of {shards} done, {store.rows} rows each",
         "bad images": len(store.bad_images()),
         "on disk": format_bytes(savings["bytes"]),
         "cost": format_cost(savings),
     }
-    if "copied" in about:
-        described["copied from"] = about["copied"]["from"]
+    if about.copied_from is not None:
+        described["copied from"] = about.copied_from
     if exported:
         described["saves"] = format_savings(savings)
     return described
@@ -94,7 +93,8 @@ def compute_savings(store: "FeatureStore", config: Config) -> dict[str, Any]:
     each student and epoch. So the store pays from V epochs on, summed over all students.
     """
     history, view_count = store.history(), len(store.all_views)
-    seconds, images, views = (sum(entry.get(key, 0) for entry in history) for key in ("seconds", "images", "views"))
+    seconds = sum(event.seconds for event in history)
+    images, views = sum(event.images for event in history), sum(event.views for event in history)
     return {
         "students": config.students,
         "epochs": config.epochs,

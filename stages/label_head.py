@@ -51,11 +51,10 @@ def run(config: Config) -> dict[str, Any]:
 
     from compress_ssl.pipeline.datasets.decode import GOOD
     from compress_ssl.pipeline.models import linear_head
-    from compress_ssl.pipeline.store import source_images
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     store = FeatureStore(storage)
-    source_images.require_exported(store)
+    names = store.class_names()
     store.require_complete([0])
     label = np.where(store.table("status") == GOOD, store.table("label"), -1)  # (N,), -1: no label or a bad image
     if share is None:
@@ -68,10 +67,10 @@ def run(config: Config) -> dict[str, Any]:
             f"none of the images selected from {config.store} by --labels {config.labels} has a label; select "
             "others, or export images that lie in one folder per class"
         )
-    features, names = store.read("embedding", 0), store.about["classes"]
+    features = store.read("embedding", 0)
     head = linear_head.fit(features[rows], label[rows], names, config.strength)
     origin = {"store": store.fingerprint, "labels": config.labels, "labelled": str(len(rows))}
-    linear_head.save(head, config.out, {"weights": store.identity["teacher"]["weights"], **origin})
+    linear_head.save(head, config.out, {"weights": store.identity.teacher.weights, **origin})
     others = np.setdiff1d(np.flatnonzero(label >= 0), rows)
     top1 = score_head(head, features[others], label[others]) if len(others) else None
     score = "" if top1 is None else f"; top-1 {top1:.2f} % on the {len(others)} labels it has not seen"

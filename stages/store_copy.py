@@ -46,14 +46,14 @@ def run(config: Config) -> dict[str, Any]:
         raise UserError(f"{config.src} cannot be copied onto itself; give another DST")
     source = FeatureStore(open_storage(config.src))
     views = copy.parse_views(config.views, source)
-    source.require_complete([*views, *source.local])
+    source.require_complete([*views, *source.other_views])
     ids = [str(name) for name in source.table("sample_id")]
     rows = copy.parse_images(config.images, read_text, ids)
-    identity, about, tables = copy.describe_copy(source, views, rows, copy.codec_of(source, config.codec))
+    record, tables = copy.describe_copy(source, views, rows, copy.codec_of(source, config.codec))
     storage = open_storage(config.dst)
     artifact.claimed(storage, "store")  # refuses a folder that holds something else, before anything is written to it
     with Lease(storage) as held:
-        target = FeatureStore.create(storage, identity, about, tables, copy.small_files(source, identity["codec"]))
+        target = FeatureStore.create(storage, record, tables, copy.small_files(source, record.identity.codec))
         copy.train_codecs(source, target, rows)
         done = target.images - sum(shard.stop - shard.start for shard in target.pending())
         with progress_bar("copy", target.images, "images", done) as bar:
@@ -61,7 +61,7 @@ def run(config: Config) -> dict[str, Any]:
         held.check()
     target.require_complete()
     return {
-        "summary": f"{config.dst}: {target.images} images x {len(views)} views {target.identity['codec']}, "
+        "summary": f"{config.dst}: {target.images} images x {len(views)} views {target.identity.codec}, "
         f"{format_bytes(storage.size())}, views {views.start} to {views.stop - 1} of {config.src}",
         "store": str(storage),
         "fingerprint": target.fingerprint,

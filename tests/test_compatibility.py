@@ -12,7 +12,6 @@ from PIL import Image
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
 from compress_ssl.stages import export_teacher, inspect
 
@@ -49,15 +48,16 @@ def test_rows_and_views_of_a_store_exported_with_like_mean_the_same_pixels(
 
     made = export(images, tmp_path / "second", SECOND, like=str(first))
     one, two = FeatureStore(Folder(first)), FeatureStore(Folder(tmp_path / "second"))
-    assert f"the same pixels as {first}" in made["summary"] and two.about["like"] == one.fingerprint
-    assert two.views == 3 and two.identity["views"] == one.identity["views"] and two.arrays != one.arrays
+    assert f"the same pixels as {first}" in made["summary"] and two.about.like == one.fingerprint
+    assert two.views == 3 and two.identity.views == one.identity.views and two.arrays != one.arrays
     dataset = DATASETS.build(str(images))
     pixels = []
     for store in (one, two):
         view_dataset = ViewDataset(
-            dataset, ViewSpec(**store.identity["views"]), store.table("view_key"), [(16, "bilinear")], []
+            dataset, store.identity.views, store.table("view_key"), {"global": [(16, "bilinear")]}
         )
-        pixels.append(view_dataset.load(ViewRequest(np.arange(12), np.tile(np.arange(3), (12, 1)))).pixels[0].numpy())
+        request = ViewRequest(np.arange(12), {"global": np.tile(np.arange(3), (12, 1))})
+        pixels.append(view_dataset.load(request).pixels["global"][0].numpy())
     np.testing.assert_array_equal(*pixels)
     np.testing.assert_array_equal(one.table("content"), two.table("content"))
     assert "is complete already" in export(images, tmp_path / "second", SECOND, like=str(first))["summary"]

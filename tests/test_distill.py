@@ -849,14 +849,14 @@ def test_a_run_equals_a_plain_loop_over_pixels_and_stored_features(
     from compress_ssl.pipeline.runtime.storage import Folder
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.training.sampler import StepSampler
-    from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
+    from compress_ssl.pipeline.views.augment import draw_variates
     from compress_ssl.pipeline.views.render import render_views
 
     run(student=(CONVNET,), method="compress-2q:bank=30", steps=6, ema=0.5, schedule="cosine")
 
     source, digits = FeatureStore(Folder(store)), Digits().subset(IMAGES)
     table = np.stack([source.read("embedding", v) for v in range(4)], 1)  # (N, V, D)
-    spec = ViewSpec(**source.identity["views"])
+    spec = source.identity.views
     sampler = StepSampler(0, np.arange(IMAGES), (1, 2, 3), BATCH, 1, "same", 6)
     torch.manual_seed(0)
     student = build(CONVNET, image_size=8).train()

@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 from compress_ssl.pipeline.datasets.base import content_hash
 from compress_ssl.pipeline.datasets.decode import BROKEN, NOT_AN_IMAGE, NOT_FINITE, decode
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
-from compress_ssl.pipeline.extraction.embed import embed
+from compress_ssl.pipeline.extraction.embed import embed, store_source
+from compress_ssl.pipeline.extraction.extract import LoaderSettings
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.store_record import describe_store
 from compress_ssl.pipeline.models import build
@@ -117,7 +118,7 @@ def test_stored_features_are_those_of_the_teacher_on_the_right_view_and_image(
     images: Path, tmp_path: Path, policy: str
 ) -> None:
     exact = export(images, tmp_path / "exact", codec="float32", policy=policy, seed=5)
-    spec = ViewSpec(policy, 5, exact.identity["views"]["crop_ratio"])
+    spec = ViewSpec(policy, 5, exact.identity.views.crop_ratio)
     rows = [0, 8, 15, 16, 23, 31, 32, 36]  # at the borders of batches and shards, and in the last, smaller shard
     right = np.array([[expected(images, spec, v, i) for v in range(5)] for i in rows])
     stored = np.stack([exact.read("embedding", v)[rows] for v in range(5)], 1)
@@ -147,7 +148,7 @@ def test_ids_labels_view_keys_and_content_hashes_are_those_of_the_files(images: 
     store = export(images, tmp_path / "store", views=1)
     names = sorted(str(file.relative_to(images)) for file in images.rglob("*.jpg"))
     assert store.table("sample_id").tolist() == names
-    assert [store.about["classes"][y] for y in store.table("label")] == [name[0] for name in names]
+    assert [store.about.classes[y] for y in store.table("label")] == [name[0] for name in names]
     assert store.table("view_key").tolist() == list(range(37))
     assert store.table("content").tolist() == [content_hash((images / name).read_bytes()) for name in names]
 
@@ -156,7 +157,7 @@ def test_the_manifest_records_data_teacher_views_and_codec(images: Path, tmp_pat
     manifest = json.loads(export(images, tmp_path / "store", policy="dino", seed=3).storage.get("manifest.json"))
     torch.manual_seed(0)
     teacher = build(TEACHER, image_size=SIZE, pretrained_default=True)
-    assert manifest.identity == {
+    assert manifest["identity"] == {
         "data": {"fingerprint": ImageFolder(images).fingerprint, "images": 37},
         "teacher": {
             "name": "convnet",
@@ -171,9 +172,9 @@ def test_the_manifest_records_data_teacher_views_and_codec(images: Path, tmp_pat
         "precision": "fp32",
         "shard_rows": 16,
     }
-    assert manifest.about["data"] == {"spec": f"folder:{images}", "limit": None}
-    assert manifest.about["teacher"] == TEACHER
-    assert manifest.about["classes"] == ["a", "b", "c"]
+    assert manifest["about"]["data"] == {"spec": f"folder:{images}", "limit": None}
+    assert manifest["about"]["teacher"] == TEACHER
+    assert manifest["about"]["classes"] == ["a", "b", "c"]
 
 
 def test_a_limit_takes_evenly_spread_images(images: Path, tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_a_limit_takes_evenly_spread_images(images: Path, tmp_path: Path) -> Non
 def test_the_built_in_digits_can_be_exported(tmp_path: Path) -> None:
     store = export("digits", tmp_path / "store", views=2, limit=20, codec="float32")
     assert store.table("sample_id")[0] == "digits/0000"
-    assert store.about["classes"] == [str(d) for d in range(10)]
+    assert store.export.classes == tuple(str(d) for d in range(10))
     assert np.isfinite(store.read("embedding", 1)).all() and store.read("embedding", 1).std() > 0
 
 
@@ -203,18 +204,27 @@ def test_each_image_is_decoded_once_for_all_its_views(
 # ---------------------------------------------------------------- the same bytes, however the export is run
 
 
-def by_embed(images: Path, out: Path, first_key: int = 0, codec: str = "int8", **how: Any) -> FeatureStore:
+def by_embed(
+    images: Path,
+    out: Path,
+    first_key: int = 0,
+    codec: str = "int8",
+    workers: int = 0,
+    threads: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+) -> FeatureStore:
     """An export by calling `embed`, with settings for which the command has no flag."""
     settings = config(images, out, codec=codec)
     torch.manual_seed(0)
     model = build(TEACHER, image_size=SIZE, pretrained_default=True)
-    dataset, spec = ImageFolder(images), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
-    identity, about = describe_store(export_teacher.store_settings(settings), dataset, model, spec)
+    dataset = ImageFolder(images)
+    record = describe_store(export_teacher.resolve(settings), model)
     keys = np.arange(len(dataset), dtype=np.uint64) + np.uint64(first_key)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": keys}
-    store = FeatureStore.create(Folder(out), identity, about, tables)
+    store = FeatureStore.create(Folder(out), record, tables)
     forward = FeatureExtractor(model, torch.device("cpu"), "fp32", settings.batch_size)
-    embed(store, dataset, spec, forward, **{"workers": 0, **how})
+    loader = LoaderSettings(workers, threads)
+    embed(store, store_source(store, dataset, forward, loader), store.pending(), stopped=stopped)
     return store
 
 
@@ -501,7 +511,7 @@ def test_overwrite_moves_the_earlier_store_aside(images: Path, tmp_path: Path, c
     first = tree(export(images, tmp_path / "store", views=1).storage.path)  # type: ignore[attr-defined]
     export(images, tmp_path / "store", views=2, seed=1, overwrite=True)
     assert tree(tmp_path / "store.old-1") == first
-    assert FeatureStore(Folder(tmp_path / "store")).identity["views"]["seed"] == 1
+    assert FeatureStore(Folder(tmp_path / "store")).identity.views.seed == 1
     assert "aside" in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.help_page import FIRST_COLUMN, format_page, help_text, sections_of
 from compress_ssl.pipeline.training.choices import OptimizerName
 from compress_ssl.pipeline.training.optimizers import make_optimizer
-from compress_ssl.pipeline.views.augment import POLICIES, Policy
+from compress_ssl.pipeline.views.policies import POLICIES, Policy
 
 WIDTHS = (50, 80, 120)
 HEAVY = {"torch", "torchvision", "timm", "faiss", "zarr", "dask", "distributed", "jinja2", "psutil"}

@@ -90,8 +90,8 @@ def test_a_student_trained_from_a_bucket_equals_to_the_bit_one_trained_from_the_
     there = train(remote.url, tmp_path / "there", cache=tmp_path / "cache")
     assert (here / "student.safetensors").read_bytes() == (there / "student.safetensors").read_bytes()
     manifest = json.loads((there / "manifest.json").read_bytes())
-    assert manifest.about["store"] == remote.url
-    assert manifest.identity == json.loads((here / "manifest.json").read_bytes())["identity"]
+    assert manifest["about"]["store"] == remote.url
+    assert manifest["identity"] == json.loads((here / "manifest.json").read_bytes())["identity"]
 
 
 def test_local_crops_are_fetched_from_a_remote_store(tmp_path: Path) -> None:

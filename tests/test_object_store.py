@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from object_store import FAULTS, Server
+from store_records import plain_record
 
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
@@ -183,10 +184,8 @@ def test_an_unknown_scheme_is_refused() -> None:
 
 def small_store(where: str) -> FeatureStore:
     """Six images, two views, four dimensions, one shard."""
-    data = {"fingerprint": "f", "images": 6}
-    identity = {"data": data, "arrays": {"embedding": [4]}, "shard_rows": 6, "codec": "float32"}
     tables = {"sample_id": list("abcdef"), "label": range(6), "view_key": range(6)}
-    store = FeatureStore.create(open_storage(where), identity, {"views": 2}, tables)
+    store = FeatureStore.create(open_storage(where), plain_record(6, 2, 4, "float32", rows=6), tables)
     features = np.arange(48, dtype="<f4").reshape(6, 2, 4)
     store.write(
         Shard(0, 0, 6, (0, 1)), {"embedding": (features, None)}, np.zeros(6, "u1"), np.arange(6, dtype="<u8"), {}

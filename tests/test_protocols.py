@@ -1,5 +1,6 @@
 """Protocols of a user's own: named by python: or by an entry point, scored, kept, shown, and refused in words."""
 
+import ast
 import json
 import re
 from importlib import metadata
@@ -12,9 +13,10 @@ import pytest
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.evaluators.base import ConfusionMatrix, Result, Score, Split
 from compress_ssl.pipeline.evaluators.results import Results
+from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
-from compress_ssl.stages import compare, evaluate
+from compress_ssl.stages import compare, evaluate, inspect
 
 ROOT = Path(__file__).parents[1]
 MODEL = "convnet:channels=4+8"
@@ -276,8 +278,6 @@ def test_a_repeated_command_takes_the_settings_of_the_evaluation_that_has_begun(
 def test_a_metrics_json_that_is_not_valid_is_refused_in_words_by_every_command_that_reads_it(
     change: dict[str, Any] | None, message: str, tmp_path: Path
 ) -> None:
-    from compress_ssl.stages import inspect
-
     out = tmp_path / "out"
     score(out, "nn")
     file = out / "metrics.json"
@@ -293,6 +293,55 @@ def test_a_metrics_json_that_is_not_valid_is_refused_in_words_by_every_command_t
             command()
         assert "repeat the command compress evaluate" in str(refused.value)
     assert score(out, "nn")["metrics"]["nn"] == metrics["nn"]
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("identity", {"model": None}, "identity.model: expected object, got null"),
+        ("identity", {"precision": "fp8"}, "identity.precision: invalid enum value 'fp8'"),
+        ("identity", {"data": {"train": 1, "val": "x"}}, "identity.data.train: expected str, got int"),
+        ("identity", {"other": 1}, "has the entry identity.other, which this version of compress does not know"),
+        ("about", {"model": {"name": "x"}}, "about.model: it lacks the entry role"),
+        ("about", {"val": []}, "about.val: expected str, got array"),
+    ],
+)
+def test_an_evaluation_whose_manifest_is_whole_but_not_valid_is_refused_in_words(
+    part: str, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    score(out, "nn")
+    manifest = artifact.read(Folder(out), "evaluation")
+    identity, about = (getattr(manifest, name) | (change if name == part else {}) for name in ("identity", "about"))
+    artifact.write(Folder(out), "evaluation", identity, about)
+    for command in (lambda: score(out, "nn"), lambda: inspect.run(inspect.Config(str(out)))):
+        with pytest.raises(UserError, match=f"manifest.json.*{message}"):
+            command()
+
+
+# ---------------------------------------------------------------- nobody knows a protocol by name
+
+
+def constants(file: Path) -> set[str]:
+    """The texts in a file that are not part of a longer one."""
+    nodes = ast.walk(ast.parse(file.read_text()))
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_no_module_but_a_protocols_own_and_the_registry_has_its_name_or_the_titles_of_its_scores() -> None:
+    """The defaults of --protocol are specs such as "nn" in stages/evaluate.py and stages/demo.py, which are data."""
+    pipeline = ROOT / "pipeline"
+    members = {PROTOCOLS.entries[name].partition(":")[0].rpartition(".")[2] for name in PROTOCOLS.entries}
+    files = [file for room in ("report", "evaluators") for file in (pipeline / room).glob("*.py")]
+    files += [ROOT / f"stages/{name}.py" for name in ("compare", "inspect")]
+    names = {"nn", "knn", "cluster", "linear", "linear_augmented", "classifier", "NN", "kNN", "Cluster", "Linear"}
+    for file in files:
+        known = file.parent.name == "evaluators" and file.stem in {*members, "__init__"}
+        assert known or not constants(file) & names, file
+    imports = [
+        re.findall(r"pipeline\.evaluators[.\w]*", file.read_text()) for file in (pipeline / "report").glob("*.py")
+    ]
+    assert {name for found in imports for name in found} == {"pipeline.evaluators.base"}
 
 
 # ---------------------------------------------------------------- the page

@@ -488,6 +488,14 @@ def test_names_in_the_scatter_cover_neither_points_nor_each_other() -> None:
         assert not any(left < r and near < right and abs(height - h) < 10 for near, r, h in boxes[:n])
 
 
+@pytest.mark.parametrize("title", ["$\\bad{$ (%)", "a$b$", "\ud800", "x" * 10_000, "\x00"], ids=range(5))
+def test_a_title_of_any_text_can_be_drawn(title: str) -> None:
+    curves = figures.draw_curves({title: np.array([[0.0, 1.0], [1.0, 2.0]])})
+    scatter = figures.draw_scatter({title: [figures.Dot(title, 100, 50.0, True)]})
+    for chart in (curves, scatter):
+        assert Image.open(io.BytesIO(figures.render(chart))).size[0] > 100
+
+
 def test_a_rendered_figure_has_a_transparent_background() -> None:
     image = Image.open(io.BytesIO(figures.render(figures.Chart(lambda figure: None, (1, 1)))))
     assert image.mode == "RGBA" and np.asarray(image)[..., 3].max() == 0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from store_records import plain_record
 
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
@@ -87,7 +88,7 @@ def test_as_a_sequence_of_requests_it_runs_from_its_first_step_to_the_last() -> 
     for number in range(3):
         rows, student, _ = whole.step_indices(6 + number)
         assert np.array_equal(whole[number].rows, rows)
-        assert np.array_equal(whole[number].views, student)
+        assert np.array_equal(whole[number].views["global"], student)
 
 
 # ---------------------------------------------------------------- views
@@ -174,9 +175,8 @@ N, V, D = 23, 6, 5
 
 def write_store(folder: Path, kind: str) -> FeatureStore:
     """A store of random features of N images in V views, in shards of 8 rows."""
-    identity = {"data": {"images": N}, "arrays": {"embedding": [D]}, "shard_rows": 8, "codec": kind}
     tables = {"sample_id": [f"{i}" for i in range(N)], "label": [0] * N, "view_key": range(N)}
-    store = FeatureStore.create(Folder(folder), identity, {"views": V}, tables)
+    store = FeatureStore.create(Folder(folder), plain_record(N, V, D, kind, rows=8), tables)
     features = np.random.default_rng(0).normal(size=(N, V, D)).astype(np.float32)
     for shard in store.pending():
         n = shard.stop - shard.start

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from store_records import plain_record
 
 from compress_ssl.pipeline.datasets.decode import BROKEN, GOOD, NOT_FINITE, REASONS
 from compress_ssl.pipeline.runtime import digests
@@ -25,7 +27,8 @@ from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.codecs import CODECS
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.shards import Shard, batch_spans, done_key, shard_rows, view_digest
+from compress_ssl.pipeline.store.records import HistoryEvent, StoreAbout
+from compress_ssl.pipeline.store.shards import Shard, done_key, shard_rows, view_digest
 
 ROOT = Path(__file__).parents[1]
 N, D, ROWS = 10, 3, 4
@@ -68,19 +71,16 @@ class FailingFolder(Folder):
         super().delete(key)
 
 
-def identity(codec: str = "int8", images: int = N, rows: int = ROWS, **more: Any) -> dict[str, Any]:
-    data = {"fingerprint": "f" * 32, "images": images}
-    return {"data": data, "arrays": {"embedding": [D]}, "shard_rows": rows, "codec": codec, **more}
-
-
 def tables(images: int = N) -> dict[str, Any]:
     ids, labels = [f"ä/{i:02d}.jpg" for i in range(images)], np.arange(images) % 3 - 1
     return {"sample_id": ids, "label": labels, "view_key": range(images)}
 
 
-def make(where: Path | Folder, views: int, codec: str = "int8", images: int = N, **more: Any) -> FeatureStore:
+def make(
+    where: Path | Folder, views: int, codec: str = "int8", images: int = N, rows: int = ROWS, **more: Any
+) -> FeatureStore:
     storage = where if isinstance(where, Folder) else Folder(where)
-    return FeatureStore.create(storage, identity(codec, images, **more), {"views": views}, tables(images))
+    return FeatureStore.create(storage, plain_record(images, views, D, codec, rows, **more), tables(images))
 
 
 def features(start: int, stop: int, views: Sequence[int]) -> np.ndarray:
@@ -376,11 +376,11 @@ def test_small_files_have_a_second_copy_and_a_digest_in_the_manifest(tmp_path: P
     store = make(tmp_path, 3)
     files = tree(tmp_path)
     assert files["copy/manifest.json"] == files["manifest.json"]
-    for key, digest in store.about["small"].items():
+    for key, digest in store.about.small.items():
         assert files[key] == files[f"copy/{key}"]
         assert digests.digest(files[key]) == digest
-    assert set(files) == {"manifest.json", *store.about["small"]} | {
-        f"copy/{k}" for k in ["manifest.json", *store.about["small"]]
+    assert set(files) == {"manifest.json", *store.about.small} | {
+        f"copy/{k}" for k in ["manifest.json", *store.about.small]
     }
 
 
@@ -392,10 +392,6 @@ def test_shards_are_whole_batches_within_the_limits(images: int, batch: int, wid
     assert rows <= max(batch, 256, -(-images // 16))
 
 
-def test_batches_cover_a_shard_and_never_cross_it() -> None:
-    assert list(batch_spans(Shard(1, 8, 15, (0,)), 3)) == [(8, 11), (11, 14), (14, 15)]
-
-
 # ---------------------------------------------------------------- done and pending shards
 
 
@@ -404,7 +400,8 @@ def test_the_pending_shards_are_those_without_a_done_record(
     images: int, rows: int, views: int, data: st.DataObject
 ) -> None:
     store = FeatureStore.__new__(FeatureStore)
-    store.images, store.rows, store.about, store.local = images, rows, {"views": views}, ()
+    store.images, store.rows, store.about = images, rows, StoreAbout(views, small={})
+    store.identity = plain_record(images, views, D, "int8", rows).identity
     blocks = range(-(-images // rows))
     spans = [(block, first, min(first + 4, views)) for block in blocks for first in range(0, views, 4)]
     there = data.draw(st.sets(st.sampled_from(spans)))
@@ -503,7 +500,7 @@ def test_complete_views_can_be_required_while_others_are_pending(tmp_path: Path)
 def test_a_store_with_other_settings_is_refused_and_the_error_lists_the_differences(tmp_path: Path) -> None:
     export(tmp_path, 3)
     before = tree(tmp_path)
-    with pytest.raises(Mismatch, match='batch_size is null there, 5 asked; codec is "int8" there, "float32" asked'):
+    with pytest.raises(Mismatch, match='batch_size is 1 there, 5 asked; codec is "int8" there, "float32" asked'):
         make(tmp_path, 3, codec="float32", batch_size=5)
     with pytest.raises(UserError, match="has 3 views, but 2 were asked for, and a store only grows"):
         make(tmp_path, 2)
@@ -787,9 +784,11 @@ def test_read_errors_of_the_disk_are_not_reported_as_damage(tmp_path: Path, monk
 def test_each_event_appends_a_line_to_the_history_which_is_part_of_no_digest(tmp_path: Path) -> None:
     store = export(tmp_path, 2)
     before = store.fingerprint
-    store.append_history({"seconds": 1})
-    store.append_history({"seconds": 2})
+    events = [HistoryEvent("now", "here", 1, "cpu", {"python": "3"}, 10, 20, seconds, 0) for seconds in (1, 2.5)]
+    for event in events:
+        store.append_history(event)
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"seconds": 1}, {"seconds": 2}]
+    assert [json.loads(line) for line in lines] == [asdict(event) for event in events]
+    assert store.history() == events
     assert FeatureStore(Folder(tmp_path)).fingerprint == before
     assert os.listdir(tmp_path / "copy") and "history.jsonl" not in os.listdir(tmp_path / "copy")

@@ -16,7 +16,6 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, open_storage
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.run import TrainingRun
-from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
 from compress_ssl.stages import distill, evaluate, export_teacher, store_copy, verify
 
@@ -63,7 +62,7 @@ def test_a_copy_of_everything_equals_its_source_to_the_byte(source: Path, tmp_pa
     copied = copy(source, tmp_path / "copy")
     assert copied.fingerprint == FeatureStore(Folder(source)).fingerprint
     assert files(tmp_path / "copy", "manifest.json") == files(source, "manifest.json")
-    assert copied.about["copied"] == {"from": str(source), "store": copied.fingerprint}
+    assert copied.about.copied == {"from": str(source), "store": copied.fingerprint}
     assert "is complete already" in export(tmp_path / "copy")["summary"]
 
 
@@ -102,7 +101,7 @@ def test_views_keep_their_numbers_and_rows_their_keys(source: Path, tmp_path: Pa
     rows = np.arange(1, IMAGES, 2)
     assert copied.stored_views == range(4, 8) and copied.images == len(rows)
     assert copied.fingerprint != original_store.fingerprint
-    assert copied.identity["parent"]["store"] == original_store.fingerprint
+    assert copied.identity.parent.store == original_store.fingerprint
     for name in ("sample_id", "label", "view_key", "content", "status"):
         np.testing.assert_array_equal(copied.table(name), original_store.table(name)[rows])
     for view in range(4, 8):
@@ -136,7 +135,7 @@ def test_a_student_of_a_partial_copy_sees_the_pixels_that_the_teacher_saw(
     original_store = FeatureStore(Folder(source))
     everything = DATASETS.build("digits").subset(IMAGES)
     view_dataset = ViewDataset(
-        everything, ViewSpec(**original_store.identity["views"]), np.arange(IMAGES), [(8, "bilinear")], []
+        everything, original_store.identity.views, np.arange(IMAGES), {"global": [(8, "bilinear")]}
     )
     checked, step = [], TrainingRun.step
 
@@ -144,8 +143,8 @@ def test_a_student_of_a_partial_copy_sees_the_pixels_that_the_teacher_saw(
         rows, student, teacher = self.sampler.step_indices(number)
         for j, (row, view) in enumerate(zip(rows.tolist(), student[:, 0].tolist(), strict=True)):
             original = 2 * row + 1
-            expected = view_dataset.load(ViewRequest(np.array([original]), np.array([[view]])))
-            assert torch.equal(view_batch.pixels[0][j], expected.pixels[0][0])
+            expected = view_dataset.load(ViewRequest(np.array([original]), {"global": np.array([[view]])}))
+            assert torch.equal(view_batch.pixels["global"][0][j], expected.pixels["global"][0][0])
             stored = self.batches.read_features(torch.tensor([row]), torch.from_numpy(teacher[j, :1])).numpy()
             np.testing.assert_array_equal(stored[0], original_store.read("embedding", view)[original])
             checked.append((original, view))
@@ -181,7 +180,7 @@ def test_images_can_be_chosen_by_a_file_of_sample_ids(source: Path, tmp_path: Pa
 
 def test_a_copy_of_a_partial_copy_records_its_parent(partial: Path, source: Path, tmp_path: Path) -> None:
     copied = copy(partial, tmp_path / "copy", images=":5")
-    assert copied.identity["parent"]["store"] == FeatureStore(Folder(partial)).fingerprint
+    assert copied.identity.parent.store == FeatureStore(Folder(partial)).fingerprint
     assert copied.table("view_key").tolist() == [1, 3, 5, 7, 9]
     other = copy(partial, tmp_path / "other", images="5:10")
     assert other.fingerprint != copied.fingerprint
@@ -210,7 +209,7 @@ def test_a_copy_in_another_codec_encodes_the_decoded_features(source: Path, tmp_
     copied = copy(source, tmp_path / "copy", codec="float32", views="4:6")
     for view in (4, 5):
         np.testing.assert_array_equal(copied.read("embedding", view), original_store.read("embedding", view))
-    assert copied.identity["codec"] == "float32" and copied.identity["parent"]["store"] == original_store.fingerprint
+    assert copied.identity.codec == "float32" and copied.identity.parent.store == original_store.fingerprint
     assert is_intact(tmp_path / "copy")
 
 

@@ -73,7 +73,7 @@ def values(out: Path) -> dict[str, bytes]:
     store.require_complete()
     read = {name: store.table(name) for name in ("sample_id", "label", "view_key", "content", "status")}
     read |= {f"embedding of {view}": store.read("embedding", view) for view in range(store.views)}
-    manifest = digests.canonical([store.identity, store.about])
+    manifest = digests.canonical([store.manifest.identity, store.manifest.about])
     return {**{name: str(part.tolist()).encode() for name, part in read.items()}, "manifest": manifest}
 
 

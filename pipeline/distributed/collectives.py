@@ -21,6 +21,7 @@ from compress_ssl.pipeline.distributed import launch
 from compress_ssl.pipeline.runtime import launch_env
 from compress_ssl.pipeline.runtime.device import choose_device
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.signals import Interrupted, StopRequest
 
 M = TypeVar("M", bound=nn.Module)
@@ -160,18 +161,12 @@ def process_group() -> Iterator[None]:
     An exception in one rank ends all of them. The rank that fails first raises its exception; the others raise
     SystemExit, so that the error is printed once.
     """
-    if not launch_env.is_launched() or distributed.is_initialized():
+    launched = launch_env.read_launch()
+    if launched is None or distributed.is_initialized():
         yield
         return
-    common, number, count = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # The same store, without the prefix that torchrun may put before the names of keys in `common`.
-    store = distributed.TCPStore(address, port, is_master=False)
-    distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=distributed.PrefixStore(agree_on_attempt(common, number, count), common), rank=number, world_size=count,
-        timeout=TIMEOUT,
-    )  # fmt: skip
+    number = launched.rank
+    store = _join(launched)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, launch.SIGNALS)  # blocked by `launch_ranks` until now
         yield
@@ -190,6 +185,30 @@ def process_group() -> Iterator[None]:
             ) from None
         raise
     distributed.destroy_process_group()
+
+
+def _join(launched: launch_env.Launch) -> distributed.Store:
+    """Start torch.distributed with the other ranks; returns the store that all of them share.
+
+    Raises UserError if the store cannot be reached, or if a rank ends meanwhile.
+    """
+    try:
+        common, number, count = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
+        # The same store, without the prefix that torchrun may put before the names of keys in `common`.
+        store = distributed.TCPStore(launched.address, launched.port, is_master=False)
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=distributed.PrefixStore(agree_on_attempt(common, number, count), common),
+            rank=number,
+            world_size=count,
+            timeout=TIMEOUT,
+        )
+    except RuntimeError as problem:  # torch's DistError is one, and so is gloo's
+        raise UserError(
+            f"rank {launched.rank} cannot join the others by way of {launched.address}:{launched.port} "
+            f"({describe_exception(problem)}); check MASTER_ADDR and MASTER_PORT, and that every rank was started"
+        ) from problem
+    return store
 
 
 def agree_on_attempt(common: distributed.Store, number: int, count: int) -> str:

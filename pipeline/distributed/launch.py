@@ -46,8 +46,9 @@ def launch_ranks(count: int, words: Sequence[str]) -> JsonObject:
         unreported = status < 0 and store.add(f"{ERROR_REPORTED}0", 1) == 1
         _wait(ranks, time.monotonic() + EXIT_GRACE)
     if unreported:
-        name = signal.Signals(-status).name
-        raise UserError(f"rank {failed} was killed by {name}; repeat the command to go on from the last checkpoint")
+        raise UserError(
+            f"rank {failed} was killed by {_signal_name(-status)}; repeat the command to go on from the last checkpoint"
+        )
     raise SystemExit(status if status > 0 else 128 - status)
 
 
@@ -90,6 +91,11 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], until: float) -> None:
     """Return when all ranks have ended, or when time.monotonic() is `until`."""
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
         time.sleep(0.05)
+
+
+def _signal_name(signum: int) -> str:
+    """`SIGKILL`; real-time signals have only a number."""
+    return signal.Signals(signum).name if signum in set(signal.Signals) else f"signal {signum}"
 
 
 @contextmanager

@@ -5,12 +5,15 @@ protocols themselves read their entries.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS, find_protocol
 from compress_ssl.pipeline.evaluators.scores import Score, sort_naturally
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime.artifact import Manifest, Mismatch
+from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.records import (
     UNSET,
     Count,
@@ -23,7 +26,8 @@ from compress_ssl.pipeline.runtime.records import (
     read_record,
     to_json,
 )
-from compress_ssl.pipeline.runtime.storage import Storage
+from compress_ssl.pipeline.runtime.storage import Folder, Storage
+from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 METRICS = "metrics.json"
 OWN_ENTRIES = ("model", "data", "scores")  # of metrics.json, which no protocol may be called
@@ -69,22 +73,11 @@ class DataRecord:
 
 
 @dataclass(frozen=True)
-class PreprocessingRecord:
-    """Preprocessing as a manifest has it, with whole numbers as whole numbers."""
-
-    size: Positive
-    mean: tuple[Number, Number, Number]
-    std: tuple[Number, Number, Number]
-    interpolation: str
-    crop_ratio: Number
-
-
-@dataclass(frozen=True)
 class WeightsRecord:
     """The weights that are scored, and how their images are prepared."""
 
     weights: str
-    preprocessing: PreprocessingRecord
+    preprocessing: Preprocessing
 
 
 @dataclass(frozen=True)
@@ -188,6 +181,27 @@ def read_metrics(storage: Storage) -> Evaluation:
         return parse_metrics(parse_json(storage.get(METRICS), where), where)
     except InvalidRecord as wrong:
         raise InvalidRecord(f"{wrong}, or repeat the command compress evaluate, which writes it again") from None
+
+
+def read_teacher(given: Path | None, usual: Path | None) -> Evaluation | None:
+    """The teacher's evaluation in a folder that the user gave, or where it is by default; None if there is none.
+
+    Raises UserError if the given folder has none.
+    """
+    folder = given or usual
+    if folder is None or not (folder / METRICS).exists():
+        if given:
+            raise UserError(f"--teacher {given} holds no metrics.json; score the teacher first, with --store")
+        return None
+    return read_metrics(Folder(folder))
+
+
+def on_same_images(teacher: Evaluation | None, data: DataRecord) -> Evaluation | None:
+    """The teacher's evaluation if it is of as many images and classes; else a message says that it is left out."""
+    if teacher and teacher.data.extent != data.extent:
+        echo(f"the teacher {teacher.model.name} was scored on other images, so it is left out of the report")
+        return None
+    return teacher
 
 
 def parse_metrics(entries: object, where: str) -> Evaluation:

@@ -11,17 +11,19 @@ import safetensors.torch
 import torch
 
 from compress_ssl.pipeline.datasets.base import Dataset
-from compress_ssl.pipeline.evaluators.record import ModelRecord, PreprocessingRecord
+from compress_ssl.pipeline.evaluators.record import ModelRecord
 from compress_ssl.pipeline.extraction.teacher import load_live_teacher
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import read_record
-from compress_ssl.pipeline.runtime.storage import Folder, open_storage
-from compress_ssl.pipeline.store import source_images
+from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline.store import local_cache
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.records import DataSource
 from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 RANDOM_WEIGHTS_SEED = 0  # of a model scored untrained: `compress distill --seed 0` starts from the same weights
 MAX_REASON = 200  # characters of a library's error text that are repeated in ours
@@ -33,10 +35,10 @@ class ScoredModel:
 
     model: ModelRecord
     weights: str  # digest of the weights
-    preprocessing: PreprocessingRecord
+    preprocessing: Preprocessing
     views: ViewSpec
     build_embedder: Callable[[], Embedder]  # returns the same network at every call
-    data: dict[str, Any] | None = None  # the images it was trained or exported on: {"spec", "limit"}
+    data: DataSource | None = None  # the images it was trained or exported on
     store: FeatureStore | None = None  # of a teacher: its stored features
     run: Path | None = None
     sample_ids: Callable[[], Any] | None = None  # ids of the images in `data`, needed if they are a selection
@@ -45,7 +47,7 @@ class ScoredModel:
     def find_store(self, dataset: Dataset) -> FeatureStore | None:
         """The store that holds this model's features of exactly these images; None if there is none."""
         store = self.store
-        return store if store and store.identity["data"]["fingerprint"] == dataset.fingerprint else None
+        return store if store and store.identity.data.fingerprint == dataset.fingerprint else None
 
 
 # ---------------------------------------------------------------- a run's student
@@ -75,10 +77,10 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
             method=manifest.identity["method"],
         ),
         weights=embedder.digest(),
-        preprocessing=_record(embedder.preprocessing.record(), str(folder)),
+        preprocessing=embedder.preprocessing,
         views=ViewSpec(**about["views_spec"]),
         build_embedder=lambda: embedder,
-        data=about["data"],
+        data=read_record(DataSource, about["data"], f"{folder}/{artifact.MANIFEST}: about.data"),
         sample_ids=lambda: FeatureStore(open_storage(about["store"])).table("sample_id"),
         run=folder,
         teacher_evaluation=artifact.sibling(about["store"], "-evaluation"),
@@ -101,26 +103,35 @@ def load_student(embedder: Embedder, file: Path) -> None:
 # ---------------------------------------------------------------- a store's teacher
 
 
+def open_store(location: str, cache: Path | None, augment: bool) -> FeatureStore:
+    """The store at a path or URL; of a URL, a local copy of view 0 or, with `augment`, of all stored views.
+
+    cache: the folder of the copy; None for the usual one.
+    """
+    store = FeatureStore(open_storage(location))
+    used = store.stored_views if augment else [v for v in store.stored_views if v == 0]
+    return local_cache.fetch(store, used, cache) if is_url(location) else store
+
+
 def open_teacher(store: FeatureStore) -> ScoredModel:
     """The teacher of a store. Its features are read from view 0 of the store where that view is stored.
 
     The network itself is built only when features of other images are needed. Raises UserError for a store without
     a teacher (features of an evaluation) and for one whose view 0 is not complete.
     """
-    source_images.require_exported(store)
+    exported, where = store.export, str(store.storage)
     has_view_0 = 0 in store.stored_views
     if has_view_0:
         store.require_complete([0])
-    where, teacher, about = str(store.storage), store.identity["teacher"], store.about
     return ScoredModel(
         model=ModelRecord(
-            teacher["name"], "teacher", about["parameters"], teacher["width"], spec=about["teacher"], store=where
+            exported.name, "teacher", exported.parameters, exported.width, spec=exported.teacher, store=where
         ),
-        weights=teacher["weights"],
-        preprocessing=_record(teacher["preprocessing"], where),
-        views=ViewSpec(**store.identity["views"]),
+        weights=store.identity.teacher.weights,
+        preprocessing=store.identity.teacher.preprocessing,
+        views=store.identity.views,
         build_embedder=cache(partial(load_live_teacher, store)),
-        data=about["data"],
+        data=exported.data,
         store=store if has_view_0 else None,
         sample_ids=lambda: store.table("sample_id"),
     )
@@ -140,12 +151,7 @@ def open_model(spec: str, image_size: int | None) -> ScoredModel:
     return ScoredModel(
         model=ModelRecord(embedder.name, "model", parameters, embedder.width, spec=spec),
         weights=embedder.digest(),
-        preprocessing=_record(embedder.preprocessing.record(), spec),
+        preprocessing=embedder.preprocessing,
         views=ViewSpec("crop-flip", 0, embedder.preprocessing.crop_ratio),
         build_embedder=lambda: embedder,
     )
-
-
-def _record(preprocessing: object, where: str) -> PreprocessingRecord:
-    """The preprocessing as an evaluation's manifest has it; `where` names what it was read from."""
-    return read_record(PreprocessingRecord, preprocessing, where)

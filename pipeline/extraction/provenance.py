@@ -4,30 +4,30 @@ import os
 import platform
 import time
 from importlib.metadata import version
-from typing import Any
 
 from compress_ssl.pipeline.extraction.embed import Cost
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.records import HistoryEvent
 
 PACKAGES = ("torch", "torchvision", "pillow", "zarr", "numpy")
 """Packages whose versions are recorded, because they may change the last bits of a feature or how it is stored."""
 
 
-def history_event(cost: Cost, device: str) -> dict[str, Any]:
+def history_event(cost: Cost, device: str) -> HistoryEvent:
     """A line of history.jsonl: which process on which host computed how much, when, with which versions."""
-    return {
-        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "device": device,
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in PACKAGES}},
-        "images": cost.images,
-        "views": cost.views,
-        "seconds": round(cost.seconds, 3),
-        "waited": round(cost.waited, 3),
-    }
+    return HistoryEvent(
+        when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        host=platform.node(),
+        pid=os.getpid(),
+        device=device,
+        versions={"python": platform.python_version(), **{n: version(n) for n in PACKAGES}},
+        images=cost.images,
+        views=cost.views,
+        seconds=round(cost.seconds, 3),
+        waited=round(cost.waited, 3),
+    )
 
 
 def write_bad_images(store: FeatureStore) -> list[tuple[int, str, str]]:

@@ -14,9 +14,9 @@ def load_live_teacher(store: FeatureStore, spec: str | None = None) -> Embedder:
     It sets the global seed of torch to 0, as the export does, so that a teacher with random weights is the same
     network. Raises UserError if its weights are not those that the store was made with.
     """
-    spec, teacher = spec or store.about["teacher"], store.identity["teacher"]
+    spec, teacher = spec or store.export.teacher, store.identity.teacher
     torch.manual_seed(0)
-    embedder = build(spec, image_size=teacher["preprocessing"]["size"], pretrained_default=True)
-    if embedder.digest() != teacher["weights"]:
+    embedder = build(spec, image_size=teacher.preprocessing.size, pretrained_default=True)
+    if embedder.digest() != teacher.weights:
         raise UserError(f"{spec} has other weights here than when {store.storage} was made; restore them")
     return embedder

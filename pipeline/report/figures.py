@@ -55,7 +55,7 @@ def render(chart: Chart) -> bytes:
 
 def _style_axes(axes: Axes, title: str) -> Axes:
     """Give axes the title and look that all charts share, and return them."""
-    axes.set_title(title, loc="left", fontsize=10, color=INK, parse_math=False)
+    axes.set_title(shorten(title, 60), loc="left", fontsize=10, color=INK, parse_math=False)
     axes.set_facecolor("none")
     axes.grid(color=GRID, linewidth=0.8)
     axes.locator_params(nbins=5)

@@ -10,11 +10,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from compress_ssl.pipeline.runtime.digests import canonical, fingerprint
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import JsonObject, parse_json, read_record, to_json
+from compress_ssl.pipeline.runtime.records import JsonObject, Meta, parse_json, read_record, to_json
 from compress_ssl.pipeline.runtime.storage import Folder, Storage, is_url, open_storage
 
 FORMAT = 1  # version of the layout of manifest.json
@@ -27,7 +27,7 @@ class Manifest:
     """The contents of a manifest.json. The records of a kind are read from `identity` and `about`."""
 
     format: int
-    kind: str
+    kind: Annotated[str, Meta(pattern=r"^[a-z][a-z ]*\Z")]
     identity: JsonObject
     about: JsonObject
 
@@ -137,7 +137,7 @@ def parse(raw: bytes, where: str) -> Manifest:
     return read_record(Manifest, entries, where)
 
 
-def read_json(storage: Storage, key: str) -> Any:
+def read_json(storage: Storage, key: str) -> Any:  # Any: JSON of any kind, for the caller to check
     """Read a JSON file that compress wrote without a digest. Raises InvalidRecord if it is not valid JSON."""
     return parse_json(storage.get(key), f"{storage}/{key}")
 

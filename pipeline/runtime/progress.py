@@ -24,7 +24,7 @@ class ProgressBar:
 
     def __init__(self, what: str, total: int, unit: str, start: int = 0, stream: TextIO | None = None):
         self.what, self.total, self.unit, self.start, self.now = what, total, unit, start, start
-        self.stream = stream or sys.stderr
+        self.stream = stream or _stderr()
         self.began = self.last_line = time.monotonic()
         self._drawn: tuple[Progress, TaskID] | None = None  # the bar on a terminal, and its only task
 
@@ -76,4 +76,9 @@ def progress_bar(what: str, total: int, unit: str, start: int = 0) -> Iterator[P
 def echo(text: str) -> None:
     """Print one line for people to stderr; of several ranks only rank 0 prints."""
     if is_main_process():
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=_stderr(), flush=True)
+
+
+def _stderr() -> TextIO:
+    """stderr, or a stream that nobody reads if it is closed (`2>&-`): print() would then write to stdout."""
+    return sys.stderr or io.StringIO()

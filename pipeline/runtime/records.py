@@ -17,17 +17,19 @@ from msgspec import UNSET, Meta, UnsetType
 from compress_ssl.pipeline.runtime.errors import UserError
 
 __all__ = [
-    "UNSET", "Count", "Digest", "InvalidRecord", "JsonObject", "Meta", "Number", "Positive", "UnsetType", "parse_json",
-    "read_record", "to_json",
+    "UNSET", "Count", "Digest", "InvalidRecord", "JsonObject", "Meta", "Number", "Positive", "PositiveNumber", "Sha256",
+    "UnsetType", "parse_json", "read_record", "to_json",
 ]  # fmt: skip
 
 Record = TypeVar("Record")
 
-JsonObject = dict[str, Any]  # a JSON object whose entries are not known here
+JsonObject = dict[str, Any]  # Any: a JSON object whose entries are not known here
 Number = int | float  # a number as it stands on disk: 1 stays 1 and 1.0 stays 1.0
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]  # BLAKE2b-128, see compress_ssl.pipeline.runtime.digests
+PositiveNumber = Annotated[int, Meta(gt=0)] | Annotated[float, Meta(gt=0)]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]  # BLAKE2b-128, see compress_ssl.pipeline.runtime.digests
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # of weights
 
 _FAULT = re.compile(r"(?P<what>.*?)(?: - at (?P<where>key in )?`\$?(?P<path>.*)`)?$", re.DOTALL)
 
@@ -36,26 +38,29 @@ class InvalidRecord(UserError):
     """What lies on disk is not a record of this kind."""
 
 
-def read_record(cls: type[Record], data: object, where: str, *, ignore_unknown: bool = False) -> Record:
+_REMEDY = "use the version of compress that made it, or restore it from a copy"
+
+
+def read_record(
+    cls: type[Record], data: object, where: str, *, ignore_unknown: bool = False, remedy: str = _REMEDY
+) -> Record:
     """The record of class `cls` in parsed JSON; `where` names it in the error, for instance "S/manifest.json".
 
     ignore_unknown: for records that are never written back, entries of another version do no harm.
+    remedy: what the error tells the user to do.
     Raises InvalidRecord for a missing or unknown entry, and for one of another type or outside its range.
     """
     try:
         record = msgspec.convert(data, cls)
     except (msgspec.ValidationError, RecursionError) as wrong:
-        raise InvalidRecord(f"{where} is not valid: {_describe(wrong)}; {_REMEDY}") from None
+        raise InvalidRecord(f"{where} is not valid: {_describe(wrong)}; {remedy}") from None
     unknown = None if ignore_unknown else next(_unknown_entries(data, to_json(record)), None)
     if unknown is not None:
-        raise InvalidRecord(f"{where} has the entry {unknown}, which this version of compress does not know; {_REMEDY}")
+        raise InvalidRecord(f"{where} has the entry {unknown}, which this version of compress does not know; {remedy}")
     return record
 
 
-_REMEDY = "use the version of compress that made it, or restore it from a copy"
-
-
-def to_json(record: object) -> Any:
+def to_json(record: object) -> Any:  # Any: a dictionary for a dataclass, a list for a tuple of them
     """A record as JSON: dataclasses become dictionaries without their UNSET fields, tuples become lists."""
     return _with_lists(msgspec.to_builtins(record))
 

@@ -18,6 +18,8 @@ from compress_ssl.pipeline.runtime.process import start_time
 
 PART = ".part"  # suffix of files that are being written; a killed writer leaves them behind, and `list` omits them
 _WRITER = re.compile(r"\.[0-9a-f]{8}\.(\d+)\.(.*)\.part$")  # groups: PID and host name of the writer
+INTERRUPTED = {errno.EINTR, errno.ESTALE}  # errors of network file systems that are gone when the call is repeated
+PAUSES = (0.05, 0.5, 2.0)  # seconds before each repetition of an interrupted call
 _DAY = 86_400.0  # seconds; the age after which a part file of another machine is assumed to be abandoned
 
 
@@ -110,8 +112,7 @@ class Folder:
 
     def put(self, key: str, data: bytes) -> None:
         target = self.path / key
-        part = self._write_part(target, data)
-        os.replace(part, target)
+        replace_file(self._write_part(target, data), target)
         sync(target.parent)
 
     def put_new(self, key: str, data: bytes) -> bool:
@@ -178,6 +179,22 @@ class Folder:
                 problem.filename = str(target)  # errors of write() and fsync() carry no file name
             raise
         return part
+
+
+def replace_file(part: Path, target: Path) -> None:
+    """Rename a finished part file to its target, which is replaced. A rename that is interrupted is repeated."""
+    for attempt, pause in enumerate((*PAUSES, None)):
+        try:
+            os.replace(part, target)
+            return
+        except FileNotFoundError:
+            if attempt and not part.exists():
+                return  # the interrupted rename had been done: nobody else knows the part file's name
+            raise
+        except OSError as problem:
+            if problem.errno not in INTERRUPTED or pause is None:
+                raise
+            time.sleep(pause)
 
 
 def sync(path: Path) -> None:

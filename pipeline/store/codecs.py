@@ -5,6 +5,7 @@ A codec encodes float32 features (n, D) to an array of the store and, if it need
 behind any name compresses the files without loss. Sizes, speeds and errors are measured in docs/codecs.md.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -19,6 +20,7 @@ CENTROIDS = 256  # per part of a product quantiser: as many as the one byte of a
 PART_WIDTH = 4  # largest number of dimensions of a part; wider parts cost time and gain nothing, docs/codecs.md
 ENCODE_ROWS = 1024  # rows that are normalised and rotated at a time; bounds the memory, changes no bit
 DECODE_ROWS = 4096  # rows that are decoded at a time; bounds the memory, changes no bit
+MAX_SHOWN = 80  # characters of a wrong name that an error repeats
 SAMPLE = 65_536  # largest number of vectors that a quantiser is trained on; bounds the time of k-means
 
 
@@ -240,15 +242,17 @@ def build_codec(name: str, codebook: Callable[[], bytes] | None = None) -> Codec
     codebook: returns the bytes of a trained codec's codebook. Raises UserError for an unknown name.
     """
     kind, _, compressor = name.partition("+")
+    shown = name[:MAX_SHOWN]
     built: Codec
-    if kind.startswith("pq:") and kind[3:].isdecimal() and int(kind[3:]) > 0:
+    if re.fullmatch(r"pq:[1-9][0-9]{0,8}", kind, re.ASCII):
         built = ProductQuantiser(int(kind[3:]), codebook or _raise_untrained)
     elif kind in CODECS:
         built = CODECS[kind]()
     else:
-        raise UserError(f"unknown codec {name!r}. Known: {KNOWN}")
+        raise UserError(f"unknown codec {shown!r}. Known: {KNOWN}")
     if "+" in name and compressor not in COMPRESSORS:
-        raise UserError(f"unknown compression {compressor!r} of --codec {name}. Known: {', '.join(COMPRESSORS)}")
+        known = ", ".join(COMPRESSORS)
+        raise UserError(f"unknown compression {compressor[:MAX_SHOWN]!r} of --codec {shown}. Known: {known}")
     built.name, built.compressor = name, compressor
     return built
 

@@ -1,17 +1,17 @@
 """Check that (i, v) means the same pixels: in a store and its images now, and in two stores by two teachers."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD
-from compress_ssl.pipeline.runtime.artifact import MANIFEST, Manifest, differences
+from compress_ssl.pipeline.runtime.artifact import MANIFEST, Mismatch, differences
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.records import StoreIdentity
 from compress_ssl.pipeline.store.render_probe import require_same_rendering
-from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 CLOCK_TOLERANCE = 2.0  # seconds by which the clocks of the two file systems, of images and store, may differ
 
@@ -33,45 +33,53 @@ def require_unchanged(store: FeatureStore, dataset: Dataset) -> None:
         )
 
 
-def require_recorded_rendering(
-    manifest: Manifest, dataset: Dataset, spec: ViewSpec, preprocessing: Preprocessing
-) -> None:
+def require_its_images(store: FeatureStore, dataset: Dataset, data: str) -> None:
+    """Raises Mismatch, with the difference, if a store was made from other images than those of --data."""
+    if dataset.fingerprint != store.identity.data.fingerprint:
+        difference = dataset.describe_difference(store.table("sample_id"))
+        raise Mismatch(
+            f"{store.storage} was made from other images than --data {data}: {difference}. "
+            "Give the same images, choose another --out, or start from scratch with --overwrite"
+        )
+
+
+def require_recorded_rendering(store: FeatureStore, dataset: Dataset) -> None:
     """Raises UserError, before a store is added to, if this machine renders its probe views differently.
 
-    manifest: that of the store, whose view keys are the row numbers.
+    store: one that was exported, not copied: its view keys are the row numbers.
     """
-    view_keys = range(len(dataset))
-    require_same_rendering(manifest.about["pixels"], dataset, spec, preprocessing, view_keys, allow=None)
+    identity, view_keys = store.identity, range(len(dataset))
+    require_same_rendering(
+        store.export.pixels, dataset, identity.views, identity.teacher.preprocessing, view_keys, allow=None
+    )
 
 
-def view_settings_of(other: FeatureStore, given: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """{"views", "policy", "seed"} of the store that `--like` names.
+def require_view_settings(other: FeatureStore, given: Mapping[str, object]) -> None:
+    """Raises UserError unless the store that `--like` names is whole and has the view settings that were given.
 
-    given: {name: (value, default)} of these flags. Raises UserError if a flag was given with another value than the
-    store has, or if the store is a part of another one.
+    given: those of --views, --policy and --seed that the user gave, by name.
     """
-    if other.about["data"].get("selected") or other.stored_views.start:
+    if other.export.data.selected or other.stored_views.start:
         raise UserError(
             f"--like {other.storage} is a copy with fewer images or views; name the store it was copied from, and "
             "reduce the new store afterwards with compress store copy"
         )
-    views = other.identity["views"]
-    settings = {"views": other.views, "policy": views["policy"], "seed": views["seed"]}
-    for name, (value, default) in given.items():
-        if value not in (default, settings[name]):
-            raise UserError(f"--{name} {value} was asked, but {other.storage} has {settings[name]}; leave --{name} out")
-    return settings
+    views = other.identity.views
+    there = {"views": other.views, "policy": views.policy, "seed": views.seed}
+    for name, value in given.items():
+        if value != there[name]:
+            raise UserError(f"--{name} {value} was asked, but {other.storage} has {there[name]}; leave --{name} out")
 
 
-def require_same_views(identity: dict[str, Any], dataset: Dataset, other: FeatureStore) -> None:
+def require_same_views(identity: StoreIdentity, dataset: Dataset, other: FeatureStore) -> None:
     """Raises UserError unless a new store has the images, views and view keys of another store.
 
     identity: that of the new store; dataset: its images.
     """
-    if identity["data"]["fingerprint"] != other.identity["data"]["fingerprint"]:
+    if identity.data.fingerprint != other.identity.data.fingerprint:
         difference = dataset.describe_difference(other.table("sample_id"))
         raise UserError(f"the images are not those of --like {other.storage}: {difference}; give the same images")
-    unequal = differences(other.identity["views"], identity["views"])
+    unequal = differences(to_json(other.identity.views), to_json(identity.views))
     if unequal:
         raise UserError(f"the views are not those of --like {other.storage}: {'; '.join(unequal)}")
     if not np.array_equal(np.arange(len(dataset)), other.table("view_key")):

@@ -7,6 +7,7 @@ names its source as the parent.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ import numpy as np
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.runtime import digests
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import UNSET
 from compress_ssl.pipeline.runtime.storage import Storage, absolute
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.codecs import build_codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK
+from compress_ssl.pipeline.store.records import DataIdentity, ParentIdentity, StoreRecord, copied
 from compress_ssl.pipeline.store.shards import Shard, done_key
 
 SAMPLE = 4096  # rows that a codec is trained on
@@ -28,32 +31,37 @@ Span = tuple[int, int]  # of views: (first, one past the last)
 
 def describe_copy(
     source: FeatureStore, views: range, rows: np.ndarray, form: str
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(identity, about, tables) of a copy of these views and rows of a store in the codec named `form`."""
-    identity = dict(source.identity)
+) -> tuple[StoreRecord, dict[str, Any]]:
+    """(manifest, tables) of a copy of these views and rows of a store in the codec named `form`.
+
+    Raises UserError for a selection of images of a store that does not say which images it holds.
+    """
     columns = {name: source.table(name)[rows] for name in ("sample_id", "label", "view_key")}
     ids = [str(name) for name in columns["sample_id"]]
-    classes = source.about.get("classes", [])
-    about = {key: value for key, value in source.about.items() if key not in ("small", "first_view")}
-    about |= {"views": views.stop, "first_view": views.start} if views.start else {"views": views.stop}
-    about["copied"] = {"from": absolute(str(source.storage)), "store": source.fingerprint}
+    identity = replace(source.identity, codec=form)
+    about = replace(
+        source.about,
+        views=views.stop,
+        small={},
+        first_view=views.start or UNSET,
+        copied=copied(absolute(str(source.storage)), source.fingerprint),
+    )
     if len(rows) < source.images:
+        classes, origin = source.class_names(), source.export
         names = [classes[y] if y >= 0 else None for y in columns["label"].tolist()]
-        identity["data"] = {"fingerprint": digests.fingerprint([ids, names]), "images": len(rows)}
-        about["data"] = {**source.about["data"], "selected": True}
+        identity = replace(identity, data=DataIdentity(digests.fingerprint([ids, names]), len(rows)))
         new_row = {int(i): j for j, i in enumerate(rows)}
-        probes = source.about.get("pixels", {})
-        about["pixels"] = {str(new_row[int(i)]): digest for i, digest in probes.items() if int(i) in new_row}
-    identity["codec"] = form
+        pixels = {str(new_row[int(i)]): digest for i, digest in origin.pixels.items() if int(i) in new_row}
+        about = replace(about, data=replace(origin.data, selected=True), pixels=pixels)
     if identity != source.identity:
-        identity["parent"] = {"store": source.fingerprint, "images": digests.fingerprint(ids)}
-    return identity, about, {**columns, "sample_id": ids}
+        identity = replace(identity, parent=ParentIdentity(source.fingerprint, digests.fingerprint(ids)))
+    return StoreRecord(identity, about), {**columns, "sample_id": ids}
 
 
 def small_files(source: FeatureStore, form: str) -> dict[str, bytes]:
     """{key: bytes} of the heads, and of the codebooks if the copy keeps the codec. Raises UserError for damage."""
-    same_codec = _without_compression(form) == _without_compression(source.identity["codec"])
-    keys = [key for key in source.about["small"] if not key.startswith(f"{GROUP}/")]
+    same_codec = _without_compression(form) == _without_compression(source.identity.codec)
+    keys = [key for key in source.about.small if not key.startswith(f"{GROUP}/")]
     return {key: source.read_small_file(key) for key in keys if same_codec or not key.startswith("codebook/")}
 
 
@@ -241,4 +249,4 @@ def parse_images(text: str | None, read: Callable[[str], str], ids: Sequence[str
 
 def codec_of(source: FeatureStore, given: str | None) -> str:
     """Name of the copy's codec: the one given, or else the source's. Raises UserError for an unknown codec."""
-    return build_codec(given).name if given else source.identity["codec"]
+    return build_codec(given).name if given else source.identity.codec

@@ -5,6 +5,7 @@ Zarr encodes a shard in memory, `Storage` puts the file in place as a whole, and
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,27 @@ import numpy as np
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.runtime import artifact, digests
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import UNSET, to_json
 from compress_ssl.pipeline.runtime.storage import Folder, Storage
 from compress_ssl.pipeline.store.codecs import Trained
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK, array_layouts, table_files, zarr_metadata
 from compress_ssl.pipeline.store.reader import HISTORY, StoreReader
+from compress_ssl.pipeline.store.records import (
+    DoneRecord,
+    HistoryEvent,
+    StoreAbout,
+    StoreIdentity,
+    StoreRecord,
+    read_store,
+)
 from compress_ssl.pipeline.store.shards import (
     Shard,
     array_codecs,
     codebook_key,
     done_key,
-    is_local,
-    view_column,
     view_digest,
 )
-from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.views.groups import group_of, group_of_array
 
 COPY = "copy"  # folder of second copies: manifest, Zarr metadata, tables, codebooks and heads
 
@@ -42,37 +50,35 @@ class FeatureStore(StoreReader):
     def create(
         cls,
         storage: Storage,
-        identity: Mapping[str, Any],
-        about: Mapping[str, Any],
+        record: StoreRecord,
         tables: Mapping[str, Any],
         files: Mapping[str, bytes] | None = None,
     ) -> "FeatureStore":
         """Create a store, or open the existing one; if more views are given than it has, it grows.
 
-        identity: {"data": {"images", ...}, "arrays": {name: shape of one (i, v)}, "shard_rows", "codec", ...}
-        about: {"views": V, ...}; tables: {"sample_id": (N,) str, "label": (N,), "view_key": (N,)};
+        record: the manifest, of which `about.small` is filled in here;
+        tables: {"sample_id": (N,) str, "label": (N,), "view_key": (N,)};
         files: {key: bytes} of further files of the store, such as the teacher's heads.
         Raises Mismatch if the store was made with other settings, UserError for fewer views than it has.
         """
-        files = dict(files or {})
+        files, identity, about = dict(files or {}), record.identity, record.about
         if not storage.exists(artifact.MANIFEST):
-            layouts = array_layouts(identity, array_codecs(identity))
-            small = zarr_metadata(layouts, identity["data"]["images"], _views_of_arrays(identity, about["views"]))
+            layouts = array_layouts(identity.shard_rows, identity.arrays, array_codecs(identity.codec, identity.arrays))
+            small = zarr_metadata(layouts, identity.data.images, _views_of_arrays(identity, about.views))
             small |= table_files(tables) | files
-            about = {**about, "small": {key: digests.digest(data) for key, data in small.items()}}
-            artifact.claim(storage, "store", identity, about)
+            about = replace(about, small={key: digests.digest(data) for key, data in small.items()})
+            artifact.claim(storage, "store", to_json(identity), to_json(about))
             cls(storage)._put_small_files(small)
             return cls(storage)
-        artifact.claim(storage, "store", identity)
+        artifact.claim(storage, "store", to_json(identity))
         store = cls(storage)
         store._remove_leftovers()
-        first = about.get("first_view", 0)
-        store._require_growth(about["views"], first)
+        store._require_growth(about.views, about.first)
         if not store._small_files_complete():
             small = zarr_metadata(store.layouts, store.images, _views_of_arrays(store.identity, store.views))
             store._put_small_files(small | table_files(tables) | files | store._codebooks())
-        if about["views"] > store.views or first < store.stored_views.start:
-            store._grow(about["views"], first)
+        if about.views > store.views or about.first < store.stored_views.start:
+            store._grow(about.views, about.first)
         return cls(storage)
 
     def _require_growth(self, views: int, first: int) -> None:
@@ -108,10 +114,7 @@ class FeatureStore(StoreReader):
         small = zarr_metadata(self.layouts, self.images, _views_of_arrays(self.identity, views))
         for key, data in small.items():
             self.storage.put(key, data)
-        about = {**self.about, "views": views, "first_view": first}
-        if not first:
-            del about["first_view"]
-        self._register(about, small)
+        self._register(replace(self.about, views=views, first_view=first or UNSET), small)
 
     # ---------------------------------------------------------------- writing
 
@@ -141,47 +144,46 @@ class FeatureStore(StoreReader):
         self._put_chunk("status", (shard.block,), status)
         self._put_chunk("content", (shard.block,), content)
         # After the data: a crash in between costs a shard, but no done record describes data that are not there.
-        rows = {
-            "rows": [shard.start, shard.stop],
-            "bad": {str(i): why for i, why in sorted(bad.items())},
-            "status": digests.digest(status.tobytes()),
-            "content": digests.digest(content.tobytes()),
-        }
         for views, view_digests in digests_by_views.items():
-            record = {**rows, "views": [views.start, views.stop], "digest": view_digests}
-            self._put_done_record(shard.block, views, record, earlier)
+            record = DoneRecord(
+                rows=(shard.start, shard.stop),
+                views=(views.start, views.stop),
+                bad={str(i): why for i, why in sorted(bad.items())},
+                status=digests.digest(status.tobytes()),
+                content=digests.digest(content.tobytes()),
+                digest=view_digests,
+            )
+            self._put_done_record(shard.block, record, earlier)
         return [(views.start, views.stop) for views in digests_by_views]
 
-    def _put_done_record(
-        self, block: int, views: range, record: Mapping[str, Any], earlier: Sequence[tuple[int, int]]
-    ) -> None:
+    def _put_done_record(self, block: int, record: DoneRecord, earlier: Sequence[tuple[int, int]]) -> None:
         """Write a done record, then delete the earlier records of the same view block with another number of views."""
-        sealed = digests.sealed(record)
-        self.storage.put(done_key(block, views.start, views.stop), digests.canonical(sealed) + b"\n")
+        start, end = record.views
+        self.storage.put(done_key(block, start, end), record.to_bytes())
         for first, stop in earlier:
-            if first == views.start and stop != views.stop:
+            if first == start and stop != end:
                 self.storage.delete(done_key(block, first, stop))
 
     def _write_view_block(
         self, shard: Shard, views: range, features: Mapping[str, Stored], good: np.ndarray
-    ) -> dict[str, list[str]]:
+    ) -> dict[str, tuple[str, ...]]:
         """Write the files of one view block -> {array: digest of each view}.
 
         good: (rows,) bool. A bad image is zero in all views, whichever view it was found bad in.
         """
-        view_digests: dict[str, list[str]] = {}
-        block = (shard.block, view_column(views.start) // VIEW_BLOCK)
+        view_digests: dict[str, tuple[str, ...]] = {}
+        block = (shard.block, group_of(views.start).column(views.start) // VIEW_BLOCK)
         for name in self.arrays_of(views.start):
-            stored, scale = self._merge(name, shard, views, features[name])
+            stored, scale = self._merge(name, shard, views, features.get(name))
             if not good.all():
                 stored = np.where(_expand_dims(good, stored), stored, stored.dtype.type(0))
                 scale = None if scale is None else np.where(_expand_dims(good, scale), scale, np.float32(0))
             self._put_chunk(name, block, stored)
             if scale is not None:
                 self._put_chunk(f"{name}_scale", block, scale)
-            view_digests[name] = [
+            view_digests[name] = tuple(
                 view_digest(stored[:, j], None if scale is None else scale[:, j]) for j in range(len(views))
-            ]
+            )
         return view_digests
 
     def _join_earlier(
@@ -207,31 +209,24 @@ class FeatureStore(StoreReader):
             )
         status = np.maximum(self._read_array("status", rows), status)
         records = {span: self.record(shard.block, *span) for span in earlier}
-        bad_earlier = {int(i): why for record in records.values() for i, why in record["bad"].items()}
+        bad_earlier = {int(i): why for record in records.values() for i, why in record.bad.items()}
         now = digests.digest(status.tobytes())
-        return status, {**bad, **bad_earlier}, {span[0] for span in earlier if records[span]["status"] != now}
+        return status, {**bad, **bad_earlier}, {span[0] for span in earlier if records[span].status != now}
 
-    def _merge(self, name: str, shard: Shard, views: range, new: Stored) -> Stored:
+    def _merge(self, name: str, shard: Shard, views: range, new: Stored | None) -> Stored:
         """The content of one view block: the new views, and the views of the block that were stored before.
 
-        new: what the codec returned for those views of `shard` that belong to the array `name`.
+        new: what the codec returned for those views of `shard` that belong to the array `name`; None if none do.
         """
-        new_stored, new_scale = new
-        columns = [v for v in shard.views if is_local(name) == bool(v & LOCAL)]  # views of `new`, in order
-        if all(v in columns for v in views):
-            where = slice(columns.index(views.start), columns.index(views.start) + len(views))
-            return new_stored[:, where], None if new_scale is None else new_scale[:, where]
-        parts, scales = [], []
-        for v in views:
-            if v in columns:
-                j = columns.index(v)
-                stored, scale = new_stored[:, j], None if new_scale is None else new_scale[:, j]
-            else:
-                stored, scale = self.stored(name, v, slice(shard.start, shard.stop))
-            parts.append(stored)
-            if scale is not None:
-                scales.append(scale)
-        return np.stack(parts, 1), np.stack(scales, 1) if scales else None
+        group = group_of_array(name)
+        columns = {v: j for j, v in enumerate(filter(group.contains, shard.views))}  # of `new`
+        if new and all(v in columns for v in views):
+            first = columns[views.start]
+            return _take_columns(new, slice(first, first + len(views)))
+        rows = slice(shard.start, shard.stop)
+        parts = [_take_columns(new, columns[v]) if new and v in columns else self.stored(name, v, rows) for v in views]
+        scales = [scale for _, scale in parts if scale is not None]
+        return np.stack([stored for stored, _ in parts], 1), np.stack(scales, 1) if scales else None
 
     def _put_chunk(self, name: str, block: tuple[int, ...], data: np.ndarray) -> None:
         """Write one shard of an array as a whole. A shard that holds nothing but fill value has no file."""
@@ -254,11 +249,11 @@ class FeatureStore(StoreReader):
             self.storage.put(f"{COPY}/{key}", data)
         self.storage.put(f"{COPY}/{artifact.MANIFEST}", artifact.to_bytes(self.manifest))
 
-    def _register(self, about: Mapping[str, Any], small: Mapping[str, bytes]) -> None:
+    def _register(self, about: StoreAbout, small: Mapping[str, bytes]) -> None:
         """Write a manifest with the digests of further small files, which exist already, then their second copies."""
-        known = {**about["small"], **{key: digests.digest(data) for key, data in small.items()}}
-        self.manifest = artifact.write(self.storage, "store", self.identity, {**about, "small": known})
-        self.about = self.manifest.about
+        known = {**about.small, **{key: digests.digest(data) for key, data in small.items()}}
+        self.about = replace(about, small=known)
+        self.manifest = artifact.write(self.storage, "store", self.manifest.identity, to_json(self.about))
         self._put_copies(small)
 
     # ---------------------------------------------------------------- codebooks
@@ -266,7 +261,7 @@ class FeatureStore(StoreReader):
     def untrained(self) -> list[str]:
         """Arrays whose codec has no codebook yet, so that they can be neither written nor read."""
         trained = [name for name, kind in self.codecs.items() if isinstance(kind, Trained)]
-        return [name for name in trained if codebook_key(name) not in self.about["small"]]
+        return [name for name in trained if codebook_key(name) not in self.about.small]
 
     def train(self, name: str, features: np.ndarray) -> None:
         """Train the codec of an array on float32 features (..., D).
@@ -277,25 +272,31 @@ class FeatureStore(StoreReader):
         assert isinstance(kind, Trained)
         if not self.storage.exists(key):
             self.storage.put_new(key, kind.train(features))
-        self._register(artifact.read(self.storage, "store").about, {key: self.storage.get(key)})
+        self._register(read_store(self.storage).about, {key: self.storage.get(key)})
 
     def _codebooks(self) -> dict[str, bytes]:
         """{key: bytes} of the codebooks that are in the manifest."""
-        trained = [name for name in self.codecs if codebook_key(name) in self.about["small"]]
+        trained = [name for name in self.codecs if codebook_key(name) in self.about.small]
         return {codebook_key(name): self._codebook(name) for name in trained}
 
     # ---------------------------------------------------------------- history
 
-    def append_history(self, event: Mapping[str, Any]) -> None:
+    def append_history(self, event: HistoryEvent) -> None:
         """Append a line to history.jsonl: who exported when, at what cost. The file is part of no digest."""
         old = self.storage.get(HISTORY) if self.storage.exists(HISTORY) else b""
-        self.storage.put(HISTORY, old + digests.canonical(event) + b"\n")
+        self.storage.put(HISTORY, old + digests.canonical(to_json(event)) + b"\n")
 
 
-def _views_of_arrays(identity: Mapping[str, Any], views: int) -> dict[str, int]:
+def _views_of_arrays(identity: StoreIdentity, views: int) -> dict[str, int]:
     """{feature array: number of views along its axis}; `views` is the number of global views."""
-    local = identity.get("local", {}).get("views", 0)
-    return {name: local if is_local(name) else views for name in identity["arrays"]}
+    groups = identity.groups(views)
+    return {name: group_of_array(name, groups).count for name in identity.arrays}
+
+
+def _take_columns(data: Stored, columns: int | slice) -> Stored:
+    """Some of the views of what a codec returned."""
+    stored, scale = data
+    return stored[:, columns], None if scale is None else scale[:, columns]
 
 
 def _expand_dims(rows: np.ndarray, data: np.ndarray) -> np.ndarray:

@@ -12,10 +12,12 @@ import numpy as np
 
 from compress_ssl.pipeline.runtime import artifact, digests
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import InvalidRecord
 from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.feature_store import COPY, FeatureStore
+from compress_ssl.pipeline.store.records import store_record
 from compress_ssl.pipeline.store.shards import done_key, view_digest
-from compress_ssl.pipeline.views.numbering import view_name
+from compress_ssl.pipeline.views.groups import view_name
 
 # keys of the manifest and of its second copy
 MANIFESTS = (artifact.MANIFEST, f"{COPY}/{artifact.MANIFEST}")
@@ -52,7 +54,7 @@ def check_small_files(storage: Storage) -> list[Damage]:
     manifest = _intact_manifest(storage, raw)
     expected = artifact.to_bytes(manifest)  # compared as bytes: \u00e9 and \u00E9 parse to the same text
     damages = [_restorable(storage, key, expected) for key in MANIFESTS if raw[key] != expected]
-    for name, digest in manifest.about["small"].items():
+    for name, digest in store_record(manifest, f"{storage}/{artifact.MANIFEST}").about.small.items():
         found = {key: _get_or_none(storage, key) for key in (name, f"{COPY}/{name}")}
         intact = {key: data for key, data in found.items() if data is not None and digests.digest(data) == digest}
         source = next(iter(intact.values()), None)
@@ -61,10 +63,10 @@ def check_small_files(storage: Storage) -> list[Damage]:
 
 
 def _parse_manifest(data: bytes, key: str) -> artifact.Manifest | None:
-    """A manifest, None if it is damaged. Raises OtherFormat for one of another version."""
+    """A manifest, None if it is damaged. Raises UserError for a whole one that is not valid or of another version."""
     try:
         return artifact.parse(data, key)
-    except artifact.OtherFormat:
+    except (artifact.OtherFormat, InvalidRecord):
         raise
     except UserError:
         return None
@@ -91,8 +93,10 @@ def _restorable(storage: Storage, key: str, source: bytes | None) -> Damage:
 def check_shards(store: FeatureStore, progress: Callable[[int], None] = lambda n: None) -> Iterator[Damage]:
     """Yield the damage of shards and done records. Every stored byte that a reader can use is read.
 
-    progress: called with 1 after each row block.
+    progress: called with 1 after each row block. Raises UserError for a manifest that does not fit the arrays: then it
+    is wrong itself, and no shard is marked.
     """
+    _ = store.group  # opening it compares the manifest with the metadata of the arrays
     for block, spans in sorted(store.done().items()):
         for span in sorted(spans):
             key = done_key(block, *span)
@@ -108,12 +112,12 @@ def find_fault(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
     rows = slice(start, stop)
     try:
         record = store.record(block, *span)
-        for name in ("status", "content"):
-            if digests.digest(np.ascontiguousarray(store.table(name, rows)).tobytes()) != record[name]:
+        for name, digest in (("status", record.status), ("content", record.content)):
+            if digests.digest(np.ascontiguousarray(store.table(name, rows)).tobytes()) != digest:
                 return f"{name} differs from the done record"
         for name in store.arrays_of(span[0]):
             for j, view in enumerate(range(*span)):
-                if view_digest(*store.stored(name, view, rows)) != record["digest"][name][j]:
+                if view_digest(*store.stored(name, view, rows)) != record.digest[name][j]:
                     return f"{name} of {view_name(view)} differs from the done record"
     except UserError as damage:
         return str(damage)

@@ -4,7 +4,7 @@ Zarr encodes in memory only. `FeatureStore` writes the bytes, each file as a who
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ VIEW_BLOCK = 4  # views per shard file; part of the format
 CHUNK_ROWS = 1024  # largest number of rows of a chunk, the unit of reading
 TABLE_ROWS = 2**20  # rows per chunk of the per-image tables: one file for up to a million images
 ZSTD_LEVEL = 1  # higher levels take up to ten times as long and save nothing on features
+TABLES = ("sample_id", "label", "view_key")  # arrays that are written once, as a whole
 UNWRITTEN = 255  # status of a row that is not written yet; the other codes are in datasets/decode.py
 
 
@@ -44,20 +45,28 @@ class ArrayLayout:
         array[tuple(slice(0, n) for n in data.shape)] = data
         return next((buffer.to_bytes() for key, buffer in files.items() if "/c/" in key), None)
 
+    def shape(self, images: int, views: int) -> tuple[int, ...]:
+        """Shape of the whole array. Status and content have only the axis of the images."""
+        return (images, views, *self.shards[2:])[: len(self.shards)]
+
     def chunk_key(self, *block: int) -> str:
         """Key of a shard within its array. `block` gives the leading indices; the others are 0."""
         return f"c/{'/'.join(map(str, block + (0,) * (len(self.shards) - len(block))))}"
 
 
-def array_layouts(identity: Mapping[str, Any], codecs: Mapping[str, Codec]) -> dict[str, ArrayLayout]:
-    """The layout of every array that is written by shards: features, their scales, status and content."""
-    rows = identity["shard_rows"]
+def array_layouts(
+    rows: int, arrays: Mapping[str, Sequence[int]], codecs: Mapping[str, Codec]
+) -> dict[str, ArrayLayout]:
+    """The layout of every array that is written by shards: features, their scales, status and content.
+
+    rows: of a shard; arrays: {name: shape of one (i, v)}.
+    """
     inner = max(n for n in range(1, min(rows, CHUNK_ROWS) + 1) if rows % n == 0)
     out = {}
-    for name, shape in identity["arrays"].items():
-        axes = ("image", "view", *[f"{name}_{j}" for j in range(len(shape))])
+    for name, features in arrays.items():
+        axes = ("image", "view", *[f"{name}_{j}" for j in range(len(features))])
         kind = codecs[name]
-        shape = kind.shape(tuple(shape))
+        shape = kind.shape(tuple(features))
         out[name] = ArrayLayout(kind.dtype, (rows, VIEW_BLOCK, *shape), (inner, 1, *shape), 0, axes, kind.compressor)
         if kind.scaled:
             shard = (rows, VIEW_BLOCK, *shape[:-1])
@@ -76,8 +85,7 @@ def zarr_metadata(layouts: Mapping[str, ArrayLayout], images: int, views: Mappin
     for name, layout in layouts.items():
         files: dict[str, Any] = {}
         columns = views.get(name.removesuffix("_scale"), 0)
-        shape = (images, columns, *layout.shards[2:])[: len(layout.shards)]  # status and content have one axis
-        _create(files, name, shape, layout)
+        _create(files, name, layout.shape(images, columns), layout)
         small[f"{GROUP}/{name}/zarr.json"] = files[f"{name}/zarr.json"].to_bytes()
     return small
 

@@ -50,7 +50,7 @@ def fetch(remote: FeatureStore, views: Sequence[int], cache: Path | None = None)
     folder.sweep()
     folder.put(artifact.MANIFEST, artifact.to_bytes(remote.manifest))
     local, wanted = FeatureStore(folder), set(views)
-    for key in local.about["small"]:
+    for key in local.about.small:
         if local.read_if_intact(key) is None:
             folder.put(key, _read_small_file(remote, key))
     remote_done, fetched = remote.done(), 0

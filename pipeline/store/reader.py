@@ -1,60 +1,102 @@
 """StoreReader: read tables, features and bad images of a store, with every damaged byte reported."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from compress_ssl.pipeline.datasets.decode import GOOD, REASONS
-from compress_ssl.pipeline.runtime import jsonl
+from compress_ssl.pipeline.runtime.artifact import MANIFEST
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder
-from compress_ssl.pipeline.store.layout import GROUP, UNWRITTEN, open_group
+from compress_ssl.pipeline.store.layout import GROUP, TABLES, UNWRITTEN, open_group
+from compress_ssl.pipeline.store.records import HistoryEvent, read_history
 from compress_ssl.pipeline.store.shard_reader import read_view
-from compress_ssl.pipeline.store.shards import ShardIndex, view_column
+from compress_ssl.pipeline.store.shards import ShardIndex
+from compress_ssl.pipeline.views.groups import group_of, group_of_array
 
 HISTORY = "history.jsonl"  # key of the log of exports: one JSON object per line
+_REMEDY = "restore it from a copy, or export anew"
 
 
 class StoreReader(ShardIndex):
     """A store open for reading. Raises UserError if there is none or its manifest is damaged."""
 
+    def require_complete(self, views: Sequence[int] | None = None) -> None:
+        """As `ShardIndex.require_complete`, and raises UserError for a manifest that does not fit the arrays."""
+        _ = self.group
+        super().require_complete(views)
+
     # ---------------------------------------------------------------- arrays
 
     @cached_property
     def group(self) -> Any:
-        """The Zarr group. Raises UserError if its metadata is not what was written.
+        """The Zarr group. Raises UserError if its metadata is not what was written, or does not fit the manifest.
 
-        The check is ours because Zarr accepts any metadata that it can parse.
+        The checks are ours because Zarr accepts any metadata that it can parse.
         """
         damaged = self._damaged_metadata()
         if damaged:
             raise UserError(f"{self.storage}/{damaged[0]} is gone or damaged; see compress verify --repair")
-        return open_group(self.storage)
+        group = open_group(self.storage)
+        for name in (*self.layouts, *TABLES):
+            if _metadata_key(name) in self.about.small:
+                self._require_fit(name, group[name])
+            elif name in self.layouts:
+                raise UserError(self._lack(name))
+        return group
+
+    def _require_fit(self, name: str, array: Any) -> None:
+        """Raises UserError unless the metadata of an array agrees with the manifest."""
+        layout = self.layouts.get(name)
+        views = group_of_array(name, self.groups).count
+        shape = (self.images,) if layout is None else layout.shape(self.images, views)
+        dtype = array.dtype if layout is None else np.dtype(layout.dtype)
+        if (array.shape, array.dtype) != (shape, dtype):
+            raise UserError(
+                f"{self.storage}/{MANIFEST} is not valid: by it the array {name!r} has the shape {shape} and the type "
+                f"{dtype}, but {_metadata_key(name)} has {array.shape} and {array.dtype}; {_REMEDY}"
+            )
 
     def _damaged_metadata(self) -> list[str]:
         """Keys of Zarr metadata that differs from its digest in the manifest."""
-        return [key for key in self.about["small"] if key.endswith("/zarr.json") and self.read_if_intact(key) is None]
+        return [key for key in self.about.small if key.endswith("/zarr.json") and self.read_if_intact(key) is None]
 
     def array(self, name: str) -> Any:
-        """One Zarr array. Raises UserError if the store does not keep it or its metadata is damaged."""
-        if f"{GROUP}/{name}/zarr.json" in self.about["small"]:
-            return self.group[name]
-        kept = ", ".join(self.arrays)
-        raise UserError(
-            f"{self.storage} keeps {kept}, not {name!r}; export anew with --keep {','.join([*self.arrays, name])}"
-        )
+        """One Zarr array. Raises UserError if the store does not keep it, or its metadata does not fit the manifest."""
+        if name not in self.layouts and name not in TABLES:
+            kept = ", ".join(self.arrays)
+            raise UserError(
+                f"{self.storage} keeps {kept}, not {name!r}; export anew with --keep {','.join([*self.arrays, name])}"
+            )
+        if _metadata_key(name) not in self.about.small:
+            raise UserError(self._lack(name))
+        return self.group[name]
+
+    def _lack(self, name: str) -> str:
+        return f"{self.storage}/{MANIFEST} is not valid: about.small lacks {_metadata_key(name)}; {_REMEDY}"
 
     def table(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """(n,) values of a per-image table: label, sample_id, view_key, content or status."""
         return self._read_array(name, rows)
 
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by label. Raises UserError for a label without a name, and for unnamed images."""
+        names, largest = self.export.classes, int(self.table("label").max(initial=-1))
+        if largest >= len(names):
+            raise UserError(
+                f"{self.storage}/{MANIFEST} is not valid: about.classes has {len(names)} names, but an image has the "
+                f"label {largest}; {_REMEDY}"
+            )
+        return names
+
     # ---------------------------------------------------------------- features
 
     def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
         """One view as it lies on disk: ((n, ...) in the codec's dtype, (n, ...) float32 scale or None)."""
-        column = view_column(view)
+        column = group_of(view).column(view)
         if isinstance(self.storage, Folder):
             self.array(name)  # checks the metadata of the array, which `read_view` does not look at
             start, stop, _ = rows.indices(self.images)
@@ -110,12 +152,22 @@ class StoreReader(ShardIndex):
         for block, spans in self.done().items():
             if np.any(bad // self.rows == block):
                 for span in spans:
-                    record = self.record(block, *span)
-                    reasons |= {int(i): why for i, why in record["bad"].items()}
-        return [(int(i), str(ids[i]), reasons.get(int(i), REASONS[int(status[i])])) for i in bad]
+                    reasons |= {int(i): why for i, why in self.record(block, *span).bad.items()}
+        # A record may lack the reason: another view of the image was found bad first.
+        usual = {int(i): REASONS.get(int(status[i]), f"status {status[i]}") for i in bad}
+        return [(int(i), str(ids[i]), reasons.get(int(i), usual[int(i)])) for i in bad]
 
-    def history(self) -> list[dict[str, Any]]:
-        """The events of history.jsonl in order. A line that a crash has cut off is skipped."""
+    def history(self) -> list[HistoryEvent]:
+        """The events of history.jsonl in order. Lines that a crash has cut off, or that are damaged, are left out."""
         if not self.storage.exists(HISTORY):
             return []
-        return jsonl.parse_jsonl(self.storage.get(HISTORY).decode(errors="replace"))
+        where = f"{self.storage}/{HISTORY}"
+        events, unreadable = read_history(self.storage.get(HISTORY), where)
+        if unreadable:
+            echo(f"warning: {unreadable} lines of {where} are damaged and left out")
+        return events
+
+
+def _metadata_key(name: str) -> str:
+    """Key of the file with the metadata of an array."""
+    return f"{GROUP}/{name}/zarr.json"

@@ -5,21 +5,29 @@ it, and pending otherwise. An absent chunk file proves nothing, because Zarr wri
 fill value. Names and layout are described in docs/store.md.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compress_ssl.pipeline.runtime import artifact, digests
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.codecs import Codec, build_codec
 from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK, ArrayLayout, array_layouts
-from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.store.records import (
+    DoneRecord,
+    ExportRecord,
+    StoreRecord,
+    export_record,
+    read_done_record,
+    read_store,
+    store_record,
+)
+from compress_ssl.pipeline.views.groups import ViewGroup, group_of, group_of_array
 
 SHARD_ROWS = 2048  # largest number of rows of a shard
 SHARD_BYTES = 256_000_000  # largest size of a shard before compression; a writer holds one in memory
@@ -49,44 +57,56 @@ def shard_rows(images: int, batch_size: int, arrays: Mapping[str, Sequence[int]]
 
 
 class ShardIndex:
-    """A store's manifest and its done records. Raises UserError if the manifest is missing or damaged."""
+    """A store's manifest and its done records. Raises UserError if the manifest is missing, damaged or not valid."""
 
     def __init__(self, storage: Storage):
         self.storage = storage
         self.manifest = artifact.read(storage, "store")
-        self.identity: dict[str, Any] = self.manifest.identity
-        self.about: dict[str, Any] = self.manifest.about
-        self.images: int = self.identity["data"]["images"]
-        self.rows: int = self.identity["shard_rows"]  # of a row block; the last one may be shorter
-        self.arrays: dict[str, tuple[int, ...]] = {k: tuple(s) for k, s in self.identity["arrays"].items()}
-        self.codecs: dict[str, Codec] = array_codecs(self.identity, self._codebook)
-        self.layouts: dict[str, ArrayLayout] = array_layouts(self.identity, self.codecs)
-        crops = self.identity.get("local", {}).get("views", 0)
-        self.local: tuple[int, ...] = tuple(range(LOCAL, LOCAL + crops))  # numbers of the local crops
+        record = store_record(self.manifest, f"{storage}/{artifact.MANIFEST}")
+        self.identity, self.about = record.identity, record.about
+        self.images = self.identity.data.images
+        self.rows = self.identity.shard_rows  # of a row block; the last one may be shorter
+        self.arrays = self.identity.arrays  # {name: shape of one (i, v)}
+        self.codecs: dict[str, Codec] = array_codecs(self.identity.codec, self.arrays, self._codebook)
+        self.layouts: dict[str, ArrayLayout] = array_layouts(self.rows, self.arrays, self.codecs)
+
+    @cached_property
+    def export(self) -> ExportRecord:
+        """What the store says of its origin. Raises UserError for the features of an evaluation, which do not."""
+        return export_record(StoreRecord(self.identity, self.about), str(self.storage))
 
     @property
     def views(self) -> int:
-        """Number of global views. `local` lists the local crops."""
-        return self.about["views"]
+        """Number of global views."""
+        return self.about.views
 
     @property
     def stored_views(self) -> range:
         """Numbers of the global views that the store holds. A copy may lack the first ones."""
-        return range(self.about.get("first_view", 0), self.views)
+        return range(self.about.first, self.views)
+
+    @property
+    def groups(self) -> tuple[ViewGroup, ...]:
+        """The groups of views that the store holds, the global ones first."""
+        return self.identity.groups(self.views, self.about.first)
+
+    @property
+    def other_views(self) -> list[int]:
+        """Numbers of the views of all groups but the global ones. These do not grow."""
+        return [view for group in self.groups[1:] for view in group.numbers]
 
     @property
     def all_views(self) -> list[int]:
-        """Numbers of all global views and local crops that the store holds."""
-        return [*self.stored_views, *self.local]
+        """Numbers of the views of all groups that the store holds."""
+        return [*self.stored_views, *self.other_views]
 
     def arrays_of(self, view: int) -> list[str]:
         """Names of the feature arrays that hold this view."""
-        return [name for name in self.arrays if is_local(name) == bool(view & LOCAL)]
+        return [name for name in self.arrays if group_of_array(name).contains(view)]
 
     def _block_of(self, first: int) -> range:
         """The views of the view block that begins with `first`."""
-        end = LOCAL + len(self.local) if first & LOCAL else self.views
-        return range(first, min(first + VIEW_BLOCK, end))
+        return range(first, min(first + VIEW_BLOCK, group_of(first, self.groups).numbers.stop))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -94,30 +114,32 @@ class ShardIndex:
 
         It covers the identity alone, so it stays the same when the store is moved or gets more views.
         """
-        return digests.fingerprint(self.identity)
+        return digests.fingerprint(self.manifest.identity)
 
     def done(self) -> dict[int, list[tuple[int, int]]]:
-        """{row block: [(first view, one past the last), ...]}, read from the names of the done records."""
+        """{row block: [(first view, one past the last), ...]}, read from the names of the done records.
+
+        A name that is no row block and view block of this store is not that of a done record.
+        """
         out: dict[int, list[tuple[int, int]]] = {}
         for key in self.storage.list("done"):
             match = _DONE.match(key)
             if match:
                 block, first, stop = map(int, match.groups())
-                out.setdefault(block, []).append((first, stop))
+                if block < self.blocks and first % VIEW_BLOCK == 0 and first < stop <= first + VIEW_BLOCK:
+                    out.setdefault(block, []).append((first, stop))
         return out
 
-    def record(self, block: int, first: int, stop: int) -> dict[str, Any]:
-        """A done record: rows, bad images, digests. Raises UserError if it does not fit its own digest."""
-        raw = self.storage.get(done_key(block, first, stop))
-        try:
-            record = json.loads(raw)
-            intact = digests.canonical(digests.sealed(record)) + b"\n" == raw
-        except (ValueError, AttributeError):  # not JSON, or not a JSON object
-            intact = False
-        if not intact:
+    def record(self, block: int, first: int, stop: int) -> DoneRecord:
+        """A done record: rows, bad images, digests. Raises UserError if it is damaged or is that of another shard."""
+        where = f"{self.storage}/{done_key(block, first, stop)}"
+        record = read_done_record(self.storage.get(done_key(block, first, stop)), where)
+        views = {name: len(of_views) for name, of_views in record.digest.items()}
+        expected = dict.fromkeys(self.arrays_of(first), stop - first)
+        if (record.rows, record.views, views) != (self.span(block), (first, stop), expected):
             raise UserError(
-                f"{self.storage}/{done_key(block, first, stop)} is damaged: it does not fit its own digest; "
-                "compress verify --repair marks its shard to be made again"
+                f"{where} is not valid: its rows, views or arrays are not those of this shard; compress verify "
+                "--repair marks it to be made again"
             )
         return record
 
@@ -127,9 +149,9 @@ class ShardIndex:
         views: the number of global views that the store is to have; by default the number that it has.
         """
         done = self.done()
-        wanted = {*range(self.stored_views.start, views or self.views), *self.local}
+        wanted = {*range(self.stored_views.start, views or self.views), *self.other_views}
         out = []
-        for block in range(-(-self.images // self.rows)):
+        for block in range(self.blocks):
             spans = done.get(block, [])
             missing = wanted.difference(*(range(first, stop) for first, stop in spans)) if spans else wanted
             if missing:
@@ -141,6 +163,11 @@ class ShardIndex:
         """Whether all done records of this shard exist, perhaps written by another process."""
         spans = [self._block_of(first) for first in {v - v % VIEW_BLOCK for v in shard.views}]
         return all(self.storage.exists(done_key(shard.block, span.start, span.stop)) for span in spans)
+
+    @property
+    def blocks(self) -> int:
+        """Number of row blocks."""
+        return -(-self.images // self.rows)
 
     def span(self, block: int) -> tuple[int, int]:
         """(first row, one past the last row) of a row block."""
@@ -157,10 +184,9 @@ class ShardIndex:
                 f"{self.storage} holds views {self.stored_views.start} to {self.views - 1}, but view {max(absent)} was "
                 f"asked for; repeat the command that made it with {remedy}"
             )
-        total = -(-self.images // self.rows)
         lacking = sum(1 for shard in self.pending() if wanted & set(shard.views))
         if lacking:
-            raise UserError(f"{self.storage} lacks {lacking} of {total} shards; repeat the command that made it")
+            raise UserError(f"{self.storage} lacks {lacking} of {self.blocks} shards; repeat the command that made it")
         missing = self._missing_files(wanted)
         if missing:
             raise UserError(
@@ -191,9 +217,9 @@ class ShardIndex:
         layout = self.layouts[name]
         fill = np.full((rows, *layout.shards[2:]), layout.fill, layout.dtype)
         if name in ("status", "content"):
-            return record[name] == digests.digest(fill.tobytes())
+            return digests.digest(fill.tobytes()) == (record.status if name == "status" else record.content)
         scale = np.zeros(fill.shape[:-1], "<f4") if self.codecs[name].scaled else None
-        return set(record["digest"][name]) == {view_digest(fill, scale)}
+        return set(record.digest[name]) == {view_digest(fill, scale)}
 
     def shard_keys(self, block: int, views: tuple[int, int]) -> dict[str, str]:
         """{key of a file: name of its array} for all files that one done record covers.
@@ -201,9 +227,10 @@ class ShardIndex:
         The file of an array's scales is listed under the name of that array.
         """
         keys = {self._chunk_key(name, (block,)): name for name in ("status", "content")}
+        view_block = group_of(views[0]).column(views[0]) // VIEW_BLOCK
         for name in self.arrays_of(views[0]):
             for part in [name, f"{name}_scale"] if self.codecs[name].scaled else [name]:
-                keys[self._chunk_key(part, (block, view_column(views[0]) // VIEW_BLOCK))] = name
+                keys[self._chunk_key(part, (block, view_block))] = name
         return keys
 
     def _chunk_key(self, name: str, block: tuple[int, ...]) -> str:
@@ -219,7 +246,7 @@ class ShardIndex:
             data = self.storage.get(read_from or key)
         except FileNotFoundError:
             return None
-        return data if digests.digest(data) == self.about["small"][key] else None
+        return data if digests.digest(data) == self.about.small[key] else None
 
     def read_small_file(self, key: str) -> bytes:
         """A small file: Zarr metadata, table, codebook or heads. Raises UserError if it does not fit its digest."""
@@ -231,16 +258,16 @@ class ShardIndex:
     def _codebook(self, name: str) -> bytes:
         """The codebook of an array. Raises UserError if there is none yet or it does not fit its digest."""
         key = codebook_key(name)
-        if key not in self.about["small"]:  # another process may have trained it since this store was opened
-            self.about = artifact.read(self.storage, "store").about
-        if key not in self.about["small"]:
+        if key not in self.about.small:  # another process may have trained it since this store was opened
+            self.about = read_store(self.storage).about
+        if key not in self.about.small:
             raise UserError(f"{self.storage} has no {key} yet; repeat the command that made it")
         return self.read_small_file(key)
 
 
-def array_codecs(identity: Mapping[str, Any], codebook: Callable[[str], bytes] | None = None) -> dict[str, Codec]:
+def array_codecs(codec: str, arrays: Iterable[str], codebook: Callable[[str], bytes] | None = None) -> dict[str, Codec]:
     """{name of a feature array: its codec}; `codebook` returns the codebook of a named array."""
-    return {name: build_codec(identity["codec"], codebook and partial(codebook, name)) for name in identity["arrays"]}
+    return {name: build_codec(codec, codebook and partial(codebook, name)) for name in arrays}
 
 
 def codebook_key(name: str) -> str:
@@ -248,27 +275,11 @@ def codebook_key(name: str) -> str:
     return f"codebook/{name}.safetensors"
 
 
-def is_local(array: str) -> bool:
-    """Whether an array holds local crops."""
-    return array.startswith("local_")
-
-
-def view_column(view: int) -> int:
-    """Index of a view along the view axis of its arrays."""
-    return view & ~LOCAL
-
-
 def done_key(block: int, first: int, stop: int) -> str:
     """Key of the done record of a row block and the views first..stop-1."""
     return f"done/{block:07d}.{first:04d}-{stop:04d}.json"
 
 
-def view_digest(stored: np.ndarray, scale: np.ndarray | None) -> str:
+def view_digest(stored: NDArray[np.generic], scale: NDArray[np.generic] | None) -> str:
     """Digest of one view of a shard: of the stored rows followed by their scales, little-endian."""
     return digests.digest(stored.tobytes() + (b"" if scale is None else scale.tobytes()))
-
-
-def batch_spans(shard: Shard, size: int) -> Iterator[tuple[int, int]]:
-    """Row spans (start, stop) of the forward batches of a shard; a batch never extends into the next shard."""
-    for start in range(shard.start, shard.stop, size):
-        yield start, min(start + size, shard.stop)

@@ -1,6 +1,6 @@
 """The images that a store or a run was made from: open them where they are now, and check that they are the same."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from compress_ssl.pipeline.datasets import DATASETS
@@ -8,37 +8,25 @@ from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.records import DataSource
 from compress_ssl.pipeline.store.render_probe import require_same_rendering
-from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 
-def open_recorded(
-    made_of: Mapping[str, Any], ids: Callable[[], Any], *, given: str | None, flag: str, of: str
-) -> Dataset:
+def open_recorded(made_of: DataSource, ids: Callable[[], Any], *, given: str | None, flag: str, of: str) -> Dataset:
     """Open the data set that a store or run was made of, with the same selection of images.
 
-    made_of: {"spec", "limit", ...} of a manifest; ids: see `Dataset.restore_selection`;
+    made_of: what the manifest says of the data; ids: see `Dataset.restore_selection`;
     given: the user's data spec, which replaces the recorded one; flag: the option that gives it;
     of: name of the store or run in messages. Raises UserError if the data set cannot be opened.
     """
     try:
-        dataset: Dataset = DATASETS.build(given or made_of["spec"])
+        dataset: Dataset = DATASETS.build(given or made_of.spec)
     except UserError as problem:
         if given:
             raise
         why = f"the images of {of} are not where they were: {problem}. Say where they are now with {flag}"
         raise UserError(why) from None
-    return dataset.restore_selection(made_of["limit"], bool(made_of.get("selected")), ids)
-
-
-def require_exported(store: FeatureStore) -> None:
-    """Raises UserError for the features of an evaluation, which record neither images nor model."""
-    if "data" not in store.about:
-        raise UserError(
-            f"{store.storage} holds the features of view 0 that an evaluation wrote, and is no teacher's store; name "
-            "a store that compress export-teacher made (compress verify --sample 0 checks this one's digests)"
-        )
+    return dataset.restore_selection(made_of.limit, bool(made_of.selected), ids)
 
 
 def open_store_images(store: FeatureStore, given: str | None, *, allow_other_pixels: bool | None = None) -> Dataset:
@@ -47,19 +35,22 @@ def open_store_images(store: FeatureStore, given: str | None, *, allow_other_pix
     given: the user's data spec, which replaces the recorded one; allow_other_pixels: see `require_same_rendering`.
     Raises UserError for other images, and for other pixels unless they are allowed.
     """
-    require_exported(store)
     dataset = open_recorded(
-        store.about["data"], lambda: store.table("sample_id"), given=given, flag="--data", of=str(store.storage)
+        store.export.data, lambda: store.table("sample_id"), given=given, flag="--data", of=str(store.storage)
     )
-    if dataset.fingerprint != store.identity["data"]["fingerprint"]:
+    if dataset.fingerprint != store.identity.data.fingerprint:
         raise UserError(
             f"the images are not those of {store.storage}: {dataset.describe_difference(store.table('sample_id'))}; "
             "give the right ones with --data or export these"
         )
-    spec = ViewSpec(**store.identity["views"])
-    preprocessing = Preprocessing.of(store.identity["teacher"]["preprocessing"])
+    identity = store.identity
     difference = require_same_rendering(
-        store.about["pixels"], dataset, spec, preprocessing, store.table("view_key"), allow_other_pixels
+        store.export.pixels,
+        dataset,
+        identity.views,
+        identity.teacher.preprocessing,
+        store.table("view_key"),
+        allow_other_pixels,
     )
     if difference:
         echo(f"warning: {difference}")

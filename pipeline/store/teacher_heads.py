@@ -22,6 +22,6 @@ def head_files(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
 
 def load_heads(store: ShardIndex) -> dict[str, Tensor]:
     """The tensors of the teacher's heads; {} if the store has none. Raises UserError if the file is damaged."""
-    if HEADS_FILE not in store.about["small"]:
+    if HEADS_FILE not in store.about.small:
         return {}
     return safetensors.torch.load(store.read_small_file(HEADS_FILE))

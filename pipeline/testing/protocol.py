@@ -230,8 +230,9 @@ def _require_shown(name: str, result: Result, gathered: Gathered, train: Split, 
     ).read_text()
     _, compared = comparison.compare([evaluation])
     for score in result.scores:
+        title = str(printable(score.title))
         for shown, text in (("report", page), ("comparison", compared)):
-            assert printable(score.title) in html.unescape(text), f"the {shown} does not show {score.title} of {name}"
+            assert title in html.unescape(text), f"the {shown} does not show {score.title} of {name}"
     for figure in gathered.figures:
         assert (folder / f"figures/{figure.name}.png").exists(), f"the report does not show {figure.name} of {name}"
 

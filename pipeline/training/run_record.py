@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.storage import Folder, absolute
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.learner import Learner
@@ -61,10 +62,10 @@ def _run_about(student: Student, store: FeatureStore, sampler: StepSampler) -> d
     """Facts for readers of the run that may change without making it another run."""
     return {
         "store": absolute(str(store.storage)),
-        "data": store.about["data"],
+        "data": to_json(store.export.data),
         "views": sampler.views[-1] + 1,
-        "views_spec": store.identity["views"],
+        "views_spec": store.identity.views.record(),
         "parameters": sum(p.numel() for p in student.model.backbone.parameters()),
-        "teacher": store.about["teacher"],
+        "teacher": store.export.teacher,
         "name": student.model.name,
     }

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from compress_ssl.pipeline.runtime.records import Meta, Number, Positive, PositiveNumber
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
+_Mode = Annotated[str, Meta(pattern="^(nearest|nearest-exact|bilinear|bicubic|box|hamming|lanczos)$")]
 
 
 @dataclass(frozen=True)
@@ -12,14 +15,15 @@ class Preprocessing:
     """The input size and normalisation that a model was trained with.
 
     View 0 resizes the shorter side to floor(size / crop_ratio) pixels and takes a centre crop of `size` x `size`.
-    mean and std are those of RGB values in [0, 1], per channel.
+    mean and std are those of RGB values in [0, 1], per channel. The types are those of a record: a manifest is read
+    into this class (`compress_ssl.pipeline.runtime.records`).
     """
 
-    size: int  # side S in pixels
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str  # a value of torchvision's InterpolationMode, such as "bicubic"
-    crop_ratio: float
+    size: Positive  # side S in pixels
+    mean: tuple[Number, Number, Number]
+    std: tuple[PositiveNumber, PositiveNumber, PositiveNumber]
+    interpolation: _Mode  # a value of torchvision's InterpolationMode, such as "bicubic"
+    crop_ratio: PositiveNumber
 
     def record(self) -> dict[str, Any]:
         """The preprocessing as JSON values, as a store's manifest keeps it."""
