@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress_ssl.pipeline.evaluators.record import METRICS, Evaluation, read_metrics
+from compress_ssl.pipeline.evaluators.record import METRICS, Evaluation, read_evaluation
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import flag
@@ -49,7 +49,7 @@ def find_evaluation(folder: str) -> Evaluation:
         storage = open_storage(place)
         if storage.exists(artifact.MANIFEST) and storage.exists(METRICS):
             artifact.read(storage, "evaluation")
-            return read_metrics(storage)
+            return read_evaluation(storage)
     searched = ", ".join(places)
     raise UserError(
         f"{folder} has no evaluation; make one with compress evaluate --run {folder}, or --store {folder} "

@@ -3,8 +3,9 @@
 Each (i, v), image i in view v, is computed once: running the command again computes only what is missing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.datasets import open_images
 from compress_ssl.pipeline.extraction.cluster import parse_scheduler
@@ -12,6 +13,7 @@ from compress_ssl.pipeline.extraction.export_job import DEFAULTS, Job, StoreFlag
 from compress_ssl.pipeline.models import MODELS, parse_outputs
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import open_storage
@@ -109,8 +111,7 @@ class Config:
     overwrite: bool = flag(False, "Start from scratch. An existing store is moved aside, not deleted.", panel="Output")
 
 
-# The values are Any because a command's result is JSON of several types.
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> CommandResult:
     """Compute the shards that the store lacks.
 
     Returns {"summary", "store", "fingerprint", "images", "views", "bad_images"}; with --dry-run, the estimate.
@@ -168,8 +169,7 @@ def open_store(where: str) -> "FeatureStore":
     return FeatureStore(open_storage(where))
 
 
-# The values are Any because they are those of all flags, of several types.
-def open_like(where: str, given: dict[str, Any]) -> "FeatureStore":
+def open_like(where: str, given: Mapping[str, object]) -> "FeatureStore":
     """The store of --like. Raises UserError if --views, --policy or --seed were given and differ from that store."""
     from compress_ssl.pipeline.store.compatibility import require_view_settings
 

@@ -1,7 +1,7 @@
 """`compress sweep FILE.yaml`: train, evaluate and compare a grid of students, methods and stores.
 
 A sweep runs the commands `distill`, `evaluate` and `compare`; of its own, it writes nothing. Combinations that need
-the same images in the same order share one pass over them (`distill.data_pass_key`).
+the same images in the same order share one pass over them (`distill.Job.data_pass_key`).
 """
 
 import itertools
@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS
@@ -70,6 +71,11 @@ class Cell:
     name: str  # of its folder, relative to the sweep's
     config: distill.Config
 
+    @cached_property
+    def job(self) -> distill.Job:
+        """The command with its specs parsed and what its folder recorded, as it was before the sweep began."""
+        return distill.resolve(self.config)
+
 
 def run(config: Config) -> CommandResult:
     """Returns {"summary", "passes", "runs", "page"}; of a dry run, the first two.
@@ -93,7 +99,7 @@ def run(config: Config) -> CommandResult:
         unfinished |= train(group)
 
     # ---------------------------------------------------------------- evaluation
-    folders = [folder for cell in cells for folder in distill.run_folders(cell.config)]
+    folders = [folder for cell in cells for folder in cell.job.folders]
     runs = [folder for folder in folders if folder not in unfinished]
     evaluations = evaluate_all(cells, runs, evaluation_flags)
     page = plan.out / "compare.html"
@@ -141,7 +147,7 @@ def group_into_passes(cells: Sequence[Cell], at_once: int | None) -> list[list[C
     """
     by_key: dict[Hashable, list[list[Cell]]] = {}
     for cell in cells:
-        groups = by_key.setdefault(distill.data_pass_key(cell.config), [[]])
+        groups = by_key.setdefault(cell.job.data_pass_key, [[]])
         students = sum(len(other.config.student) for other in [*groups[-1], cell])
         if at_once and students > at_once and groups[-1]:
             groups.append([])
@@ -159,7 +165,7 @@ def train(cells: Sequence[Cell]) -> dict[Path, str]:
     finished: Sequence[Path] = ()
     try:
         if len(cells) > 1:
-            distill.train_together([cell.config for cell in cells])
+            distill.train_together([cell.job for cell in cells])
         else:
             distill.run(cells[0].config)
         return {}
@@ -175,10 +181,7 @@ def train(cells: Sequence[Cell]) -> dict[Path, str]:
             raise
         why = "a rank failed, see above"
     unfinished = {
-        folder: f"{cell.name}: {why}"
-        for cell in cells
-        for folder in distill.run_folders(cell.config)
-        if folder not in finished
+        folder: f"{cell.name}: {why}" for cell in cells for folder in cell.job.folders if folder not in finished
     }
     for failure in dict.fromkeys(unfinished.values()):
         echo(f"failed: {failure}")

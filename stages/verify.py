@@ -1,9 +1,10 @@
 """`compress verify STORE`: checks every digest, then embeds a sample again and compares it with the stored features."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.models.choices import Precision
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import pluralize
@@ -44,7 +45,7 @@ class Config:
     precision: Precision | None = flag(None, "Arithmetic of the teacher. Default: as exported.", panel="Speed")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> CommandResult:
     """Returns {"summary", "damaged", "mended", "pending"}, and with a sample the record of `verification.Verdict`.
 
     Raises UserError if the store is damaged and --repair is not given, or if stored features do not fit the teacher.

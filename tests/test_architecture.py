@@ -17,7 +17,7 @@ from compress_ssl.pipeline.runtime.registry import Registry
 
 ORDER = (
     "runtime < distributed < datasets < views < store < models < methods, extraction < search "
-    "< training, evaluators < report < testing < stages < cli"
+    "< training < evaluators < report < testing < stages < cli"
 )
 """A package imports the ones before it; between two commas stand peers, which do not import each other."""
 

@@ -322,15 +322,16 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_nearest_that_can(
 ) -> None:
     from compress_ssl.pipeline.runtime.storage import Folder
     from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.training.sampler import make_sampler
 
     asked = config(home, "never", method="crd", batch_size=each)  # published with 64 images
     store = FeatureStore(Folder(home / "store"))
     monkeypatch.setattr(collectives, "world_size", lambda: size)
     if 120 % size == 0 and each:
-        assert distill.build_sampler(asked, store).batch == 120
+        assert make_sampler(store, distill.resolve(asked).sampling, "store").batch == 120
         return
     with pytest.raises(UserError, match=said):
-        distill.build_sampler(asked, store)
+        make_sampler(store, distill.resolve(asked).sampling, "store")
 
 
 def test_ranks_of_a_machine_have_a_gpu_each_and_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

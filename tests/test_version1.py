@@ -23,7 +23,7 @@ from arithmetic import arithmetic
 from sklearn.datasets import load_digits
 
 from compress_ssl.pipeline.evaluators.base import Score
-from compress_ssl.pipeline.evaluators.record import read_metrics
+from compress_ssl.pipeline.evaluators.record import read_evaluation
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.stages import compare, distill, evaluate, export_teacher, inspect, verify
 
@@ -320,7 +320,7 @@ def numbers(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def listed_by_version1(which: str) -> tuple[Score, ...]:
     """The scores that are read from the entries of the metrics.json that version 1 wrote."""
-    return read_metrics(Folder(HERE / "evaluation" / which)).scores
+    return read_evaluation(Folder(HERE / "evaluation" / which)).scores
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
@@ -331,7 +331,7 @@ def test_an_evaluation_that_is_repeated_computes_nothing_and_says_the_same(home:
     made = score(home, which)
     assert scores(home, which) == before and (folder / "report.html").exists()
     assert made["metrics"]["nn"] == before["nn"]
-    assert read_metrics(Folder(folder)).scores == listed_by_version1(which)
+    assert read_evaluation(Folder(folder)).scores == listed_by_version1(which)
     assert {file: (file.stat().st_ino, file.read_bytes()) for file in files} == nodes
 
 

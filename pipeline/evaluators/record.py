@@ -174,7 +174,7 @@ class _OwnEntries:
     scores: tuple[Score, ...] | UnsetType = UNSET
 
 
-def read_metrics(storage: Storage) -> Evaluation:
+def read_evaluation(storage: Storage) -> Evaluation:
     """metrics.json of an evaluation folder. Raises InvalidRecord if it is damaged or is not one."""
     where = f"{storage}/{METRICS}"
     try:
@@ -193,7 +193,7 @@ def read_teacher(given: Path | None, usual: Path | None) -> Evaluation | None:
         if given:
             raise UserError(f"--teacher {given} holds no metrics.json; score the teacher first, with --store")
         return None
-    return read_metrics(Folder(folder))
+    return read_evaluation(Folder(folder))
 
 
 def on_same_images(teacher: Evaluation | None, data: DataRecord) -> Evaluation | None:

@@ -17,11 +17,11 @@ from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import read_record
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 from compress_ssl.pipeline.store import local_cache
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.records import DataSource
+from compress_ssl.pipeline.training.run_record import read_run
 from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
@@ -58,32 +58,32 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
 
     image_size: side in pixels, None for the side it was trained with. Raises UserError if the run is not finished.
     """
-    manifest = artifact.read(Folder(folder), "run")
-    about, student = manifest.about, manifest.identity["student"]
+    record = read_run(Folder(folder))
+    about, student = record.about, record.identity.student
     file = folder / "student.safetensors"
     if not file.exists():
         raise UserError(f"{folder} is not finished: it holds no student.safetensors; repeat its distill command")
-    size = image_size or student["preprocessing"]["size"]
-    embedder = build(student["spec"], image_size=size, pretrained_default=False)
+    size = image_size or student.preprocessing.size
+    embedder = build(student.spec, image_size=size, pretrained_default=False)
     load_student(embedder, file)
     return ScoredModel(
         model=ModelRecord(
-            about["name"],
+            about.name,
             "student",
-            about["parameters"],
-            student["width"],
-            spec=student["spec"],
+            about.parameters,
+            student.width,
+            spec=student.spec,
             run=str(folder),
-            method=manifest.identity["method"],
+            method=record.identity.method,
         ),
         weights=embedder.digest(),
         preprocessing=embedder.preprocessing,
-        views=ViewSpec(**about["views_spec"]),
+        views=about.views_spec,
         build_embedder=lambda: embedder,
-        data=read_record(DataSource, about["data"], f"{folder}/{artifact.MANIFEST}: about.data"),
-        sample_ids=lambda: FeatureStore(open_storage(about["store"])).table("sample_id"),
+        data=about.data,
+        sample_ids=lambda: FeatureStore(open_storage(about.store)).table("sample_id"),
         run=folder,
-        teacher_evaluation=artifact.sibling(about["store"], "-evaluation"),
+        teacher_evaluation=artifact.sibling(about.store, "-evaluation"),
     )
 
 

@@ -23,6 +23,7 @@ from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.layout import Column
 from compress_ssl.pipeline.store.records import (
     DataIdentity,
     Precision,
@@ -79,7 +80,7 @@ def embed_dataset(scored: ScoredModel, settings: EmbedSettings, dataset: Dataset
         precision=settings.precision,
         shard_rows=shard_rows(len(dataset), settings.batch_size, arrays, 4),
     )
-    tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
+    tables: dict[str, Column] = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     store = FeatureStore.create(Folder(folder), StoreRecord(identity, StoreAbout(views=1, small={})), tables)
     if store.pending():
         embed_pending(scored, settings, dataset, store, folder.name)

@@ -3,7 +3,6 @@
 import secrets
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ from compress_ssl.pipeline.runtime.device import choose_device, device_name, loa
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.lease import Lease, set_aside
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
-from compress_ssl.pipeline.runtime.records import to_json
+from compress_ssl.pipeline.runtime.records import JsonObject, to_json
 from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder, absolute
 from compress_ssl.pipeline.store import teacher_heads
@@ -36,6 +35,7 @@ from compress_ssl.pipeline.store.compatibility import (
 )
 from compress_ssl.pipeline.store.estimate import estimate
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.layout import Column
 from compress_ssl.pipeline.store.records import StoreRecord
 
 
@@ -77,27 +77,26 @@ def build_teacher(job: Job) -> Embedder:
     return embedder.enable_outputs(job.flags.outputs)
 
 
-# The values are Any because a command's result is JSON of several types.
-def estimate_cost(plan: Plan) -> dict[str, Any]:
+def estimate_cost(plan: Plan) -> JsonObject:
     """The estimate that --dry-run prints."""
     views = plan.job.flags.views
     pending = plan.job.begun.pending(views) if plan.job.begun else None
     return estimate(plan.record.identity, views, plan.job.out, pending)
 
 
-def export(plan: Plan) -> dict[str, Any]:
+def export(plan: Plan) -> JsonObject:
     """Create or continue the store: compute the shards that it lacks. Returns the result of `finish`."""
-    job, embedder = plan.job, plan.embedder
+    job, embedder, dataset = plan.job, plan.embedder, plan.job.dataset
     if job.begun:
-        require_recorded_rendering(job.begun, job.dataset)
+        require_recorded_rendering(job.begun, dataset)
     elif job.overwrite:  # only after all checks have passed
         set_aside(job.out, "store")
-    columns = {"sample_id": job.dataset.ids, "label": job.dataset.label, "view_key": range(len(job.dataset))}
+    tables: dict[str, Column] = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     with Lease(job.storage) as held:
         if job.begun:
-            require_unchanged(FeatureStore(job.storage), job.dataset)  # as it is now that no other process writes
+            require_unchanged(FeatureStore(job.storage), dataset)  # as it is now that no other process writes
         heads = teacher_heads.head_files(embedder.head_tensors())
-        store = FeatureStore.create(job.storage, plan.record, columns, heads)
+        store = FeatureStore.create(job.storage, plan.record, tables, heads)
         if store.pending():
             return fill(plan, store, held)
         return finish(job, store, f"{job.out} is complete already: {store.images} images, {store.views} views")
@@ -131,7 +130,7 @@ def worker_settings(job: Job, store: FeatureStore) -> WorkerSettings:
     )
 
 
-def fill(plan: Plan, store: FeatureStore, lease: Lease) -> dict[str, Any]:
+def fill(plan: Plan, store: FeatureStore, lease: Lease) -> JsonObject:
     """Compute the pending shards of the store, then verify that the images did not change meanwhile.
 
     lease: that on the store; losing it stops the computation. Returns the result of `finish`. Raises Interrupted after
@@ -170,7 +169,7 @@ def fill(plan: Plan, store: FeatureStore, lease: Lease) -> dict[str, Any]:
     return made
 
 
-def finish(job: Job, store: FeatureStore, text: str) -> dict[str, Any]:
+def finish(job: Job, store: FeatureStore, text: str) -> JsonObject:
     """Check that the store is complete and agrees with that of --like, write bad-images.tsv, return the summary.
 
     Raises UserError if the store is incomplete, differs from the other one, or if no image could be decoded.

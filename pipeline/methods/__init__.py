@@ -1,7 +1,7 @@
 """Distillation methods: losses between a student's outputs and the teacher's stored features.
 
 A method is one file of this package and one line of METHODS. Code outside the package imports `base`,
-`memory_bank` and `similarity` only, and builds methods through METHODS.
+`memory_bank`, `similarity` and `options` only, and builds methods through METHODS.
 """
 
 from typing import TYPE_CHECKING

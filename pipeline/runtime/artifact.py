@@ -7,7 +7,7 @@ fingerprint of the other four entries and reveals damage.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -167,14 +167,29 @@ def claim(
     manifest = claimed(storage, kind)
     if manifest is None:
         return write(storage, kind, identity, about or {}), True
-    changed = _unequal(manifest.identity, json.loads(canonical(identity)))
-    if changed:
-        raise Mismatch(
-            f"{storage} was made with other settings: {'; '.join(changed.values())}. "
-            "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)",
-            differing=list(changed),
-        )
+    require_equal(storage, manifest.identity, json.loads(canonical(identity)))
     return manifest, False
+
+
+def require_equal(
+    storage: Storage,
+    there: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    name_flag: Callable[[str], str] = lambda name: "",
+) -> None:
+    """Raise Mismatch, which lists the settings that differ, unless the identity `there` equals the one `asked` for.
+
+    name_flag: the flag that a setting (by its dotted name) comes from, for the list; "" if it comes from none.
+    """
+    changed = _unequal(there, asked)
+    if not changed:
+        return
+    named = [f"{words} ({flag})" if (flag := name_flag(name)) else words for name, words in changed.items()]
+    raise Mismatch(
+        f"{storage} was made with other settings: {'; '.join(named)}. "
+        "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)",
+        differing=list(changed),
+    )
 
 
 def claimed(storage: Storage, kind: str) -> Manifest | None:

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from compress_ssl.pipeline.runtime.formatting import format_bytes
 from compress_ssl.pipeline.runtime.storage import is_url, local_path
@@ -14,7 +13,7 @@ from compress_ssl.pipeline.store.shards import Shard
 from compress_ssl.pipeline.views.groups import by_group, group_of_array
 
 
-def estimate(identity: StoreIdentity, views: int, out: str, pending: Sequence[Shard] | None) -> dict[str, Any]:
+def estimate(identity: StoreIdentity, views: int, out: str, pending: Sequence[Shard] | None) -> dict[str, int | str]:
     """{"summary", "forwards", "bytes", ...} of an export.
 
     identity: that of the store; views: number of global views; out: folder or URL of the store;
@@ -26,7 +25,7 @@ def estimate(identity: StoreIdentity, views: int, out: str, pending: Sequence[Sh
     all_shards = [Shard(b, b * rows, min(n, (b + 1) * rows), all_views) for b in range(-(-n // rows))]
     shards = all_shards if pending is None else pending
     costs = [_shard_cost(identity, kind, shard) for shard in shards]
-    found = {
+    found: dict[str, int] = {
         "images": n,
         "views": views,
         "forwards": sum((shard.stop - shard.start) * len(shard.views) for shard in shards),

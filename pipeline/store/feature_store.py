@@ -6,7 +6,6 @@ Zarr encodes a shard in memory, `Storage` puts the file in place as a whole, and
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import UNSET, to_json
 from compress_ssl.pipeline.runtime.storage import Folder, Storage
 from compress_ssl.pipeline.store.codecs import Trained
-from compress_ssl.pipeline.store.layout import VIEW_BLOCK, array_layouts, table_files, zarr_metadata
+from compress_ssl.pipeline.store.layout import VIEW_BLOCK, Column, array_layouts, table_files, zarr_metadata
 from compress_ssl.pipeline.store.reader import HISTORY, StoreReader
 from compress_ssl.pipeline.store.records import (
     DoneRecord,
@@ -51,7 +50,7 @@ class FeatureStore(StoreReader):
         cls,
         storage: Storage,
         record: StoreRecord,
-        tables: Mapping[str, Any],
+        tables: Mapping[str, Column],
         files: Mapping[str, bytes] | None = None,
     ) -> "FeatureStore":
         """Create a store, or open the existing one; if more views are given than it has, it grows.

@@ -74,7 +74,10 @@ def load(path: Path) -> dict[str, Any]:
             broken = archive.testzip()
             if broken:
                 raise zipfile.BadZipFile(f"bad checksum of {broken}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
+            raise ValueError("it holds no step")
+        return saved
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as problem:  # torch and pickle raise many types on damaged files

@@ -18,6 +18,7 @@ from compress_ssl.pipeline.methods.base import Needs
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import pluralize
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.choices import Pairing
 from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, LOCAL_CROPS, ViewGroup, group_of_array
@@ -39,7 +40,7 @@ class StepSampler:
     views: tuple[int, ...]  # stored views to train on
     batch: int  # images per step of all ranks together
     views_per_step: int  # W
-    pairing: str  # one of PAIRINGS
+    pairing: Pairing
     steps: int
     reads_features: bool = True  # whether teacher features are read; if not, the stored views need not suffice
     first: int = 0  # step of request 0
@@ -147,32 +148,43 @@ def _groups_beside(needs: Needs, stored: Sequence[ViewGroup]) -> list[ViewGroup]
     return found
 
 
-def make_sampler(
-    store: FeatureStore, views: Sequence[int], *, seed: int, batch: int, views_per_step: int, pairing: str,
-    epochs: float, steps: int | None, reads_features: bool = True,
-) -> StepSampler:  # fmt: skip
-    """The sampler of this rank over the usable images of a store, for `steps` steps, or for `epochs` without them.
+@dataclass(frozen=True)
+class Sampling:
+    """Which images and views a command asks to see, and for how long; commands that share a pass have equal ones."""
 
-    batch: images per step of all ranks together; cut to the number of usable images. reads_features: whether a
-    method reads teacher features; without them, --pairing fresh needs no stored views.
+    seed: int
+    batch: int  # images per step of all ranks together
+    views: int | None  # only stored views below this number; None: all
+    views_per_step: int  # W
+    pairing: Pairing
+    epochs: float | None  # length of the run; None if `steps` is given
+    steps: int | None
+    reads_features: bool = True  # whether a method reads teacher features; if not, the stored views need not suffice
 
-    Raises UserError for views that the store lacks, for fewer than two usable images, and for a batch that
-    cannot be divided evenly among the ranks.
+
+def make_sampler(store: FeatureStore, asked: Sampling, name: str) -> StepSampler:
+    """The sampler of this rank over the usable images of a store; `name` is that of the store in messages.
+
+    The batch is cut to the number of usable images. Raises UserError for views that the store lacks, for fewer than
+    two usable images, and for a batch that cannot be divided evenly among the ranks.
     """
+    views = select_views(store, asked.views, name)
     store.require_complete(views)
     rows, size = np.flatnonzero(store.table("status") == GOOD), collectives.world_size()
     if len(rows) < 2:
         raise UserError(f"{store.storage} has {len(rows)} usable images; at least 2 are needed to train")
-    batch = min(batch, len(rows))
+    batch = min(asked.batch, len(rows))
     if batch % size:
         per_rank = max(1, round(min(batch, len(rows) - size / 2) / size))
         raise UserError(
             f"a batch of {batch} images cannot be shared by {size} ranks; give each --batch-size {per_rank}, "
             f"{per_rank * size} in all, or start a number of ranks that divides {batch}"
         )
-    steps = steps or max(1, round(epochs * len(rows) / batch))
+    if batch < asked.batch:
+        echo(f"batch of {batch} instead of {asked.batch}: that is all the usable images")
+    steps = asked.steps or max(1, round((asked.epochs or 0) * len(rows) / batch))
     return StepSampler(
-        seed, rows, tuple(views), batch, views_per_step, pairing, steps, reads_features,
+        asked.seed, rows, views, batch, asked.views_per_step, asked.pairing, steps, asked.reads_features,
         rank=collectives.rank(), size=size,
     )  # fmt: skip
 
