@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from store_records import plain_record
 
-from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 from compress_ssl.pipeline.extraction.embed import embed, store_source
 from compress_ssl.pipeline.extraction.extract import LoaderSettings
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
-from compress_ssl.pipeline.extraction.store_record import StoreSettings, describe_store
+from compress_ssl.pipeline.extraction.store_record import describe_store
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.jsonl import read_jsonl
@@ -25,11 +24,11 @@ from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.records import DoneRecord, GroupIdentity, StoreIdentity, StoreRecord
 from compress_ssl.pipeline.store.shards import done_key
 from compress_ssl.pipeline.views import groups
-from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates, resolve_view
+from compress_ssl.pipeline.views.augment import draw_variates, resolve_view
 from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, GROUPS, LOCAL_CROPS, ROOM, ViewGroup
 from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
 from compress_ssl.pipeline.views.policies import Augmentation
-from compress_ssl.stages import distill
+from compress_ssl.stages import distill, export_teacher
 
 FRESH_VIEWS, FRESH_CROPS = GLOBAL_VIEWS.fresh(), LOCAL_CROPS.fresh()
 
@@ -175,10 +174,10 @@ def images(tmp_path: Path) -> Path:
 
 def export_with_mid_crops(images: Path, out: Path, net: str) -> FeatureStore:
     """An export of 3 global views of 32 pixels, 2 local crops of 8 and 5 middle crops of 16."""
-    teacher, dataset = build(net, image_size=32, pretrained_default=True), ImageFolder(images)
-    spec = ViewSpec("crop-flip", 0, teacher.preprocessing.crop_ratio)
-    settings = StoreSettings(str(images), None, net, ("embedding",), 3, 2, 8, "float32", 4, "fp32", 8)
-    record = describe_store(settings, dataset, teacher, spec)
+    teacher = build(net, image_size=32, pretrained_default=True)
+    flags: dict[str, Any] = {"views": 3, "local_views": 2, "local_size": 8, "batch_size": 4, "shard_size": 8}
+    job = export_teacher.resolve(export_teacher.Config(str(images), net, str(out), codec="float32", **flags))
+    record, dataset = describe_store(job, teacher), job.dataset
     fields = dict(vars(record.identity))
     fields["arrays"] = {**record.identity.arrays, "mid_embedding": (6,)}
     identity = Identity(**fields, mid=GroupIdentity(5, 16))
