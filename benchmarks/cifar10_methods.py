@@ -117,12 +117,12 @@ def train_supervised(store: Path, seed: int, out: Path) -> Path:
     schedule, preprocessing = Schedule("cosine", warmup=WARMUP / EPOCHS), student.preprocessing
     dataset, spec = open_store_images(images, config.data), images.identity.views
     label = torch.from_numpy(images.table("label"))
-    sizes = [(preprocessing.size, preprocessing.interpolation)]
+    sizes = {"global": [(preprocessing.size, preprocessing.interpolation)]}
     requests = [sampler[step] for step in range(sampler.steps)]
     view_dataset = ViewDataset(dataset, spec, images.table("view_key"), sizes, requests)
     for step, view_batch in enumerate(iterate_views(view_dataset, workers=0)):
         sgd.param_groups[0]["lr"] = RATES["sgd"] * schedule(step / sampler.steps)
-        rows, pixels = torch.from_numpy(sampler.step_indices(step)[0]), view_batch.pixels[0].flatten(0, 1)
+        rows, pixels = torch.from_numpy(sampler.step_indices(step)[0]), view_batch.pixels["global"][0].flatten(0, 1)
         loss = F.cross_entropy(layer(student(student.prepare(pixels))), label[rows])
         sgd.zero_grad()
         loss.backward()

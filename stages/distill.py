@@ -245,7 +245,7 @@ def train_together(jobs: Sequence[Job]) -> dict[str, Any]:
     val = open_labelled(config.val) if config.val is not None else None
     if is_url(config.store):  # training reads each view many times: it needs a local copy
         with collectives.rank_zero_first():
-            store = fetch(store, [*select_views(store, asked.views, config.store), *store.local], config.cache)
+            store = fetch(store, [*select_views(store, asked.views, config.store), *store.other_views], config.cache)
     sampler = make_sampler(store, asked, config.store)
     if config.cache_images:
         dataset = image_cache.open_cache(dataset, config.cache_images)
@@ -340,7 +340,7 @@ def prepare(jobs: Sequence[Job], store: "FeatureStore", dataset: "Dataset", samp
     specs = [spec for job in jobs for spec in job.learners]
     with _separable(len(jobs) > 1):
         learners = [build_learner(spec, store, sampler, device) for spec in specs]
-        sampler = sampler.with_local_crops(store, [learner.method.needs for learner in learners])
+        sampler = sampler.with_needs(store, [learner.method.needs for learner in learners])
         training_run = TrainingRun(store, dataset, sampler, learners, specs, device)
         training_run.batches.require_sizes()
     # Only now are earlier runs moved aside: a command that is refused must leave them in their place.

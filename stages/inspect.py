@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress_ssl.pipeline.evaluators.record import METRICS, read_evaluation, read_evaluation_record
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.formatting import format_bytes, format_duration, is_finite
@@ -72,8 +73,7 @@ def describe_store(store: "FeatureStore", savings: dict[str, Any]) -> dict[str, 
         "teacher": f"{teacher}, {store.arrays['embedding'][0]} dimensions",
         "views": f"{views}, {identity.views.policy}, seed {identity.views.seed}",
     }
-    if store.local:
-        described["local crops"] = f"{len(store.local)} of {identity.local_size} pixels"
+    described |= {f"{group.noun}s": f"{group.count} of {group.size} pixels" for group in store.groups[1:]}
     described |= {
         "arrays": ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in store.arrays.items()),
         "codec": identity.codec,
@@ -185,13 +185,13 @@ def list_checkpoints(storage: Storage) -> list[int]:
 
 def describe_evaluation(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any]:
     """An evaluation by title: its model, its images, the scores of each protocol and the path of its page."""
-    scores = artifact.read_json(storage, "metrics.json") if storage.exists("metrics.json") else {}
-    about = manifest.about
+    about = read_evaluation_record(manifest, str(storage)).about
+    protocols = read_evaluation(storage).protocols if storage.exists(METRICS) else {}
     return {
-        "model": f"{about['model']['name']} ({about['model']['role']})",
-        "train": about["train"],
-        "val": about["val"],
-        **{name: json.dumps(found) for name, found in scores.items() if name not in ("model", "data")},
+        "model": f"{about.model.name} ({about.model.role})",
+        "train": about.train,
+        "val": about.val,
+        **{name: json.dumps(found) for name, found in protocols.items()},
         "report": f"{storage}/report.html" if storage.exists("report.html") else "not yet",
     }
 

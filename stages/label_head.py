@@ -3,9 +3,10 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import open_storage
@@ -34,12 +35,47 @@ class Config:
     overwrite: bool = flag(False, "Replace the file if it exists.")
 
 
-def run(config: Config) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """A head to fit: the store and the images whose labels are used."""
+
+    store: "FeatureStore"
+    classes: tuple[str, ...]
+    label: "np.ndarray"  # (N,), -1: no label or a bad image
+    rows: "np.ndarray"  # (n,) ascending rows of the labels to use
+
+
+def run(config: Config) -> CommandResult:
     """Fit and write the head. Returns {"summary", "head", "labelled", "classes", "top1"}.
 
     "top1" is the accuracy in percent on the labels that were not used, None if there are none. Raises UserError if
     the flags, the labels or the store do not allow a fit.
     """
+    job = resolve(config)
+
+    import numpy as np
+
+    from compress_ssl.pipeline.models import linear_head
+
+    store, label, rows = job.store, job.label, job.rows
+    features = store.read("embedding", 0)
+    head = linear_head.fit(features[rows], label[rows], job.classes, config.strength)
+    origin = {"store": store.fingerprint, "labels": config.labels, "labelled": str(len(rows))}
+    linear_head.save(head, config.out, {"weights": store.identity.teacher.weights, **origin})
+    others = np.setdiff1d(np.flatnonzero(label >= 0), rows)
+    top1 = score_head(head, features[others], label[others]) if len(others) else None
+    score = "" if top1 is None else f"; top-1 {top1:.2f} % on the {len(others)} labels it has not seen"
+    return {
+        "summary": f"{config.out}: {len(job.classes)} classes from {len(rows)} labels, view 0 of each{score}",
+        "head": str(config.out),
+        "labelled": len(rows),
+        "classes": len(job.classes),
+        "top1": top1,
+    }
+
+
+def resolve(config: Config) -> Job:
+    """Check the flags and the store, and select the labels. Raises UserError if none can be used."""
     require(config, {"strength": POSITIVE, "seed": NOT_NEGATIVE})
     share = parse_share(config.labels)
     storage = open_storage(config.store)
@@ -54,9 +90,9 @@ def run(config: Config) -> dict[str, Any]:
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
     store = FeatureStore(storage)
-    names = store.class_names()
+    classes = store.class_names()
     store.require_complete([0])
-    label = np.where(store.table("status") == GOOD, store.table("label"), -1)  # (N,), -1: no label or a bad image
+    label = np.where(store.table("status") == GOOD, store.table("label"), -1)
     if share is None:
         rows = find_rows(store, config.labels)
     else:
@@ -67,20 +103,7 @@ def run(config: Config) -> dict[str, Any]:
             f"none of the images selected from {config.store} by --labels {config.labels} has a label; select "
             "others, or export images that lie in one folder per class"
         )
-    features = store.read("embedding", 0)
-    head = linear_head.fit(features[rows], label[rows], names, config.strength)
-    origin = {"store": store.fingerprint, "labels": config.labels, "labelled": str(len(rows))}
-    linear_head.save(head, config.out, {"weights": store.identity.teacher.weights, **origin})
-    others = np.setdiff1d(np.flatnonzero(label >= 0), rows)
-    top1 = score_head(head, features[others], label[others]) if len(others) else None
-    score = "" if top1 is None else f"; top-1 {top1:.2f} % on the {len(others)} labels it has not seen"
-    return {
-        "summary": f"{config.out}: {len(names)} classes from {len(rows)} labels, view 0 of each{score}",
-        "head": str(config.out),
-        "labelled": len(rows),
-        "classes": len(names),
-        "top1": top1,
-    }
+    return Job(store, classes, label, rows)
 
 
 def score_head(head: "LinearHead", features: "np.ndarray", label: "np.ndarray") -> float:

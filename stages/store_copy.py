@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import flag
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import format_bytes
 from compress_ssl.pipeline.runtime.progress import progress_bar
 from compress_ssl.pipeline.runtime.storage import absolute, open_storage
+
+if TYPE_CHECKING:
+    from compress_ssl.pipeline.store.copy import Part
 from compress_ssl.pipeline.store.codecs import KNOWN
 
 
@@ -32,34 +36,25 @@ class Config:
     codec: str | None = flag(None, f"The codec of the copy: {KNOWN}. Default: as in SRC.", metavar="CODEC")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> CommandResult:
     """Copy the missing shards. Returns {"summary", "store", "fingerprint", "images", "views"}.
 
     Raises UserError if the source lacks a requested part, or if DST holds something else.
     """
-    from compress_ssl.pipeline.runtime import artifact
     from compress_ssl.pipeline.runtime.lease import Lease
     from compress_ssl.pipeline.store import copy
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
-    if absolute(config.src) == absolute(config.dst):
-        raise UserError(f"{config.src} cannot be copied onto itself; give another DST")
-    source = FeatureStore(open_storage(config.src))
-    views = copy.parse_views(config.views, source)
-    source.require_complete([*views, *source.local])
-    ids = [str(name) for name in source.table("sample_id")]
-    rows = copy.parse_images(config.images, read_text, ids)
-    record, tables = copy.describe_copy(source, views, rows, copy.codec_of(source, config.codec))
-    storage = open_storage(config.dst)
-    artifact.claimed(storage, "store")  # refuses a folder that holds something else, before anything is written to it
+    part, storage = resolve(config), open_storage(config.dst)
     with Lease(storage) as held:
-        target = FeatureStore.create(storage, record, tables, copy.small_files(source, record.identity.codec))
-        copy.train_codecs(source, target, rows)
+        target = FeatureStore.create(storage, part.record, part.tables, copy.small_files(part))
+        copy.train_codecs(part, target)
         done = target.images - sum(shard.stop - shard.start for shard in target.pending())
         with progress_bar("copy", target.images, "images", done) as bar:
-            copy.copy_shards(source, target, rows, bar.advance, lambda: held.lost)
+            copy.copy_shards(part, target, bar.advance, lambda: held.lost)
         held.check()
     target.require_complete()
+    views = part.views
     return {
         "summary": f"{config.dst}: {target.images} images x {len(views)} views {target.identity.codec}, "
         f"{format_bytes(storage.size())}, views {views.start} to {views.stop - 1} of {config.src}",
@@ -68,6 +63,24 @@ def run(config: Config) -> dict[str, Any]:
         "images": target.images,
         "views": list(views),
     }
+
+
+def resolve(config: Config) -> "Part":
+    """What is copied: the source, its views and rows, and the manifest of the copy. Nothing is written."""
+    from compress_ssl.pipeline.runtime import artifact
+    from compress_ssl.pipeline.store import copy
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
+
+    if absolute(config.src) == absolute(config.dst):
+        raise UserError(f"{config.src} cannot be copied onto itself; give another DST")
+    source = FeatureStore(open_storage(config.src))
+    views = copy.parse_views(config.views, source)
+    source.require_complete([*views, *source.other_views])
+    ids = [str(name) for name in source.table("sample_id")]
+    rows = copy.parse_images(config.images, read_text, ids)
+    part = copy.describe_copy(source, views, rows, copy.codec_of(source, config.codec))
+    artifact.claimed(open_storage(config.dst), "store")  # refuses a folder that holds something else
+    return part
 
 
 def read_text(path: str) -> str:

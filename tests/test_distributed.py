@@ -29,6 +29,7 @@ from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.training import trainer
 from compress_ssl.pipeline.training.learner import Diverged
 from compress_ssl.pipeline.training.sampler import StepSampler
+from compress_ssl.pipeline.views.groups import LOCAL_CROPS, ViewGroup
 from compress_ssl.stages import distill, export_teacher, label_head
 from compress_ssl.stages.distill import Config
 
@@ -294,17 +295,18 @@ def test_ranks_that_are_started_again_do_not_meet_those_of_the_attempt_before(la
 # ---------------------------------------------------------------- shares
 
 
-@pytest.mark.parametrize("local", [{}, {"local": (7, 8)}, {"crops": 3}])
-def test_the_shares_of_all_ranks_are_the_step(local: dict[str, Any]) -> None:
-    whole = StepSampler(3, np.arange(20), (1, 2, 3), 12, 2, "fresh", 9, **local)
+@pytest.mark.parametrize("beside", [(), (replace(LOCAL_CROPS, count=2),), (LOCAL_CROPS.fresh(3),)])
+def test_the_shares_of_all_ranks_are_the_step(beside: tuple[ViewGroup, ...]) -> None:
+    whole = StepSampler(3, np.arange(20), (1, 2, 3), 12, 2, "fresh", 9, beside=beside)
     for step in range(9):
         parts = [replace(whole, rank=rank, size=3) for rank in range(3)]
         for rank, part in enumerate(parts):
             for mine, all_of_it in zip(part.step_indices(step), whole.step_indices(step), strict=True):
                 assert np.array_equal(mine, all_of_it[rank::3])
-            crops, request = whole.step_local_views(step), part[step]
+            request, entire = part[step], whole[step]
             assert np.array_equal(request.rows, part.step_indices(step)[0])
-            assert crops is None if request.local is None else np.array_equal(request.local, crops[rank::3])
+            assert list(request.views) == ["global", *(group.name for group in beside)]
+            assert all(np.array_equal(views, entire.views[name][rank::3]) for name, views in request.views.items())
 
 
 @pytest.mark.parametrize(

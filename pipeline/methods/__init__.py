@@ -11,7 +11,7 @@ from compress_ssl.pipeline.runtime.registry import Registry
 if TYPE_CHECKING:
     from compress_ssl.pipeline.methods.base import Method
 
-METHODS = Registry(
+METHODS: "Registry[Method]" = Registry(
     "method",
     {
         "compress-2q": "compress_ssl.pipeline.methods.compress:TwoQueues",

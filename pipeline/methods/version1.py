@@ -7,7 +7,7 @@ paths to this module.
 import inspect
 from collections.abc import Container
 from functools import cache
-from typing import Any
+from typing import cast
 
 from compress_ssl.pipeline.methods import METHODS, base, memory_bank
 from compress_ssl.pipeline.models.linear_head import LinearHead
@@ -60,12 +60,12 @@ def __getattr__(name: str) -> type[Method]:
 
 @cache
 def _with_old_names(kind: str) -> type[Method]:
-    built_in: Any = METHODS.resolve(kind)
+    built_in = cast(type[base.Method], METHODS.resolve(kind))
 
-    class OldNames(Method, built_in):
+    class OldNames(Method, built_in):  # type: ignore[misc, valid-type]  # a base class known only at run time
         """The built-in method with the first version's names."""
 
-        def __init__(self, *, setting: base.MethodContext, **options: Any):
+        def __init__(self, *, setting: base.MethodContext, **options: object):
             super().__init__(context=setting, **options)
 
     return OldNames
@@ -74,8 +74,8 @@ def _with_old_names(kind: str) -> type[Method]:
 def with_context(built: type[base.Method], signature: inspect.Signature) -> type[base.Method]:
     """A user's class, whose constructor takes `setting`, as one that takes `context`, which is its name now."""
 
-    class TakesContext(built):  # type: ignore[misc, valid-type]  # a base class that is known when it runs only
-        def __init__(self, *, context: base.MethodContext, **options: Any):
+    class TakesContext(built):  # type: ignore[misc, valid-type]  # a base class known only at run time
+        def __init__(self, *, context: base.MethodContext, **options: object):
             super().__init__(setting=context, **options)
 
     TakesContext.__name__, TakesContext.__qualname__ = built.__name__, built.__qualname__

@@ -4,22 +4,19 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.spec import did_you_mean
 
-FILE_MODULE = "python:"
-"""The name in sys.modules of a module that was imported from a file begins with this; the file's path follows."""
 
-
-def import_object(place: str) -> Callable[..., Any]:  # what a user's function returns is known to nobody
+def import_object(place: str) -> Callable[..., object]:
     """The function or class at `MODULE:NAME` or `FILE.py:NAME`; modules in the current folder are found too.
 
     Raises UserError if there is none, or if importing it fails.
@@ -40,8 +37,8 @@ def import_object(place: str) -> Callable[..., Any]:  # what a user's function r
         raise
     except (Exception, SystemExit) as wrong:  # a script without `if __name__ == "__main__"` may call sys.exit
         raise UserError(f"python:{where} could not be imported: {describe_with_location(wrong)}") from wrong
-    found = getattr(module, name, None)
-    if not callable(found):
+    found: Callable[..., object] | None = getattr(module, name, None)
+    if found is None or not callable(found):
         callables = [key for key, value in vars(module).items() if callable(value)]
         raise UserError(f"{where} has no function or class {name!r}{did_you_mean(name, callables)}")
     return found
@@ -54,7 +51,8 @@ def import_file(file: Path) -> ModuleType:
     """
     if not file.is_file():
         raise UserError(f"python:{file} does not exist; give the path of a Python file or the name of a module")
-    name = f"{FILE_MODULE}{file.resolve()}"  # not the stem: a user's zarr.py must not replace the package zarr
+    # Not the stem: a user's zarr.py must not replace the package zarr. No dot: pickle would import what is before it.
+    name = "python:" + str(file.resolve()).replace("%", "%25").replace(".", "%2E")
     source = hashlib.blake2b(file.read_bytes()).digest()
     earlier = sys.modules.get(name)
     # A second module would have other classes: isinstance and pickle would not take an object of the first for one.
@@ -74,6 +72,12 @@ def import_file(file: Path) -> ModuleType:
 
 
 def describe_with_location(wrong: BaseException) -> str:
-    """The exception, and the file and line that raised it: `KeyError: 'a' (mine.py, line 3)`."""
+    """The exception, and the file and line that raised it, or that called the library which raised it.
+
+    `KeyError: 'a' (mine.py, line 3)`
+    """
+    libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
     frames = traceback.extract_tb(wrong.__traceback__)
-    return f"{describe_exception(wrong)} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<frozen"))]
+    last = (own or frames)[-1]
+    return f"{describe_exception(wrong)} ({Path(last.filename).name}, line {last.lineno})"

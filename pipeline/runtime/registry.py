@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.signatures import (
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Member", "Registry", "Spec", "convert", "did_you_mean", "literal", "parse"]
 
+Built_co = TypeVar("Built_co", covariant=True)
+
 PYTHON = "python"
 """The kind of a spec that names a function or class by its place."""
 
@@ -53,7 +55,7 @@ class Member:
     """
 
     name: str
-    build: Callable[..., Any]  # what a member builds is known to its family
+    build: Callable[..., Any]  # each member has parameters of its own
     argument: str = ""
     user: "UserObject | None" = None
 
@@ -63,13 +65,12 @@ class Member:
 
     def keys(self, given: Iterable[str] = ()) -> dict[str, inspect.Parameter]:
         """The keys a spec of this member may have: {key: parameter}, without those in `given`."""
-        kinds = {inspect.Parameter.KEYWORD_ONLY}
-        if self.user:  # users need not know the rule that the keys are keyword-only
-            kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        keyword_only, either = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        kinds = [keyword_only, either] if self.user else [keyword_only]  # users need not know the rule of ours
         return {name: p for name, p in self.signature.parameters.items() if p.kind in kinds and name not in given}
 
 
-class Registry:
+class Registry(Generic[Built_co]):
     """A family of objects that specs name: models, data sets, methods and so on.
 
     family: what error messages call a member. entries: {kind: "module:object"}. path_means: the kind of a spec that
@@ -122,6 +123,12 @@ class Registry:
             return f"{self.family} {name!r} is in several packages: {packages}; uninstall all but one of them"
         return "" if _KIND.fullmatch(name) else f"{self.family} {name!r} of {packages} has no name that a spec can have"
 
+    def package(self, kind: str) -> str:
+        """Name and version of the package that adds a kind."""
+        from compress_ssl.pipeline.runtime.user_object import package_of
+
+        return package_of(self.packages[kind])
+
     def kinds(self) -> list[str]:
         """The built-in kinds, then those of packages."""
         return [*self.entries, *self.packages]
@@ -164,7 +171,7 @@ class Registry:
         path = ", and there is no file or folder of that name" if self.path_means and text == spec.kind else ""
         raise UserError(f"unknown {self.family} {spec.kind!r}{path}{hint} Known: {', '.join(self.kinds())}")
 
-    def resolve(self, kind: str) -> Callable[..., Any]:
+    def resolve(self, kind: str) -> Callable[..., Any]:  # its result is a Built_co, or a builder of one for `python`
         """Import the object of a kind of the table. Raises UserError if an optional package is not installed."""
         module, _, name = self.entries[kind].partition(":")
         try:
@@ -194,7 +201,7 @@ class Registry:
         user = from_entry_point(self.packages[spec.kind], self.family)
         return Member(user.name, self.resolve(PYTHON)(user), spec.argument, user)
 
-    def build(self, text: str | Spec, **given: Any) -> Any:  # what is built, and of what, is known to the family
+    def build(self, text: str | Spec, **given: object) -> Built_co:
         """Build the object that a spec names. `given` are arguments from the caller, not from the user.
 
         Raises UserError for an unknown kind or key, a missing argument or key, and a value of the wrong type.
@@ -202,8 +209,11 @@ class Registry:
         spec = self.parse(text) if isinstance(text, str) else text
         member = self.member(spec)
         argument, options = _argument(member, spec.kind), _options(member, spec, given)
-        with member.user.describing_errors() if member.user else nullcontext():
-            return member.build(*argument, **options, **given)
+        from compress_ssl.pipeline.runtime.user_object import describing_errors
+
+        with describing_errors(member.name) if member.user else nullcontext():
+            built: Built_co = member.build(*argument, **options, **given)
+        return built
 
     def check(self, text: str | Spec, given: Iterable[str] = ()) -> Spec:
         """Parse a spec and check it as `build` does, without building the object."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.errors import UserError
@@ -24,8 +24,9 @@ class UserObject:
     """A function or class that a spec names by its place, or by the name of an entry point."""
 
     name: str  # in messages: python:mine.py:Cosine, or the kind and the package
-    target: Callable[..., Any]  # what it returns is known to nobody before it is called
+    target: Callable[..., object]  # what it returns is known to nobody before it is called
     words: tuple[str, ...]  # parts of a name for files: ("python", "mine", "Cosine")
+    file: Path | None = None  # of `python:FILE.py:NAME`: no module that a fresh process could import by a name
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -33,18 +34,8 @@ class UserObject:
 
     def __call__(self, *argument: object, **options: object) -> object:
         """Call the function or class. Raises UserError, with file and line, for every exception."""
-        with self.describing_errors():
+        with describing_errors(self.name):
             return self.target(*argument, **options)
-
-    @contextmanager
-    def describing_errors(self) -> Iterator[None]:
-        """Every exception in the block becomes a UserError that says which file and line raised it."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as wrong:  # the code of others may raise anything
-            raise UserError(f"{self.name} failed: {describe_with_location(wrong)}") from wrong
 
     def require_subclass(self, base: type[Base], because: str) -> type[Base]:
         """The target as a concrete subclass of `base`; raises UserError if it is none.
@@ -56,18 +47,34 @@ class UserObject:
                 f"{self.name} is no subclass of {base.__module__}.{base.__qualname__}; derive it from that class"
             )
         if inspect.isabstract(self.target):
-            missing = min(self.target.__abstractmethods__)
+            missing = min(name for name in dir(self.target) if is_abstract(getattr(self.target, name)))
             arguments = [name for name in signature_of(getattr(base, missing)).parameters if name != "self"]
             raise UserError(f"{self.name} has no {missing}({', '.join(arguments)}); {because}")
         return self.target
+
+
+@contextmanager
+def describing_errors(name: str) -> Iterator[None]:
+    """Every exception in the block becomes a UserError: "NAME failed: KeyError: 'a' (mine.py, line 3)"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as wrong:  # the code of others may raise anything
+        raise UserError(f"{name} failed: {describe_with_location(wrong)}") from wrong
+
+
+def is_abstract(member: object) -> bool:
+    return bool(getattr(member, "__isabstractmethod__", False))
 
 
 def from_place(place: str) -> UserObject:
     """The object of `python:PLACE`. Raises UserError if it cannot be imported."""
     target = import_object(place)
     where, _, name = place.rpartition(":")
-    stem = Path(where).stem if where.endswith(".py") else old_names.recorded_name(where)
-    return UserObject(f"python:{place}", target, ("python", stem, name))
+    file = Path(where).expanduser().absolute() if where.endswith(".py") else None
+    stem = file.stem if file else old_names.recorded_name(where)
+    return UserObject(f"python:{place}", target, ("python", stem, name), file)
 
 
 def from_entry_point(entry: "EntryPoint", family: str) -> UserObject:

@@ -99,7 +99,8 @@ class Int8(Codec):
 
     def decode(self, stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
         assert scale is not None
-        return stored.astype(np.float32) * scale[..., None]
+        values: np.ndarray = stored.astype(np.float32) * scale[..., None]
+        return values
 
 
 class ProductQuantiser(Trained):
@@ -132,7 +133,7 @@ class ProductQuantiser(Trained):
         return safetensors.numpy.load(self._load_codebook())
 
     @cached_property
-    def _quantiser(self) -> Any:
+    def _quantiser(self) -> Any:  # faiss has no types
         """The FAISS quantiser with our centroids. Parts of PART_WIDTH are narrow enough that it encodes row by row."""
         import faiss
 
@@ -151,7 +152,8 @@ class ProductQuantiser(Trained):
             self._codebook[key].astype(np.float64) for key in ("mean", "rotation", "centroids")
         )
         rotated_mean = (rotation @ mean).reshape(self.parts, 1, -1)
-        return (centroids * (centroids + 2 * rotated_mean)).sum(-1) + mean @ mean / self.parts
+        squares: np.ndarray = (centroids * (centroids + 2 * rotated_mean)).sum(-1) + mean @ mean / self.parts
+        return squares
 
     def encode(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean, rotation = self._codebook["mean"], self._codebook["rotation"]

@@ -1,12 +1,12 @@
 """Check that (i, v) means the same pixels: in a store and its images now, and in two stores by two teachers."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD
-from compress_ssl.pipeline.runtime.artifact import MANIFEST, differences
+from compress_ssl.pipeline.runtime.artifact import MANIFEST, Mismatch, differences
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -33,6 +33,16 @@ def require_unchanged(store: FeatureStore, dataset: Dataset) -> None:
         )
 
 
+def require_its_images(store: FeatureStore, dataset: Dataset, data: str) -> None:
+    """Raises Mismatch, with the difference, if a store was made from other images than those of --data."""
+    if dataset.fingerprint != store.identity.data.fingerprint:
+        difference = dataset.describe_difference(store.table("sample_id"))
+        raise Mismatch(
+            f"{store.storage} was made from other images than --data {data}: {difference}. "
+            "Give the same images, choose another --out, or start from scratch with --overwrite"
+        )
+
+
 def require_recorded_rendering(store: FeatureStore, dataset: Dataset) -> None:
     """Raises UserError, before a store is added to, if this machine renders its probe views differently.
 
@@ -44,11 +54,10 @@ def require_recorded_rendering(store: FeatureStore, dataset: Dataset) -> None:
     )
 
 
-def view_settings_of(other: FeatureStore, given: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """{"views", "policy", "seed"} of the store that `--like` names.
+def require_view_settings(other: FeatureStore, given: Mapping[str, object]) -> None:
+    """Raises UserError unless the store that `--like` names is whole and has the view settings that were given.
 
-    given: {name: (value, default)} of these flags. Raises UserError if a flag was given with another value than the
-    store has, or if the store is a part of another one.
+    given: those of --views, --policy and --seed that the user gave, by name.
     """
     if other.export.data.selected or other.stored_views.start:
         raise UserError(
@@ -56,11 +65,10 @@ def view_settings_of(other: FeatureStore, given: dict[str, tuple[Any, Any]]) -> 
             "reduce the new store afterwards with compress store copy"
         )
     views = other.identity.views
-    settings = {"views": other.views, "policy": views.policy, "seed": views.seed}
-    for name, (value, default) in given.items():
-        if value not in (default, settings[name]):
-            raise UserError(f"--{name} {value} was asked, but {other.storage} has {settings[name]}; leave --{name} out")
-    return settings
+    there = {"views": other.views, "policy": views.policy, "seed": views.seed}
+    for name, value in given.items():
+        if value != there[name]:
+            raise UserError(f"--{name} {value} was asked, but {other.storage} has {there[name]}; leave --{name} out")
 
 
 def require_same_views(identity: StoreIdentity, dataset: Dataset, other: FeatureStore) -> None:

@@ -7,8 +7,7 @@ names its source as the parent.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from compress_ssl.pipeline.runtime.storage import Storage, absolute
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.codecs import build_codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK
+from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK, Column
 from compress_ssl.pipeline.store.records import DataIdentity, ParentIdentity, StoreRecord, copied
 from compress_ssl.pipeline.store.shards import Shard, done_key
 
@@ -29,10 +28,24 @@ Progress = Callable[[int], None]  # called with the number of rows that are done
 Span = tuple[int, int]  # of views: (first, one past the last)
 
 
-def describe_copy(
-    source: FeatureStore, views: range, rows: np.ndarray, form: str
-) -> tuple[StoreRecord, dict[str, Any]]:
-    """(manifest, tables) of a copy of these views and rows of a store in the codec named `form`.
+@dataclass(frozen=True)
+class Part:
+    """What is copied: rows and views of a store, and what the copy records of itself."""
+
+    source: FeatureStore
+    views: range
+    rows: np.ndarray  # ascending rows of the source, one per row of the copy
+    record: StoreRecord  # the manifest of the copy
+    tables: Mapping[str, Column]  # of the copy
+
+    @property
+    def keeps_codec(self) -> bool:
+        """Whether the copy has the codec of its source, up to lossless compression."""
+        return _without_compression(self.record.identity.codec) == _without_compression(self.source.identity.codec)
+
+
+def describe_copy(source: FeatureStore, views: range, rows: np.ndarray, form: str) -> Part:
+    """A copy of these views and rows of a store in the codec named `form`.
 
     Raises UserError for a selection of images of a store that does not say which images it holds.
     """
@@ -55,28 +68,25 @@ def describe_copy(
         about = replace(about, data=replace(origin.data, selected=True), pixels=pixels)
     if identity != source.identity:
         identity = replace(identity, parent=ParentIdentity(source.fingerprint, digests.fingerprint(ids)))
-    return StoreRecord(identity, about), {**columns, "sample_id": ids}
+    return Part(source, views, rows, StoreRecord(identity, about), {**columns, "sample_id": ids})
 
 
-def small_files(source: FeatureStore, form: str) -> dict[str, bytes]:
+def small_files(part: Part) -> dict[str, bytes]:
     """{key: bytes} of the heads, and of the codebooks if the copy keeps the codec. Raises UserError for damage."""
-    same_codec = _without_compression(form) == _without_compression(source.identity.codec)
-    keys = [key for key in source.about.small if not key.startswith(f"{GROUP}/")]
-    return {key: source.read_small_file(key) for key in keys if same_codec or not key.startswith("codebook/")}
+    keys = [key for key in part.source.about.small if not key.startswith(f"{GROUP}/")]
+    kept = [key for key in keys if part.keeps_codec or not key.startswith("codebook/")]
+    return {key: part.source.read_small_file(key) for key in kept}
 
 
 def copy_shards(
-    source: FeatureStore,
-    target: FeatureStore,
-    rows: np.ndarray,
-    progress: Progress,
-    stopped: Callable[[], bool] = lambda: False,
+    part: Part, target: FeatureStore, progress: Progress, stopped: Callable[[], bool] = lambda: False
 ) -> None:
     """Write the shards that the target lacks, until `stopped()`.
 
-    rows: ascending rows of the source, one per row of the target. If rows and codec are those of the source, files
-    are copied byte for byte. Raises UserError for damage in the source; damaged shards are not copied.
+    If rows and codec are those of the source, files are copied byte for byte. Raises UserError for damage in the
+    source; damaged shards are not copied.
     """
+    source, rows = part.source, part.rows
     same = len(rows) == source.images and target.identity == source.identity
     done = source.done()
     unchecked = {block: list(spans) for block, spans in done.items()}
@@ -89,10 +99,10 @@ def copy_shards(
             copy_shard(source.storage, target, shard.block, span)
         remaining = tuple(v for v in shard.views if not any(v in range(*span) for span in spans))
         if remaining:
-            part = Shard(shard.block, shard.start, shard.stop, remaining)
+            missing = Shard(shard.block, shard.start, shard.stop, remaining)
             chosen = rows[shard.start : shard.stop]
-            _require_intact(source, part, chosen, unchecked)
-            _write_rows(source, target, part, chosen, bad)
+            _require_intact(source, missing, chosen, unchecked)
+            _write_rows(source, target, missing, chosen, bad)
         progress(shard.stop - shard.start)
 
 
@@ -190,8 +200,9 @@ def _without_compression(form: str) -> str:
     return form.partition("+")[0]
 
 
-def train_codecs(source: FeatureStore, target: FeatureStore, rows: np.ndarray) -> None:
+def train_codecs(part: Part, target: FeatureStore) -> None:
     """Train the codecs of the copy that have no codebook, on up to SAMPLE rows spread evenly over the copy."""
+    source, rows = part.source, part.rows
     for name in target.untrained():
         views = [view for view in target.all_views if name in target.arrays_of(view)][:VIEW_BLOCK]
         sample = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)]

@@ -6,32 +6,51 @@ Zarr encodes in memory only. `FeatureStore` writes the bytes, each file as a who
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import zarr
+from numpy.typing import DTypeLike, NDArray
+from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.metadata import ArrayV3Metadata
 
 from compress_ssl.pipeline.runtime.storage import Folder, Storage
 from compress_ssl.pipeline.store.codecs import Codec
+
+if TYPE_CHECKING:
+    from compress_ssl.pipeline.runtime.object_store import Bucket
 
 GROUP = "features.zarr"  # folder of the Zarr group inside a store
 VIEW_BLOCK = 4  # views per shard file; part of the format
 CHUNK_ROWS = 1024  # largest number of rows of a chunk, the unit of reading
 TABLE_ROWS = 2**20  # rows per chunk of the per-image tables: one file for up to a million images
 ZSTD_LEVEL = 1  # higher levels take up to ten times as long and save nothing on features
-TABLES = ("sample_id", "label", "view_key")  # arrays that are written once, as a whole
 UNWRITTEN = 255  # status of a row that is not written yet; the other codes are in datasets/decode.py
+
+
+# Arrays that are written once, as a whole: {name: (type, value of what is not written)}.
+TABLES: Mapping[str, tuple[DTypeLike, int | str]] = {
+    "sample_id": (str, ""),
+    "label": ("<i8", -1),
+    "view_key": ("<u8", 0),
+}
+
+Column = Sequence[str] | Sequence[int] | NDArray[np.generic]  # the (N,) values of a table
+Files = dict[str, Buffer]  # what Zarr writes into memory, by key
+ZarrGroup = zarr.Group
+ZarrArray = zarr.Array[ArrayV3Metadata]
 
 
 @dataclass(frozen=True)
 class ArrayLayout:
     """How an array is divided: into shards (one file each) and into chunks inside a shard (one read each)."""
 
-    dtype: Any  # what Zarr accepts as a dtype
+    dtype: DTypeLike
     shards: tuple[int, ...]  # shape of a shard
     chunks: tuple[int, ...]  # shape of a chunk
-    fill: Any  # value of what is not written
+    fill: int | str  # value of what is not written
     names: tuple[str, ...]  # of the axes
     compressor: str = ""  # "zstd" or none
 
@@ -40,7 +59,7 @@ class ArrayLayout:
 
         Returns None for nothing but fill value: Zarr writes no file then.
         """
-        files: dict[str, Any] = {}
+        files: Files = {}
         array = _create(files, "a", self.shards, self)
         array[tuple(slice(0, n) for n in data.shape)] = data
         return next((buffer.to_bytes() for key, buffer in files.items() if "/c/" in key), None)
@@ -83,49 +102,57 @@ def zarr_metadata(layouts: Mapping[str, ArrayLayout], images: int, views: Mappin
     """
     small = {f"{GROUP}/zarr.json": json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}).encode()}
     for name, layout in layouts.items():
-        files: dict[str, Any] = {}
+        files: Files = {}
         columns = views.get(name.removesuffix("_scale"), 0)
         _create(files, name, layout.shape(images, columns), layout)
         small[f"{GROUP}/{name}/zarr.json"] = files[f"{name}/zarr.json"].to_bytes()
     return small
 
 
-def table_files(tables: Mapping[str, Any]) -> dict[str, bytes]:
+def table_files(tables: Mapping[str, Column]) -> dict[str, bytes]:
     """{key: bytes} of the metadata and chunks of the per-image tables sample_id, label and view_key."""
     out: dict[str, bytes] = {}
     for name, column in tables.items():
-        files: dict[str, Any] = {}
-        kind, fill = {"sample_id": (str, ""), "label": ("<i8", -1), "view_key": ("<u8", 0)}[name]
+        files: Files = {}
+        kind, fill = TABLES[name]
         size = min(max(1, len(column)), TABLE_ROWS)
         array = _create(files, name, (len(column),), ArrayLayout(kind, (size,), (size,), fill, ("image",)))
-        array[...] = np.asarray(column, object) if kind is str else np.asarray(column)
+        array[...] = np.asarray(column, object if kind is str else None)
         out |= {f"{GROUP}/{key}": buffer.to_bytes() for key, buffer in files.items() if key.startswith(f"{name}/")}
     return out
 
 
 def open_group(storage: Storage) -> zarr.Group:
     """Open the Zarr group for reading. Zarr raises exceptions of many types if its metadata is damaged."""
-    files: Any
+    files: Store
     if isinstance(storage, Folder):
         files = zarr.storage.LocalStore(storage.path, read_only=True)
     else:
-        files = _BucketReader(storage)
+        files = _BucketReader(cast("Bucket", storage))  # the only other Storage
     return zarr.open_group(files, path=GROUP, mode="r", zarr_format=3)
 
 
-class _BucketReader(zarr.storage.ObjectStore):
+def array_in(group: ZarrGroup, name: str) -> ZarrArray:
+    """An array of a group. Raises ValueError if the name is that of something else."""
+    found = group[name]
+    if not isinstance(found, zarr.Array):
+        raise ValueError(f"{name} is no array")
+    return found
+
+
+class _BucketReader(zarr.storage.ObjectStore[Any]):  # Any: the class of the store is that of its provider
     """The objects of a bucket, read-only. Errors become those of our object store, which name bucket and remedy."""
 
-    def __init__(self, bucket: Any):
+    def __init__(self, bucket: "Bucket"):
         super().__init__(bucket.objects, read_only=True)
         self.bucket = bucket
 
-    async def get(self, *arguments: Any, **options: Any) -> Any:
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         with self.bucket.translated_errors():
-            return await super().get(*arguments, **options)
+            return await super().get(key, prototype, byte_range)
 
 
-def _create(files: dict[str, Any], name: str, shape: tuple[int, ...], layout: ArrayLayout) -> zarr.Array:
+def _create(files: Files, name: str, shape: tuple[int, ...], layout: ArrayLayout) -> ZarrArray:
     """Create a Zarr array of this shape in memory; its files appear in `files`, {key: buffer}."""
     sharded = layout.shards != layout.chunks
     compressors = [ZstdCodec(level=ZSTD_LEVEL)] if layout.compressor == "zstd" else []

@@ -1,8 +1,8 @@
 """StoreReader: read tables, features and bad images of a store, with every damaged byte reported."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,10 +11,13 @@ from compress_ssl.pipeline.runtime.artifact import MANIFEST
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder
-from compress_ssl.pipeline.store.layout import GROUP, TABLES, UNWRITTEN, open_group
+from compress_ssl.pipeline.store.layout import GROUP, TABLES, UNWRITTEN, ZarrArray, ZarrGroup, array_in, open_group
 from compress_ssl.pipeline.store.records import HistoryEvent, read_history
 from compress_ssl.pipeline.store.shard_reader import read_view
-from compress_ssl.pipeline.store.shards import ShardIndex, is_local, view_column
+from compress_ssl.pipeline.store.shards import ShardIndex
+from compress_ssl.pipeline.views.groups import group_of, group_of_array
+
+Result = TypeVar("Result")
 
 HISTORY = "history.jsonl"  # key of the log of exports: one JSON object per line
 _REMEDY = "restore it from a copy, or export anew"
@@ -31,7 +34,7 @@ class StoreReader(ShardIndex):
     # ---------------------------------------------------------------- arrays
 
     @cached_property
-    def group(self) -> Any:
+    def group(self) -> ZarrGroup:
         """The Zarr group. Raises UserError if its metadata is not what was written, or does not fit the manifest.
 
         The checks are ours because Zarr accepts any metadata that it can parse.
@@ -42,15 +45,15 @@ class StoreReader(ShardIndex):
         group = open_group(self.storage)
         for name in (*self.layouts, *TABLES):
             if _metadata_key(name) in self.about.small:
-                self._require_fit(name, group[name])
+                self._require_fit(name, self._report_damage(name, partial(array_in, group, name)))
             elif name in self.layouts:
                 raise UserError(self._lack(name))
         return group
 
-    def _require_fit(self, name: str, array: Any) -> None:
+    def _require_fit(self, name: str, array: ZarrArray) -> None:
         """Raises UserError unless the metadata of an array agrees with the manifest."""
         layout = self.layouts.get(name)
-        views = len(self.local) if is_local(name) else self.views
+        views = group_of_array(name, self.groups).count
         shape = (self.images,) if layout is None else layout.shape(self.images, views)
         dtype = array.dtype if layout is None else np.dtype(layout.dtype)
         if (array.shape, array.dtype) != (shape, dtype):
@@ -63,7 +66,7 @@ class StoreReader(ShardIndex):
         """Keys of Zarr metadata that differs from its digest in the manifest."""
         return [key for key in self.about.small if key.endswith("/zarr.json") and self.read_if_intact(key) is None]
 
-    def array(self, name: str) -> Any:
+    def array(self, name: str) -> ZarrArray:
         """One Zarr array. Raises UserError if the store does not keep it, or its metadata does not fit the manifest."""
         if name not in self.layouts and name not in TABLES:
             kept = ", ".join(self.arrays)
@@ -72,7 +75,7 @@ class StoreReader(ShardIndex):
             )
         if _metadata_key(name) not in self.about.small:
             raise UserError(self._lack(name))
-        return self.group[name]
+        return array_in(self.group, name)
 
     def _lack(self, name: str) -> str:
         return f"{self.storage}/{MANIFEST} is not valid: about.small lacks {_metadata_key(name)}; {_REMEDY}"
@@ -95,7 +98,7 @@ class StoreReader(ShardIndex):
 
     def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
         """One view as it lies on disk: ((n, ...) in the codec's dtype, (n, ...) float32 scale or None)."""
-        column = view_column(view)
+        column = group_of(view).column(view)
         if isinstance(self.storage, Folder):
             self.array(name)  # checks the metadata of the array, which `read_view` does not look at
             start, stop, _ = rows.indices(self.images)
@@ -121,11 +124,11 @@ class StoreReader(ShardIndex):
             out.append(self.codecs[name].decode(stored[chosen], None if scale is None else scale[chosen]))
         return np.concatenate(out)
 
-    def _read_array(self, name: str, selection: Any) -> np.ndarray:
+    def _read_array(self, name: str, selection: slice | tuple[slice, int]) -> np.ndarray:
         array = self.array(name)
         return self._report_damage(name, lambda: np.asarray(array[selection]))
 
-    def _report_damage(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+    def _report_damage(self, name: str, read: Callable[[], Result]) -> Result:
         """Call `read`, which reads the array `name`. Raises UserError if the array is damaged."""
         try:
             return read()

@@ -5,9 +5,10 @@ images as the teacher saw them. Before training, verifying or continuing an expo
 and compared.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import BadImage
@@ -53,7 +54,7 @@ def require_same_rendering(
     dataset: Dataset,
     spec: ViewSpec,
     preprocessing: Preprocessing,
-    keys: Any,
+    keys: Sequence[int] | NDArray[np.uint64],
     allow: bool | None,
 ) -> str:
     """Render the probe views again: "" if the digests are the recorded ones, else a description of the difference.

@@ -1,7 +1,6 @@
 """The images that a store or a run was made from: open them where they are now, and check that they are the same."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.datasets.base import Dataset
@@ -12,7 +11,9 @@ from compress_ssl.pipeline.store.records import DataSource
 from compress_ssl.pipeline.store.render_probe import require_same_rendering
 
 
-def open_recorded(made_of: DataSource, ids: Callable[[], Any], *, given: str | None, flag: str, of: str) -> Dataset:
+def open_recorded(
+    made_of: DataSource, ids: Callable[[], Iterable[object]], *, given: str | None, flag: str, of: str
+) -> Dataset:
     """Open the data set that a store or run was made of, with the same selection of images.
 
     made_of: what the manifest says of the data; ids: see `Dataset.restore_selection`;
@@ -26,7 +27,7 @@ def open_recorded(made_of: DataSource, ids: Callable[[], Any], *, given: str | N
             raise
         why = f"the images of {of} are not where they were: {problem}. Say where they are now with {flag}"
         raise UserError(why) from None
-    return dataset.restore_selection({"limit": made_of.limit, "selected": bool(made_of.selected)}, ids)
+    return dataset.restore_selection(made_of.limit, bool(made_of.selected), ids)
 
 
 def open_store_images(store: FeatureStore, given: str | None, *, allow_other_pixels: bool | None = None) -> Dataset:

@@ -112,7 +112,8 @@ class TrainingRun:
         for learner in self.learners:
             metrics: Sequence[dict[str, float] | None] = [None] * len(learner.students)
             if step >= learner.start and not learner.failure:
-                batch.images, batch.local_images = self.batches.prepare_inputs(learner, view_batch, prepared)
+                for group, images in self.batches.prepare_inputs(learner, view_batch, prepared):
+                    batch.set_images(group, images)
                 with self.isolating_divergence(learner):
                     metrics = learner.step(batch, step / self.sampler.steps, measure)
             rows += [MetricsRow(step + 1, {"epoch": epoch, **row}) if row else None for row in metrics]

@@ -18,6 +18,7 @@ from compress_ssl.pipeline.models.weights import to_bytes
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training.validation import leave_one_out
 from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.groups import group_of_array
 
 
 class Student:
@@ -42,8 +43,8 @@ class Student:
         return preprocessing.size, preprocessing.interpolation
 
     def enable_outputs(self, outputs: Iterable[str], *, compiled: bool = False) -> None:
-        """Enable the outputs that a method needs (`local_` ones too); compiled: run the model by torch.compile."""
-        self.model.enable_outputs([name.removeprefix("local_") for name in outputs])
+        """Enable the outputs that a method needs of any group of views; compiled: run the model by torch.compile."""
+        self.model.enable_outputs([group_of_array(name).output(name) for name in outputs])
         if compiled:
             self.forward = torch.compile(self.model.forward_outputs)
 
