@@ -1,7 +1,7 @@
 """compress: distill a large self-supervised vision model into small ones, without labels.
 
-The public names are the stages, as modules with `Config` and `run`, and the classes that a user's own method or
-model is built from. Each name is imported when it is first used, so that `import compress_ssl` is fast:
+The public names are the stages, as modules with `Config` and `run`, and the classes that a user's own method, model or
+protocol is built from. Each name is imported when it is first used, so that `import compress_ssl` is fast:
 
     from compress_ssl import distill
 
@@ -23,7 +23,21 @@ _PUBLIC = {
     "Batch": "compress_ssl.pipeline.methods.base:Batch",
     "MemoryBank": "compress_ssl.pipeline.methods.memory_bank:MemoryBank",
     "UserError": "compress_ssl.pipeline.runtime.errors:UserError",
+    "Dataset": "compress_ssl.pipeline.datasets.base:Dataset",
+    "check_dataset": "compress_ssl.pipeline.testing:check_dataset",
+    "Evaluator": "compress_ssl.pipeline.evaluators.base:Evaluator",
+    "Result": "compress_ssl.pipeline.evaluators.base:Result",
+    "Score": "compress_ssl.pipeline.evaluators.base:Score",
+    "Split": "compress_ssl.pipeline.evaluators.base:Split",
+    "Lines": "compress_ssl.pipeline.evaluators.base:Lines",
+    "Panel": "compress_ssl.pipeline.evaluators.base:Panel",
+    "Bars": "compress_ssl.pipeline.evaluators.base:Bars",
+    "ConfusionMatrix": "compress_ssl.pipeline.evaluators.base:ConfusionMatrix",
+    "ImageGrid": "compress_ssl.pipeline.evaluators.base:ImageGrid",
+    "ImageRow": "compress_ssl.pipeline.evaluators.base:ImageRow",
+    "Tile": "compress_ssl.pipeline.evaluators.base:Tile",
     "check_method": "compress_ssl.pipeline.testing:check_method",
+    "check_protocol": "compress_ssl.pipeline.testing:check_protocol",
 }
 """{public name: "module" or "module:object"}"""
 

@@ -47,6 +47,7 @@ COMMANDS = {
     "store copy": ("store_copy", "Push, pull, reduce or recode a store; digests are checked."),
     "compare": ("compare", "Compare many evaluations in one table and page, the teacher first."),
     "sweep": ("sweep", "Train and compare a grid of students, methods and stores from a YAML file."),
+    "datasets": ("listing:Datasets", "List what --data, --train and --val accept."),
     "models": ("listing:Models", "List what --teacher, --student and --model accept."),
     "methods": ("listing:Methods", "List what --method accepts."),
     "protocols": ("listing:Protocols", "List what --protocol accepts."),

@@ -18,10 +18,12 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.experiment import CLUSTERS, PROTOCOLS, SEEDS, Experiment, parse_arguments
+from compress_ssl.pipeline.methods import find_method
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.source_images import open_store_images
+from compress_ssl.pipeline.training.sampler import make_sampler
 from compress_ssl.pipeline.training.schedule import Schedule
 from compress_ssl.pipeline.views.loader import ViewDataset, iterate_views
 from compress_ssl.stages import distill, label_head
@@ -92,7 +94,7 @@ def run_settings(
         "batch_size": BATCH,
         **flags,
     }
-    optimizer = distill.recipe_of(distill.Config(out=store, **flags_of_run)).optimizer
+    optimizer = find_method(method).recipe.optimizer
     return {"lr": RATES[optimizer], "schedule": "cosine", "warmup_epochs": WARMUP, **flags_of_run}
 
 
@@ -106,7 +108,7 @@ def train_supervised(store: Path, seed: int, out: Path) -> Path:
         return file
     config = distill.Config(str(store), (STUDENT,), "compress-1q", out, epochs=EPOCHS, batch_size=BATCH, seed=seed)
     images = FeatureStore(Folder(store))
-    sampler = distill.build_sampler(config, images)
+    sampler = make_sampler(images, distill.resolve(config).sampling, config.store)
     torch.manual_seed(seed)
     student = build(STUDENT, pretrained_default=False).to(memory_format=torch.channels_last)
     layer = torch.nn.Linear(student.width, len(images.export.classes))
@@ -115,12 +117,12 @@ def train_supervised(store: Path, seed: int, out: Path) -> Path:
     schedule, preprocessing = Schedule("cosine", warmup=WARMUP / EPOCHS), student.preprocessing
     dataset, spec = open_store_images(images, config.data), images.identity.views
     label = torch.from_numpy(images.table("label"))
-    sizes = [(preprocessing.size, preprocessing.interpolation)]
+    sizes = {"global": [(preprocessing.size, preprocessing.interpolation)]}
     requests = [sampler[step] for step in range(sampler.steps)]
     view_dataset = ViewDataset(dataset, spec, images.table("view_key"), sizes, requests)
     for step, view_batch in enumerate(iterate_views(view_dataset, workers=0)):
         sgd.param_groups[0]["lr"] = RATES["sgd"] * schedule(step / sampler.steps)
-        rows, pixels = torch.from_numpy(sampler.step_indices(step)[0]), view_batch.pixels[0].flatten(0, 1)
+        rows, pixels = torch.from_numpy(sampler.step_indices(step)[0]), view_batch.pixels["global"][0].flatten(0, 1)
         loss = F.cross_entropy(layer(student(student.prepare(pixels))), label[rows])
         sgd.zero_grad()
         loss.backward()

@@ -19,14 +19,14 @@ import torch
 from benchmarks.photographs import prepare_images
 from benchmarks.store_records import plain_record
 from compress_ssl.pipeline.datasets import DATASETS
-from compress_ssl.pipeline.extraction.embed import embed
+from compress_ssl.pipeline.extraction.embed import embed, store_source
+from compress_ssl.pipeline.extraction.extract import LoaderSettings
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import shard_rows
-from compress_ssl.pipeline.views.augment import ViewSpec
 
 TEACHER, SIZE, VIEWS, BATCH, IMAGES, ROUNDS = "timm:resnet18,pretrained=false", 224, 8, 50, 250, 5
 FORWARD_VIEWS = 800  # views per run of the forward pass alone
@@ -66,9 +66,8 @@ def _measure_export(forward: FeatureExtractor, dataset: Any, out: Path, device: 
     rows = shard_rows(len(dataset), BATCH, {"embedding": (width,)}, 1)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     store = FeatureStore.create(Folder(out), plain_record(len(dataset), VIEWS, width, "int8", rows), tables)
-    spec = ViewSpec("crop-flip", 0, 0.875)
-    workers = loader_workers(None, device)
-    return _rates(len(dataset) * VIEWS, lambda: embed(store, dataset, spec, forward, workers=workers))
+    source = store_source(store, dataset, forward, LoaderSettings(loader_workers(None, device)))
+    return _rates(len(dataset) * VIEWS, lambda: embed(store, source, store.pending()))
 
 
 def _rates(views: int, call: Callable[[], object]) -> tuple[float, float]:

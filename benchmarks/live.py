@@ -20,6 +20,7 @@ from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.device import choose_device
 from compress_ssl.pipeline.store.source_images import open_store_images
+from compress_ssl.pipeline.training.sampler import make_sampler
 from compress_ssl.stages import distill, export_teacher
 
 TEACHER, SIZE, STUDENT, STUDENT_SIZE, BATCH, ROUNDS = "timm:resnet50", 224, "timm:resnet18", 64, 32, 3
@@ -42,7 +43,7 @@ def measure() -> dict[str, Any]:
         steps = {name: _make_step(store, Path(folder) / name, flags) for name, flags in variants.items()}
         seconds: dict[str, list[float]] = {name: [] for name in [*steps, "teacher"]}
         for _ in range(ROUNDS + 1):
-            for name, call in {**steps, "teacher": lambda: forward(views)}.items():
+            for name, call in {**steps, "teacher": lambda: forward.start(views)["embedding"].cpu()}.items():
                 began = time.perf_counter()
                 call()
                 seconds[name].append(time.perf_counter() - began)
@@ -67,7 +68,8 @@ def _make_step(store: Path, out: Path, flags: dict[str, Any]) -> Callable[[], ob
         image_size=STUDENT_SIZE, lr=0.01, **flags,
     )  # fmt: skip
     opened = FeatureStore(Folder(store))
-    sampler = distill.build_sampler(config, opened)
-    training_run = distill.prepare([config], opened, open_store_images(opened, config.data), sampler)
+    job = distill.resolve(config)
+    sampler = make_sampler(opened, job.sampling, config.store)
+    training_run = distill.prepare([job], opened, open_store_images(opened, config.data), sampler)
     view_batch = next(training_run.load_views(0))
     return lambda: training_run.step(0, view_batch, False)

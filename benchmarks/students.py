@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.photographs import prepare_images
 from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.pipeline.store.source_images import open_store_images
+from compress_ssl.pipeline.training.sampler import make_sampler
 from compress_ssl.stages import distill, export_teacher
 
 SIZE, BATCH, STEPS, ROUNDS = 96, 32, 24, 3
@@ -58,8 +59,9 @@ def _prepare_run(store: Path, students: Sequence[str], out: Path) -> tuple[disti
         image_size=SIZE, lr=0.01,
     )  # fmt: skip
     opened = FeatureStore(Folder(store))
-    sampler = distill.build_sampler(config, opened)
-    return config, distill.prepare([config], opened, open_store_images(opened, config.data), sampler)
+    job = distill.resolve(config)
+    sampler = make_sampler(opened, job.sampling, config.store)
+    return config, distill.prepare([job], opened, open_store_images(opened, config.data), sampler)
 
 
 def _train(store: Path, students: Sequence[str], out: Path) -> float:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from compress_ssl.pipeline.evaluators.record import METRICS, Evaluation, read_evaluation
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import flag
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
@@ -20,22 +21,22 @@ class Config:
     out: Path = flag(Path("compare.html"), "The page to write.", metavar="FILE")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> CommandResult:
     """Write the page. Returns {"summary": table and path, "rows": each metrics.json, "page"}.
 
     Raises UserError for a folder without an evaluation.
     """
-    rows = [read_metrics(folder) for folder in config.folder]
+    rows = [find_evaluation(folder) for folder in config.folder]
 
     from compress_ssl.pipeline.report.comparison import compare
 
     table, page = compare(rows)
     Folder(config.out.parent).put(config.out.name, page.encode())
-    return {"summary": f"{table}\n{config.out}", "rows": rows, "page": str(config.out)}
+    return {"summary": f"{table}\n{config.out}", "rows": [row.to_json() for row in rows], "page": str(config.out)}
 
 
-def read_metrics(folder: str) -> dict[str, Any]:
-    """metrics.json of an evaluation, or of the evaluation of a run or a store; any of them may be a URL.
+def find_evaluation(folder: str) -> Evaluation:
+    """The evaluation in a folder, or that of a run or a store; any of them may be a URL.
 
     Raises UserError if there is none in any of the places where compress evaluate writes it by default.
     """
@@ -46,9 +47,9 @@ def read_metrics(folder: str) -> dict[str, Any]:
     places.append(str(artifact.sibling(name, "-evaluation")))
     for place in places:
         storage = open_storage(place)
-        if storage.exists(artifact.MANIFEST) and storage.exists("metrics.json"):
+        if storage.exists(artifact.MANIFEST) and storage.exists(METRICS):
             artifact.read(storage, "evaluation")
-            return artifact.read_json(storage, "metrics.json")
+            return read_evaluation(storage)
     searched = ", ".join(places)
     raise UserError(
         f"{folder} has no evaluation; make one with compress evaluate --run {folder}, or --store {folder} "

@@ -7,20 +7,24 @@ import json
 import shlex
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require, to_flags
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.lease import set_aside
 from compress_ssl.pipeline.runtime.progress import echo
+from compress_ssl.pipeline.runtime.records import Count, Number, read_record, to_json
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.stages import compare, distill, evaluate, export_teacher
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from compress_ssl.pipeline.evaluators.base import Split
 
 DATA, VAL = "digits", "digits:split=test"  # 1438 training images, 359 test images
@@ -58,7 +62,46 @@ class Config:
     overwrite: bool = flag(False, "Start from scratch. An existing demo is moved aside, not deleted.")
 
 
-def run(config: Config) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """One model of the table and of results.json. Scores are in percent."""
+
+    name: str
+    nn: Number
+    knn: Number
+    cluster: Number  # of the run of k-means with the smallest inertia
+    cluster_mean: Number  # of all runs
+    cluster_spread: Number  # their standard deviation
+    width: Count
+    parameters: Count
+    evaluation: str  # folder
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A part of `Metrics`."""
+
+    top1: Number
+
+
+@dataclass(frozen=True)
+class Size:
+    """A part of `Metrics`."""
+
+    width: Count
+    parameters: Count
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What the demo reads of an evaluation's metrics."""
+
+    model: Size
+    nn: Accuracy
+    knn: dict[str, Accuracy]  # by k
+
+
+def run(config: Config) -> CommandResult:
     """Run the stages that are not finished. Returns {"summary", "demo", "rows", "page"}.
 
     Raises UserError if the folder holds something else or a demo with other settings.
@@ -73,16 +116,16 @@ def run(config: Config) -> dict[str, Any]:
     }  # fmt: skip
     artifact.claim(home, "demo", identity)
     if home.exists(RESULTS):
-        rows = artifact.read_json(home, RESULTS)
-        if all((config.out / row["evaluation"] / "report.html").exists() for row in rows):
+        rows = read_record(tuple[Row, ...], artifact.read_json(home, RESULTS), f"{home}/{RESULTS}")
+        if all((config.out / row.evaluation / "report.html").exists() for row in rows):
             return finish(config.out, rows, "is finished already")
     began = time.monotonic()
     rows = run_stages(config.out, config.epochs)
-    home.put(RESULTS, json.dumps(rows, indent=1).encode() + b"\n")
+    home.put(RESULTS, json.dumps(to_json(rows), indent=1).encode() + b"\n")
     return finish(config.out, rows, f"made in {format_duration(time.monotonic() - began)}")
 
 
-def run_stages(out: Path, epochs: float) -> list[dict[str, Any]]:
+def run_stages(out: Path, epochs: float) -> tuple[Row, ...]:
     """Run every stage as its own command would, and return the rows of the table, the teacher first."""
     store, scored = out / "store", out / "store-evaluation"
     run_step(export_teacher, data=DATA, teacher=TEACHER, out=str(store), views=VIEWS)
@@ -90,53 +133,57 @@ def run_stages(out: Path, epochs: float) -> list[dict[str, Any]]:
         distill, store=str(store), student=STUDENTS, method=METHOD, out=out / "students", epochs=epochs,
         batch_size=BATCH, lr=RATE, schedule="cosine", image_size=SIZE,
     )  # fmt: skip
-    runs = dict(zip(STUDENTS, map(Path, trained["runs"]), strict=True))
+    runs = dict(zip(STUDENTS, map(Path, cast(list[str], trained["runs"])), strict=True))
     untrained = {spec: out / "untrained" / run.name for spec, run in runs.items()}
-    shared: dict[str, Any] = {"train": DATA, "teacher": scored}
     rows = [evaluate_model("teacher", scored, store=store)]
     rows += [evaluate_model(spec, run / "evaluation", run=run) for spec, run in runs.items()]
-    for spec, folder in untrained.items():
-        rows.append(evaluate_model(f"{spec}, untrained", folder, model=spec, image_size=SIZE, out=folder, **shared))
-    rows.append(evaluate_model("raw pixels", out / "pixels", model=PIXELS, out=out / "pixels", **shared))
-    run_step(compare, folder=tuple(row["evaluation"] for row in rows), out=out / "compare.html")
-    return [{**row, "evaluation": str(Path(row["evaluation"]).relative_to(out))} for row in rows]
+    others: list[tuple[str, str, int | None, Path]] = [
+        *((f"{spec}, untrained", spec, SIZE, folder) for spec, folder in untrained.items()),
+        ("raw pixels", PIXELS, None, out / "pixels"),
+    ]
+    for name, spec, size, folder in others:
+        rows.append(evaluate_model(name, folder, model=spec, image_size=size, out=folder, train=DATA, teacher=scored))
+    run_step(compare, folder=tuple(row.evaluation for row in rows), out=out / "compare.html")
+    return tuple(replace(row, evaluation=str(Path(row.evaluation).relative_to(out))) for row in rows)
 
 
-def run_step(stage: ModuleType, **settings: Any) -> dict[str, Any]:
+def run_step(stage: ModuleType, **settings: object) -> CommandResult:
     """Print the command that a user would type, run the stage, and print its summary."""
     config = stage.Config(**settings)
     echo(f"\n$ {command(stage, config)}")
-    result: dict[str, Any] = stage.run(config)
-    text = result["summary"]
+    result: CommandResult = stage.run(config)
+    text = str(result["summary"])
     echo(text.rstrip().splitlines()[-1] if stage is compare else text)  # of the comparison only the path of its page
     return result
 
 
-def command(stage: ModuleType, config: Any) -> str:
+def command(stage: ModuleType, config: "DataclassInstance") -> str:
     """The command line that gives this Config: only the flags that differ from their defaults."""
     name = stage.__name__.rpartition(".")[2].replace("_", "-")
     return shlex.join(["compress", name, *to_flags(config)])
 
 
-def evaluate_model(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
-    """Evaluate one model into `folder`, with STARTS k-means runs, and return its row of the table."""
-    metrics = run_step(evaluate, val=VAL, protocol=PROTOCOLS, workers=0, **settings)["metrics"]
-    train, val = (
-        read_features(settings.get("store", folder / "features" / "train")),
-        read_features(folder / "features" / "val"),
-    )
+def evaluate_model(name: str, folder: Path, store: Path | None = None, **settings: object) -> Row:
+    """Evaluate one model into `folder`, with STARTS k-means runs, and return its row of the table.
+
+    store: of the teacher, whose training features are in it. settings: further flags of `compress evaluate`.
+    """
+    result = run_step(evaluate, val=VAL, protocol=PROTOCOLS, workers=0, store=store, **settings)
+    metrics = read_record(Metrics, result["metrics"], f"{folder}/metrics.json", ignore_unknown=True)
+    train, val = read_features(store or folder / "features" / "train"), read_features(folder / "features" / "val")
     runs = run_kmeans(train, val, folder)
-    return {
-        "name": name,
-        "nn": metrics["nn"]["top1"],
-        "knn": metrics["knn"]["20"]["top1"],
-        "cluster": min(runs)[1],
-        "cluster_mean": statistics.mean(top1 for _, top1 in runs),
-        "cluster_spread": statistics.stdev(top1 for _, top1 in runs),
-        "width": metrics["model"]["width"],
-        "parameters": metrics["model"]["parameters"],
-        "evaluation": str(folder),
-    }
+    scores = [top1 for _, top1 in runs]
+    return Row(
+        name=name,
+        nn=metrics.nn.top1,
+        knn=metrics.knn["20"].top1,
+        cluster=min(runs)[1],
+        cluster_mean=statistics.mean(scores),
+        cluster_spread=statistics.stdev(scores),
+        width=metrics.model.width,
+        parameters=metrics.model.parameters,
+        evaluation=str(folder),
+    )
 
 
 def read_features(folder: Path) -> "Split":
@@ -171,9 +218,9 @@ def run_kmeans(train: "Split", val: "Split", folder: Path) -> list[tuple[float, 
     return runs
 
 
-def finish(out: Path, rows: list[dict[str, Any]], how: str) -> dict[str, Any]:
+def finish(out: Path, rows: tuple[Row, ...], how: str) -> CommandResult:
     """The result of the command: the table, how to read it, and the paths of the reports."""
-    pages = [out / row["evaluation"] / "report.html" for row in rows]
+    pages = [out / row.evaluation / "report.html" for row in rows]
     lines = [
         format_table(rows),
         "",
@@ -183,16 +230,16 @@ def finish(out: Path, rows: list[dict[str, Any]], how: str) -> dict[str, Any]:
         f"{out / 'compare.html'}  (all of them on one page)",
     ]
     summary = "\n".join([*lines, "", f"demo {how}: {out}"])
-    return {"summary": summary, "demo": str(out), "rows": rows, "page": str(out / "compare.html")}
+    return {"summary": summary, "demo": str(out), "rows": to_json(rows), "page": str(out / "compare.html")}
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: tuple[Row, ...]) -> str:
     """The rows as text: the first column left-aligned, the others right-aligned."""
     cells = [["", "NN", "kNN 20", "cluster", "one run", "width", "parameters"]]
     for row in rows:
-        scores = [f"{row[key]:.1f}" for key in ("nn", "knn", "cluster")]
-        runs = f"{row['cluster_mean']:.0f} ± {row['cluster_spread']:.0f}"
-        cells.append([row["name"], *scores, runs, str(row["width"]), str(row["parameters"])])
+        scores = [f"{score:.1f}" for score in (row.nn, row.knn, row.cluster)]
+        runs = f"{row.cluster_mean:.0f} ± {row.cluster_spread:.0f}"
+        cells.append([row.name, *scores, runs, str(row.width), str(row.parameters)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     lines = []

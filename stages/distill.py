@@ -11,7 +11,8 @@ From the command to the place where a loss is computed:
 One pass over the images may serve several commands (a sweep): each image is decoded once for all their students.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,27 +25,18 @@ from compress_ssl.pipeline.runtime import artifact, launch_env
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require, to_flags
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import set_aside
-from compress_ssl.pipeline.runtime.progress import echo
-from compress_ssl.pipeline.runtime.storage import is_url, open_storage
+from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 from compress_ssl.pipeline.training.choices import OptimizerName, Pairing
 from compress_ssl.pipeline.training.export_students import export_students
-from compress_ssl.pipeline.training.run_folders import count_begun_views, list_run_folders, require_run_folders
+from compress_ssl.pipeline.training.run_folders import list_run_folders, require_run_folders
 from compress_ssl.pipeline.training.schedule import ScheduleKind
 
 if TYPE_CHECKING:
-    import torch
-
     from compress_ssl.pipeline.datasets.base import Dataset
-    from compress_ssl.pipeline.methods.base import Recipe
     from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.training.learner import Learner
+    from compress_ssl.pipeline.training.learner_spec import LearnerSpec
     from compress_ssl.pipeline.training.run import TrainingRun
-    from compress_ssl.pipeline.training.sampler import StepSampler
-
-PER_STUDENT = {
-    "student", "method", "out", "image_size", "views_per_step", "ema", "precision", "compile", "channels_last",
-}  # fmt: skip
-"""Names of flags that may differ between commands that share a pass, besides those that override a recipe."""
+    from compress_ssl.pipeline.training.sampler import Sampling, StepSampler
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,8 @@ class Config:
     """Train students to reproduce the teacher's similarities between images, read from a feature store.
 
     Optimizer, learning rate, batch size and epochs default to the method's published recipe. Running the same
-    command again continues an interrupted run; a larger --epochs makes a finished run longer.
+    command again continues an interrupted run; a larger --epochs makes a finished run longer. A flag that is left out
+    then keeps the value with which the run was begun.
     """
 
     store: str = flag(
@@ -110,12 +103,14 @@ class Config:
         None, "Export a moving average of the student's weights, with this decay per step. Default: the last weights.",
         panel="Recipe",
     )  # fmt: skip
-    seed: int = flag(0, "Seed of the order of images, the initial weights and the steps' randomness.", panel="Recipe")
+    seed: int | None = flag(
+        None, "Seed of the order of images, the initial weights and the steps' randomness. Default: 0.", panel="Recipe"
+    )
 
-    pairing: Pairing = flag(
-        "same",
+    pairing: Pairing | None = flag(
+        None,
         "The student sees the same view as the teacher, a fresh view that no store holds, or another stored view "
-        "(cross).",
+        "(cross). Default: same.",
         panel="Views",
     )
     views: int | None = flag(
@@ -139,13 +134,15 @@ class Config:
         None, "Train on this many devices of this machine. Do not give it under torchrun. Default: one device.",
         panel="Speed",
     )  # fmt: skip
-    precision: Precision = flag(
-        "fp32", "Arithmetic of the student; similarities are always computed in fp32.", panel="Speed"
+    precision: Precision | None = flag(
+        None, "Arithmetic of the student; similarities are always computed in fp32. Default: fp32.", panel="Speed"
     )
-    compile: bool = flag(False, "Compile the student with torch.compile.", panel="Speed")
-    channels_last: bool = flag(True, "Use the channels-last memory format for images and student.", panel="Speed")
-    sync_bn: bool = flag(
-        False, "Compute the statistics of batch norm over the batches of all CUDA devices.", panel="Speed"
+    compile: bool | None = flag(None, "Compile the student with torch.compile. Default: it is not.", panel="Speed")
+    channels_last: bool | None = flag(
+        None, "Use the channels-last memory format for images and student. Default: yes.", panel="Speed"
+    )
+    sync_bn: bool | None = flag(
+        None, "Compute the statistics of batch norm over the batches of all CUDA devices. Default: no.", panel="Speed"
     )
     workers: int | None = flag(
         None, "Loader processes. Default: one per core, at most 16; at most 4 if the model runs on the CPU.",
@@ -173,85 +170,95 @@ class CannotSharePass(UserError):
     """These configs cannot share a pass over the images; run them separately. Nothing was trained."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """A Config with its specs parsed and its defaults filled: what was given, else recorded, else today's default."""
+
+    config: Config  # the flags that need no resolving: where things are, and what does not change the result
+    learners: tuple["LearnerSpec", ...]
+    sampling: "Sampling"  # as it was asked for: what concerns the images, equal for all learners
+    bounded_sampling: "Sampling"  # the same with no more views and images per step than the store has
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folder of each student's run, in the order of --student."""
+        return [student.folder for learner in self.learners for student in learner.students]
+
+    @property
+    def data_pass_key(self) -> tuple[Any, ...]:
+        """A key that is equal for jobs which need the same images, views and steps.
+
+        Such jobs differ only in their students and in how these are trained, so that one pass can serve all of them.
+        """
+        from compress_ssl.pipeline.training.resolve import Asked
+
+        resolved = {
+            "out",
+            "method",
+            *(f.name for f in fields(Asked)),
+        }  # found in `learners`, which may differ, or in `sampling`
+        shared = [getattr(self.config, f.name) for f in fields(self.config) if f.name not in resolved]
+        return (*shared, self.bounded_sampling)
+
+
 def run(config: Config) -> dict[str, Any]:
     """Train to the end, continuing from the last checkpoint if there is one.
 
     Returns {"summary", "runs": [folder, ...], "steps"}, and {} on ranks other than 0. With --devices, it starts
     this command again as ranks and returns what the launcher returns. The loop itself is `Trainer.train`.
     """
+    check(config)  # before torch is imported, which takes seconds
     if config.devices and not launch_env.is_launched():
-        check(config)
         return launch.launch_ranks(config.devices, ["distill", *to_flags(replace(config, devices=None))])
-    return train_together([config])
-
-
-def train_together(configs: Sequence[Config]) -> dict[str, Any]:
-    """Train all configs in one pass over the images. Returns what `run` returns.
-
-    Their `data_pass_key`s must be equal. Raises CannotSharePass if the configs cannot share a pass for another
-    reason, found before anything is trained.
-    """
+    artifact.read(open_storage(config.store), "store")
     if not launch_env.is_launched():
-        return _train_in_this_process(configs)
+        return train_together([resolve(config)])
     from compress_ssl.pipeline.distributed import collectives
 
     with collectives.process_group():
-        return _train_in_this_process(configs)
+        return train_together([resolve(config)])
 
 
-def _train_in_this_process(configs: Sequence[Config]) -> dict[str, Any]:
-    """`train_together` in one process, which is alone or one of several ranks."""
-    # ---------------------------------------------------------------- checks before torch is imported
-    for each in configs:
-        check(each)
-    config = configs[0]  # what concerns the images is equal in all configs
-    storage = open_storage(config.store)
-    artifact.read(storage, "store")
+def train_together(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Train all jobs in one pass over the images, in one process, which is alone or one of several ranks.
 
+    Returns what `run` returns. The `data_pass_key`s of the jobs must be equal. Raises CannotSharePass if they cannot
+    share a pass for another reason, found before anything is trained.
+    """
     from compress_ssl.pipeline.datasets import image_cache
     from compress_ssl.pipeline.distributed import collectives
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.store.local_cache import fetch
     from compress_ssl.pipeline.store.source_images import open_store_images
+    from compress_ssl.pipeline.training.sampler import make_sampler, select_views
     from compress_ssl.pipeline.training.validation import open_labelled
 
+    config, asked = jobs[0].config, jobs[0].sampling  # what concerns the images is equal in all jobs
+    for job in jobs:
+        if job.bounded_sampling != jobs[0].bounded_sampling:
+            raise CannotSharePass(f"{job.config.out} needs other images, views or steps than {config.out}")
+
     # ---------------------------------------------------------------- reading
-    store = FeatureStore(storage)
+    store = FeatureStore(open_storage(config.store))
     # Pixels that this machine renders differently are an error, or a warning with --allow-other-pixels.
     dataset = open_store_images(store, config.data, allow_other_pixels=config.allow_other_pixels)
     val = open_labelled(config.val) if config.val is not None else None
     if is_url(config.store):  # training reads each view many times: it needs a local copy
         with collectives.rank_zero_first():
-            store = fetch(store, [*views_used(config, store), *store.local], config.cache)
-    sampler = build_sampler(config, store)
-    for each in configs:  # runs begun before and after the store grew have different views
-        if views_used(each, store) != sampler.views:
-            raise CannotSharePass(f"{each.out} was begun with other views than {config.out}")
+            store = fetch(store, [*select_views(store, asked.views, config.store), *store.other_views], config.cache)
+    sampler = make_sampler(store, asked, config.store)
+    if config.cache_images:
+        dataset = image_cache.open_cache(dataset, config.cache_images)
 
     # ---------------------------------------------------------------- training
-    try:
-        if config.cache_images:
-            dataset = image_cache.open_cache(dataset, config.cache_images)
-        training_run = prepare(configs, store, dataset, sampler)
-    except UserError as problem:
-        raise CannotSharePass(str(problem)) if len(configs) > 1 else problem from None
+    training_run = prepare(jobs, store, dataset, sampler)
     if training_run.start < sampler.steps:
         train(config, training_run, val)
     exported = export_students(training_run)
     if not exported:  # on ranks other than 0
         return {}
-    return {"summary": "\n".join(exported.values()), "runs": [str(f) for f in exported], "steps": sampler.steps}
-
-
-def data_pass_key(config: Config) -> tuple[Any, ...]:
-    """A key that is equal for configs which need the same images, views and steps.
-
-    Such configs differ only in their students and in how these are trained, so that one pass can serve all of them.
-    """
-    recipe = recipe_of(config)
-    may_differ = {f.name for f in fields(recipe)} | PER_STUDENT
-    shared = [getattr(config, f.name) for f in fields(config) if f.name not in may_differ]
-    return (*shared, recipe.batch_size, config.steps or recipe.epochs, views_per_step(config), reads_features(config))
+    steps = max(sampler.steps, training_run.start)  # a run that is finished already may be longer
+    return {"summary": "\n".join(exported.values()), "runs": [str(f) for f in exported], "steps": steps}
 
 
 def check(config: Config) -> None:
@@ -280,100 +287,79 @@ def check(config: Config) -> None:
     METHODS.parse(config.method)
     if not config.student:
         raise UserError("no --student was given; name at least one, for example --student cifar-resnet:20")
-    require_run_folders(config.out, config.student, run_folders(config), config.overwrite)
+    folders = list_run_folders(config.out, config.student, lambda: find_method(config.method).needs.peers)
+    require_run_folders(config.out, config.student, folders, config.overwrite)
 
 
-def run_folders(config: Config) -> list[Path]:
-    """The folder of each student's run, in the order of --student."""
-    return list_run_folders(config.out, config.student, lambda: find_method(config.method).needs.peers)
+# ---------------------------------------------------------------- from flags to a job
 
 
-def recipe_of(config: Config) -> "Recipe":
-    """The method's published recipe, overridden by the flags that were given."""
-    recipe = find_method(config.method).recipe
-    given = {f.name: getattr(config, f.name) for f in fields(recipe) if f.name != "drops"}  # drops have no flag
-    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+def resolve(config: Config) -> Job:
+    """The job of a config. Each value is the one that was given, else that of the run that has begun in the folder,
+    else the default. With --overwrite nothing that was recorded counts.
+
+    Raises UserError for specs that cannot be resolved, and CannotSharePass for students whose runs were begun with
+    other images, views or steps.
+    """
+    from compress_ssl.pipeline.methods.options import find_typed
+    from compress_ssl.pipeline.store.records import read_store
+    from compress_ssl.pipeline.training.resolve import Asked, Member, resolve_learners
+    from compress_ssl.pipeline.training.run_record import read_begun_run
+
+    method = find_typed(config.method)
+    folders = list_run_folders(config.out, config.student, lambda: method.method.needs.peers)
+    members = [
+        Member(spec, folder, None if config.overwrite else read_begun_run(Folder(folder)))
+        for spec, folder in zip(config.student, folders, strict=True)
+    ]
+    asked = Asked(**{f.name: getattr(config, f.name) for f in fields(Asked)})
+    learners = resolve_learners(asked, method, members)
+    for learner in learners:
+        if learner.sampling != learners[0].sampling:
+            one, other = learners[0].students[0].folder, learner.students[0].folder
+            raise CannotSharePass(
+                f"{other} was begun with other images, views or steps than {one}; continue them by separate commands, "
+                "each with one --student"
+            )
+    sampling, store = learners[0].sampling, read_store(open_storage(config.store))
+    batch, views = min(sampling.batch, store.identity.data.images), sampling.views or store.about.views
+    return Job(config, learners, sampling, replace(sampling, batch=batch, views=views))
 
 
-def build_sampler(config: Config, store: "FeatureStore") -> "StepSampler":
-    """The sampler of this rank: images and views of every step, and the number of steps.
+def prepare(jobs: Sequence[Job], store: "FeatureStore", dataset: "Dataset", sampler: "StepSampler") -> "TrainingRun":
+    """Build the learners of all jobs, claim their run folders and restore their newest checkpoints.
 
-    --batch-size is per rank; a published batch size is that of all ranks together.
+    An error with several jobs is a CannotSharePass, and the jobs can be run separately, until earlier runs have been
+    moved aside: from then on it is raised as it is, since --overwrite would move the new ones aside too.
     """
     from compress_ssl.pipeline.distributed import collectives
-    from compress_ssl.pipeline.training.sampler import make_sampler
-
-    recipe = recipe_of(config)
-    batch = recipe.batch_size * (collectives.world_size() if config.batch_size else 1)
-    sampler = make_sampler(
-        store, views_used(config, store), seed=config.seed, batch=batch, views_per_step=views_per_step(config),
-        pairing=config.pairing, epochs=recipe.epochs, steps=config.steps, reads_features=reads_features(config),
-    )  # fmt: skip
-    if sampler.batch < batch:
-        echo(f"batch of {sampler.batch} instead of {batch}: that is all the usable images")
-    return sampler
-
-
-def views_per_step(config: Config) -> int:
-    """Views per image and step, which independent peers divide. Raises UserError for fewer than the method needs."""
-    needs = find_method(config.method).needs
-    per_student = config.views_per_step or needs.views
-    if per_student < needs.views:
-        raise UserError(f"{config.method} needs --views-per-step {needs.views} or more, not {per_student}")
-    return per_student * (len(config.student) if needs.independent else 1)
-
-
-def reads_features(config: Config) -> bool:
-    """Whether the method reads teacher features at all (mutual learning among students does not)."""
-    return bool(find_method(config.method).needs.arrays)
-
-
-def views_used(config: Config, store: "FeatureStore") -> tuple[int, ...]:
-    """Stored views to train on, from `select_views`, which raises UserError for more views than the store has.
-
-    A run continues with the views with which it began, even if the store has more views by now.
-    """
-    from compress_ssl.pipeline.training.sampler import select_views
-
-    total = config.views or (None if config.overwrite else count_begun_views(run_folders(config)[0]))
-    return select_views(store, total, config.store)
-
-
-def prepare(
-    configs: Sequence[Config], store: "FeatureStore", dataset: "Dataset", sampler: "StepSampler"
-) -> "TrainingRun":
-    """Build the learners of all configs, claim their run folders and restore their newest checkpoints."""
-    from compress_ssl.pipeline.distributed import collectives
+    from compress_ssl.pipeline.training.build_learners import build_learner
     from compress_ssl.pipeline.training.run import TrainingRun
 
-    device = collectives.rank_device(configs[0].device)
-    learners = [learner for config in configs for learner in learners_of(config, store, sampler, device)]
-    sampler = sampler.with_local_crops(store, [learner.method.needs for learner in learners])
-    training_run = TrainingRun(store, dataset, sampler, learners, device)
-    training_run.batches.require_sizes()
-    if collectives.rank() == 0:
-        # Only now are earlier runs moved aside: a command that is refused must leave them in their place.
-        for folder in [folder for config in configs if config.overwrite for folder in run_folders(config)]:
-            set_aside(folder, "run")
-    training_run.claim()
-    training_run.restore()
+    device = collectives.rank_device(jobs[0].config.device)
+    specs = [spec for job in jobs for spec in job.learners]
+    with _separable(len(jobs) > 1):
+        learners = [build_learner(spec, store, sampler, device) for spec in specs]
+        sampler = sampler.with_needs(store, [learner.method.needs for learner in learners])
+        training_run = TrainingRun(store, dataset, sampler, learners, specs, device)
+        training_run.batches.require_sizes()
+    # Only now are earlier runs moved aside: a command that is refused must leave them in their place.
+    replaced = [folder for job in jobs if job.config.overwrite for folder in job.folders]
+    for folder in replaced if collectives.rank() == 0 else []:
+        set_aside(folder, "run")
+    with _separable(len(jobs) > 1 and not replaced):
+        training_run.claim()
+        training_run.restore()
     return training_run
 
 
-def learners_of(
-    config: Config, store: "FeatureStore", sampler: "StepSampler", device: "torch.device"
-) -> list["Learner"]:
-    """The learners of one config: one per student, or one for all of them if they are peers."""
-    from compress_ssl.pipeline.training.build_learners import LearnerSpec, StudentOptions, build_learners
-    from compress_ssl.pipeline.training.settings import TrainingSettings
-
-    recipe, peers = recipe_of(config), find_method(config.method).needs.peers
-    settings = TrainingSettings.from_recipe(
-        recipe, sampler, lr=config.lr, ema=config.ema, precision=config.precision, seed=config.seed
-    )
-    spec = LearnerSpec(config.method, config.student, run_folders(config), peers, config.pairing, recipe.warmup_epochs)
-    options = StudentOptions(config.image_size, config.channels_last, config.compile, config.sync_bn)
-    return build_learners(spec, options, settings, store, sampler, device)
+@contextmanager
+def _separable(several: bool) -> Iterator[None]:
+    """Turn a UserError in the block into CannotSharePass if there are several jobs: alone, each tells if it is its."""
+    try:
+        yield
+    except UserError as problem:
+        raise CannotSharePass(str(problem)) if several else problem from None
 
 
 def train(config: Config, training_run: "TrainingRun", val: "Dataset | None") -> None:

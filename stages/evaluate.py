@@ -4,26 +4,39 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from compress_ssl.pipeline.evaluators.record import (
+    METRICS,
+    DataRecord,
+    Evaluation,
+    EvaluationAbout,
+    EvaluationIdentity,
+    EvaluationRecord,
+    FingerprintsRecord,
+    WeightsRecord,
+    on_same_images,
+    read_evaluation_record,
+    read_teacher,
+    require_same_images,
+)
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact, jsonl
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import set_aside
-from compress_ssl.pipeline.runtime.progress import echo
-from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline.runtime.records import to_json
+from compress_ssl.pipeline.runtime.storage import Folder, open_storage
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from compress_ssl.pipeline.datasets.base import Dataset
-    from compress_ssl.pipeline.evaluators.base import AugmentedFeatures, Evaluator, Split
-    from compress_ssl.pipeline.evaluators.results import Result
+    from compress_ssl.pipeline.evaluators.base import Evaluator
     from compress_ssl.pipeline.evaluators.scored_model import ScoredModel
-    from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.evaluators.split_features import EmbedSettings
 
-THUMBNAIL_SIDE = 96  # pixels: longest side of an image in the report, which shows it at 64 CSS pixels
+BATCH_SIZE = 64  # images per forward pass of an evaluation that begins now
+PRECISION: Precision = "fp32"  # likewise
 
 
 @dataclass(frozen=True)
@@ -60,16 +73,22 @@ class Config:
         metavar="SPEC",
     )
     image_size: int | None = flag(
-        None, "Side of the images in pixels. Default: as trained, or the model's own.", metavar="PIXELS"
+        None,
+        "Side of the images in pixels. Default: as this evaluation began, else as trained, or the model's own.",
+        metavar="PIXELS",
     )
 
-    batch_size: int = flag(64, "Images per forward pass.", panel="Speed", short="-b")
+    batch_size: int | None = flag(
+        None, "Images per forward pass. Default: as this evaluation began, else 64.", panel="Speed", short="-b"
+    )
     workers: int | None = flag(
         None, "Loader processes. Default: one per core, at most 16; at most 4 if the model runs on the CPU.",
         panel="Speed", short="-j",
     )  # fmt: skip
     device: str = flag("auto", "Device of the model: auto, cpu, cuda or cuda:1.", panel="Speed", metavar="DEVICE")
-    precision: Precision = flag("fp32", "Arithmetic of the model.", panel="Speed")
+    precision: Precision | None = flag(
+        None, "Arithmetic of the model. Default: as this evaluation began, else fp32.", panel="Speed"
+    )
     cache: Path | None = flag(
         None, "The folder for the local copy of a store in a bucket. Default: compress in the XDG cache.",
         panel="Speed", metavar="FOLDER",
@@ -92,61 +111,97 @@ class Config:
     overwrite: bool = flag(False, "Start anew. An earlier evaluation is moved aside, not deleted.", panel="Output")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> CommandResult:
     """Compute what is missing. Returns {"summary", "evaluation": the folder, "metrics": those of metrics.json}.
 
     Raises UserError for what the user can mend, before any feature is computed where that is possible.
     """
-    config = convert_paths(config)
-    check_flags(config)
-    from compress_ssl.pipeline.evaluators import PROTOCOLS
-
-    evaluators = {spec: PROTOCOLS.build(spec) for spec in config.protocol}
-    scored = open_scored_model(config, any(evaluator.needs_augmented for evaluator in evaluators.values()))
-    out = config.out or scored.default_out
-    replaces = config.overwrite and artifact.replaceable(out, "evaluation")
-    earlier = None if replaces else artifact.claimed(Folder(out), "evaluation")
-    train_data, val_data = open_datasets(config, scored)
-    if earlier:
-        require_same_images(config, scored, earlier, train_data, val_data)
-    check_protocols(evaluators, scored, train_data, val_data)
-
-    from compress_ssl.pipeline.runtime.device import choose_device
-
-    choose_device(config.device)
-    identity = {
-        "model": {"weights": scored.weights, "preprocessing": scored.preprocessing},
-        "crop_ratio": scored.views.crop_ratio,
-        "data": {"train": train_data.fingerprint, "val": val_data.fingerprint},
-        "precision": config.precision,
-    }
-    about = {"model": scored.model, "train": train_spec(config, scored), "val": config.val}
+    job = resolve(config)
+    folder = Folder(job.out)
     if config.overwrite:
-        set_aside(out, "evaluation")  # after the checks: a refused command moves nothing
-    artifact.claim(Folder(out), "evaluation", identity, about)
+        set_aside(job.out, "evaluation")  # after the checks: a refused command moves nothing
+    artifact.claim(folder, "evaluation", to_json(job.record.identity), to_json(job.record.about))
 
-    from compress_ssl.pipeline.evaluators import split_features
+    from compress_ssl.pipeline.evaluators import scoring, split_features
+    from compress_ssl.pipeline.report import evaluation as pages
+    from compress_ssl.pipeline.report.image_grids import load_thumbnail
 
-    settings = split_features.EmbedSettings(config.batch_size, config.workers, config.device, config.precision)
-    train, val = split_features.load_splits(scored, settings, train_data, val_data, out / "features")
-    augmented = split_features.make_augmenter(scored, settings, train_data, train.rows)
-    scores, results = run_protocols(evaluators, train, val, augmented, out)
-    metrics = {"model": scored.model, "data": describe_data(about, train, val), **scores}
-    Folder(out).put("metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
-
-    from compress_ssl.pipeline.report import evaluation
-
-    page = evaluation.write_report(
-        out,
-        metrics,
+    scored, settings = job.scored, job.settings
+    train, val = split_features.load_splits(scored, settings, job.train, job.val, job.out / "features")
+    augmented = split_features.make_augmenter(scored, settings, job.train, train.rows)
+    gathered = scoring.score_all(job.evaluators, train, val, augmented, job.out)
+    about = job.record.about
+    data = DataRecord(about.train, len(train), about.val, len(val), len(train.classes))
+    evaluation = Evaluation(about.model, data, gathered.scores, gathered.protocols)
+    folder.put(METRICS, json.dumps(evaluation.to_json(), indent=1).encode() + b"\n")
+    page = pages.write_report(
+        job.out,
+        evaluation,
+        gathered.figures,
         train=train,
         val=val,
-        results=results,
-        teacher=read_teacher_metrics(config, scored, metrics),
+        teacher=on_same_images(job.teacher, data),
         curves=jsonl.read_jsonl(scored.run / "metrics.jsonl") if scored.run else None,
-        load_image=partial(load_thumbnail, {"train": train_data, "val": val_data}),
+        load_image=partial(load_thumbnail, {"train": job.train, "val": job.val}),
     )
-    return {"summary": f"{summarize(metrics)}\n{page}", "evaluation": str(out), "metrics": metrics}
+    metrics = evaluation.to_json()
+    return {"summary": f"{evaluation.summary}\n{page}", "evaluation": str(job.out), "metrics": metrics}
+
+
+# ---------------------------------------------------------------- what is to be done
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A command with everything named in it opened, and with what is recorded in a folder that has begun."""
+
+    out: Path
+    record: EvaluationRecord  # what the folder is to say of itself
+    scored: "ScoredModel"
+    train: "Dataset"
+    val: "Dataset"
+    evaluators: "dict[str, Evaluator]"  # by spec
+    settings: "EmbedSettings"
+    teacher: Evaluation | None  # the teacher's, if it has one
+
+
+def resolve(config: Config) -> Job:
+    """The job that a command names. Nothing is written.
+
+    Raises UserError for flags that contradict each other, for what is not there, and for an evaluation in the folder
+    that was made from other images.
+    """
+    config = convert_paths(config)
+    check_flags(config)
+    from compress_ssl.pipeline.evaluators import PROTOCOLS, scoring
+    from compress_ssl.pipeline.evaluators.images import open_images
+    from compress_ssl.pipeline.evaluators.split_features import EmbedSettings, recorded_batch_size
+    from compress_ssl.pipeline.runtime.device import choose_device
+
+    evaluators = {spec: PROTOCOLS.build(spec) for spec in config.protocol}
+    out = config.out or default_out(config)
+    earlier = read_earlier(config, out)
+    scored = open_scored_model(config, earlier, any(evaluator.needs_augmented for evaluator in evaluators.values()))
+    train, val = open_images(scored, config.train, config.limit, config.val)
+    precision = config.precision or (earlier.identity.precision if earlier else PRECISION)
+    batch_size = config.batch_size or (recorded_batch_size(out / "features") if earlier else None) or BATCH_SIZE
+    record = EvaluationRecord(
+        EvaluationIdentity(
+            WeightsRecord(scored.weights, scored.preprocessing),
+            scored.views.crop_ratio,
+            FingerprintsRecord(train.fingerprint, val.fingerprint),
+            precision,
+        ),
+        EvaluationAbout(scored.model, config.train or str(scored.data and scored.data.spec), config.val),
+    )
+    if earlier:
+        require_same_images(earlier, record, str(out))
+    scoring.require_distinct(evaluators)
+    scoring.require_fitting(evaluators, scored.model.name, scored.weights, train, val)
+    choose_device(config.device)
+    settings = EmbedSettings(batch_size, config.workers, config.device, precision)
+    teacher = read_teacher(config.teacher, scored.teacher_evaluation)
+    return Job(out, record, scored, train, val, evaluators, settings, teacher)
 
 
 # ---------------------------------------------------------------- flags
@@ -196,159 +251,42 @@ def check_flags(config: Config) -> None:
         artifact.read(open_storage(config.store), "store")
 
 
+# ---------------------------------------------------------------- what is recorded
+
+
+def default_out(config: Config) -> Path:
+    """The folder of an evaluation whose --out is not given."""
+    if config.run:
+        return config.run / "evaluation"
+    return artifact.sibling(str(open_storage(str(config.store))), "-evaluation")
+
+
+def read_earlier(config: Config, out: Path) -> EvaluationRecord | None:
+    """The record of an evaluation that has begun in the folder; None if there is none, or with --overwrite.
+
+    Raises UserError if the folder holds anything else.
+    """
+    if config.overwrite and artifact.replaceable(out, "evaluation"):
+        return None
+    manifest = artifact.claimed(Folder(out), "evaluation")
+    return read_evaluation_record(manifest, str(out)) if manifest else None
+
+
 # ---------------------------------------------------------------- model and images
 
 
-def open_scored_model(config: Config, augment: bool) -> "ScoredModel":
-    """The model that --run, --store or --model names; `augment`: a protocol needs random views too."""
+def open_scored_model(config: Config, earlier: EvaluationRecord | None, augment: bool) -> "ScoredModel":
+    """The model that --run, --store or --model names.
+
+    earlier: the evaluation that has begun; its image size counts where none is given. augment: a protocol needs random
+    views too.
+    """
     from compress_ssl.pipeline.evaluators import scored_model
 
+    image_size = config.image_size or (earlier.identity.model.preprocessing.size if earlier else None)
     if config.run:
-        return scored_model.open_run(config.run, config.image_size)
+        return scored_model.open_run(config.run, image_size)
     if config.store:
-        return scored_model.open_teacher(open_store(config, config.store, augment))
-    assert config.model and config.out
-    return scored_model.open_model(config.model, config.image_size, config.out)
-
-
-def open_store(config: Config, location: str, augment: bool) -> "FeatureStore":
-    """The store at a path or URL; of a URL, a local copy of view 0 or, with `augment`, of all stored views."""
-    from compress_ssl.pipeline.store.feature_store import FeatureStore
-    from compress_ssl.pipeline.store.local_cache import fetch
-
-    store = FeatureStore(open_storage(location))
-    used = store.stored_views if augment else [v for v in store.stored_views if v == 0]
-    return fetch(store, used, config.cache) if is_url(location) else store
-
-
-def train_spec(config: Config, scored: "ScoredModel") -> str:
-    """The spec of the training images, as it is written to metrics.json."""
-    return config.train or str(scored.data.spec if scored.data else None)
-
-
-def open_datasets(config: Config, scored: "ScoredModel") -> tuple["Dataset", "Dataset"]:
-    """(training images, validation images).
-
-    Raises UserError if the images of a run or store have moved or changed, or if --val has a class that labelled
-    training images lack: no protocol could predict it.
-    """
-    from compress_ssl.pipeline.datasets import DATASETS
-    from compress_ssl.pipeline.store import source_images
-
-    if config.train:
-        train = DATASETS.build(config.train)
-        train = train.subset(config.limit) if config.limit else train
-    else:
-        assert scored.data
-        of = str(config.run or config.store)
-        ids = scored.sample_ids or tuple
-        train = source_images.open_recorded(scored.data, ids, given=None, flag="--train", of=of)
-    val = DATASETS.build(config.val)
-    unknown = [name for name in val.classes if name not in train.classes]
-    if unknown and (train.label >= 0).any():
-        raise UserError(
-            f"{len(unknown)} of {len(val.classes)} classes of --val {config.val} are not among the training images, "
-            f"the first is {unknown[0]!r}; give training images of all classes with --train, or remove these classes "
-            "from --val"
-        )
-    return train, val
-
-
-def require_same_images(
-    config: Config, scored: "ScoredModel", earlier: artifact.Manifest, train: "Dataset", val: "Dataset"
-) -> None:
-    """Raises Mismatch if an earlier evaluation in the folder was made from other images.
-
-    earlier: its manifest. The claim of the folder would refuse them too, but without naming the images.
-    """
-    for which, dataset, spec in (("train", train, train_spec(config, scored)), ("val", val, config.val)):
-        if earlier.identity["data"][which] != dataset.fingerprint:
-            raise artifact.Mismatch(
-                f"{config.out or scored.default_out} was made with the {which} images of {earlier.about[which]} as "
-                f"they were then, and those of {spec} are others; choose another --out, or start anew with --overwrite"
-            )
-
-
-def check_protocols(
-    evaluators: dict[str, "Evaluator"], scored: "ScoredModel", train: "Dataset", val: "Dataset"
-) -> None:
-    """Raises UserError for a protocol that is for another model or lacks labels, before features are computed."""
-    from compress_ssl.pipeline.evaluators.base import require_labels
-
-    sets = {"training": train, "validation": val}
-    for spec, evaluator in evaluators.items():
-        if evaluator.model_digest not in ("", scored.weights):
-            raise UserError(
-                f"--protocol {spec} was made for another model than {scored.model['name']}; give the head of this "
-                "one: its run's head.safetensors, or one made from its store with compress label-head"
-            )
-        require_labels(spec, **{which: sets[which] for which in evaluator.needs_labels})
-
-
-# ---------------------------------------------------------------- scores
-
-
-def run_protocols(
-    evaluators: dict[str, "Evaluator"], train: "Split", val: "Split", augmented: "AugmentedFeatures | None", out: Path
-) -> tuple[dict[str, Any], dict[str, "Result"]]:
-    """(scores for metrics.json, results by protocol spec). Protocols of earlier commands in OUT are included.
-
-    A protocol with a finished result in OUT/results is not run again.
-    """
-    from compress_ssl.pipeline.evaluators.results import Results
-
-    results = Results(Folder(out))
-    for spec, evaluator in evaluators.items():
-        if results.get(evaluator) is None:
-            results.put(evaluator, spec, evaluator(train, val, out, augmented))
-    return results.gather(evaluators.values())
-
-
-def describe_data(about: dict[str, Any], train: "Split", val: "Split") -> dict[str, Any]:
-    """What metrics.json says of the images: specs (those in `about`), numbers of usable images, number of classes."""
-    return {
-        "train": about["train"],
-        "train_images": len(train),
-        "val": about["val"],
-        "val_images": len(val),
-        "classes": len(train.classes),
-    }
-
-
-# ---------------------------------------------------------------- report
-
-
-def read_teacher_metrics(config: Config, scored: "ScoredModel", metrics: dict[str, Any]) -> dict[str, Any] | None:
-    """The teacher's metrics.json if there is one of as many images and classes, else None.
-
-    Raises UserError if --teacher names a folder without one.
-    """
-    folder = config.teacher or scored.teacher_evaluation
-    if folder is None or not (folder / "metrics.json").exists():
-        if config.teacher:
-            raise UserError(f"--teacher {config.teacher} holds no metrics.json; score the teacher first, with --store")
-        return None
-    teacher = artifact.read_json(Folder(folder), "metrics.json")
-    # Counts and not paths: the same images may be reached by another path on another machine.
-    same = all(teacher["data"][key] == metrics["data"][key] for key in ("train_images", "val_images", "classes"))
-    if not same:
-        echo(f"{folder} was scored on other images, so it is left out of the report")
-    return teacher if same else None
-
-
-def load_thumbnail(sets: dict[str, "Dataset"], which: str, i: int) -> "np.ndarray":
-    """Image i of the data set `which` ("train" or "val"), reduced to at most THUMBNAIL_SIDE pixels, (H, W, 3) uint8."""
-    import numpy as np
-    from PIL import Image
-
-    image = Image.fromarray(sets[which].load(i)[0])
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    return np.asarray(image)
-
-
-def summarize(metrics: dict[str, Any]) -> str:
-    """The model and its scores in one line."""
-    from compress_ssl.pipeline.report.metrics import headline_scores
-
-    scores = "  ".join(f"{title} {value:.2f}" for title, value in headline_scores(metrics).items())
-    return f"{metrics['model']['name']} ({metrics['model']['role']}): {scores or 'no labels, so no scores'}"
+        return scored_model.open_teacher(scored_model.open_store(config.store, config.cache, augment))
+    assert config.model
+    return scored_model.open_model(config.model, image_size)

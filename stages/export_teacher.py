@@ -13,12 +13,12 @@ from compress_ssl.pipeline.extraction.export_job import DEFAULTS, Job, StoreFlag
 from compress_ssl.pipeline.models import MODELS, parse_outputs
 from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import JsonObject
 from compress_ssl.pipeline.runtime.storage import open_storage
 from compress_ssl.pipeline.store.codecs import KNOWN, build_codec
-from compress_ssl.pipeline.views.augment import Policy
+from compress_ssl.pipeline.views.policies import Policy
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -111,7 +111,7 @@ class Config:
     overwrite: bool = flag(False, "Start from scratch. An existing store is moved aside, not deleted.", panel="Output")
 
 
-def run(config: Config) -> JsonObject:
+def run(config: Config) -> CommandResult:
     """Compute the shards that the store lacks.
 
     Returns {"summary", "store", "fingerprint", "images", "views", "bad_images"}; with --dry-run, the estimate.

@@ -5,14 +5,18 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress_ssl.pipeline.runtime import artifact, jsonl
+from compress_ssl.pipeline.evaluators.record import METRICS, read_evaluation, read_evaluation_record
+from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
-from compress_ssl.pipeline.runtime.formatting import format_bytes, format_duration
-from compress_ssl.pipeline.runtime.records import to_json
+from compress_ssl.pipeline.runtime.formatting import format_bytes, format_duration, is_finite
+from compress_ssl.pipeline.runtime.options import option_text
+from compress_ssl.pipeline.runtime.records import UNSET, to_json
 from compress_ssl.pipeline.runtime.storage import Storage, open_storage
+from compress_ssl.pipeline.training.metrics_log import MetricsRow, read_metrics
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.training.run_record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,7 @@ def describe_store(store: "FeatureStore", savings: dict[str, Any]) -> dict[str, 
         "teacher": f"{teacher}, {store.arrays['embedding'][0]} dimensions",
         "views": f"{views}, {identity.views.policy}, seed {identity.views.seed}",
     }
-    if store.local:
-        described["local crops"] = f"{len(store.local)} of {identity.local_size} pixels"
+    described |= {f"{group.noun}s": f"{group.count} of {group.size} pixels" for group in store.groups[1:]}
     described |= {
         "arrays": ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in store.arrays.items()),
         "codec": identity.codec,
@@ -134,24 +137,41 @@ def format_savings(savings: dict[str, Any]) -> str:
 
 def describe_run(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any]:
     """A run of distill in words and numbers, by title: its settings, the last logged step and its checkpoints."""
-    rows = jsonl.parse_jsonl(storage.get("metrics.jsonl").decode()) if storage.exists("metrics.jsonl") else []
-    last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
-    scores = [row["val_nn"] for row in rows if "val_nn" in row]
-    identity = manifest.identity
+    from compress_ssl.pipeline.training.run_record import parse_run
+
+    record = parse_run(manifest, f"{storage}/{artifact.MANIFEST}")
+    identity, about = record.identity, record.about
+    rows = read_metrics(storage)
+    last = next((row for row in reversed(rows) if row.loss is not None), MetricsRow(0, {"epoch": 0}))
+    scores = [row.values["val_nn"] for row in rows if is_finite(row.values.get("val_nn"))]
+    checkpoints = list_checkpoints(storage)
     described: dict[str, Any] = {
-        "student": identity["student"]["spec"],
-        "method": identity["method"],
-        "store": f"{manifest.about['store']} ({identity['store']})",
-        "pairing": f"{identity['pairing']}, views {identity['views']}",
-        "last logged step": last.get("step", 0),
-        "epoch": last.get("epoch", 0),
-        "loss": last.get("loss"),
+        "student": identity.student.spec,
+        "method": identity.method,
+        "store": f"{about.store} ({identity.store})",
+        "pairing": f"{identity.pairing}, views {list(identity.views)}",
+        "last logged step": last.step,
+        "epoch": last.values.get("epoch", 0),
+        "loss": last.loss,
     }
+    if identity.options:
+        described["options"] = ", ".join(f"{name}={option_text(value)}" for name, value in identity.options.items())
+    if about.steps is not UNSET:
+        described["steps"] = about.steps
     if scores:
         described["best val nearest neighbour"] = max(scores)
-    described["checkpoints"] = ", ".join(map(str, list_checkpoints(storage))) or "none"
-    described["finished"] = storage.exists("student.safetensors")
+    described["checkpoints"] = ", ".join(map(str, checkpoints)) or "none"
+    described["finished"] = is_finished(storage, record, max(checkpoints, default=last.step))
     return described
+
+
+def is_finished(storage: Storage, record: "RunRecord", taken: int) -> bool:
+    """Whether a run has been trained to its end and its student is written. taken: steps that it has taken.
+
+    A run of version 1 does not record its length: there, the written student is all there is to go by.
+    """
+    steps = record.about.steps
+    return storage.exists("student.safetensors") and (steps is UNSET or taken >= steps)
 
 
 def list_checkpoints(storage: Storage) -> list[int]:
@@ -165,13 +185,13 @@ def list_checkpoints(storage: Storage) -> list[int]:
 
 def describe_evaluation(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any]:
     """An evaluation by title: its model, its images, the scores of each protocol and the path of its page."""
-    scores = artifact.read_json(storage, "metrics.json") if storage.exists("metrics.json") else {}
-    about = manifest.about
+    about = read_evaluation_record(manifest, str(storage)).about
+    protocols = read_evaluation(storage).protocols if storage.exists(METRICS) else {}
     return {
-        "model": f"{about['model']['name']} ({about['model']['role']})",
-        "train": about["train"],
-        "val": about["val"],
-        **{name: json.dumps(found) for name, found in scores.items() if name not in ("model", "data")},
+        "model": f"{about.model.name} ({about.model.role})",
+        "train": about.train,
+        "val": about.val,
+        **{name: json.dumps(found) for name, found in protocols.items()},
         "report": f"{storage}/report.html" if storage.exists("report.html") else "not yet",
     }
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import JsonObject
 from compress_ssl.pipeline.runtime.storage import open_storage
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Job:
     rows: "np.ndarray"  # (n,) ascending rows of the labels to use
 
 
-def run(config: Config) -> JsonObject:
+def run(config: Config) -> CommandResult:
     """Fit and write the head. Returns {"summary", "head", "labelled", "classes", "top1"}.
 
     "top1" is the accuracy in percent on the labels that were not used, None if there are none. Raises UserError if

@@ -1,12 +1,20 @@
-"""`compress models`, `compress methods` and `compress protocols`: list what a spec can name."""
+"""`compress datasets`, `models`, `methods` and `protocols`: list what a spec can name."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import JsonObject
+from compress_ssl.pipeline.runtime.registry import Registry
 
 GIVEN = ("context",)
 """Parameters of a constructor that the program passes itself; they are not keys of a spec, so they are not listed."""
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """List what can be given as --data, --train or --val."""
 
 
 @dataclass(frozen=True)
@@ -28,31 +36,55 @@ class Protocols:
     """List what can be given as --protocol, with every key and its default."""
 
 
-def run(config: Models | Methods | Protocols) -> dict[str, Any]:
-    """List one registry. Returns {"summary": text, "menu": {kind: {"summary", "keys": {key: default}}}}.
+def run(config: Datasets | Models | Methods | Protocols) -> CommandResult:
+    """List one registry: {"summary": text, "menu": {kind: {"summary", "keys": {key: default}}}, "problems"}.
 
-    With a search text: {"summary": text, "names": the matching specs}.
+    A kind of an installed package also has "package". With a search text: {"summary", "names": the matching specs}.
     """
+    if isinstance(config, Models) and config.search:
+        return search_models(config.search)
+    registry = find_registry(config)
+    menu = {kind: describe(registry, kind) for kind in registry.kinds()}
+    lines = []
+    for kind, entry in menu.items():
+        package = f"  [{entry['package']}]" if "package" in entry else ""
+        lines.append(f"{kind}{package}  {entry['summary']}")
+        lines += [f"    {name}={default}" for name, default in entry["keys"].items()]
+    problems = registry.problems()
+    return {"summary": "\n".join([*lines, *problems]), "menu": menu, "problems": problems}
+
+
+def find_registry(config: Datasets | Models | Methods | Protocols) -> Registry[object]:
+    """The registry that a command lists. It is imported here, so that the others are not."""
+    if isinstance(config, Datasets):
+        from compress_ssl.pipeline.datasets import DATASETS
+
+        return DATASETS
     if isinstance(config, Methods):
-        from compress_ssl.pipeline.methods import METHODS as registry
-    elif isinstance(config, Protocols):
-        from compress_ssl.pipeline.evaluators import PROTOCOLS as registry
-    else:
-        from compress_ssl.pipeline.models import MODELS as registry
+        from compress_ssl.pipeline.methods import METHODS
 
-        if config.search:
-            return search_models(config.search)
-    kinds, lines = {}, []
-    for kind in registry.entries:
-        parameters = registry.keys(kind, given=GIVEN)
-        keys = {name: "..." if p.default is p.empty else str(p.default) for name, p in parameters.items()}
-        kinds[kind] = {"summary": registry.summary(kind), "keys": keys}
-        lines.append(f"{kind}  {kinds[kind]['summary']}")
-        lines += [f"    {name}={default}" for name, default in keys.items()]
-    return {"summary": "\n".join(lines), "menu": kinds}
+        return METHODS
+    if isinstance(config, Protocols):
+        from compress_ssl.pipeline.evaluators import PROTOCOLS
+
+        return PROTOCOLS
+    from compress_ssl.pipeline.models import MODELS
+
+    return MODELS
 
 
-def search_models(text: str) -> dict[str, Any]:
+def describe(registry: Registry[object], kind: str) -> JsonObject:
+    """{"summary", "keys"} of a kind, and "package" if it is of one; a kind that cannot be imported says so instead."""
+    of = {"package": registry.package(kind)} if kind in registry.packages else {}
+    try:
+        keys = registry.keys(kind, given=GIVEN).items()
+        defaults = {name: "..." if p.default is p.empty else str(p.default) for name, p in keys}
+        return {"summary": registry.summary(kind), "keys": defaults, **of}
+    except UserError as problem:
+        return {"summary": f"cannot be used: {problem}", "keys": {}, **of}
+
+
+def search_models(text: str) -> CommandResult:
     """{"summary", "names"}: specs of the models of timm and torchvision whose names contain this text."""
     from compress_ssl.pipeline.models import names
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import flag
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import format_bytes
 from compress_ssl.pipeline.runtime.progress import progress_bar
-from compress_ssl.pipeline.runtime.records import JsonObject
 from compress_ssl.pipeline.runtime.storage import absolute, open_storage
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Config:
     codec: str | None = flag(None, f"The codec of the copy: {KNOWN}. Default: as in SRC.", metavar="CODEC")
 
 
-def run(config: Config) -> JsonObject:
+def run(config: Config) -> CommandResult:
     """Copy the missing shards. Returns {"summary", "store", "fingerprint", "images", "views"}.
 
     Raises UserError if the source lacks a requested part, or if DST holds something else.
@@ -75,7 +75,7 @@ def resolve(config: Config) -> "Part":
         raise UserError(f"{config.src} cannot be copied onto itself; give another DST")
     source = FeatureStore(open_storage(config.src))
     views = copy.parse_views(config.views, source)
-    source.require_complete([*views, *source.local])
+    source.require_complete([*views, *source.other_views])
     ids = [str(name) for name in source.table("sample_id")]
     rows = copy.parse_images(config.images, read_text, ids)
     part = copy.describe_copy(source, views, rows, copy.codec_of(source, config.codec))

@@ -1,29 +1,36 @@
 """`compress sweep FILE.yaml`: train, evaluate and compare a grid of students, methods and stores.
 
 A sweep runs the commands `distill`, `evaluate` and `compare`; of its own, it writes nothing. Combinations that need
-the same images in the same order share one pass over them (`distill.data_pass_key`).
+the same images in the same order share one pass over them (`distill.Job.data_pass_key`).
 """
 
 import itertools
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.config import as_list, check_choices, convert_values, flag
+from compress_ssl.pipeline.runtime.command_result import CommandResult
+from compress_ssl.pipeline.runtime.config import check_choices, flag
+from compress_ssl.pipeline.runtime.config_values import as_texts, build, convert_values, parse_flags
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import shorten
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.registry import did_you_mean
-from compress_ssl.pipeline.runtime.storage import open_storage
+from compress_ssl.pipeline.runtime.storage import local_path, open_storage
+from compress_ssl.pipeline.runtime.yaml_file import read_yaml
 from compress_ssl.pipeline.training.export_students import PartialFailure
 from compress_ssl.stages import compare, distill, evaluate
 
 KEYS = ("out", "store", "student", "method", "at_once", "distill", "evaluate")
 """The keys of a sweep's file."""
+
+MAX_COMBINATIONS = 10_000  # of stores, methods and flags; lists of ten values multiply quickly
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,32 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """The content of a sweep's file."""
+
+    out: Path
+    store: tuple[str, ...]
+    student: tuple[str, ...]
+    method: tuple[str, ...]
+    at_once: int | None
+    distill: Mapping[str, object]  # flags, with underscores in their names; a list is an axis of the grid
+    evaluate: Mapping[str, object]
+
+
+@dataclass(frozen=True)
 class Cell:
     """One combination of the grid: a distill command that trains all students of the sweep."""
 
     name: str  # of its folder, relative to the sweep's
     config: distill.Config
 
+    @cached_property
+    def job(self) -> distill.Job:
+        """The command with its specs parsed and what its folder recorded, as it was before the sweep began."""
+        return distill.resolve(self.config)
 
-def run(config: Config) -> dict[str, Any]:
+
+def run(config: Config) -> CommandResult:
     """Returns {"summary", "passes", "runs", "page"}; of a dry run, the first two.
 
     Raises UserError before anything is trained for what can be checked, and at the end if a combination failed.
@@ -60,7 +85,7 @@ def run(config: Config) -> dict[str, Any]:
     plan = read_plan(config.file)
     cells = list(expand_cells(plan))
     evaluation_flags = check_plan(plan, cells, config.file)
-    passes = group_into_passes(cells, plan.get("at_once"))
+    passes = group_into_passes(cells, plan.at_once)
     names = [" + ".join(cell.name for cell in group) for group in passes]
     if config.dry_run:
         students = sum(len(cell.config.student) for cell in cells)
@@ -74,10 +99,10 @@ def run(config: Config) -> dict[str, Any]:
         unfinished |= train(group)
 
     # ---------------------------------------------------------------- evaluation
-    folders = [folder for cell in cells for folder in distill.run_folders(cell.config)]
+    folders = [folder for cell in cells for folder in cell.job.folders]
     runs = [folder for folder in folders if folder not in unfinished]
     evaluations = evaluate_all(cells, runs, evaluation_flags)
-    page = Path(plan["out"]) / "compare.html"
+    page = plan.out / "compare.html"
     if evaluations:
         summary = compare.run(compare.Config(tuple(map(str, evaluations)), page))["summary"]
     else:
@@ -90,7 +115,7 @@ def run(config: Config) -> dict[str, Any]:
     return {"summary": summary, "passes": names, "runs": list(map(str, runs)), "page": str(page)}
 
 
-def check_plan(plan: Mapping[str, Any], cells: Sequence[Cell], file: Path) -> dict[str, Any]:
+def check_plan(plan: Plan, cells: Sequence[Cell], file: Path) -> dict[str, object]:
     """Check every combination, the evaluation and the stores, before the first combination is trained.
 
     Returns the flags of `evaluate`, converted to the types of its Config. Raises UserError.
@@ -99,11 +124,12 @@ def check_plan(plan: Mapping[str, Any], cells: Sequence[Cell], file: Path) -> di
         if count > 1:
             raise UserError(f"{count} combinations would share the folder {name}; rename a store, or take one out")
     set_by_sweep = ("run", "store", "model", "out")
-    flags = parse_flags(evaluate.Config, plan.get("evaluate") or {}, f"evaluate of {file}", without=set_by_sweep)
+    flags = parse_flags(evaluate.Config, plan.evaluate, f"evaluate of {file}", without=set_by_sweep)
     if flags:
-        check_choices(evaluate.Config(**flags))
-    for protocol in flags.get("protocol", ()):
-        PROTOCOLS.check(protocol)
+        evaluation = build(evaluate.Config, flags)
+        check_choices(evaluation)
+        for protocol in evaluation.protocol:
+            PROTOCOLS.check(protocol)
     for store in dict.fromkeys(cell.config.store for cell in cells):
         artifact.read(open_storage(store), "store")
     for cell in cells:
@@ -119,9 +145,9 @@ def group_into_passes(cells: Sequence[Cell], at_once: int | None) -> list[list[C
 
     A single cell with more students than that is a group of its own.
     """
-    by_key: dict[Any, list[list[Cell]]] = {}
+    by_key: dict[Hashable, list[list[Cell]]] = {}
     for cell in cells:
-        groups = by_key.setdefault(distill.data_pass_key(cell.config), [[]])
+        groups = by_key.setdefault(cell.job.data_pass_key, [[]])
         students = sum(len(other.config.student) for other in [*groups[-1], cell])
         if at_once and students > at_once and groups[-1]:
             groups.append([])
@@ -139,7 +165,7 @@ def train(cells: Sequence[Cell]) -> dict[Path, str]:
     finished: Sequence[Path] = ()
     try:
         if len(cells) > 1:
-            distill.train_together([cell.config for cell in cells])
+            distill.train_together([cell.job for cell in cells])
         else:
             distill.run(cells[0].config)
         return {}
@@ -155,10 +181,7 @@ def train(cells: Sequence[Cell]) -> dict[Path, str]:
             raise
         why = "a rank failed, see above"
     unfinished = {
-        folder: f"{cell.name}: {why}"
-        for cell in cells
-        for folder in distill.run_folders(cell.config)
-        if folder not in finished
+        folder: f"{cell.name}: {why}" for cell in cells for folder in cell.job.folders if folder not in finished
     }
     for failure in dict.fromkeys(unfinished.values()):
         echo(f"failed: {failure}")
@@ -168,7 +191,7 @@ def train(cells: Sequence[Cell]) -> dict[Path, str]:
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate_all(cells: Sequence[Cell], runs: list[Path], flags: dict[str, Any]) -> list[Path]:
+def evaluate_all(cells: Sequence[Cell], runs: list[Path], flags: dict[str, object]) -> list[Path]:
     """Evaluate the teacher of each store and each run, for `compare`; returns the evaluations' folders.
 
     flags: of `evaluate`; nothing is evaluated without any.
@@ -176,8 +199,8 @@ def evaluate_all(cells: Sequence[Cell], runs: list[Path], flags: dict[str, Any])
     if not flags:
         return []
     stores = dict.fromkeys(cell.config.store for cell in cells)
-    teachers = [evaluate.Config(**flags, store=store) for store in stores]
-    students = [evaluate.Config(**flags, run=folder) for folder in runs]
+    teachers = [build(evaluate.Config, {**flags, "store": store}) for store in stores]
+    students = [build(evaluate.Config, {**flags, "run": folder}) for folder in runs]
     return [run_evaluation(config) for config in [*teachers, *students]]
 
 
@@ -187,77 +210,71 @@ def run_evaluation(config: evaluate.Config) -> Path:
     If the folder holds an evaluation of the same run with earlier weights, that one is moved aside.
     """
     try:
-        return Path(evaluate.run(config)["evaluation"])
+        return Path(str(evaluate.run(config)["evaluation"]))
     except artifact.Mismatch as mismatch:
         if mismatch.differing != ["model.weights"]:
             raise
-    return Path(evaluate.run(replace(config, overwrite=True))["evaluation"])
+    return Path(str(evaluate.run(replace(config, overwrite=True))["evaluation"]))
 
 
 # ---------------------------------------------------------------- the file
 
 
-def read_plan(file: Path) -> dict[str, Any]:
-    """The content of a sweep's file. Raises UserError if it is not YAML, or has unknown or missing keys."""
-    import yaml
-
-    try:
-        plan = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; give a YAML file with {', '.join(KEYS)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UserError(f"{file} is no YAML: {' '.join(str(problem).split())[:200]}") from None
-    if not isinstance(plan, dict):
+def read_plan(file: Path) -> Plan:
+    """The content of a sweep's file. Raises UserError if it is not YAML, or has unknown, missing or malformed keys."""
+    content = read_yaml(file)
+    if not isinstance(content, dict):
         raise UserError(f"{file} holds no keys; it needs {', '.join(KEYS)}")
-    for key in plan:
+    for key in content:
         if key not in KEYS:
-            hint = did_you_mean(str(key), KEYS) or "."
+            hint = did_you_mean(key, KEYS) or "."
             raise UserError(f"{file} has an unknown key {key!r}{hint} Known: {', '.join(KEYS)}")
-    missing = [key for key in ("out", "store", "student", "method") if not plan.get(key)]
+    missing = [key for key in ("out", "store", "student", "method") if not content.get(key)]
     if missing:
         raise UserError(f"{file} lacks {' and '.join(missing)}")
-    limit = plan.get("at_once")
+    limit = content.get("at_once")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise UserError(f"at_once is {limit!r}, but must be a number of students, 1 or more")
-    return plan
+    if not isinstance(content["out"], str):
+        raise UserError(f"out is {shorten(repr(content['out']), 80)}, but must be a folder")
+    return Plan(
+        out=local_path(content["out"]),
+        store=as_texts(content["store"], "store"),
+        student=as_texts(content["student"], "student"),
+        method=as_texts(content["method"], "method"),
+        at_once=limit,
+        distill=_section(content.get("distill"), "distill"),
+        evaluate=_section(content.get("evaluate"), "evaluate"),
+    )
 
 
-def expand_cells(plan: Mapping[str, Any]) -> Iterator[Cell]:
+def _section(value: object, key: str) -> dict[str, object]:
+    """The flags of a command, with underscores in their names. Raises UserError if `value` holds no flags."""
+    if not isinstance(value, dict | None):
+        raise UserError(f"{key} is {shorten(repr(value), 80)}, but must hold flags of compress {key}, as in epochs: 20")
+    return {name.replace("-", "_"): entry for name, entry in (value or {}).items()}
+
+
+def expand_cells(plan: Plan) -> Iterator[Cell]:
     """Every combination of the stores, the methods and the lists under `distill`. Raises UserError for bad flags."""
-    flags = {key.replace("-", "_"): value for key, value in (plan.get("distill") or {}).items()}
-    axes = {key: value for key, value in flags.items() if isinstance(value, list)}
-    fixed = {key: value for key, value in flags.items() if key not in axes}
-    stores, methods = as_list(plan["store"]), as_list(plan["method"])
+    axes = {key: value for key, value in plan.distill.items() if isinstance(value, list)}
+    fixed = {key: value for key, value in plan.distill.items() if key not in axes}
+    count = math.prod(map(len, (plan.store, plan.method, *axes.values())))
+    if count > MAX_COMBINATIONS:
+        raise UserError(f"the file means {count} combinations, and a sweep runs at most {MAX_COMBINATIONS}; split it")
+    if not count:
+        raise UserError(f"distill: {next(key for key in axes if not axes[key])} is an empty list; give a value")
     set_by_sweep = ("store", "student", "method", "out")
-    for store, method, *values in itertools.product(stores, methods, *axes.values()):
+    for store, method, *values in itertools.product(plan.store, plan.method, *axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         parsed = parse_flags(distill.Config, fixed | chosen, "distill", without=set_by_sweep)
-        folder = "/".join([folder_part(Path(store).name)] * (len(stores) > 1) + [folder_part(method)])
+        folder = "/".join([folder_part(Path(store).name)] * (len(plan.store) > 1) + [folder_part(method)])
         folder += "".join(f",{key}={folder_part(format_value(parsed[key]))}" for key in chosen)
-        out = Path(plan["out"]) / folder
-        given = {"store": store, "student": tuple(as_list(plan["student"])), "method": method, "out": out}
-        yield Cell(folder, distill.Config(**convert_values(distill.Config, given), **parsed))
+        given = {"store": store, "student": plan.student, "method": method, "out": str(plan.out / folder)}
+        yield Cell(folder, build(distill.Config, {**convert_values(distill.Config, given), **parsed}))
 
 
-def parse_flags(config: Any, flags: Mapping[str, Any], where: str, without: tuple[str, ...]) -> dict[str, Any]:
-    """Flags of a command as keyword arguments of its Config class.
-
-    where: what the error texts call the section. without: flags that the sweep itself sets. Raises UserError for
-    unknown flags, for missing ones and for values of a wrong type.
-    """
-    known = [f.name for f in fields(config) if f.name not in (*without, "overwrite")]
-    given = {key.replace("-", "_"): value for key, value in flags.items()}
-    for key in given:
-        if key not in known:
-            raise UserError(f"{where} has no flag {key!r}{did_you_mean(key, known) or '.'} Known: {', '.join(known)}")
-    required = [f.name for f in fields(config) if f.default is MISSING and f.name in known]
-    missing = [name for name in required if name not in given]
-    if given and missing:
-        raise UserError(f"{where} needs {missing[0]}")
-    return convert_values(config, given)
-
-
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """A flag's value for a folder's name; equal numbers have one text, so that 0.01 and 1e-2 are one folder."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 

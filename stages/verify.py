@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.models.choices import Precision
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.runtime.lease import require_free
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
-from compress_ssl.pipeline.runtime.records import JsonObject
 from compress_ssl.pipeline.runtime.storage import open_storage
 
 if TYPE_CHECKING:
+    from compress_ssl.pipeline.extraction.verification import Verdict
     from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 MAX_LISTED = 10  # damaged places that are printed by name
@@ -44,8 +45,8 @@ class Config:
     precision: Precision | None = flag(None, "Arithmetic of the teacher. Default: as exported.", panel="Speed")
 
 
-def run(config: Config) -> JsonObject:
-    """Returns {"summary", "damaged", "mended", "pending"}, and with a sample what `verification.judge` returns.
+def run(config: Config) -> CommandResult:
+    """Returns {"summary", "damaged", "mended", "pending"}, and with a sample the record of `verification.Verdict`.
 
     Raises UserError if the store is damaged and --repair is not given, or if stored features do not fit the teacher.
     """
@@ -71,8 +72,8 @@ def run(config: Config) -> JsonObject:
         text += f", {pluralize(pending, 'row block')} pending"
     if config.sample:
         verdict = compare_sample(config, store)
-        text += f"; {verdict['said']}"
-        found |= verdict
+        text += f"; {verdict.said}"
+        found |= verdict.record()
     return {"summary": text, **found}
 
 
@@ -116,8 +117,8 @@ def check_digests(config: Config) -> tuple[list[str], list[str]]:
 # ---------------------------------------------------------------- the live teacher
 
 
-def compare_sample(config: Config, store: "FeatureStore") -> JsonObject:
-    """Embed a sample of (i, v) again and compare it with the store; returns what `verification.judge` returns.
+def compare_sample(config: Config, store: "FeatureStore") -> "Verdict":
+    """Embed a sample of (i, v) again and compare it with the store.
 
     Raises UserError if the pixels, the weights or the features are not those of the export.
     """
@@ -130,17 +131,18 @@ def compare_sample(config: Config, store: "FeatureStore") -> JsonObject:
     dataset = source_images.open_store_images(store, config.data)
     rows, views = verification.select_sample(store, config.sample, config.seed)
     if not len(rows):
-        return {"said": "no row block is complete, so no feature was embedded again"}
+        return verification.Verdict("no row block is complete, so no feature was embedded again")
     exported = store.identity
     # Those of the export by default: another batch size or precision may change the last bits of a feature.
     arithmetic = verification.Arithmetic(
         config.batch_size or exported.batch_size, config.device, config.precision or exported.precision
     )
-    live = verification.embed_again(store, config.store, dataset, config.teacher, arithmetic)
-    comparison = verification.Comparison(store, config.store)
+    live = verification.build_live_teacher(store, dataset, config.teacher, arithmetic)
+    comparison = verification.Comparison(store)
     with progress_bar("live teacher", len(rows), "images") as bar:
         for view in np.unique(views).tolist():
             of_view = rows[views == view]
-            verification.compare_view(comparison, view, of_view, live(of_view, view))
+            features = verification.embed_again(live, of_view, view)
+            verification.compare_view(comparison, view, of_view, features)
             bar.advance(len(of_view))
     return verification.judge(comparison, arithmetic.describe(exported.precision))

@@ -17,7 +17,7 @@ from compress_ssl.pipeline.runtime.registry import Registry
 
 ORDER = (
     "runtime < distributed < datasets < views < store < models < methods, extraction < search "
-    "< training, evaluators < report < testing < stages < cli"
+    "< training < evaluators < report < testing < stages < cli"
 )
 """A package imports the ones before it; between two commas stand peers, which do not import each other."""
 
@@ -148,7 +148,7 @@ def _imports(node: ast.AST, name: str, lazy: bool, typing: bool) -> Iterator[Imp
 
 
 def room(module: str) -> str:
-    """The layer of a module: a package of pipeline/, `testing`, `stages` or `cli`."""
+    """The layer of a module: a package of pipeline/, `stages` or `cli`."""
     parts = module.split(".")
     if parts[0] != "pipeline":
         return "stages" if parts[0] == "stages" else "cli"
@@ -225,7 +225,7 @@ def test_every_package_of_the_library_has_its_place_in_the_order_and_says_what_i
 
 
 def test_no_loose_file_lies_in_the_library() -> None:
-    assert {path.name for path in (ROOT / "pipeline").glob("*.py")} == {"__init__.py", "testing.py"}
+    assert {path.name for path in (ROOT / "pipeline").glob("*.py")} == {"__init__.py"}
 
 
 def test_the_files_of_the_library_import_each_other_without_a_circle() -> None:

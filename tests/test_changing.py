@@ -14,7 +14,7 @@ from nasty import encoded, noise
 from compress_ssl.pipeline.datasets.base import content_hash
 from compress_ssl.pipeline.datasets.decode import BROKEN, UNREADABLE
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
-from compress_ssl.pipeline.extraction import embed as embedding
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -119,7 +119,7 @@ def test_images_that_change_while_the_export_runs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, words: str, name: str
 ) -> None:
     """The image changes while the second shard is computed: the first is written, the last not yet loaded."""
-    call, calls = embedding.FeatureExtractor.start, []
+    call, calls = FeatureExtractor.start, []
 
     def forward(self: Any, *batch: Any) -> Any:
         calls.append(1)
@@ -127,7 +127,7 @@ def test_images_that_change_while_the_export_runs(
             change(data, name)
         return call(self, *batch)
 
-    monkeypatch.setattr(embedding.FeatureExtractor, "start", forward)
+    monkeypatch.setattr(FeatureExtractor, "start", forward)
     undetectable = name == LATE and change in (replace, move_over, cut)
     if undetectable:  # the new content was embedded: nothing is wrong, or it is a bad image like any other
         made = export(data, tmp_path / "store")
@@ -168,7 +168,7 @@ def test_only_files_touched_since_the_export_are_read_again(data: Path, monkeypa
 def test_a_disk_that_disappears_stops_the_export_and_marks_no_row_as_bad(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call, calls = embedding.FeatureExtractor.start, []
+    call, calls = FeatureExtractor.start, []
 
     def forward(self: Any, *batch: Any) -> Any:
         calls.append(1)
@@ -177,7 +177,7 @@ def test_a_disk_that_disappears_stops_the_export_and_marks_no_row_as_bad(
         return call(self, *batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(embedding.FeatureExtractor, "start", forward)
+        patched.setattr(FeatureExtractor, "start", forward)
         with pytest.raises(
             UserError, match="none of the images of rows 16 to 31 can be read.*is their disk still there"
         ):

@@ -15,7 +15,6 @@ from compress_ssl.pipeline.evaluators.base import Split
 from compress_ssl.pipeline.evaluators.results import Results
 from compress_ssl.pipeline.models import linear_head
 from compress_ssl.pipeline.models.linear_head import LinearHead
-from compress_ssl.pipeline.report.metrics import headline_scores
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -235,7 +234,7 @@ def test_the_command_scores_a_students_classifier_and_a_teachers_head_as_the_slo
     (arrays,) = (tmp_path / "out/results").glob("classifier-*.npz")
     assert_scores_match(made / head, val, metrics["classifier"], dict(np.load(arrays)))
     assert metrics["classifier"]["top1"] > 25  # of ten classes: well above chance
-    assert headline_scores(metrics) == {
+    assert {score["title"]: score["value"] for score in metrics["scores"]} == {
         "Classifier": metrics["classifier"]["top1"], "Classifier top-5": metrics["classifier"]["top5"]
     }  # fmt: skip
     page = (tmp_path / "out/report.html").read_text()
@@ -304,7 +303,7 @@ def test_the_head_of_another_model_is_refused_before_anything_is_written(made: P
 def test_after_a_crash_the_result_of_an_earlier_head_is_not_taken_for_a_later_one(
     write_head: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = Results(Folder(tmp_path))
+    results = Results(Folder(tmp_path), UNLABELLED, LABELLED)
     first = PROTOCOLS.build(spec(write_head()))
     results.put(first, "first", first(UNLABELLED, LABELLED, tmp_path))
     second, put = PROTOCOLS.build(spec(write_head(seed=2))), Folder.put

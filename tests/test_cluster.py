@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -15,7 +16,7 @@ import torch
 from distributed import LocalCluster
 from PIL import Image
 
-from compress_ssl.pipeline.extraction.cluster import parse_scheduler
+from compress_ssl.pipeline.extraction.cluster import parse_scheduler, worker_number
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -50,7 +51,18 @@ def test_a_wrong_scheduler_is_refused_before_anything_starts() -> None:
     assert parse_scheduler("local") == ("local", "")
     assert parse_scheduler("processes:3") == ("processes", "3")
     assert parse_scheduler("tcp://host:8786") == ("cluster", "tcp://host:8786")
-    for wrong in ("processes:0", "processes:x", "slurm", ""):
+    assert parse_scheduler("tls://[::1]:8786") == ("cluster", "tls://[::1]:8786")
+    counts = "processes:0", "processes:x", "processes:\N{SUPERSCRIPT TWO}", "processes:" + "9" * 5000, "slurm", ""
+    addresses = (
+        "tcp://",
+        "tcp://host",
+        "tcp://host:port",
+        "tcp://host:0",
+        "tcp://host:65536",
+        "tcp://[::1",
+        "tcp:// a:1",
+    )
+    for wrong in (*counts, *addresses):
         with pytest.raises(UserError, match="must be local, processes:N or tcp"):
             parse_scheduler(wrong)
 
@@ -140,6 +152,29 @@ def test_workers_that_outlive_a_command_use_the_teacher_of_the_next_command(imag
             (tmp_path / "store").rename(stores[-1])
     one, two = (FeatureStore(Folder(store)).read("embedding", 0) for store in stores)
     assert not np.allclose(one, two)
+
+
+def test_whatever_dask_raises_for_an_address_is_an_error_with_that_address(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (TypeError("no UCX here"), AssertionError(), RuntimeError("x" * 5000)):
+
+        def refuse(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("dask.distributed.Client", refuse)
+        with pytest.raises(
+            UserError, match=rf"--scheduler ucx://host:1 cannot be used \({type(error).__name__}"
+        ) as refused:
+            export(images, tmp_path / "store", "ucx://host:1")
+        assert len(str(refused.value)) < 400
+
+
+def test_the_number_in_a_worker_name_selects_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"gpu-3": 3, "3": 3, "gpu": 0, "gpu-\N{SUPERSCRIPT TWO}": 0, "": 0, "w-" + "9" * 5000: 999_999_999}
+    for name, number in names.items():
+        monkeypatch.setattr("dask.distributed.get_worker", lambda name=name: SimpleNamespace(name=name))
+        assert worker_number() == number
 
 
 def test_a_scheduler_that_does_not_answer_is_an_error_with_its_address(images: Path, tmp_path: Path) -> None:

@@ -53,8 +53,11 @@ def test_rows_and_views_of_a_store_exported_with_like_mean_the_same_pixels(
     dataset = DATASETS.build(str(images))
     pixels = []
     for store in (one, two):
-        view_dataset = ViewDataset(dataset, store.identity.views, store.table("view_key"), [(16, "bilinear")], [])
-        pixels.append(view_dataset.load(ViewRequest(np.arange(12), np.tile(np.arange(3), (12, 1)))).pixels[0].numpy())
+        view_dataset = ViewDataset(
+            dataset, store.identity.views, store.table("view_key"), {"global": [(16, "bilinear")]}
+        )
+        request = ViewRequest(np.arange(12), {"global": np.tile(np.arange(3), (12, 1))})
+        pixels.append(view_dataset.load(request).pixels["global"][0].numpy())
     np.testing.assert_array_equal(*pixels)
     np.testing.assert_array_equal(one.table("content"), two.table("content"))
     assert "is complete already" in export(images, tmp_path / "second", SECOND, like=str(first))["summary"]

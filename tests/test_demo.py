@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.networks.digits import WEIGHTS
 from compress_ssl.pipeline.runtime.artifact import Mismatch
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.stages import demo
 
 # SHA-256 of digits.safetensors
@@ -132,13 +134,32 @@ def test_a_demo_with_other_epochs_and_a_folder_with_other_files_are_refused(fini
 
 
 @pytest.mark.usefixtures("two_views")
+@pytest.mark.parametrize("damage", ["{", "{}", "[1]", '[{"name": 5}]', "[" * 100_000])
+def test_a_damaged_table_of_results_is_refused_in_words(finished: Demo, damage: str) -> None:
+    table = finished.out / demo.RESULTS
+    content = table.read_bytes()
+    table.write_text(damage)
+    try:
+        with pytest.raises(UserError, match=r"results.json is (damaged|not valid)"):
+            demo.run(demo.Config(out=finished.out, epochs=1))
+    finally:
+        table.write_bytes(content)
+
+
+def test_the_table_on_disk_is_written_back_as_it_was_read(finished: Demo) -> None:
+    content = (finished.out / demo.RESULTS).read_bytes()
+    rows = [demo.Row(**row) for row in json.loads(content)]
+    assert json.dumps(to_json(rows), indent=1).encode() + b"\n" == content
+
+
+@pytest.mark.usefixtures("two_views")
 def test_a_deleted_report_is_written_again(finished: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     page = finished.out / "pixels" / "report.html"
     content = page.read_bytes()
 
-    def run_stages(out: Path, epochs: float) -> list[dict[str, Any]]:
+    def run_stages(out: Path, epochs: float) -> tuple[demo.Row, ...]:
         page.write_bytes(content)
-        return finished.result["rows"]
+        return tuple(demo.Row(**row) for row in finished.result["rows"])
 
     page.unlink()
     monkeypatch.setattr(demo, "run_stages", run_stages)

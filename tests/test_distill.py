@@ -36,6 +36,7 @@ from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.source_images import open_store_images
 from compress_ssl.pipeline.training import checkpoint
 from compress_ssl.pipeline.training.run import TrainingRun
+from compress_ssl.pipeline.training.sampler import make_sampler
 from compress_ssl.stages import distill, export_teacher
 from compress_ssl.stages.distill import Config
 
@@ -484,7 +485,8 @@ def test_with_a_constant_rate_a_run_made_longer_equals_one_of_full_length(
         ({"precision": "bf16"}, 'training.precision is "fp32" there, "bf16" asked'),
         ({"seed": 1}, "training.seed is 0 there, 1 asked"),
         ({"batch_size": 20}, "batch_size is 24 there, 20 asked"),
-        ({"method": "compress-1q:tau=0.05"}, 'method is "compress-1q" there, "compress-1q:tau=0.05" asked'),
+        ({"method": "compress-1q:tau=0.05"}, "options.tau is 0.04 there, 0.05 asked (--method tau=)"),
+        ({"method": "regression"}, 'method is "compress-1q" there, "regression" asked (--method)'),
         ({"pairing": "cross"}, 'pairing is "same" there, "cross" asked'),
         ({"views_per_step": 2}, "views_per_step is 1 there, 2 asked"),
         ({"views": 3}, "views is [1, 2, 3] there, [1, 2] asked"),
@@ -965,9 +967,9 @@ def test_the_runs_of_several_students_are_refused_in_the_folder_of_a_run(run: Ca
 
 
 def prepare_run(config: Config) -> TrainingRun:
-    opened = FeatureStore(Folder(config.store))
+    opened, job = FeatureStore(Folder(config.store)), distill.resolve(config)
     return distill.prepare(
-        [config], opened, open_store_images(opened, config.data), distill.build_sampler(config, opened)
+        [job], opened, open_store_images(opened, config.data), make_sampler(opened, job.sampling, config.store)
     )
 
 

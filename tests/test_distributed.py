@@ -29,6 +29,7 @@ from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.training import trainer
 from compress_ssl.pipeline.training.learner import Diverged
 from compress_ssl.pipeline.training.sampler import StepSampler
+from compress_ssl.pipeline.views.groups import LOCAL_CROPS, ViewGroup
 from compress_ssl.stages import distill, export_teacher, label_head
 from compress_ssl.stages.distill import Config
 
@@ -294,17 +295,18 @@ def test_ranks_that_are_started_again_do_not_meet_those_of_the_attempt_before(la
 # ---------------------------------------------------------------- shares
 
 
-@pytest.mark.parametrize("local", [{}, {"local": (7, 8)}, {"crops": 3}])
-def test_the_shares_of_all_ranks_are_the_step(local: dict[str, Any]) -> None:
-    whole = StepSampler(3, np.arange(20), (1, 2, 3), 12, 2, "fresh", 9, **local)
+@pytest.mark.parametrize("beside", [(), (replace(LOCAL_CROPS, count=2),), (LOCAL_CROPS.fresh(3),)])
+def test_the_shares_of_all_ranks_are_the_step(beside: tuple[ViewGroup, ...]) -> None:
+    whole = StepSampler(3, np.arange(20), (1, 2, 3), 12, 2, "fresh", 9, beside=beside)
     for step in range(9):
         parts = [replace(whole, rank=rank, size=3) for rank in range(3)]
         for rank, part in enumerate(parts):
             for mine, all_of_it in zip(part.step_indices(step), whole.step_indices(step), strict=True):
                 assert np.array_equal(mine, all_of_it[rank::3])
-            crops, request = whole.step_local_views(step), part[step]
+            request, entire = part[step], whole[step]
             assert np.array_equal(request.rows, part.step_indices(step)[0])
-            assert crops is None if request.local is None else np.array_equal(request.local, crops[rank::3])
+            assert list(request.views) == ["global", *(group.name for group in beside)]
+            assert all(np.array_equal(views, entire.views[name][rank::3]) for name, views in request.views.items())
 
 
 @pytest.mark.parametrize(
@@ -320,15 +322,16 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_nearest_that_can(
 ) -> None:
     from compress_ssl.pipeline.runtime.storage import Folder
     from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.training.sampler import make_sampler
 
     asked = config(home, "never", method="crd", batch_size=each)  # published with 64 images
     store = FeatureStore(Folder(home / "store"))
     monkeypatch.setattr(collectives, "world_size", lambda: size)
     if 120 % size == 0 and each:
-        assert distill.build_sampler(asked, store).batch == 120
+        assert make_sampler(store, distill.resolve(asked).sampling, "store").batch == 120
         return
     with pytest.raises(UserError, match=said):
-        distill.build_sampler(asked, store)
+        make_sampler(store, distill.resolve(asked).sampling, "store")
 
 
 def test_ranks_of_a_machine_have_a_gpu_each_and_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +436,8 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_where_one_proces
     home: Path, tmp_path: Path
 ) -> None:
     words, out = [*flags(home, tmp_path / "run"), "--devices", 2], tmp_path / "run"
-    running = subprocess.Popen(command(*words, "--steps", 100_000), stderr=subprocess.PIPE, text=True)
+    steps = 200  # a run is not made shorter, so it is killed well before the end of the length that it is to have
+    running = subprocess.Popen(command(*words, "--steps", steps), stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 200
     while not (out / "checkpoints/last.pt").exists() and time.monotonic() < until:
         time.sleep(0.05)
@@ -442,8 +446,8 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_where_one_proces
     assert running.returncode == 2, said
     (line,) = errors(said)
     assert "rank 1 was killed by SIGKILL; repeat the command" in line
-    steps = max(int(path.stem[5:]) for path in (out / "checkpoints").glob("step-*.pt")) + 10
-    done = subprocess.run(command(*words, "--steps", steps), capture_output=True, text=True, timeout=240)
+    assert max(int(path.stem[5:]) for path in (out / "checkpoints").glob("step-*.pt")) < steps
+    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{out}: {steps} steps, student.safetensors"
     alone = config(home, "alone", method="compress-1q", steps=steps)

@@ -17,10 +17,9 @@ from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.evaluators.base import Evaluator, Result, Split, per_class
 from compress_ssl.pipeline.evaluators.cluster import count_shared_images, match_clusters, score_assignments
 from compress_ssl.pipeline.evaluators.linear import LinearProbe, whitening_statistics
-from compress_ssl.pipeline.report.metrics import headline_scores
+from compress_ssl.pipeline.evaluators.scoring import score_all
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.search import exact, kmeans
-from compress_ssl.stages import evaluate
 
 SPECS = ("nn", "knn:k=5", "cluster", "linear:epochs=2")
 
@@ -426,10 +425,13 @@ def test_metrics_keep_both_the_plain_and_the_augmented_probe_in_either_order(
 ) -> None:
     for spec in commands:
         evaluators = {spec: PROTOCOLS.build(spec)}
-        metrics, _ = evaluate.run_protocols(evaluators, TRAIN, VAL, lambda epoch: TRAIN.features, tmp_path)
+        gathered = score_all(evaluators, TRAIN, VAL, lambda epoch: TRAIN.features, tmp_path)
+    metrics = gathered.protocols
     assert metrics["linear"]["protocol"] == "centre-crop features, whitened"
     assert metrics["linear_augmented"]["protocol"] == "augmented training images, whitened"
-    assert {"Linear", "Linear (augmented)"} <= set(headline_scores(metrics))
+    titles = [score.title for score in gathered.scores]
+    assert titles == [f"Linear{kind}{what}" for kind in ("", " (augmented)") for what in ("", " top-5", " best")]
+    assert [figure.name for figure in gathered.figures] == ["linear", "linear_augmented"]
 
 
 def test_the_augmented_probe_is_refused_where_only_stored_features_are_at_hand(tmp_path: Path) -> None:

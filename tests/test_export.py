@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 from compress_ssl.pipeline.datasets.base import content_hash
 from compress_ssl.pipeline.datasets.decode import BROKEN, NOT_AN_IMAGE, NOT_FINITE, decode
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
-from compress_ssl.pipeline.extraction.embed import embed
+from compress_ssl.pipeline.extraction.embed import embed, store_source
+from compress_ssl.pipeline.extraction.extract import LoaderSettings
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.store_record import describe_store
 from compress_ssl.pipeline.models import build
@@ -203,18 +204,27 @@ def test_each_image_is_decoded_once_for_all_its_views(
 # ---------------------------------------------------------------- the same bytes, however the export is run
 
 
-def by_embed(images: Path, out: Path, first_key: int = 0, codec: str = "int8", **how: Any) -> FeatureStore:
+def by_embed(
+    images: Path,
+    out: Path,
+    first_key: int = 0,
+    codec: str = "int8",
+    workers: int = 0,
+    threads: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+) -> FeatureStore:
     """An export by calling `embed`, with settings for which the command has no flag."""
     settings = config(images, out, codec=codec)
     torch.manual_seed(0)
     model = build(TEACHER, image_size=SIZE, pretrained_default=True)
-    dataset, spec = ImageFolder(images), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
+    dataset = ImageFolder(images)
     record = describe_store(export_teacher.resolve(settings), model)
     keys = np.arange(len(dataset), dtype=np.uint64) + np.uint64(first_key)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": keys}
     store = FeatureStore.create(Folder(out), record, tables)
     forward = FeatureExtractor(model, torch.device("cpu"), "fp32", settings.batch_size)
-    embed(store, dataset, spec, forward, **{"workers": 0, **how})
+    loader = LoaderSettings(workers, threads)
+    embed(store, store_source(store, dataset, forward, loader), store.pending(), stopped=stopped)
     return store
 
 

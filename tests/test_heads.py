@@ -131,6 +131,29 @@ def test_a_layer_that_is_neither_linear_nor_a_norm_is_refused_with_its_shapes() 
         heads.ProjectionHead({"0.weight": torch.zeros(4, 3, 1, 1)})
 
 
+WRONG_HEADS = {
+    "no layer before the prototypes": {"last_layer.weight": torch.zeros(3, 2)},
+    "a bias of another length": {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(4)},
+    "a tensor that no layer has": {"0.weight": torch.zeros(3, 2), "0.gamma": torch.zeros(3)},
+    "statistics without a dimension": {"0.running_mean": torch.tensor(1.0)},
+    "a norm with statistics of another length": {"0.weight": torch.zeros(3), "0.running_mean": torch.zeros(4)},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_HEADS)
+def test_tensors_that_form_no_head_are_refused_in_words(name: str) -> None:
+    with pytest.raises(UserError, match="head"):
+        heads.ProjectionHead(WRONG_HEADS[name])
+
+
+@pytest.mark.parametrize("length", [None, torch.zeros(5), torch.zeros(3, 2)])
+def test_prototypes_whose_lengths_are_missing_or_of_another_number_are_refused(length: torch.Tensor | None) -> None:
+    for g, v in (("weight_g", "weight_v"), *[[f"parametrizations.weight.original{n}" for n in (0, 1)]]):
+        tensors = {f"last_layer.{v}": torch.ones(3, 2)} | ({} if length is None else {f"last_layer.{g}": length})
+        with pytest.raises(UserError, match=f"prototypes last_layer.{v} lack a last_layer.{g} of one number for each"):
+            heads.prototypes(tensors)
+
+
 # ---------------------------------------------------------------- a model's own heads
 
 BARE = "convnet:channels=4+8"
@@ -275,7 +298,7 @@ def test_the_stored_projection_is_the_stored_head_applied_to_the_stored_embeddin
     }
     assert safetensors.torch.load_file(tmp_path / "store/heads.safetensors").keys() == kept.keys()
     head = heads.ProjectionHead(heads.group_by_head(kept)["projection_head"])
-    for kind, views in (("", range(2)), ("local_", store.local)):
+    for kind, views in (("", range(2)), ("local_", store.other_views)):
         for view in views:
             embedding, projection = (store.read(f"{kind}{name}", view) for name in ("embedding", "projection"))
             with torch.no_grad():
@@ -302,8 +325,8 @@ def test_a_partial_copy_with_another_codec_keeps_local_crops_and_heads_and_a_run
     source = export(spec, tmp_path / "source", codec="float32", **how)
     store_copy.run(store_copy.Config(str(tmp_path / "source"), str(tmp_path / "part"), images="::2", codec="pq:4"))
     part, rows = FeatureStore(Folder(tmp_path / "part")), np.arange(0, 24, 2)
-    assert part.identity.codec == "pq:4" and part.local == source.local
-    for name, view in [("embedding", 1), ("regions", 0), *(("local_embedding", view) for view in part.local)]:
+    assert part.identity.codec == "pq:4" and part.other_views == source.other_views
+    for name, view in [("embedding", 1), ("regions", 0), *(("local_embedding", view) for view in part.other_views)]:
         want, got = source.read(name, view)[rows], part.read(name, view)
         assert (F.cosine_similarity(torch.from_numpy(want), torch.from_numpy(got), dim=-1) > 0.99).all()
     found: list[Any] = []

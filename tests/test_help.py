@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import subprocess
 import sys
 import typing
@@ -20,7 +21,7 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.help_page import FIRST_COLUMN, format_page, help_text, sections_of
 from compress_ssl.pipeline.training.choices import OptimizerName
 from compress_ssl.pipeline.training.optimizers import make_optimizer
-from compress_ssl.pipeline.views.augment import POLICIES, Policy
+from compress_ssl.pipeline.views.policies import POLICIES, Policy
 
 WIDTHS = (50, 80, 120)
 HEAVY = {"torch", "torchvision", "timm", "faiss", "zarr", "dask", "distributed", "jinja2", "psutil"}
@@ -104,6 +105,31 @@ def test_the_pages_of_all_commands_are_printed_without_any_heavy_package() -> No
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: ") == len(cli.COMMANDS)
+
+
+def test_the_list_of_commands_is_printed_in_less_than_half_a_second_of_processor_time() -> None:
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        program = "import sys; sys.argv = ['compress', '--help']; from compress_ssl import cli; cli.main()"
+        subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=60)
+        after = os.times()
+        used = after.children_user - before.children_user + after.children_system - before.children_system
+        seconds.append(used)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("group", ["", "store"])
+def test_without_a_command_the_page_is_printed_and_the_error_says_that_none_was_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], page: Any, group: str
+) -> None:
+    expected = page(group)
+    monkeypatch.setattr("sys.argv", ["compress", *group.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.out.strip() == expected.strip()
+    assert said.err.startswith("error: No command was given; ") and said.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -12,6 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from compress_ssl.pipeline.models import linear_head
+from compress_ssl.pipeline.models.weights import to_bytes
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -132,3 +133,23 @@ def test_an_existing_file_is_replaced_only_with_overwrite(store: Path, tmp_path:
 def test_labels_of_a_single_class_are_refused() -> None:
     with pytest.raises(UserError, match="two classes at least"):
         linear_head.fit(np.ones((4, 6), np.float32), np.zeros(4, int), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("classes", "unit", "weight"),
+    [
+        ("[" * 100_000, "true", torch.zeros(2, 3)), ("5", "true", torch.zeros(2, 3)),
+        ("[1, 2]", "true", torch.zeros(2, 3)),
+        ('{"a": 1, "b": 2}', "true", torch.zeros(2, 3)), ('["a", "b"]', '"yes"', torch.zeros(2, 3)),
+        ('["a", "b"]', "true", torch.zeros(2, 3, dtype=torch.int64)), ('["a", "b"]', "true", torch.zeros(2, 3, 1)),
+        ('["a"]', "true", torch.zeros(2, 3)), ("NaN", "true", torch.zeros(2, 3)),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_a_file_whose_entries_are_malformed_is_no_head(
+    tmp_path: Path, classes: str, unit: str, weight: torch.Tensor
+) -> None:
+    tensors = {"weight": weight, "bias": torch.zeros(2)}
+    (tmp_path / "head.safetensors").write_bytes(to_bytes(tensors, {"classes": classes, "unit": unit}))
+    with pytest.raises(UserError, match="is no linear head"):
+        linear_head.load(tmp_path / "head.safetensors")

@@ -97,7 +97,7 @@ def test_a_holder_whose_process_is_hidden_is_not_taken_for_ended(
 
 
 def test_a_holder_on_another_machine_keeps_the_lease_while_it_is_not_stale(storage: Storage) -> None:
-    for silent in (0, lease.STALE_AFTER / 2, -1e6):  # also one whose clock is ahead
+    for silent in (0, lease.STALE_AFTER / 2, -lease.STALE_AFTER / 2):  # also one whose clock is a little ahead
         another(storage, silent)
         with pytest.raises(UserError, match="process 7 on far"):
             Lease(storage).__enter__()
@@ -114,11 +114,23 @@ def test_a_stale_lease_of_another_machine_is_watched_and_then_taken(
     assert "process 7 on far gave no sign of life for 1000 s" in capsys.readouterr().err
 
 
-def test_a_holder_whose_clock_is_behind_keeps_the_lease_by_renewing_it(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
+def test_an_ended_holder_whose_clock_was_ahead_is_watched_and_then_replaced(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    there = another(storage, silent=1000)
-    monkeypatch.setattr(lease.time, "sleep", lambda seconds: another(storage, silent=985))
+    waited: list[float] = []
+    monkeypatch.setattr(lease.time, "sleep", waited.append)
+    another(storage, silent=-4e6)
+    with Lease(storage) as held:
+        assert held._is_mine() and waited[0] == lease.WATCH_TIME
+    assert "process 7 on far has a clock that is 4000000 s ahead" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("silent", [1000, -4e6])
+def test_a_holder_whose_clock_is_wrong_keeps_the_lease_by_renewing_it(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, silent: float
+) -> None:
+    there = another(storage, silent)
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: another(storage, silent - 15))
     with pytest.raises(UserError, match="process 7 on far"):
         Lease(storage).__enter__()
     now = lease.read(storage)
@@ -127,7 +139,14 @@ def test_a_holder_whose_clock_is_behind_keeps_the_lease_by_renewing_it(
 
 def test_a_damaged_lease_is_replaced(storage: Storage) -> None:
     there = another(storage)
-    changes: list[dict[str, object]] = [{"beat": "soon"}, {"pid": -1}, {"pid": 2**70}, {"began": 3}, {"machine": None}]
+    changes: list[dict[str, object]] = [
+        {"beat": "soon"},
+        {"beat": 10**400},
+        {"pid": -1},
+        {"pid": 2**70},
+        {"began": 3},
+        {"machine": None},
+    ]
     junk = [json.dumps(there | change).encode() for change in changes]
     for raw in (b"", b"{", b"[]", b'{"pid": 3}', b"[" * 500_000, *junk):
         storage.put(LEASE, raw)
@@ -164,14 +183,14 @@ from compress_ssl.pipeline.runtime import lease
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.stages import export_teacher
 out, data, mode, start = sys.argv[1:5]
-honest = FeatureExtractor.__call__
+honest = FeatureExtractor.start
 if mode != "leased":  # a lease without effect, and a device whose results differ in the last bits
     class NoLease(lease.Lease):
         def __enter__(self): return self
         def __exit__(self, *_): pass
     lease.Lease, lease.require_free = NoLease, lambda storage: None
     off = 1 + 1e-6 * int(mode)
-    FeatureExtractor.__call__ = lambda self, *asked: {name: out * off for name, out in honest(self, *asked).items()}
+    FeatureExtractor.start = lambda self, *asked: {name: out * off for name, out in honest(self, *asked).items()}
 while time.time() < float(start):
     time.sleep(0.001)
 how = dict(views=2, image_size=8, limit=32, batch_size=4, shard_size=4, workers=0, device="cpu", codec="float32")

@@ -1,6 +1,7 @@
 """Local crops: how they are drawn, exported, stored, verified and shown to students."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from store_records import plain_record
 
+from compress_ssl.pipeline.datasets.decode import GOOD, NOT_FINITE
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.jsonl import read_jsonl as read_journal
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.records import LocalIdentity
+from compress_ssl.pipeline.store.records import GroupIdentity
 from compress_ssl.pipeline.store.shards import Shard, done_key
 from compress_ssl.pipeline.training.sampler import StepSampler
-from compress_ssl.pipeline.views.augment import LOCAL_POLICIES, ResolvedView, ViewSpec, draw_variates, resolve_view
+from compress_ssl.pipeline.views.augment import ResolvedView, ViewSpec, draw_variates, resolve_view
+from compress_ssl.pipeline.views.groups import LOCAL_CROPS
 from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
-from compress_ssl.pipeline.views.numbering import FRESH, LOCAL, view_name
-from compress_ssl.pipeline.views.render import default_local_size, render_views
+from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
+from compress_ssl.pipeline.views.policies import LOCAL_POLICIES
+from compress_ssl.pipeline.views.render import render_views
 from compress_ssl.stages import distill, export_teacher, inspect, verify
 
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -101,14 +106,14 @@ def test_the_areas_of_local_crops_fill_the_range_of_their_policy(policy: str) ->
         for u, v in zip(draw_variates(3, key, numbers), numbers, strict=True)
     ]
     areas = np.array([box.height * box.width / (400 * 500) for box in boxes])
-    low, high = LOCAL_POLICIES[policy].scale
+    low, high = LOCAL_POLICIES[policy][0].scale
     assert (
         low * 0.97 < areas.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < areas.max() < high * 1.03
     )
 
 
 def test_the_default_side_of_local_crops_is_3_sevenths_of_the_views_in_multiples_of_eight() -> None:
-    assert [default_local_size(size) for size in (224, 96, 64, 32, 8)] == [96, 40, 24, 16, 8]
+    assert [LOCAL_CROPS.side(size) for size in (224, 96, 64, 32, 8)] == [96, 40, 24, 16, 8]
 
 
 def test_a_local_crop_shows_the_same_box_at_every_size() -> None:
@@ -129,20 +134,17 @@ def test_the_loader_renders_local_crops_with_or_without_global_views(images: Pat
 
     data, spec, rows = ImageFolder(images), ViewSpec("crop-flip", 0, 0.875), np.array([3, 11])
     views, local = np.array([[1, 2]] * 2), LOCAL + np.array([[0, 1, 5]] * 2)
-    view_dataset = ViewDataset(
-        data, spec, np.arange(IMAGES), [(SIZE, "bilinear")], [], [(SMALL, "bilinear"), (16, "bilinear")]
-    )
-    both, alone = (
-        view_dataset.load(ViewRequest(rows, views, local)),
-        view_dataset.load(ViewRequest(rows, views[:, :0], local)),
-    )
-    assert [tuple(p.shape) for p in both.local] == [(2, 3, 3, SMALL, SMALL), (2, 3, 3, 16, 16)]
-    assert alone.pixels[0].shape == (2, 0, 3, SIZE, SIZE) and not alone.bad
+    sizes = {"global": [(SIZE, "bilinear")], "local": [(SMALL, "bilinear"), (16, "bilinear")]}
+    view_dataset = ViewDataset(data, spec, np.arange(IMAGES), sizes, [])
+    both = view_dataset.load(ViewRequest(rows, {"global": views, "local": local}))
+    alone = view_dataset.load(ViewRequest(rows, {"local": local}))
+    assert [tuple(p.shape) for p in both.pixels["local"]] == [(2, 3, 3, SMALL, SMALL), (2, 3, 3, 16, 16)]
+    assert list(alone.pixels) == ["local"] and not alone.bad
     for j, i in enumerate(rows.tolist()):
         image, _ = data.load(i)
         for n, size in enumerate((SMALL, 16)):
             (want,) = render_views(image, spec, draw_variates(0, i, local[j]), local[j].tolist(), [(size, "bilinear")])
-            assert torch.equal(both.local[n][j], want) and torch.equal(alone.local[n][j], want)
+            assert torch.equal(both.pixels["local"][n][j], want) and torch.equal(alone.pixels["local"][n][j], want)
 
 
 # ---------------------------------------------------------------- in the store
@@ -150,13 +152,13 @@ def test_the_loader_renders_local_crops_with_or_without_global_views(images: Pat
 
 def test_local_crops_have_their_own_arrays_shards_and_done_records(whole: Path) -> None:
     store = FeatureStore(Folder(whole))
-    assert store.local == tuple(range(LOCAL, LOCAL + 6)) and store.views == 3
-    assert store.identity.local == LocalIdentity(views=6, size=SMALL)
+    assert store.other_views == list(range(LOCAL, LOCAL + 6)) and store.views == 3
+    assert store.identity.local == GroupIdentity(views=6, size=SMALL)
     shapes = {name: store.array(name).shape for name in ("embedding", "local_embedding", "local_embedding_scale")}
     assert shapes == {"embedding": (20, 3, 8), "local_embedding": (20, 6, 8), "local_embedding_scale": (20, 6)}
     first = {done_key(0, 0, 3), done_key(0, LOCAL, LOCAL + 4), done_key(0, LOCAL + 4, LOCAL + 6)}
     assert {name for name in files(whole) if name.startswith("done/0000000.")} == first
-    apart = [store.read("local_embedding", v) for v in store.local]
+    apart = [store.read("local_embedding", v) for v in store.other_views]
     assert all(not np.allclose(apart[0], other) for other in apart[1:])
 
 
@@ -225,9 +227,29 @@ def test_growing_the_views_leaves_the_local_crops_unchanged(images: Path, whole:
     before = local(copy)
     assert len(before) > 10
     grown = export(images, copy, views=6)
-    assert local(copy) == before and grown.views == 6 and len(grown.local) == 6
+    assert local(copy) == before and grown.views == 6 and len(grown.other_views) == 6
     with pytest.raises(UserError, match="local.views is 6 there, 8 asked"):
         export(images, copy, views=6, local_views=8)
+
+
+@pytest.mark.parametrize(("later", "earlier"), [("embedding", "local_embedding"), ("local_embedding", "embedding")])
+def test_an_image_that_is_found_bad_in_one_group_of_views_is_blanked_in_the_other_one_too(
+    later: str, earlier: str, tmp_path: Path
+) -> None:
+    """Its other group was stored before, so nothing of that group is handed to the store again."""
+    arrays = {"embedding": (3,), "local_embedding": (3,)}
+    record = plain_record(5, 2, 3, "float32", 5, arrays=arrays, local=GroupIdentity(2, SMALL))
+    store = FeatureStore.create(
+        Folder(tmp_path), record, {"sample_id": list("abcde"), "label": [0] * 5, "view_key": range(5)}
+    )
+    numbers, features = {"embedding": (0, 1), "local_embedding": (LOCAL, LOCAL + 1)}, np.ones((5, 2, 3), np.float32)
+    for name, bad in ((earlier, {}), (later, {3: "not finite"})):
+        status = np.array([NOT_FINITE if i in bad else GOOD for i in range(5)], np.uint8)
+        store.write(Shard(0, 0, 5, numbers[name]), {name: (features, None)}, status, np.arange(5, dtype=np.uint64), bad)
+    assert not store.pending() and not list(integrity.check_shards(store))
+    for name in arrays:
+        for view in numbers[name]:
+            assert store.read(name, view).any(1).tolist() == [True, True, True, False, True]
 
 
 TWO_SIZES = """
@@ -359,17 +381,14 @@ def test_every_step_uses_all_stored_crops_or_as_many_fresh_ones() -> None:
     def plan(**options: Any) -> StepSampler:
         return StepSampler(3, np.arange(10), (1, 2), 4, 1, "same", 100, **options)
 
-    assert plan().step_local_views(0) is None and not plan().has_local
-    stored = tuple(range(LOCAL, LOCAL + 6))
-    assert plan(local=stored)[7].local.tolist() == [list(stored)] * 4
+    assert list(plan()[0].views) == ["global"]
+    stored = replace(LOCAL_CROPS, count=6)
+    assert plan(beside=(stored,))[7].views["local"].tolist() == [list(range(LOCAL, LOCAL + 6))] * 4
+    fresh = plan(beside=(LOCAL_CROPS.fresh(3),))
     seen = set()
     for step in range(30):
-        rows, local = plan(crops=3).step_indices(step)[0], plan(crops=3).step_local_views(step)
-        assert local is not None and local.shape == (4, 3)
+        rows, local = fresh[step].rows, fresh[step].views["local"]
+        assert local.shape == (4, 3)
         assert np.all(local & LOCAL) and np.all(local & FRESH), "never one that a store keeps"
         seen |= {(int(i), int(v)) for i, views in zip(rows, local, strict=True) for v in views}
     assert len(seen) == 30 * 4 * 3, "a fresh crop was shown twice"
-
-
-def test_view_numbers_are_named_in_words() -> None:
-    assert [view_name(v) for v in (0, 7, LOCAL, LOCAL + 5)] == ["view 0", "view 7", "local crop 0", "local crop 5"]

@@ -18,13 +18,13 @@ from compress_ssl.pipeline.datasets.base import Subset
 from compress_ssl.pipeline.datasets.decode import GOOD, BadImage, decode
 from compress_ssl.pipeline.datasets.folder import Folder as ImageFolder
 from compress_ssl.pipeline.datasets.folder import escape
-from compress_ssl.pipeline.extraction.embed import embed
+from compress_ssl.pipeline.extraction.embed import embed, store_source
+from compress_ssl.pipeline.extraction.extract import LoaderSettings
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.store_record import describe_store
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.stages import export_teacher
 
 TEACHER = "convnet:channels=4+8,pretrained=false"
@@ -75,11 +75,12 @@ def good_ones_alone(dataset: ImageFolder, rows: np.ndarray, data: Path, out: Pat
     config = settings(data, out, workers=0)
     torch.manual_seed(0)
     model = build(TEACHER, image_size=16, pretrained_default=True)
-    few, spec = Subset(dataset, rows), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
+    few = Subset(dataset, rows)
     record = describe_store(replace(export_teacher.resolve(config), dataset=few), model)
     tables = {"sample_id": few.ids, "label": few.label, "view_key": rows}
     made = FeatureStore.create(Folder(out), record, tables)
-    embed(made, few, spec, FeatureExtractor(model, torch.device("cpu"), "fp32", 8), workers=0)
+    forward = FeatureExtractor(model, torch.device("cpu"), "fp32", 8)
+    embed(made, store_source(made, few, forward, LoaderSettings()), made.pending())
     return made
 
 
@@ -122,18 +123,19 @@ def test_nasty_files_do_not_shift_the_rows_of_others(
         assert not np.delete(among, rows, axis=0).any()
 
 
-@pytest.mark.parametrize("how", [{"workers": 2}, {"workers": 3, "threads": True}], ids=["processes", "threads"])
+@pytest.mark.parametrize("loader", [LoaderSettings(2), LoaderSettings(3, threads=True)], ids=["processes", "threads"])
 def test_loader_processes_and_threads_treat_nasty_files_alike(
-    mixed: tuple[Path, dict[str, int]], store: FeatureStore, tmp_path: Path, how: dict
+    mixed: tuple[Path, dict[str, int]], store: FeatureStore, tmp_path: Path, loader: LoaderSettings
 ) -> None:
     config = settings(mixed[0], tmp_path / "store", workers=0)
     torch.manual_seed(0)
     model = build(TEACHER, image_size=16, pretrained_default=True)
-    dataset, spec = ImageFolder(mixed[0]), ViewSpec("crop-flip", 0, model.preprocessing.crop_ratio)
+    dataset = ImageFolder(mixed[0])
     record = describe_store(export_teacher.resolve(config), model)
     tables = {"sample_id": dataset.ids, "label": dataset.label, "view_key": range(len(dataset))}
     made = FeatureStore.create(Folder(tmp_path / "store"), record, tables)
-    embed(made, dataset, spec, FeatureExtractor(model, torch.device("cpu"), "fp32", 8), **how)
+    forward = FeatureExtractor(model, torch.device("cpu"), "fp32", 8)
+    embed(made, store_source(made, dataset, forward, loader), made.pending())
     done = [key for key in store.storage.list("done")]
     assert done and {key: made.storage.get(key) for key in done} == {key: store.storage.get(key) for key in done}
 

@@ -1,6 +1,7 @@
 """Whether a process is running, and its start time: the same results, in the same form, as in version 1."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,27 @@ def test_setting_the_clock_during_a_call_changes_nothing(proc: Path, monkeypatch
 def test_a_process_name_may_contain_spaces_and_brackets(proc: Path) -> None:
     show(proc, "a) Z (b c) X")
     assert start_time(ME) == version_1(ME)
+
+
+@linux
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"1 (x", b"1 (x) S", b"1 (x) S a b c d", b"\xff\xfe (\xff) R 1", b"9" * 5000]
+)
+def test_a_running_process_whose_entry_in_proc_is_odd_is_not_taken_for_ended(proc: Path, content: bytes) -> None:
+    show(proc)
+    (proc / str(ME) / "stat").write_bytes(content)
+    assert start_time(ME) == RUNNING
+
+
+@pytest.mark.parametrize("pid", [-1, 0, 2**31, 10**30])
+def test_a_number_that_no_process_has_is_an_ended_process(pid: int) -> None:
+    assert start_time(pid) is None
+
+
+@linux
+def test_a_boot_identifier_that_is_no_text_leaves_the_name_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: b"\xff".decode(encoding))
+    assert machine_id() == platform.node()
 
 
 @linux

@@ -194,11 +194,13 @@ def test_an_absolute_spec_names_the_same_object_from_any_working_directory(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet18").mkdir()  # a folder named like a model is none
+    (tmp_path / "own.py").write_text("from pathlib import Path\ndef net(width, table: Path = Path()): ...\n")
     for registry, text, settled in (
         (MODELS, "timm:resnet18,weights=w.pth", f"timm:resnet18,weights={tmp_path}/w.pth"),
         (MODELS, "torchscript:net.pt,size=32", f"torchscript:{tmp_path}/net.pt,size=32"),
         (MODELS, "python:own.py:net,width=3", f"python:{tmp_path}/own.py:net,width=3"),
-        (MODELS, "python:own.module:net", "python:own.module:net"),
+        (MODELS, "python:own.py:net,table=a.csv", f"python:{tmp_path}/own.py:net,table={tmp_path}/a.csv"),
+        (MODELS, "python:torch.nn:Flatten,start_dim=1", "python:torch.nn:Flatten,start_dim=1"),
         (DATASETS, "torchvision:CIFAR10,root=data", f"torchvision:CIFAR10,root={tmp_path}/data"),
         (DATASETS, "./resnet18", f"folder:{tmp_path}/resnet18"),
         (DATASETS, "digits:split=test", "digits:split=test"),

@@ -14,9 +14,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress_ssl.pipeline.evaluators.base import Result, Split
+from compress_ssl.pipeline.evaluators import PROTOCOLS
+from compress_ssl.pipeline.evaluators.base import (
+    Bars,
+    ConfusionMatrix,
+    Evaluation,
+    Evaluator,
+    Figure,
+    Lines,
+    Panel,
+    Score,
+    Split,
+)
+from compress_ssl.pipeline.evaluators.record import parse_metrics
 from compress_ssl.pipeline.report import comparison, evaluation, figures, image_grids
-from compress_ssl.pipeline.report import metrics as scores
 from compress_ssl.pipeline.report.html import printable
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +35,7 @@ MARKUP_NAMES = ("<script>alert(1)</script>", "a\"b'&amp;$\\frac$", "猫\udcff", 
 
 METRICS: dict[str, Any] = {
     "model": {"name": "small", "role": "student", "parameters": 1_000_000, "width": 128},
-    "data": {"train": "folder:/a", "val": "folder:/b", "classes": 4},
+    "data": {"train": "folder:/a", "train_images": 60, "val": "folder:/b", "val_images": 40, "classes": 4},
     "nn": {"top1": 54.12},
     "knn": {"20": {"top1": 55.0}, "5": {"top1": 53.0}, "100": {"top1": 50.0}},
     "cluster": {"top1": 33.3, "hungarian_top1": 34.4, "nmi": 40.0, "ari": 20.0, "clusters": 4},
@@ -51,6 +62,11 @@ def changed(**changes: Any) -> dict[str, Any]:
     return out
 
 
+def read(metrics: dict[str, Any]) -> Evaluation:
+    """The metrics.json of version 1 as it is read: its scores come from the entries of the protocols."""
+    return parse_metrics(metrics, "metrics.json")
+
+
 TEACHER = changed(model={"name": "large", "role": "teacher", "parameters": 4_000_000, "width": 512}, nn__top1=60.1)
 
 
@@ -61,7 +77,17 @@ def splits(classes: tuple[str, ...] = ("a", "b", "c", "d"), labelled: bool = Tru
     return Split(features[0], label[0], rows[0], classes), Split(features[1], label[1], rows[1], classes)
 
 
-def results() -> dict[str, Result]:
+def figures_of(spec: str, metrics: dict[str, Any], **arrays: np.ndarray) -> list[Figure]:
+    """What a protocol of ours draws of its numbers and arrays."""
+    protocol: type[Evaluator] = PROTOCOLS.resolve(spec)  # type: ignore[assignment]
+    return list(protocol.figures_of(metrics, arrays, *splits()))
+
+
+NEIGHBOURS = np.random.default_rng(1).integers(0, 60, (40, 8))
+
+
+def all_figures(classes: tuple[str, ...] = ("a", "b", "c", "d"), protocol: str = "centre crops") -> list[Figure]:
+    """The figures of our protocols. protocol: the text that the linear probe says of itself."""
     draw = np.random.default_rng(0)
     cluster = {
         "train_assignment": draw.integers(0, 4, 60),
@@ -69,13 +95,16 @@ def results() -> dict[str, Result]:
         "majority": np.array([0, 1, 2, -1]),
         "confusion": draw.integers(0, 9, (4, 5)),
     }
-    nn = {"neighbors": draw.integers(0, 60, (40, 8))}
     curve = np.column_stack([np.linspace(2, 1, 10), np.linspace(10, 60, 10), np.linspace(40, 90, 10)])
-    return {
-        "nn": Result({}, nn),
-        "cluster:clusters=4": Result({}, cluster),
-        "linear": Result(METRICS["linear"], {"curve": curve}),
-    }
+    drawn: list[Figure] = []
+    for spec, metrics, arrays in (
+        ("nn", {}, {"neighbors": NEIGHBOURS}),
+        ("cluster", {}, cluster),
+        ("linear", {"protocol": protocol}, {"curve": curve}),
+    ):
+        kind: type[Evaluator] = PROTOCOLS.resolve(spec)  # type: ignore[assignment]
+        drawn += kind.figures_of(metrics, arrays, *splits(classes))
+    return drawn
 
 
 def load_image(which: str, row: int) -> np.ndarray:
@@ -95,11 +124,12 @@ def empty_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with every section, and with names that contain markup."""
     train, val = splits(MARKUP_NAMES)
-    metrics = changed(model__name="<b>me</b> & $x$", data__note="</section>" + "x" * 300)
+    metrics = changed(model__name="<b>me</b> & $x$", data__train="</section>" + "x" * 300)
     folder = tmp_path_factory.mktemp("evaluation")
     return evaluation.write_report(
-        folder, metrics, train=train, val=val, results=results(), teacher=TEACHER, curves=CURVES, load_image=load_image
-    )
+        folder, read(metrics), all_figures(MARKUP_NAMES), train=train, val=val, teacher=read(TEACHER), curves=CURVES,
+        load_image=load_image,
+    )  # fmt: skip
 
 
 class Parsed(HTMLParser):
@@ -165,28 +195,34 @@ def replaced(value: Any, text: str) -> Any:
 
 
 def metrics_with(text: str, **model: Any) -> dict[str, Any]:
-    """METRICS with this text wherever a metrics.json may hold one, keys that differ from data set to data set too."""
+    """METRICS with this text wherever a metrics.json may hold one, a score of a protocol of a user's own too."""
     metrics = replaced(changed(classifier={"top1": 70.0, "head": ""}, model__method="", model__spec=""), text)
-    metrics["model"] |= {text: [text, text], "nested": {text: text}, **model}
-    metrics["data"] |= {text: text}
+    metrics["model"] |= model
     metrics["knn"] |= {text: {"top1": 50.0}}
-    return metrics
+    mine = {"key": "mine", "title": text, "value": 1.5, "note": text, "term": text, "detail": text, "unit": text}
+    return read(metrics).to_json() | {"scores": [*read(metrics).to_json()["scores"], mine | {"plotted": True}]}
+
+
+def own_figures(text: str) -> list[Figure]:
+    """Figures of a user's own protocol, of the kinds that are drawn as charts, with this text in every place."""
+    panel = Panel(title=text, x=np.arange(3), lines={text: np.arange(3), f"{text}2": np.array([1, np.nan, 2])})
+    return [
+        Lines(name="own-lines", title=text, note=text, panels=(panel,), x_label=text, alt=text),
+        Bars(name="own-bars", title=text, note=text, labels=(text, "b"), values=np.array([1, np.nan]), unit=text),
+        ConfusionMatrix(
+            name="own-matrix", title=text, note=text, counts=np.ones((2, 2)), rows=(text, "b"), columns=(text, "b"),
+            row_title=text, column_title=text,
+        ),
+    ]  # fmt: skip
 
 
 def write_named(folder: Path, text: str) -> Parsed:
     """A report in which the classes and the protocols have this text as well."""
     train, val = splits(tuple(f"{text}{n}" for n in range(4)))
-    found = results() | {"linear": Result({"protocol": text}, results()["linear"].arrays)}
     page = evaluation.write_report(
-        folder,
-        metrics_with(text),
-        train=train,
-        val=val,
-        results=found,
-        teacher=TEACHER,
-        curves=CURVES,
-        load_image=load_image,
-    )
+        folder, read(metrics_with(text)), [*all_figures(train.classes, text), *own_figures(text)], train=train, val=val,
+        teacher=read(TEACHER), curves=CURVES, load_image=load_image,
+    )  # fmt: skip
     return Parsed(page.read_text())
 
 
@@ -208,7 +244,8 @@ def test_no_name_in_a_comparison_makes_an_element_or_an_attribute() -> None:
         rows = [
             metrics_with(text, run=f"/runs/{n}/{text}") for n in range(2)
         ]  # equal specs, so that their runs are shown
-        pages.append(Parsed(comparison.compare([*rows, metrics_with(text, role="teacher"), {}])[1]))
+        rows += [metrics_with(text, role="teacher"), {key: METRICS[key] for key in ("model", "data")}]
+        pages.append(Parsed(comparison.compare([read(row) for row in rows])[1]))
     plain, hostile = pages
     assert hostile.elements == plain.elements and hostile.open == []
     assert hostile.text.count(SHOWN) == plain.text.count("plain") > 10
@@ -239,9 +276,9 @@ def test_a_neighbours_tile_is_green_if_its_label_agrees_and_red_if_not(page: Pat
     train, val = splits()
     tiles = re.findall(r'<div class="strip">(.*?)</div>\s*(?=<div class="strip"|</div>)', page.read_text(), re.DOTALL)
     strips = [strip for strip in tiles if 'class="query' in strip]
-    near = results()["nn"].arrays["neighbors"]
+    near = NEIGHBOURS
     agreements = {int(n): int((train.label[row] == val.label[n]).sum()) for n, row in enumerate(near)}
-    assert len(strips) == image_grids.NEIGHBOUR_ROWS
+    assert len(strips) == 8
     for strip in strips:
         same, other = (len(re.findall(f'class="{tone}', strip)) for tone in ("yes", "no"))
         assert same + other == 8 and f"{same} of 8 agree" in strip and same in agreements.values()
@@ -256,37 +293,36 @@ def test_images_are_loaded_by_their_row_in_the_data_set_not_by_their_index_in_th
         return load_image(which, row)
 
     train, val = splits()
-    evaluation.write_report(tmp_path, METRICS, train=train, val=val, results=results(), load_image=load)
+    evaluation.write_report(tmp_path, read(METRICS), all_figures(), train=train, val=val, load_image=load)
     assert {which for which, _ in loaded} == {"train", "val"}
     assert all(row in (train if which == "train" else val).rows for which, row in loaded)
     assert all(type(row) is int for _, row in loaded)
 
 
 @pytest.mark.usefixtures("empty_figures")
-def test_which_images_are_shown_depends_only_on_the_seed(tmp_path: Path) -> None:
+def test_the_same_result_shows_the_same_images(tmp_path: Path) -> None:
     train, val = splits()
-    some = {"nn": results()["nn"]}
     pages = [
         evaluation.write_report(
-            tmp_path / str(n), {}, train=train, val=val, results=some, load_image=load_image, seed=seed
+            tmp_path / str(n), read(METRICS), all_figures(), train=train, val=val, load_image=load_image
         ).read_bytes()
-        for n, seed in enumerate((1, 1, 2))
+        for n in range(2)
     ]
-    assert pages[0] == pages[1] != pages[2]
+    assert pages[0] == pages[1]
 
 
 @pytest.mark.usefixtures("empty_figures")
 def test_sections_without_data_are_left_out_of_the_page(tmp_path: Path) -> None:
     train, val = splits(labelled=False)
-    unlabelled = {"cluster": Result({}, {"train_assignment": np.zeros(60, np.int64)})}
-    scores = {"clusters": 4, "top1": None, "hungarian_top1": None, "nmi": None}
-    page = evaluation.write_report(
-        tmp_path, {"cluster": scores}, train=train, val=val, results=unlabelled, load_image=load_image
-    )
+    drawn = figures_of("cluster", {}, train_assignment=np.zeros(60, np.int64))
+    bare = {key: METRICS[key] for key in ("model", "data")}
+    scores = bare | {"cluster": {"clusters": 4, "top1": None, "hungarian_top1": None, "nmi": None}}
+    page = evaluation.write_report(tmp_path, read(scores), drawn, train=train, val=val, load_image=load_image)
     text = page.read_text()
     assert "no scores" in text and "Random images of random clusters" in text
     assert not any(word in text for word in ("Training</h2>", "Nearest neighbours", ">teacher<", "mapped to"))
-    assert evaluation.write_report(tmp_path, {}, train=train, val=val, results={}).exists()
+    without_images = evaluation.write_report(tmp_path, read(bare), drawn, train=train, val=val).read_text()
+    assert "Random images of random clusters" not in without_images
 
 
 def test_rows_of_the_metrics_log_that_lack_a_value_are_skipped() -> None:
@@ -304,9 +340,11 @@ def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
     names = tuple(f"n{n:08d}" for n in range(1000))
     confusion = np.eye(1000, 1001, dtype=np.int64) * 50
     confusion[3, 7] = 99
-    found = {"cluster": Result({}, {"confusion": confusion, "train_assignment": np.zeros(1, np.int64)})}
+    matrix = ConfusionMatrix(
+        name="confusion", title="Confusion", counts=confusion, rows=names, columns=(*names, "(none)")
+    )
     train, val = splits(names)
-    text = evaluation.write_report(tmp_path, METRICS, train=train, val=val, results=found).read_text()
+    text = evaluation.write_report(tmp_path, read(METRICS), [matrix], train=train, val=val).read_text()
     assert 'n00000003 &rarr; n00000007</td><td class="n">99' in text
     with Image.open(tmp_path / "figures" / "confusion.png") as figure:
         assert figure.width < 2000
@@ -321,7 +359,9 @@ def test_drawing_neither_imports_pyplot_nor_changes_matplotlibs_settings() -> No
     code = (
         "import sys, matplotlib; before = dict(matplotlib.rcParams)\n"
         "from compress_ssl.pipeline.report import comparison\n"
-        "comparison.compare([{'model': {'name': 'a', 'parameters': 5}, 'nn': {'top1': 1.0}}])\n"
+        "from compress_ssl.pipeline.evaluators.base import DataRecord, Evaluation, ModelRecord, Score\n"
+        "model, data = ModelRecord('a', 'model', 5, 3), DataRecord('x', 9, 'y', 9, 2)\n"
+        "comparison.compare([Evaluation(model, data, (Score('nn', 'NN', 1.0, plotted=True),), {})])\n"
         "print('matplotlib.pyplot' in sys.modules, before == dict(matplotlib.rcParams))"
     )
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -331,12 +371,15 @@ def test_drawing_neither_imports_pyplot_nor_changes_matplotlibs_settings() -> No
 # ---------------------------------------------------------------- comparison
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> list[Evaluation]:
     return [
-        changed(model__name="one", nn__top1=49.0),
-        changed(model__name="two", nn__top1=52.04, linear=None),
-        TEACHER,
-        changed(model__name="three", nn__top1=51.96, model__parameters=500),
+        read(metrics)
+        for metrics in (
+            changed(model__name="one", nn__top1=49.0),
+            changed(model__name="two", nn__top1=52.04, linear=None),
+            TEACHER,
+            changed(model__name="three", nn__top1=51.96, model__parameters=500),
+        )
     ]
 
 
@@ -379,7 +422,7 @@ def test_the_columns_of_the_text_table_are_aligned_with_their_titles() -> None:
 @pytest.mark.usefixtures("empty_figures")
 def test_augmented_and_centre_crop_probes_never_share_a_column() -> None:
     augmented = changed(linear__protocol="augmented training images, whitened")
-    text, _ = comparison.compare([METRICS, augmented])
+    text, _ = comparison.compare([read(METRICS), read(augmented)])
     head = re.split(r"\s{2,}", text.splitlines()[0])
     assert "Linear" in head and "Linear (augmented)" in head
 
@@ -387,44 +430,50 @@ def test_augmented_and_centre_crop_probes_never_share_a_column() -> None:
 def test_both_probes_of_one_evaluation_have_columns_and_notes_of_their_own() -> None:
     augmented = {"last": {"top1": 70.0, "top5": 95.0}, "best": {"top1": 71.0}, "protocol": "augmented training images"}
     both = changed(linear_augmented=augmented)
-    own = scores.headline_scores(both)
-    assert (own["Linear"], own["Linear (augmented)"], own["Linear (augmented) best"]) == (60.0, 70.0, 71.0)
+    own = {score.title: (score.value, score.description) for score in read(both).scores}
     assert list(own)[-6:] == [
         f"Linear{kind}{what}" for kind in ("", " (augmented)") for what in ("", " top-5", " best")
     ]
-    assert "(centre-crop features, whitened)" in scores.explain_title("Linear", both)
-    assert "(augmented training images)" in scores.explain_title("Linear (augmented)", both)
+    assert [own[f"Linear{kind}"][0] for kind in ("", " (augmented)", " (augmented) best")] == [60.0, 70.0, 71.0]
+    assert "(centre-crop features, whitened)" in own["Linear"][1]
+    assert "(augmented training images)" in own["Linear (augmented)"][1]
 
 
-def test_the_first_probe_of_each_kind_is_drawn_with_its_protocol(tmp_path: Path) -> None:
-    curve = {"curve": np.linspace(1, 50, 12).reshape(4, 3)}
-    protocols = {"linear:epochs=4": "centre crops", "linear": "later", "linear:augment=true": "augmented & flipped"}
-    found = {spec: Result({"protocol": protocol}, curve) for spec, protocol in protocols.items()}
+def test_the_probe_of_each_kind_is_drawn_with_its_protocol_under_one_heading(tmp_path: Path) -> None:
+    curve = np.linspace(1, 50, 12).reshape(4, 3)
+    drawn = [
+        figure
+        for protocol in ("centre crops", "augmented & flipped")
+        for figure in figures_of("linear", {"protocol": protocol}, curve=curve)
+    ]
     train, val = splits()
-    text = evaluation.write_report(tmp_path, {}, train=train, val=val, results=found).read_text()
+    text = evaluation.write_report(tmp_path, read(METRICS), drawn, train=train, val=val).read_text()
     assert re.findall("Protocol: (.*?)</p>", text) == ["centre crops.", "augmented &amp; flipped."]
+    assert text.count("<h2>Linear layer</h2>") == 1
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"linear.png", "linear_augmented.png"}
 
 
 @pytest.mark.usefixtures("empty_figures")
 def test_a_warning_names_the_keys_in_which_the_data_of_rows_differ() -> None:
     assert "same data" not in comparison.compare(rows())[0]
-    text, page = comparison.compare([*rows(), changed(data__val="folder:/other")])
+    text, page = comparison.compare([*rows(), read(changed(data__val="folder:/other"))])
     assert "Not all rows were evaluated on the same data; they differ in: val." in text
     assert "they differ in: val." in page
 
 
 def test_the_comparison_is_self_contained_and_escapes_names() -> None:
-    text, page = comparison.compare([changed(model__name="<script>x</script>\n$y$"), TEACHER, {}, {"model": None}])
+    bare = {key: METRICS[key] for key in ("model", "data")}
+    named = changed(model__name="<script>x</script>\n$y$")
+    text, page = comparison.compare([read(metrics) for metrics in (named, TEACHER, bare, METRICS)])
     assert_self_contained(page)
     assert html.escape("<script>x</script>") in page
-    assert len(text.splitlines()) == 2 + 4 + 2  # a line break in a name does not break a row
+    assert len(text.splitlines()) == 2 + 4 + 1  # a line break in a name does not break a row
 
 
 @pytest.mark.usefixtures("empty_figures")
 def test_without_any_score_there_is_still_a_table() -> None:
-    text, page = comparison.compare([{"model": {"name": "a"}}])
-    assert text.splitlines()[2].split() == ["a", "–", "–", "–"] and "<table" in page
+    text, page = comparison.compare([read({key: METRICS[key] for key in ("model", "data")})])
+    assert text.splitlines()[2].split() == ["small", "student", "1M", "128"] and "<table" in page
     assert comparison.compare([])[0].startswith("model")
 
 
@@ -439,6 +488,65 @@ def test_names_in_the_scatter_cover_neither_points_nor_each_other() -> None:
         assert not any(left < r and near < right and abs(height - h) < 10 for near, r, h in boxes[:n])
 
 
+@pytest.mark.parametrize("title", ["$\\bad{$ (%)", "a$b$", "\ud800", "x" * 10_000, "\x00"], ids=range(5))
+def test_a_title_of_any_text_can_be_drawn(title: str) -> None:
+    curves = figures.draw_curves({title: np.array([[0.0, 1.0], [1.0, 2.0]])})
+    scatter = figures.draw_scatter({title: [figures.Dot(title, 100, 50.0, True)]})
+    for chart in (curves, scatter):
+        assert Image.open(io.BytesIO(figures.render(chart))).size[0] > 100
+
+
 def test_a_rendered_figure_has_a_transparent_background() -> None:
     image = Image.open(io.BytesIO(figures.render(figures.Chart(lambda figure: None, (1, 1)))))
     assert image.mode == "RGBA" and np.asarray(image)[..., 3].max() == 0
+
+
+# ---------------------------------------------------------------- a protocol of a user's own
+
+
+def with_score(score: Score, **changes: Any) -> Evaluation:
+    """METRICS and one more score."""
+    known = read(changed(**changes))
+    return Evaluation(known.model, known.data, (*known.scores, score), {**known.protocols, "mine": {}})
+
+
+@pytest.mark.usefixtures("empty_figures")
+def test_a_score_of_any_protocol_is_a_row_of_the_report_and_a_column_of_the_comparison(tmp_path: Path) -> None:
+    own, teachers = (
+        with_score(Score("mine.rank", "Mean rank", value, "rank of the right image", unit="places", range=(1, 40),
+                         best="lowest"), model__name=name, model__role=role)
+        for value, name, role in ((4.0, "small", "student"), (2.5, "large", "teacher"))
+    )  # fmt: skip
+    train, val = splits()
+    page = evaluation.write_report(tmp_path, own, train=train, val=val, teacher=teachers).read_text()
+    row = next(part for part in page.split("<tr>") if "Mean rank" in part)
+    assert "rank of the right image" in row and "4.0 places" in row and 'class="n down">+1.5' in row
+    worse = with_score(Score("mine.rank", "Mean rank", 9.0, unit="places", range=(1, 40), best="lowest"))
+    text, page = comparison.compare([own, worse])
+    assert "Mean rank (places)" in text and "4.0*" in text and "9.0*" not in text
+    assert "<dt>Mean rank</dt><dd>rank of the right image</dd>" in page
+
+
+def test_a_comparison_plots_the_scores_that_ask_for_it_and_no_others() -> None:
+    plotted: list[str] = []
+    original = figures.draw_scatter
+
+    def draw(panels: Any) -> figures.Chart:
+        plotted.extend(panels)
+        return original(panels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw_scatter", draw)
+        comparison.compare([with_score(Score("mine.a", "Mine", 5.0, plotted=True))])
+    assert plotted == ["NN (%)", "Cluster (%)", "Linear (%)", "Mine (%)"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "value", "share"),
+    [(0, 100, 25, 0.25), (-50, 100, 20, 0.2), (-50, 100, -10, 0), (1, 41, 11, 0.25), (-3, -1, -2, 0.5)],
+)
+def test_a_bar_begins_at_zero_unless_the_range_leaves_it_out(
+    low: float, high: float, value: float, share: float
+) -> None:
+    score = Score("a", "A", value, range=(low, high))
+    assert score.fraction(score.value) == pytest.approx(share)

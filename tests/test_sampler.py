@@ -88,7 +88,7 @@ def test_as_a_sequence_of_requests_it_runs_from_its_first_step_to_the_last() -> 
     for number in range(3):
         rows, student, _ = whole.step_indices(6 + number)
         assert np.array_equal(whole[number].rows, rows)
-        assert np.array_equal(whole[number].views, student)
+        assert np.array_equal(whole[number].views["global"], student)
 
 
 # ---------------------------------------------------------------- views

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from compress_ssl.pipeline.runtime import artifact, digests, storage
 from compress_ssl.pipeline.runtime.artifact import Mismatch
-from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.storage import PART, Folder
+from compress_ssl.pipeline.runtime.errors import UserError, describe_disk_error
+from compress_ssl.pipeline.runtime.storage import INTERRUPTED, PART, Folder, open_storage
 
 
 class PowerCut(BaseException):
@@ -87,6 +87,48 @@ def test_a_failed_write_leaves_no_part_file_and_names_the_target(
         Folder(tmp_path).put("deep/key", b"data")
     assert caught.value.filename == str(tmp_path / "deep/key")
     assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize("number", sorted(INTERRUPTED))
+@pytest.mark.parametrize("done", [False, True])
+def test_a_rename_that_the_file_system_interrupts_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, done: bool
+) -> None:
+    """`done`: the file is renamed, and the call reports an error all the same."""
+    replace, failures = os.replace, [number, number]
+
+    def interrupted(part: Path, target: Path) -> None:
+        if failures:
+            code = failures.pop()
+            if done:
+                replace(part, target)
+            raise OSError(code, os.strerror(code))
+        replace(part, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    Folder(tmp_path).put("key", b"data")
+    assert files(tmp_path) == {"key": b"data"}
+
+
+@pytest.mark.parametrize("number", sorted(INTERRUPTED))
+def test_a_file_system_that_interrupts_every_rename_ends_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def interrupted(part: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number), str(part), None, str(target))
+
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(OSError) as caught:
+        Folder(tmp_path).put("key", b"data")
+    assert describe_disk_error(caught.value).startswith(f"{tmp_path / 'key'}: the file system")
+    assert "key" not in files(tmp_path)
+
+
+def test_a_home_folder_that_is_unknown_is_refused() -> None:
+    with pytest.raises(UserError, match="~nobody-has-this-name/x: the home folder is unknown"):
+        open_storage("~nobody-has-this-name/x")
 
 
 def test_readers_get_complete_values_while_others_write(tmp_path: Path) -> None:
@@ -360,3 +402,11 @@ def test_a_folder_on_a_file_system_without_fsync_is_skipped(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "fsync", unable)
     storage.sync(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["", "\x1b]0;x", "Store", 5, None, "a" * 5 + "\n"])
+def test_a_manifest_of_an_impossible_kind_is_refused_in_words(kind: object, tmp_path: Path) -> None:
+    entries = {"format": artifact.FORMAT, "kind": kind, "identity": {}, "about": {}}
+    content = json.dumps({**entries, "digest": digests.fingerprint(entries)})
+    with pytest.raises(UserError, match="manifest.json is not valid: kind"):
+        artifact.parse(content.encode(), "S/manifest.json")

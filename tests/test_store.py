@@ -28,7 +28,7 @@ from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.codecs import CODECS
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.records import HistoryEvent, StoreAbout
-from compress_ssl.pipeline.store.shards import Shard, batch_spans, done_key, shard_rows, view_digest
+from compress_ssl.pipeline.store.shards import Shard, done_key, shard_rows, view_digest
 
 ROOT = Path(__file__).parents[1]
 N, D, ROWS = 10, 3, 4
@@ -392,10 +392,6 @@ def test_shards_are_whole_batches_within_the_limits(images: int, batch: int, wid
     assert rows <= max(batch, 256, -(-images // 16))
 
 
-def test_batches_cover_a_shard_and_never_cross_it() -> None:
-    assert list(batch_spans(Shard(1, 8, 15, (0,)), 3)) == [(8, 11), (11, 14), (14, 15)]
-
-
 # ---------------------------------------------------------------- done and pending shards
 
 
@@ -404,7 +400,8 @@ def test_the_pending_shards_are_those_without_a_done_record(
     images: int, rows: int, views: int, data: st.DataObject
 ) -> None:
     store = FeatureStore.__new__(FeatureStore)
-    store.images, store.rows, store.about, store.local = images, rows, StoreAbout(views, small={}), ()
+    store.images, store.rows, store.about = images, rows, StoreAbout(views, small={})
+    store.identity = plain_record(images, views, D, "int8", rows).identity
     blocks = range(-(-images // rows))
     spans = [(block, first, min(first + 4, views)) for block in blocks for first in range(0, views, 4)]
     there = data.draw(st.sets(st.sampled_from(spans)))

@@ -134,15 +134,17 @@ def test_a_student_of_a_partial_copy_sees_the_pixels_that_the_teacher_saw(
 
     original_store = FeatureStore(Folder(source))
     everything = DATASETS.build("digits").subset(IMAGES)
-    view_dataset = ViewDataset(everything, original_store.identity.views, np.arange(IMAGES), [(8, "bilinear")], [])
+    view_dataset = ViewDataset(
+        everything, original_store.identity.views, np.arange(IMAGES), {"global": [(8, "bilinear")]}
+    )
     checked, step = [], TrainingRun.step
 
     def check_step(self: TrainingRun, number: int, view_batch: Any, measure: bool) -> Any:
         rows, student, teacher = self.sampler.step_indices(number)
         for j, (row, view) in enumerate(zip(rows.tolist(), student[:, 0].tolist(), strict=True)):
             original = 2 * row + 1
-            expected = view_dataset.load(ViewRequest(np.array([original]), np.array([[view]])))
-            assert torch.equal(view_batch.pixels[0][j], expected.pixels[0][0])
+            expected = view_dataset.load(ViewRequest(np.array([original]), {"global": np.array([[view]])}))
+            assert torch.equal(view_batch.pixels["global"][0][j], expected.pixels["global"][0][0])
             stored = self.batches.read_features(torch.tensor([row]), torch.from_numpy(teacher[j, :1])).numpy()
             np.testing.assert_array_equal(stored[0], original_store.read("embedding", view)[original])
             checked.append((original, view))

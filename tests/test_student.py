@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from compress_ssl.pipeline.datasets.digits import Digits
+from compress_ssl.pipeline.extraction.extract import FeatureSource
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.features import view_features
+from compress_ssl.pipeline.extraction.view_batches import model_views
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.weights import to_bytes
@@ -67,10 +70,12 @@ def test_validation_does_not_change_the_batch_norm_statistics() -> None:
 
 def test_features_of_a_view_do_not_depend_on_the_batch_size() -> None:
     net, digits = build_student(), Digits().subset(50)
-    whole, rows = view_features(net, digits, VIEW_SPEC, CPU)
-    parts, part_rows = view_features(net, digits, VIEW_SPEC, CPU, rows=np.arange(10, 40), batch=7)
+    extractor, views = FeatureExtractor.unpadded(net, CPU), model_views(digits, VIEW_SPEC, net)
+    small = FeatureExtractor(net, CPU, batch_size=7, padded=False)
+    whole, rows = view_features(FeatureSource(extractor, views), np.arange(50))
+    parts, part_rows = view_features(FeatureSource(small, views), np.arange(10, 40))
     assert rows.tolist() == list(range(50)) and part_rows.tolist() == list(range(10, 40))
-    torch.testing.assert_close(parts, whole[10:40])
+    np.testing.assert_allclose(parts, whole[10:40], rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- export

@@ -83,7 +83,7 @@ def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path
         ({"distill": {"optimizer": "sdg"}}, "--optimizer is sdg, .*; did you mean 'sgd'"),
         ({"distill": {"workers": "two"}}, "workers is 'two', but must be a whole number or null"),
         ({"evaluate": {"val": "digits:split=test", "precision": "fp8"}}, "--precision is fp8, but must be one of fp32"),
-        ({"distill": {"lr": "1.2.3e4"}}, "lr is '1.2.3e4', but must be a number or null"),
+        ({"distill": {"lr": "1.2.3e4"}}, "lr is '1.2.3e4', but must be a number"),
         ({"distill": {"steps": True}}, "steps is True, but must be a whole number or null"),
         ({"evaluate": {"protocol": ["nn"]}}, "needs val"),
         ({"method": ["seed:bank=2", "seed:bank=2"]}, "2 combinations would share the folder seed-bank=2,lr=1"),
@@ -91,6 +91,14 @@ def test_a_dry_run_lists_the_passes_and_does_nothing(store: Path, tmp_path: Path
         ({"evaluate": {"val": "digits", "protocol": ["nnn"]}}, "unknown protocol 'nnn'; did you mean 'nn'"),
         ({"distill": {"lr": [0.01, "1e-2"]}}, "2 combinations would share the folder .*lr=0.01"),
         ({"at_once": 0}, "at_once is 0, but must be a number of students"),
+        ({"distill": ["lr"]}, r"distill is \['lr'\], but must hold flags of compress distill"),
+        ({"evaluate": 5}, "evaluate is 5, but must hold flags of compress evaluate"),
+        ({"out": ["a"]}, r"out is \['a'\], but must be a folder"),
+        ({"student": {"a": "b"}}, "student is {'a': 'b'}, but must be a text or a list of texts"),
+        ({"student": [["convnet"]]}, r"student is \['convnet'\], but must be a text"),
+        ({"method": [None]}, "method is None, but must be a text"),
+        ({"distill": {"lr": []}}, "lr is an empty list"),
+        ({"distill": {name: list(range(10)) for name in ("lr", "steps", "seed", "clip", "ema")}}, "means 200000 comb"),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_trained(

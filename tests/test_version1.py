@@ -22,6 +22,9 @@ import zarr
 from arithmetic import arithmetic
 from sklearn.datasets import load_digits
 
+from compress_ssl.pipeline.evaluators.base import Score
+from compress_ssl.pipeline.evaluators.record import read_evaluation
+from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.stages import compare, distill, evaluate, export_teacher, inspect, verify
 
 HERE = Path(__file__).parent / "version1"
@@ -299,8 +302,9 @@ def score(home: Path, which: str) -> dict[str, Any]:
 
 
 def scores(home: Path, which: str) -> dict[str, Any]:
-    """metrics.json without the place of what was scored."""
+    """metrics.json without the place of what was scored, and without `scores`, which version 1 did not have."""
     metrics = record(home / "evaluation" / which / "metrics.json")
+    metrics.pop("scores", None)
     model = {key: value for key, value in metrics["model"].items() if key not in ("run", "store", "spec")}
     return {**metrics, "model": model}
 
@@ -314,6 +318,11 @@ def numbers(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, part
 
 
+def listed_by_version1(which: str) -> tuple[Score, ...]:
+    """The scores that are read from the entries of the metrics.json that version 1 wrote."""
+    return read_evaluation(Folder(HERE / "evaluation" / which)).scores
+
+
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_an_evaluation_that_is_repeated_computes_nothing_and_says_the_same(home: Path, which: str) -> None:
     folder = home / "evaluation" / which
@@ -322,6 +331,7 @@ def test_an_evaluation_that_is_repeated_computes_nothing_and_says_the_same(home:
     made = score(home, which)
     assert scores(home, which) == before and (folder / "report.html").exists()
     assert made["metrics"]["nn"] == before["nn"]
+    assert read_evaluation(Folder(folder)).scores == listed_by_version1(which)
     assert {file: (file.stat().st_ino, file.read_bytes()) for file in files} == nodes
 
 
@@ -348,6 +358,10 @@ def test_a_student_and_its_teacher_are_compared_in_one_table(home: Path) -> None
     table = made["summary"].splitlines()
     teacher, student = (next(n for n, line in enumerate(table) if name in line) for name in ("Factory", "convnet"))
     assert teacher < student and Path(made["page"]).stat().st_size > 1000
+    assert re.split(r"\s{2,}", table[0])[4:] == [
+        "NN", "kNN 5", "Cluster", "Hungarian", "NMI", "ARI", "Linear", "Linear top-5", "Linear best"
+    ]  # fmt: skip
+    assert table[student].split()[-9:] == "25.6* 30.9* 23.7* 24.8* 18.8* 6.9* 17.0* 64.6* 17.0*".split()
     for which in ("student", "teacher"):
         found = inspect.run(inspect.Config(str(home / "evaluation" / which)))
         assert found["kind"] == "evaluation" and json.loads(found["nn"]) == scores(home, which)["nn"]

@@ -7,6 +7,7 @@ import pickle
 import pkgutil
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -355,3 +356,33 @@ def test_files_that_are_no_checkpoint_are_refused_with_the_reason(tmp_path: Path
 def test_safetensors_files_are_recognised_by_content_and_not_by_name(tmp_path: Path) -> None:
     safetensors.torch.save_file({"weight": torch.ones(2)}, tmp_path / "model.bin")
     assert read(tmp_path / "model.bin")["weight"].sum() == 2
+
+
+def save_pickle(file: Path, content: bytes) -> Path:
+    """A checkpoint in torch's format whose pickle is `content`."""
+    torch.save({}, file)
+    with zipfile.ZipFile(file) as saved:
+        parts = {name: saved.read(name) for name in saved.namelist()}
+    with zipfile.ZipFile(file, "w") as changed:
+        for name, data in parts.items():
+            changed.writestr(name, content if name.endswith("data.pkl") else data)
+    return file
+
+
+KEY = b"X\x01\x00\x00\x00a"  # the text "a" in a pickle
+PICKLES = {
+    "dictionaries inside each other": b"\x80\x02" + (b"}" + KEY) * 50_000 + b"N" + b"s" * 50_000 + b".",
+    "lists inside each other": b"\x80\x02}" + KEY + b"]" * 50_000 + b"N" + b"a" * 50_000 + b"s.",
+    "tuples inside each other": b"\x80\x02}" + KEY + b"N" + b"\x85" * 50_000 + b"s.",
+    "each dictionary twice in the next": b"\x80\x02}q\x00"
+    + b"".join(b"}q%c(%sh%cX\x01\x00\x00\x00bh%cu" % (n, KEY, n - 1, n - 1) for n in range(1, 31))
+    + b".",
+    "a dictionary that contains itself": b"\x80\x02}q\x00" + KEY + b"h\x00s.",
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_checkpoint_without_end_is_refused_in_words(name: str, tmp_path: Path) -> None:
+    file = save_pickle(tmp_path / "deep.pth", PICKLES[name])
+    with pytest.raises(UserError, match="deep.pth holds (dictionaries more than 32 levels|no tensors by name)"):
+        load(nn.Linear(1, 1), file, name="linear")

@@ -1,4 +1,4 @@
-"""Data sets: where images come from. `DATASETS` builds one from `folder:PATH`, `digits` or `torchvision:NAME`.
+"""Data sets: where images come from. `DATASETS` builds one from `folder:PATH`, `digits`, `python:FILE.py:NAME`, ...
 
 A new kind is one file with a subclass of `compress_ssl.pipeline.datasets.base.Dataset` and one line in the table.
 """
@@ -10,14 +10,16 @@ from compress_ssl.pipeline.runtime.registry import Registry
 if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
 
-DATASETS = Registry(
+DATASETS: "Registry[Dataset]" = Registry(
     "data",
     {
         "folder": "compress_ssl.pipeline.datasets.folder:Folder",
         "digits": "compress_ssl.pipeline.datasets.digits:Digits",
         "torchvision": "compress_ssl.pipeline.datasets.torchvision:Torchvision",
+        "python": "compress_ssl.pipeline.datasets.python:dataset",
     },
     path_means="folder",
+    packages="compress_ssl.datasets",
 )
 
 
@@ -26,5 +28,5 @@ def open_images(spec: str, limit: int | None = None) -> "Dataset":
 
     limit: use only this many images, spread evenly over the data set. Raises UserError for a wrong spec.
     """
-    dataset: Dataset = DATASETS.build(spec)
+    dataset = DATASETS.build(spec)
     return dataset.subset(limit) if limit else dataset

@@ -5,9 +5,8 @@ The index i of an image is its position in `ids`; it is the i of (i, v) everywhe
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -47,7 +46,7 @@ class Dataset(ABC):
         names = [self.classes[y] if y >= 0 else None for y in self.label.tolist()]
         return fingerprint([self.ids, names])
 
-    def describe_difference(self, ids: Iterable[Any]) -> str:
+    def describe_difference(self, ids: Iterable[object]) -> str:
         """Describe how this data set differs from one with these (N,) ids: images removed, added or relabelled."""
         there, here = set(map(str, ids)), set(self.ids)
         parts = []
@@ -65,14 +64,13 @@ class Dataset(ABC):
         """
         return []
 
-    def restore_selection(self, made_of: Mapping[str, Any], ids: Callable[[], Any]) -> "Dataset":
-        """Select the images that a store was made of: `limit` evenly spread ones, or the rows that were `selected`.
+    def restore_selection(self, limit: int | None, selected: bool, ids: Callable[[], Iterable[object]]) -> "Dataset":
+        """Select the images that a store was made of: `limit` evenly spread ones, of which some may be `selected`.
 
-        made_of: the store's record of its data, {"limit", "selected", ...}.
         ids: returns the sample ids of the store; it is called only if the store holds a selection.
         """
-        limited = self.subset(made_of["limit"]) if made_of["limit"] else self
-        if not made_of.get("selected"):
+        limited = self.subset(limit) if limit else self
+        if not selected:
             return limited
         row_of = {name: i for i, name in enumerate(limited.ids)}
         rows = [row_of[str(name)] for name in ids() if str(name) in row_of]
@@ -88,12 +86,16 @@ class Dataset(ABC):
 class Subset(Dataset):
     """The given rows of another data set."""
 
-    def __init__(self, whole: Dataset, rows: Any):
+    def __init__(self, whole: Dataset, rows: np.ndarray):
         """rows: (n,) integers, indices into `whole`."""
         self.whole, self.rows = whole, rows
         self.ids = [whole.ids[i] for i in rows]
         self.label = whole.label[rows]
         self.classes = whole.classes
+
+    @property
+    def remedy(self) -> str:
+        return self.whole.remedy
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
         return self.whole.load(int(self.rows[i]))
@@ -105,6 +107,7 @@ class Subset(Dataset):
         return np.flatnonzero(np.isin(self.rows, changed)).tolist()
 
 
-def content_hash(data: Any) -> int:
-    """BLAKE2b-64 of bytes or of an array's memory, as an integer (little-endian)."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+def content_hash(data: bytes | np.ndarray) -> int:
+    """BLAKE2b-64 of bytes or of an array's elements in their order, as an integer (little-endian)."""
+    buffer = data if isinstance(data, bytes) else np.ascontiguousarray(data).data
+    return int.from_bytes(hashlib.blake2b(buffer, digest_size=8).digest(), "little")

@@ -4,7 +4,6 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -90,7 +89,7 @@ def _require_one_split(path: Path) -> None:
         raise UserError(f"{path} holds {found}; name one of them: {choices}")
 
 
-def _open_nonblocking(path: Any, flags: int) -> int:
+def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # otherwise opening a named pipe without a writer never returns
 
 

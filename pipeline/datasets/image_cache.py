@@ -42,10 +42,6 @@ class CachedImages(Dataset):
         self.ids, self.label, self.classes = original.ids, original.label, original.classes
 
     @property
-    def fingerprint(self) -> str:  # type: ignore[override]  # a cached property in Dataset
-        return self._original.fingerprint
-
-    @property
     def remedy(self) -> str:
         # the file may have changed only while it was being decoded: then the cache alone is wrong
         return f"put it back and delete {self._folder}, which keeps what was decoded"

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -21,7 +21,10 @@ from compress_ssl.pipeline.distributed import launch
 from compress_ssl.pipeline.runtime import launch_env
 from compress_ssl.pipeline.runtime.device import choose_device
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.signals import Interrupted, StopRequest
+
+M = TypeVar("M", bound=nn.Module)
 
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 saves or evaluates --val; gloo detects a lost rank sooner
 REPORT_DELAY = 3.0  # seconds that a rank with a lost connection leaves to the rank that failed to report its error
@@ -48,18 +51,19 @@ def gather(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    return _Gather.apply(rows)
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
+    def forward(ctx: object, rows: Tensor) -> Tensor:
         parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
         distributed.all_gather(parts, rows.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
         whole = gradient.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(whole)
         return whole[rank() :: world_size()]
@@ -77,7 +81,7 @@ def wrap_ddp(module: nn.Module) -> nn.Module:
         return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
 
-def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> Any:
+def convert_sync_batchnorm(module: M, device: torch.device) -> M:
     """The module with batch norm over the batches of all ranks. Raises UserError on the CPU."""
     if world_size() == 1:
         return module
@@ -85,7 +89,7 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> Any:
         raise UserError("--sync-bn needs CUDA devices: torch has no synchronised batch norm for the CPU; leave it out")
     from timm.layers import convert_sync_batchnorm  # also converts timm's batch norms with an activation
 
-    return convert_sync_batchnorm(module)
+    return cast(M, convert_sync_batchnorm(module))  # another class only for a module that is itself a batch norm
 
 
 # ---------------------------------------------------------------- numbers
@@ -157,18 +161,12 @@ def process_group() -> Iterator[None]:
     An exception in one rank ends all of them. The rank that fails first raises its exception; the others raise
     SystemExit, so that the error is printed once.
     """
-    if not launch_env.is_launched() or distributed.is_initialized():
+    launched = launch_env.read_launch()
+    if launched is None or distributed.is_initialized():
         yield
         return
-    common, number, count = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # The same store, without the prefix that torchrun may put before the names of keys in `common`.
-    store = distributed.TCPStore(address, port, is_master=False)
-    distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=distributed.PrefixStore(agree_on_attempt(common, number, count), common), rank=number, world_size=count,
-        timeout=TIMEOUT,
-    )  # fmt: skip
+    number = launched.rank
+    store = _join(launched)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, launch.SIGNALS)  # blocked by `launch_ranks` until now
         yield
@@ -187,6 +185,30 @@ def process_group() -> Iterator[None]:
             ) from None
         raise
     distributed.destroy_process_group()
+
+
+def _join(launched: launch_env.Launch) -> distributed.Store:
+    """Start torch.distributed with the other ranks; returns the store that all of them share.
+
+    Raises UserError if the store cannot be reached, or if a rank ends meanwhile.
+    """
+    try:
+        common, number, count = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
+        # The same store, without the prefix that torchrun may put before the names of keys in `common`.
+        store = distributed.TCPStore(launched.address, launched.port, is_master=False)
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=distributed.PrefixStore(agree_on_attempt(common, number, count), common),
+            rank=number,
+            world_size=count,
+            timeout=TIMEOUT,
+        )
+    except RuntimeError as problem:  # torch's DistError is one, and so is gloo's
+        raise UserError(
+            f"rank {launched.rank} cannot join the others by way of {launched.address}:{launched.port} "
+            f"({describe_exception(problem)}); check MASTER_ADDR and MASTER_PORT, and that every rank was started"
+        ) from problem
+    return store
 
 
 def agree_on_attempt(common: distributed.Store, number: int, count: int) -> str:

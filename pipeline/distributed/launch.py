@@ -9,9 +9,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Any
+from types import FrameType
+from typing import IO
 
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import JsonObject
 
 PROGRAM = ("-P", "-m", "compress_ssl.cli")
 """Arguments of Python that run a rank. -P keeps the current folder off the front of sys.path, where a user's typer.py
@@ -21,7 +23,7 @@ ERROR_REPORTED = "error-reported"  # counter in the TCPStore; the rank that rais
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # `launch_ranks` passes these on to the ranks
 
 
-def launch_ranks(count: int, words: Sequence[str]) -> dict[str, Any]:
+def launch_ranks(count: int, words: Sequence[str]) -> JsonObject:
     """Run `compress WORDS` as `count` ranks on this machine; returns the JSON result of rank 0.
 
     SIGINT and SIGTERM are passed on to all ranks. Raises SystemExit with the status of the rank that failed
@@ -32,23 +34,27 @@ def launch_ranks(count: int, words: Sequence[str]) -> dict[str, Any]:
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks: list[subprocess.Popen] = []
+    ranks: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryFile() as output, _forwarding_signals(ranks):
         _spawn(ranks, count, [sys.executable, *PROGRAM, *words, "--json"], store.port, output)
         failed = _first_to_fail(ranks)
         if failed is None:
             output.seek(0)
-            return json.loads(output.read().splitlines()[-1])
+            result: JsonObject = json.loads(output.read().splitlines()[-1])
+            return result
         status = ranks[failed].returncode
         unreported = status < 0 and store.add(f"{ERROR_REPORTED}0", 1) == 1
         _wait(ranks, time.monotonic() + EXIT_GRACE)
     if unreported:
-        name = signal.Signals(-status).name
-        raise UserError(f"rank {failed} was killed by {name}; repeat the command to go on from the last checkpoint")
+        raise UserError(
+            f"rank {failed} was killed by {_signal_name(-status)}; repeat the command to go on from the last checkpoint"
+        )
     raise SystemExit(status if status > 0 else 128 - status)
 
 
-def _spawn(ranks: list[subprocess.Popen], count: int, command: Sequence[str], port: int, output: IO[bytes]) -> None:
+def _spawn(
+    ranks: list[subprocess.Popen[bytes]], count: int, command: Sequence[str], port: int, output: IO[bytes]
+) -> None:
     """Start `count` processes and append them to `ranks`; the standard output of rank 0 goes to `output`."""
     from compress_ssl.pipeline.runtime.device import available_cores
 
@@ -70,7 +76,7 @@ def _spawn(ranks: list[subprocess.Popen], count: int, command: Sequence[str], po
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _first_to_fail(ranks: Sequence[subprocess.Popen]) -> int | None:
+def _first_to_fail(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Wait until a rank fails, and return its number; None when all ranks have ended with status 0."""
     while True:
         statuses = [rank.poll() for rank in ranks]
@@ -81,17 +87,22 @@ def _first_to_fail(ranks: Sequence[subprocess.Popen]) -> int | None:
         time.sleep(0.05)
 
 
-def _wait(ranks: Sequence[subprocess.Popen], until: float) -> None:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], until: float) -> None:
     """Return when all ranks have ended, or when time.monotonic() is `until`."""
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
         time.sleep(0.05)
 
 
+def _signal_name(signum: int) -> str:
+    """`SIGKILL`; real-time signals have only a number."""
+    return signal.Signals(signum).name if signum in set(signal.Signals) else f"signal {signum}"
+
+
 @contextmanager
-def _forwarding_signals(ranks: Sequence[subprocess.Popen]) -> Iterator[None]:
+def _forwarding_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
     """While the block runs, pass SIGINT and SIGTERM on to the ranks; at its end, kill the ranks that still run."""
 
-    def pass_on(signum: int, _: Any) -> None:
+    def pass_on(signum: int, _: FrameType | None) -> None:
         for rank in ranks:
             rank.send_signal(signum)
 

@@ -1,23 +1,45 @@
-"""What a protocol takes and returns: two splits of features in, metrics and arrays out.
+"""What a protocol takes and returns: two splits of features in; numbers, scores and figures out.
 
-Shapes: n images of a split, d dims, C classes. All accuracies are percentages in [0, 100].
+Shapes: n images of a split, d dims, C classes.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from compress_ssl.pipeline.datasets.base import Dataset
-from compress_ssl.pipeline.evaluators.results import Result
+from compress_ssl.pipeline.evaluators.figures import (
+    Bars,
+    ConfusionMatrix,
+    Figure,
+    ImageGrid,
+    ImageRow,
+    Lines,
+    Panel,
+    Tile,
+)
+from compress_ssl.pipeline.evaluators.record import DataRecord, Evaluation, ModelRecord
+from compress_ssl.pipeline.evaluators.scores import Score
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import JsonObject, Meta
 
-__all__ = ["AugmentedFeatures", "Evaluator", "Result", "Split", "per_class", "percent", "require_labels"]
+__all__ = [
+    "AugmentedFeatures", "Bars", "ConfusionMatrix", "DataRecord", "Evaluation", "Evaluator", "Figure", "ImageGrid",
+    "ImageRow", "Lines", "ModelRecord", "Panel", "Percent", "Result", "Score", "Split", "Tile", "per_class", "percent",
+    "require_labels",
+]  # fmt: skip
 
 AugmentedFeatures = Callable[[int], np.ndarray]
 """epoch -> (n, d) raw features of another random view of every training image, in the order of the training split."""
+
+Percent = Annotated[float, Meta(ge=0, le=100.0001)]
+"""A percentage in a metrics.json; rounding may carry 100 a little further."""
+
+FIGURE_SEED = 0  # decides which images the image grids of our protocols show
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,16 +62,31 @@ class Split:
     def __len__(self) -> int:
         return len(self.features)
 
+    def category(self, n: int) -> str:
+        """The name of the class of image n; "no label" for an image without one."""
+        return self.classes[int(self.label[n])] if self.label[n] >= 0 else "no label"
 
-class Evaluator(Protocol):
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What one protocol computed. It is kept on disk, so that a finished protocol is not computed again."""
+
+    metrics: JsonObject  # its entry in metrics.json: any numbers and words, with finite numbers
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # kept beside it as .npz, for whoever reads them
+    scores: Sequence[Score] = ()  # what the summary, the report and the comparison show, in this order
+    figures: Sequence[Figure] = ()  # what the report draws, in this order
+
+
+class Evaluator(ABC):
     """A protocol with its options, as a frozen dataclass. The same splits and options give the same Result.
 
     The fields of the dataclass are the options of the spec (`knn:k=20`), and by them a finished result is found
-    again on disk: see `results.Results`.
+    again on disk: see `results.Results`. A protocol of a user's own writes `name` and `__call__` (docs/protocols.md).
     """
 
-    name: ClassVar[str]  # the key in metrics.json
-    needs_labels: ClassVar[tuple[str, ...]]  # the splits that must have labels, of "training" and "validation"
+    name: ClassVar[str]  # the entry in metrics.json; letters, digits and hyphens
+    needs_labels: ClassVar[tuple[str, ...]] = ("training", "validation")  # the splits that must have labels
+    side_by_side: ClassVar[bool] = False  # True: results of several options share the entry, with keys of their own
 
     @property
     def model_digest(self) -> str:
@@ -61,13 +98,35 @@ class Evaluator(Protocol):
         """True if the protocol calls `augmented`, so that a store must have other views than view 0 at hand."""
         return False
 
+    @abstractmethod
     def __call__(self, train: Split, val: Split, folder: Path, augmented: AugmentedFeatures | None = None) -> Result:
         """Score features of `val`, with those of `train` as neighbours, clusters or training set.
 
         `folder` takes files that are too large for a Result. `augmented` is None where the caller has neither images
-        nor stored views. Raises UserError if the splits lack what the protocol needs.
+        nor stored views. The splits must not be changed. Raises UserError if they lack what the protocol needs.
         """
-        ...
+
+    # ---------------------------------------------------------------- the entry in metrics.json
+
+    @classmethod
+    def entry(cls, options: JsonObject) -> str:
+        """The entry in metrics.json of a result with these options: `name`, or `name`, "_" and a variant."""
+        return cls.name
+
+    @classmethod
+    def scores_of(cls, entry: str, metrics: JsonObject, where: str) -> list[Score]:
+        """The scores in an entry that version 1 wrote, without a list of its scores. Only its protocols have such.
+
+        where: names the entry in errors. Raises InvalidRecord for what is not an entry of this protocol.
+        """
+        return []
+
+    @classmethod
+    def figures_of(
+        cls, metrics: JsonObject, arrays: dict[str, np.ndarray], train: Split, val: Split
+    ) -> Sequence[Figure]:
+        """The figures of a result, from what version 1 kept of one; see `scores_of`. KeyError if it lacks an array."""
+        return []
 
 
 def require_labels(protocol: str, **sets: Split | Dataset) -> None:
@@ -109,4 +168,5 @@ def per_class(prediction: np.ndarray, label: np.ndarray, classes: int) -> np.nda
     """
     images = np.bincount(label, minlength=classes)
     hits = np.bincount(label[prediction == label], minlength=classes)
-    return np.divide(100.0 * hits, images, out=np.full(classes, np.nan), where=images > 0)
+    accuracy: np.ndarray = np.divide(100.0 * hits, images, out=np.full(classes, np.nan), where=images > 0)
+    return accuracy

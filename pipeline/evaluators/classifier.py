@@ -5,14 +5,16 @@ Shapes: n_val validation images, d dims, C classes of the images, H classes of t
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from compress_ssl.pipeline.evaluators.base import (
     AugmentedFeatures,
     Evaluator,
+    Percent,
     Result,
+    Score,
     Split,
     per_class,
     percent,
@@ -23,8 +25,20 @@ from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.runtime import digests
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
+from compress_ssl.pipeline.runtime.records import UNSET, Count, JsonObject, UnsetType, read_record, to_json
 
 BLOCK = 4096  # images at a time: (4096, H) logits are 16 MB for 1000 classes
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The entry `classifier` of metrics.json."""
+
+    top1: Percent | None
+    top5: Percent | UnsetType | None = UNSET  # of a head with more than five classes
+    mean_per_class: Percent | UnsetType | None = UNSET
+    unknown: Count = 0  # validation images whose class the head lacks
+    head: str = ""  # its file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +90,29 @@ class Classifier(Evaluator):
         image_class[head_class[known]] = np.flatnonzero(known)
         prediction = image_class[first]
         accuracy = per_class(prediction, val.label, len(val.classes))
-        metrics: dict[str, Any] = {"top1": percent(rank < 1)}
-        if self.linear.classes > 5:
-            metrics["top5"] = percent(rank < 5)
-        unknown = int((head_class[val.label] < 0).sum())
-        metrics |= {"mean_per_class": float(np.nanmean(accuracy)), "unknown": unknown, "head": str(self.head)}
-        return Result(metrics, {"prediction": prediction, "per_class": accuracy})
+        found = Metrics(
+            top1=percent(rank < 1),
+            top5=percent(rank < 5) if self.linear.classes > 5 else UNSET,
+            mean_per_class=float(np.nanmean(accuracy)),
+            unknown=int((head_class[val.label] < 0).sum()),
+            head=str(self.head),
+        )
+        metrics: JsonObject = to_json(found)
+        arrays = {"prediction": prediction, "per_class": accuracy}
+        return Result(metrics, arrays, self.scores_of(self.name, metrics, self.name))
+
+    @classmethod
+    def scores_of(cls, entry: str, metrics: JsonObject, where: str) -> list[Score]:
+        """Top-1, which comparisons plot, and top-5."""
+        found = read_record(Metrics, metrics, where, ignore_unknown=True)
+        top1 = "top-1 of a classifier that was there already: the student's own, or a head for the teacher"
+        top5 = "the same layer: the category is among the five likeliest"
+        scores = []
+        if found.top1 is not None:
+            scores.append(Score("top1", "Classifier", found.top1, top1, detail=found.head, plotted=True))
+        if isinstance(found.top5, float):
+            scores.append(Score("top5", "Classifier top-5", found.top5, top5, term="top-5"))
+        return scores
 
     def _head_classes(self, val: Split) -> np.ndarray:
         """(C,) int64: the head's number for each class of the images, -1 for a class that the head lacks.

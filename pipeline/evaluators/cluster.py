@@ -5,13 +5,44 @@ Shapes: k clusters, C classes, n training and n_val validation images, d dims.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
-from compress_ssl.pipeline.evaluators.base import AugmentedFeatures, Evaluator, Result, Split, percent
+from compress_ssl.pipeline.evaluators.base import (
+    FIGURE_SEED,
+    AugmentedFeatures,
+    ConfusionMatrix,
+    Evaluator,
+    Figure,
+    ImageGrid,
+    ImageRow,
+    Percent,
+    Result,
+    Score,
+    Split,
+    Tile,
+    percent,
+)
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import Count, JsonObject, Meta, read_record, to_json
 from compress_ssl.pipeline.search import exact, kmeans
+
+CLUSTERS_SHOWN, IMAGES_SHOWN = 10, 12  # in the report's figure, as wide as the page is
+LOWEST_ARI = -50  # percent: scikit-learn's adjusted Rand index is never lower
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The entry `cluster` of metrics.json; without labels there is no score."""
+
+    top1: Percent | None = None
+    hungarian_top1: Percent | None = None
+    nmi: Percent | None = None
+    ari: Annotated[float, Meta(ge=LOWEST_ARI - 0.0001, le=100.0001)] | None = None
+    train_top1: Percent | None = None
+    clusters: Count = 0
+    empty: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +100,47 @@ class ClusterAlignment(Evaluator):
         unit = exact.normalize(train.features)
         centroids, train_assignment = kmeans.kmeans(unit, k, self.iterations, self.seed)
         val_assignment = kmeans.assign(exact.normalize(val.features), centroids)
-        counts = {"clusters": k, "empty": int(k - len(np.unique(train_assignment)))}
         arrays = {"centroids": centroids, "train_assignment": train_assignment, "val_assignment": val_assignment}
-        if not ((train.label >= 0).any() and (val.label >= 0).any()):
-            no_scores = dict.fromkeys(("top1", "hungarian_top1", "nmi", "ari", "train_top1"))
-            return Result({**no_scores, **counts}, arrays)
-        scores, label_arrays = score_assignments(
-            train_assignment, train.label, val_assignment, val.label, k, len(train.classes)
+        scored: dict[str, float] = {}
+        if (train.label >= 0).any() and (val.label >= 0).any():
+            scored, label_arrays = score_assignments(
+                train_assignment, train.label, val_assignment, val.label, k, len(train.classes)
+            )
+            arrays |= label_arrays
+        empty = int(k - len(np.unique(train_assignment)))
+        metrics: JsonObject = to_json(Metrics(**scored, clusters=k, empty=empty))
+        scores = self.scores_of(self.name, metrics, self.name)
+        return Result(metrics, arrays, scores, self.figures_of(metrics, arrays, train, val))
+
+    @classmethod
+    def scores_of(cls, entry: str, metrics: JsonObject, where: str) -> list[Score]:
+        """Four scores, of which comparisons plot the paper's; none without labels."""
+        found = read_record(Metrics, metrics, where, ignore_unknown=True)
+        paper = (
+            "CompRess: k-means on training; clusters mapped one to one to categories by shared images / cluster size "
+            "on training; top-1 on validation by that map"
         )
-        return Result({**scores, **counts}, {**arrays, **label_arrays})
+        usual = "usual clustering accuracy: one-to-one map by raw counts, fitted and scored on validation"
+        nmi = "normalised mutual information of clusters and categories on validation, times 100"
+        ari = "adjusted Rand index on validation, times 100; 0 is chance"
+        scores = []
+        if found.top1 is not None:
+            scores.append(Score("top1", "Cluster", found.top1, paper, plotted=True))
+        if found.hungarian_top1 is not None:
+            scores.append(Score("hungarian_top1", "Hungarian", found.hungarian_top1, usual))
+        if found.nmi is not None:
+            scores.append(Score("nmi", "NMI", found.nmi, nmi))
+        if found.ari is not None:
+            scores.append(Score("ari", "ARI", found.ari, ari, range=(LOWEST_ARI, 100)))
+        return scores
+
+    @classmethod
+    def figures_of(cls, metrics: JsonObject, arrays: dict[str, np.ndarray], train: Split, val: Split) -> list[Figure]:
+        """Random images of random clusters, as in the CompRess paper; with labels the confusion matrix."""
+        figures: list[Figure] = [_show_clusters(arrays, train)]
+        if "confusion" in arrays:
+            figures.append(_show_confusion(arrays["confusion"], val.classes))
+        return figures
 
     def _cluster_count(self, train: Split) -> int:
         """k: the option, or the number of classes. Raises UserError if that is not known or too large."""
@@ -109,7 +172,7 @@ def score_assignments(
     val_label: np.ndarray,
     clusters: int,
     classes: int,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """(scores, label arrays) of ClusterAlignment, from cluster numbers (n,) and labels (n,), -1 for no label."""
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
@@ -158,3 +221,58 @@ def match_clusters(similarity: np.ndarray) -> np.ndarray:
     rows, columns = linear_sum_assignment(similarity, maximize=True)
     mapping[rows] = columns
     return mapping
+
+
+# ---------------------------------------------------------------- figures
+
+
+def _show_clusters(arrays: dict[str, np.ndarray], train: Split) -> ImageGrid:
+    """A row for each of up to 10 random clusters, with up to 12 of its training images."""
+    assignment, random = arrays["train_assignment"], np.random.default_rng(FIGURE_SEED)
+    filled = np.unique(assignment)
+    chosen = np.sort(random.choice(filled, min(CLUSTERS_SHOWN, len(filled)), replace=False))
+    rows = []
+    for cluster in chosen.tolist():
+        members = np.flatnonzero(assignment == cluster)
+        some = random.choice(members, min(IMAGES_SHOWN, len(members)), replace=False).tolist()
+        tiles = tuple(Tile(split="train", index=n, caption=train.category(n)) for n in some)
+        lines = tuple(_describe_cluster(cluster, members, arrays, train))
+        rows.append(ImageRow(title=f"cluster {cluster}", lines=lines, tiles=tiles))
+    note = (
+        f"A row is a cluster of the training images. Neither clusters nor images are picked: {len(chosen)} of "
+        f"{len(filled)} clusters, up to {IMAGES_SHOWN} images of each, drawn with a fixed seed."
+    )
+    return ImageGrid(name="clusters", title="Random images of random clusters", note=note, rows=tuple(rows))
+
+
+def _describe_cluster(cluster: int, members: np.ndarray, arrays: dict[str, np.ndarray], train: Split) -> list[str]:
+    """Lines of text: a cluster's size and, with labels, its most frequent category and the one it is mapped to."""
+    lines = [f"{len(members)} training images"]
+    if "majority" in arrays:
+        majority = int(arrays["majority"][cluster])
+        if majority >= 0:
+            labels = train.label[members]
+            share = 100 * np.mean(labels[labels >= 0] == majority)
+            lines.append(f"{share:.0f} % {train.classes[majority]}")
+        mapped = int(arrays["mapping"][cluster])
+        lines.append(f"mapped to {train.classes[mapped]}" if mapped >= 0 else "mapped to no category")
+    return lines
+
+
+def _show_confusion(counts: np.ndarray, classes: tuple[str, ...]) -> ConfusionMatrix:
+    """The confusion matrix from (C, C + 1) counts; the last column is drawn only if it has images."""
+    unmapped = int(counts[:, -1].sum())
+    note = (
+        "Validation images by their category (rows) and the category their cluster is mapped to on training (columns)."
+    )
+    if unmapped:
+        note += f" {unmapped} lie in clusters that have no category."
+    return ConfusionMatrix(
+        name="confusion",
+        title="Clusters against categories",
+        note=note,
+        counts=counts if unmapped else counts[:, :-1],
+        rows=classes,
+        columns=(*classes, "(none)") if unmapped else classes,
+        column_title="category of its cluster",
+    )

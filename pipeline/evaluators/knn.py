@@ -9,16 +9,26 @@ import numpy as np
 from compress_ssl.pipeline.evaluators.base import (
     AugmentedFeatures,
     Evaluator,
+    Percent,
     Result,
+    Score,
     Split,
     per_class,
     percent,
     require_labels,
 )
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import JsonObject, read_record
 from compress_ssl.pipeline.search import exact
 
 VOTE_ROWS = 1024  # validation images per block of votes: (1024, C) float64 is 8 MB for 1000 classes
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One value of the entry `knn` of metrics.json, whose keys say k and the temperature."""
+
+    top1: Percent | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +47,7 @@ class WeightedNeighbors(Evaluator):
     k: int = 20
     temperature: float = 0.07
     name: ClassVar[str] = "knn"
-    needs_labels: ClassVar[tuple[str, ...]] = ("training", "validation")
+    side_by_side: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -60,7 +70,18 @@ class WeightedNeighbors(Evaluator):
         prediction = self._vote(cosine, train.label[ids], len(train.classes))
         key = str(self.k) if self.temperature == 0.07 else f"{self.k},temperature={self.temperature:g}"
         arrays = {"prediction": prediction, "per_class": per_class(prediction, val.label, len(val.classes))}
-        return Result({key: {"top1": percent(prediction == val.label)}}, arrays)
+        metrics: JsonObject = {key: {"top1": percent(prediction == val.label)}}
+        return Result(metrics, arrays, self.scores_of(self.name, metrics, self.name))
+
+    @classmethod
+    def scores_of(cls, entry: str, metrics: JsonObject, where: str) -> list[Score]:
+        """A score for each k and temperature."""
+        note = "top-1 by a vote of the k nearest, weight exp(cosine / temperature), 0.07 unless given"
+        return [
+            Score(key, f"kNN {key}".replace(",temperature=", " T="), one.top1, note, term="kNN")
+            for key, one in read_record(dict[str, Metrics], metrics, where, ignore_unknown=True).items()
+            if one.top1 is not None
+        ]
 
     def _vote(self, cosine: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
         """(n,) int64: the winning class of each image, from (n, k) cosines and (n, k) labels of its neighbours."""

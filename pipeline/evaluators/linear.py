@@ -5,20 +5,25 @@ Shapes: n training and n_val validation images, d dims, C classes, B images of a
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from compress_ssl.pipeline.evaluators.base import (
     AugmentedFeatures,
     Evaluator,
+    Lines,
+    Panel,
+    Percent,
     Result,
+    Score,
     Split,
     per_class,
     percent,
     require_labels,
 )
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import UNSET, JsonObject, Positive, UnsetType, read_record, to_json
 from compress_ssl.pipeline.search import exact
 
 if TYPE_CHECKING:
@@ -26,6 +31,25 @@ if TYPE_CHECKING:
 
 EPS = 1e-5  # added to the variance as by the authors. Not negligible: of unit vectors that is about 1/d or less
 BLOCK = 4096  # rows handled at once: (4096, d) in float64 for the variance, (4096, C) logits for the ranking
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Percentages of the validation images."""
+
+    top1: Percent | None
+    top5: Percent | UnsetType | None = UNSET
+    epoch: Positive | UnsetType = UNSET  # counted from 1
+    selected_on: str | UnsetType = UNSET
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The entry `linear` or `linear_augmented` of metrics.json."""
+
+    last: Accuracy | UnsetType = UNSET
+    best: Accuracy | UnsetType = UNSET
+    protocol: str = ""  # how the layer was trained, in words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +81,6 @@ class LinearProbe(Evaluator):
     seed: int = 0
     device: str = "auto"
     name: ClassVar[str] = "linear"
-    needs_labels: ClassVar[tuple[str, ...]] = ("training", "validation")
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size"):
@@ -103,27 +126,64 @@ class LinearProbe(Evaluator):
         weight, bias = layer.arrays()
         arrays = {"curve": curve, "weight": weight, "bias": bias, "mean": mean, "scale": scale}
         arrays |= {"prediction": ranking[:, 0], "per_class": per_class(ranking[:, 0], val.label, len(val.classes))}
-        return Result(self._metrics(curve), arrays)
+        metrics: JsonObject = to_json(self._metrics(curve))
+        scores = self.scores_of(self.name, metrics, self.name)
+        return Result(metrics, arrays, scores, self.figures_of(metrics, arrays, train, val))
 
     def learning_rate(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""
         drops = sum(epoch >= -(-self.epochs * part // 40) for part in (15, 30))
         return self.lr * 0.1**drops
 
-    def _metrics(self, curve: np.ndarray) -> dict[str, Any]:
+    def _metrics(self, curve: np.ndarray) -> Metrics:
         """The metrics of a (epochs, 3) curve. The text of `protocol` is what the report shows beside the scores."""
         best = int(curve[:, 1].argmax())
         trained_on = "augmented training images" if self.augment else "centre-crop features"
-        return {
-            "last": {"top1": float(curve[-1, 1]), "top5": float(curve[-1, 2])},
-            "best": {
-                "top1": float(curve[best, 1]),
-                "top5": float(curve[best, 2]),
-                "epoch": best + 1,
-                "selected_on": "validation",
-            },
-            "protocol": f"{trained_on}, whitened",
-        }
+        return Metrics(
+            last=Accuracy(float(curve[-1, 1]), float(curve[-1, 2])),
+            best=Accuracy(float(curve[best, 1]), float(curve[best, 2]), best + 1, "validation"),
+            protocol=f"{trained_on}, whitened",
+        )
+
+    @classmethod
+    def entry(cls, options: JsonObject) -> str:
+        """A probe on augmented images and one on centre crops are not comparable, so their entries differ."""
+        return f"{cls.name}_augmented" if options.get("augment") else cls.name
+
+    @classmethod
+    def scores_of(cls, entry: str, metrics: JsonObject, where: str) -> list[Score]:
+        """The last epoch, which comparisons plot, and the best one.
+
+        The first metrics.json files had an augmented probe under `linear`: the text of `protocol` tells.
+        """
+        found = read_record(Metrics, metrics, where, ignore_unknown=True)
+        title = "Linear (augmented)" if "augmented" in f"{entry} {found.protocol}" else "Linear"
+        last = "top-1 of a linear layer on frozen features after its last epoch"
+        top5 = "the same layer: the category is among the five likeliest"
+        best = "its best epoch on validation: selected on the very set it is scored on"
+        scores = []
+        if found.last and found.last.top1 is not None:
+            scores.append(
+                Score("last.top1", title, found.last.top1, last, term="Linear", detail=found.protocol, plotted=True)
+            )
+        if found.last and isinstance(found.last.top5, float):
+            scores.append(Score("last.top5", f"{title} top-5", found.last.top5, top5, term="top-5"))
+        if found.best and found.best.top1 is not None:
+            scores.append(Score("best.top1", f"{title} best", found.best.top1, best, term="best"))
+        return scores
+
+    @classmethod
+    def figures_of(cls, metrics: JsonObject, arrays: dict[str, np.ndarray], train: Split, val: Split) -> list[Lines]:
+        """Loss and accuracy by epoch."""
+        curve, protocol = arrays["curve"], read_record(Metrics, metrics, cls.name, ignore_unknown=True).protocol
+        epoch = np.arange(1, len(curve) + 1)
+        panels = (
+            Panel(title="training loss (nats)", x=epoch, lines={"loss": curve[:, 0]}),
+            Panel(title="validation (%)", x=epoch, lines={"top-1": curve[:, 1], "top-5": curve[:, 2]}),
+        )
+        name = f"{cls.name}_augmented" if "augmented" in protocol else cls.name
+        alt = "loss and accuracy of the linear layer by epoch"
+        return [Lines(name=name, title="Linear layer", note=f"Protocol: {protocol}.", panels=panels, alt=alt)]
 
 
 class _Layer:
@@ -152,11 +212,11 @@ class _Layer:
 
         self.sgd.param_groups[0]["lr"] = rate
         total = torch.zeros((), dtype=torch.float64, device=self.device)  # read once an epoch: a step does not wait
-        for rows in torch.randperm(len(x), generator=self.random).split(self.batch_size):
+        for rows in torch.split(torch.randperm(len(x), generator=self.random), self.batch_size):
             logits = torch.nn.functional.linear(x[rows].to(self.device), self.weight, self.bias)  # (B, C)
             loss = torch.nn.functional.cross_entropy(logits, label[rows].to(self.device))
             self.sgd.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             self.sgd.step()
             total += loss.detach() * len(rows)
         return total.item() / len(x)
@@ -167,7 +227,7 @@ class _Layer:
 
         most, ranks = min(5, len(self.bias)), []
         with torch.no_grad():
-            for part in x.split(BLOCK):
+            for part in torch.split(x, BLOCK):
                 logits = torch.nn.functional.linear(part.to(self.device), self.weight, self.bias)  # (BLOCK, C)
                 ranks.append(logits.topk(most).indices.cpu())
         return torch.cat(ranks).numpy()

@@ -4,95 +4,270 @@ OPTIONS is a fingerprint of the evaluator's dataclass fields, so their names, ty
 format on disk. The .json file is written last: a result without it is not finished and is computed again.
 """
 
+import inspect
 import io
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import Any
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path, PurePath
 
 import numpy as np
 
+from compress_ssl.pipeline.evaluators import figure_arrays, find_protocol
+from compress_ssl.pipeline.evaluators.base import Evaluator, Figure, Result, Score, Split
+from compress_ssl.pipeline.evaluators.record import order_by_protocol, replace_key
+from compress_ssl.pipeline.evaluators.scores import sort_naturally
 from compress_ssl.pipeline.runtime import digests
+from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.progress import echo
+from compress_ssl.pipeline.runtime.records import (
+    UNSET,
+    InvalidRecord,
+    JsonObject,
+    UnsetType,
+    parse_json,
+    read_record,
+    to_json,
+)
 from compress_ssl.pipeline.runtime.storage import Folder
 
 
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What one protocol computed: numbers for metrics.json and arrays for the report."""
+@dataclass(frozen=True)
+class ResultRecord:
+    """The .json file of a result. Version 1 wrote the first four entries."""
 
-    metrics: dict[str, Any]  # goes into metrics.json under the protocol's name
-    arrays: dict[str, np.ndarray]  # drawn by the report, saved as .npz
+    name: str
+    protocol: str  # the spec
+    options: JsonObject
+    metrics: JsonObject
+    entry: str | UnsetType = UNSET  # of metrics.json
+    side_by_side: bool | UnsetType = UNSET
+    code: str | UnsetType = UNSET  # digest of the file of a user's class
+    scores: tuple[Score, ...] | UnsetType = UNSET
+    figures: tuple[JsonObject, ...] | UnsetType = UNSET
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A finished result and where it belongs."""
+
+    spec: str
+    entry: str
+    side_by_side: bool
+    result: Result
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """All that an evaluation has to show."""
+
+    protocols: JsonObject  # the entries of metrics.json by key
+    scores: tuple[Score, ...]  # with keys and titles that are unique
+    figures: tuple[Figure, ...]  # with names that are unique
 
 
 class Results:
-    """All results of one evaluation folder, those of earlier commands included."""
+    """All results of one evaluation folder, those of earlier commands included.
 
-    def __init__(self, folder: Folder):
-        self.folder = folder
+    train, val: the splits that are scored; figures of version 1's results are made from them.
+    """
 
-    def get(self, evaluator: Any) -> Result | None:
-        """The finished result of an evaluator with exactly these options; None if there is none that can be read."""
+    def __init__(self, folder: Folder, train: Split, val: Split):
+        self.folder, self.train, self.val = folder, train, val
+
+    def get(self, evaluator: Evaluator) -> Result | None:
+        """The finished result of an evaluator with exactly these options; None if there is none that can be read.
+
+        A user's own protocol whose file has changed since has no finished result.
+        """
         found = self._read(_file_name(evaluator))
         if found is None:
             return None
-        saved, result = found
-        return result if saved["options"] == json.loads(json.dumps(_options(evaluator))) else None
+        record, arrays = found
+        code = "" if isinstance(record.code, UnsetType) else record.code
+        if record.options != options_of(evaluator) or code != code_of(type(evaluator)):
+            return None
+        kept = self._restore(record, arrays)
+        return kept.result if kept else None
 
-    def put(self, evaluator: Any, spec: str, result: Result) -> Result:
+    def put(self, evaluator: Evaluator, spec: str, result: Result) -> Result:
         """Write a result, the arrays first, and return it."""
-        name = _file_name(evaluator)
+        name, options = _file_name(evaluator), options_of(evaluator)
+        arrays = dict(result.arrays)
+        figures = tuple(figure_arrays.pack(figure, arrays) for figure in result.figures)
+        record = ResultRecord(
+            evaluator.name, spec, options, result.metrics, evaluator.entry(options), evaluator.side_by_side,
+            code_of(type(evaluator)), tuple(result.scores), figures,
+        )  # fmt: skip
         buffer = io.BytesIO()
-        np.savez(buffer, **result.arrays)  # type: ignore[arg-type]
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
         # An earlier .json may be of other computed options (another head's digest): it must not mark these arrays done.
         self.folder.delete(f"results/{name}.json")
         self.folder.put(f"results/{name}.npz", buffer.getvalue())
-        record = {"name": evaluator.name, "protocol": spec, "options": _options(evaluator), "metrics": result.metrics}
-        self.folder.put(f"results/{name}.json", json.dumps(record, indent=1).encode())
+        self.folder.put(f"results/{name}.json", json.dumps(to_json(record), indent=1).encode())
         return result
 
-    def gather(self, latest: Iterable[Any]) -> tuple[dict[str, Any], dict[str, Result]]:
-        """(metrics by key of metrics.json, results by spec) of all finished results in the folder.
+    def gather(self, latest: Iterable[Evaluator]) -> Gathered:
+        """The entries, scores and figures of all finished results in the folder.
 
-        The evaluators of `latest` come last: where several results have the same key, theirs replaces the others.
-        Several knn protocols share the key "knn", side by side; an augmented linear probe has a key of its own.
+        The evaluators of `latest` come last: where several results have the same entry, theirs replaces the others,
+        unless their protocol puts them side by side.
         """
-        latest_names = [_file_name(evaluator) for evaluator in latest]
-        stems = sorted(key.removeprefix("results/").removesuffix(".json") for key in self.folder.list("results"))
-        earlier = [name for name in stems if not name.endswith(".npz") and name not in latest_names]
-        metrics: dict[str, Any] = {}
-        results: dict[str, Result] = {}
-        for name in earlier + latest_names:
-            found = self._read(name)
-            if found is None:
-                continue
-            saved, result = found
-            key = saved["name"] + "_augmented" * bool(saved["options"].get("augment"))
-            metrics[key] = {**metrics.get(key, {}), **result.metrics} if key == "knn" else result.metrics
-            results.pop(saved["protocol"], None)  # so that the new one is the last in the order of the dictionary
-            results[saved["protocol"]] = result
-        return metrics, results
+        shown: dict[str, list[Kept]] = {}  # by entry
+        for kept in self._all(latest):
+            beside = shown.get(kept.entry, []) if kept.side_by_side else []
+            shown[kept.entry] = [*(other for other in beside if other.spec != kept.spec), kept]
+        scores: list[Score] = []
+        for entry, of_entry in shown.items():
+            found = [replace_key(score, entry) for kept in of_entry for score in kept.result.scores]
+            scores += sort_naturally(found) if len(of_entry) > 1 else found
+        ordered = order_by_protocol(scores)
+        entries = list(dict.fromkeys(score.key.partition(".")[0] for score in ordered))
+        entries += [entry for entry in shown if entry not in entries]
+        return Gathered(
+            {entry: _merge(kept.result.metrics for kept in of_entry) for entry, of_entry in shown.items()},
+            tuple(_with_unique_titles(ordered)),
+            tuple(_with_unique_names(kept.result for entry in entries for kept in shown[entry])),
+        )
 
-    def _read(self, name: str) -> tuple[dict[str, Any], Result] | None:
-        """(record, result) of one file name; None if it is missing or damaged, so that it is computed again."""
+    def _all(self, latest: Iterable[Evaluator]) -> Iterator[Kept]:
+        """Every finished result, those of `latest` last."""
+        names = [_file_name(evaluator) for evaluator in latest]
+        stems = sorted(key.removeprefix("results/").removesuffix(".json") for key in self.folder.list("results"))
+        earlier = [name for name in stems if not name.endswith(".npz") and name not in names]
+        for name in earlier + names:
+            found = self._read(name)
+            kept = found and self._restore(*found)
+            if kept:
+                yield kept
+            else:
+                echo(
+                    f"{self.folder}/results/{name}.json cannot be read and is left out; name its protocol to repeat it"
+                )
+
+    def _read(self, name: str) -> tuple[ResultRecord, dict[str, np.ndarray]] | None:
+        """(record, arrays) of one file name; None if it is missing or damaged, so that it is computed again."""
+        where = f"results/{name}.json"
         try:
-            saved = json.loads(self.folder.get(f"results/{name}.json"))
+            record = read_record(ResultRecord, parse_json(self.folder.get(where), where), where)
             with np.load(io.BytesIO(self.folder.get(f"results/{name}.npz"))) as arrays:
-                return saved, Result(saved["metrics"], dict(arrays))
-        except (FileNotFoundError, ValueError, KeyError, OSError):
+                return record, dict(arrays)
+        except (InvalidRecord, ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
             return None
 
+    def _restore(self, record: ResultRecord, arrays: dict[str, np.ndarray]) -> Kept | None:
+        """The result of a record; None if it does not have what its figures or scores are made of."""
+        of_version1 = isinstance(record.scores, UnsetType)
+        try:
+            return self._restore_version1(record, arrays) if of_version1 else _restore_listed(record, arrays)
+        except (InvalidRecord, ValueError, KeyError, IndexError):
+            return None
 
-def _options(evaluator: Any) -> dict[str, Any]:
-    """What decides a result: the dataclass fields by which two evaluators are compared."""
-    return {field.name: getattr(evaluator, field.name) for field in fields(evaluator) if field.compare}
+    def _restore_version1(self, record: ResultRecord, arrays: dict[str, np.ndarray]) -> Kept | None:
+        """Scores and figures by the record's protocol, from the numbers and arrays that it kept."""
+        protocol = find_protocol(record.name)
+        if protocol is None:
+            return None
+        entry, metrics = protocol.entry(record.options), record.metrics
+        scores = [
+            replace(score, options=record.options) for score in protocol.scores_of(entry, metrics, record.protocol)
+        ]
+        figures = protocol.figures_of(metrics, arrays, self.train, self.val)
+        return Kept(record.protocol, entry, protocol.side_by_side, Result(metrics, arrays, scores, figures))
 
 
-def _file_name(evaluator: Any) -> str:
+def _restore_listed(record: ResultRecord, arrays: dict[str, np.ndarray]) -> Kept:
+    """The scores and figures that the record lists."""
+    assert not isinstance(record.scores, UnsetType)
+    packed = () if isinstance(record.figures, UnsetType) else record.figures
+    figures = [figure_arrays.unpack(figure, arrays) for figure in packed]
+    own = {name: array for name, array in arrays.items() if not name.startswith(figure_arrays.PREFIX)}
+    scores = [replace(score, options=record.options) for score in record.scores]
+    entry = record.name if isinstance(record.entry, UnsetType) else record.entry
+    return Kept(record.protocol, entry, record.side_by_side is True, Result(record.metrics, own, scores, figures))
+
+
+# ---------------------------------------------------------------- gathering
+
+
+def _merge(entries: Iterable[JsonObject]) -> JsonObject:
+    """One entry of several results that stand side by side."""
+    merged: JsonObject = {}
+    for entry in entries:
+        merged |= entry
+    return merged
+
+
+def _with_unique_titles(scores: Iterable[Score]) -> Iterator[Score]:
+    """The scores; one whose title another protocol has already is called "TITLE (its key)"."""
+    taken: set[str] = set()
+    for score in scores:
+        renamed = replace(score, title=f"{score.title} ({score.key})", term=score.explained)
+        shown = renamed if score.title in taken else score
+        taken.add(shown.title)
+        yield shown
+
+
+def _with_unique_names(results: Iterable[Result]) -> Iterator[Figure]:
+    """The figures; one whose name another result has already is called NAME-2, NAME-3 and so on."""
+    taken: set[str] = set()
+    for result in results:
+        for figure in result.figures:
+            name, number = figure.name, 1
+            while name in taken:
+                number += 1
+                name = f"{figure.name}-{number}"
+            taken.add(name)
+            yield figure if name == figure.name else replace(figure, name=name)
+
+
+# ---------------------------------------------------------------- what identifies a result
+
+
+def options_of(evaluator: Evaluator) -> JsonObject:
+    """What decides a result, as JSON: the dataclass fields by which two evaluators are compared.
+
+    Raises UserError for an option that has no place in JSON.
+    """
+    if not is_dataclass(evaluator):
+        raise UserError(f"protocol {evaluator.name!r}: {type(evaluator).__name__} must be a frozen dataclass")
+    return {
+        field.name: _as_json(getattr(evaluator, field.name), f"protocol {evaluator.name!r}: option {field.name}")
+        for field in fields(evaluator)
+        if field.compare
+    }
+
+
+def _as_json(value: object, what: str) -> object:
+    """The value of an option as it will be read from JSON."""
+    if isinstance(value, PurePath):
+        return str(value)
+    try:
+        read: object = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{what} is a {type(value).__name__}, which cannot be kept with the result; options are numbers, "
+            "words, paths, None, or lists of them (field(compare=False) for what does not decide the result)"
+        ) from None
+    return read
+
+
+def code_of(cls: type[Evaluator]) -> str:
+    """Digest of the file of a user's own class, so that a changed file is run again; "" for our protocols."""
+    if cls.__module__.startswith(f"{__name__.partition('.')[0]}."):
+        return ""  # the results of our protocols are kept for ever
+    file = inspect.getsourcefile(cls)
+    return digests.digest(Path(file).read_bytes()) if file else ""
+
+
+def _file_name(evaluator: Evaluator) -> str:
     """The stem of a result's two files, from the protocol's name and the options that a user can give.
 
     Fields that the evaluator computes (init=False, such as the digest of a head's file) are left out of it: the
     result of a changed file replaces the earlier one, and `Results.get` tells them apart by the stored options.
     """
+    assert is_dataclass(evaluator)
     computed = {field.name for field in fields(evaluator) if not field.init}
-    given = {name: value for name, value in _options(evaluator).items() if name not in computed}
+    given = {name: value for name, value in options_of(evaluator).items() if name not in computed}
     return f"{evaluator.name}-{digests.fingerprint(given)[:12]}"

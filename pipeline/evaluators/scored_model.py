@@ -1,26 +1,28 @@
 """The model that an evaluation scores: the student of a run, the teacher of a store, or any model by its spec."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 
 from compress_ssl.pipeline.datasets.base import Dataset
+from compress_ssl.pipeline.evaluators.record import ModelRecord
 from compress_ssl.pipeline.extraction.teacher import load_live_teacher
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import read_record
-from compress_ssl.pipeline.runtime.storage import Folder, open_storage
+from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
+from compress_ssl.pipeline.store import local_cache
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.records import DataSource
+from compress_ssl.pipeline.training.run_record import read_run
 from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 RANDOM_WEIGHTS_SEED = 0  # of a model scored untrained: `compress distill --seed 0` starts from the same weights
 MAX_REASON = 200  # characters of a library's error text that are repeated in ours
@@ -28,18 +30,17 @@ MAX_REASON = 200  # characters of a library's error text that are repeated in ou
 
 @dataclass
 class ScoredModel:
-    """A model with what an evaluation records of it, how its images are rendered, and where the results belong."""
+    """A model with what an evaluation records of it and how its images are rendered."""
 
-    model: dict[str, Any]  # written to metrics.json: name, role, parameters, width in dims, spec, ...
+    model: ModelRecord
     weights: str  # digest of the weights
-    preprocessing: dict[str, Any]  # record of views.preprocessing.Preprocessing
+    preprocessing: Preprocessing
     views: ViewSpec
     build_embedder: Callable[[], Embedder]  # returns the same network at every call
-    default_out: Path  # the evaluation folder if --out is not given
     data: DataSource | None = None  # the images it was trained or exported on
     store: FeatureStore | None = None  # of a teacher: its stored features
     run: Path | None = None
-    sample_ids: Callable[[], Any] | None = None  # ids of the images in `data`, needed if they are a selection
+    sample_ids: Callable[[], Iterable[object]] | None = None  # of the images in `data`, if they are a selection
     teacher_evaluation: Path | None = None  # of a student: the folder where its teacher's evaluation is by default
 
     def find_store(self, dataset: Dataset) -> FeatureStore | None:
@@ -56,26 +57,32 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
 
     image_size: side in pixels, None for the side it was trained with. Raises UserError if the run is not finished.
     """
-    manifest = artifact.read(Folder(folder), "run")
-    about, student = manifest.about, manifest.identity["student"]
+    record = read_run(Folder(folder))
+    about, student = record.about, record.identity.student
     file = folder / "student.safetensors"
     if not file.exists():
         raise UserError(f"{folder} is not finished: it holds no student.safetensors; repeat its distill command")
-    size = image_size or student["preprocessing"]["size"]
-    embedder = build(student["spec"], image_size=size, pretrained_default=False)
+    size = image_size or student.preprocessing.size
+    embedder = build(student.spec, image_size=size, pretrained_default=False)
     load_student(embedder, file)
-    model = {"name": about["name"], "role": "student", "parameters": about["parameters"], "width": student["width"]}
     return ScoredModel(
-        model={**model, "spec": student["spec"], "run": str(folder), "method": manifest.identity["method"]},
+        model=ModelRecord(
+            about.name,
+            "student",
+            about.parameters,
+            student.width,
+            spec=student.spec,
+            run=str(folder),
+            method=record.identity.method,
+        ),
         weights=embedder.digest(),
-        preprocessing=embedder.preprocessing.record(),
-        views=ViewSpec(**about["views_spec"]),
+        preprocessing=embedder.preprocessing,
+        views=about.views_spec,
         build_embedder=lambda: embedder,
-        default_out=folder / "evaluation",
-        data=read_record(DataSource, about["data"], f"{folder}/{artifact.MANIFEST}: about.data"),
-        sample_ids=lambda: FeatureStore(open_storage(about["store"])).table("sample_id"),
+        data=about.data,
+        sample_ids=lambda: FeatureStore(open_storage(about.store)).table("sample_id"),
         run=folder,
-        teacher_evaluation=artifact.sibling(about["store"], "-evaluation"),
+        teacher_evaluation=artifact.sibling(about.store, "-evaluation"),
     )
 
 
@@ -95,6 +102,16 @@ def load_student(embedder: Embedder, file: Path) -> None:
 # ---------------------------------------------------------------- a store's teacher
 
 
+def open_store(location: str, cache: Path | None, augment: bool) -> FeatureStore:
+    """The store at a path or URL; of a URL, a local copy of view 0 or, with `augment`, of all stored views.
+
+    cache: the folder of the copy; None for the usual one.
+    """
+    store = FeatureStore(open_storage(location))
+    used = store.stored_views if augment else [v for v in store.stored_views if v == 0]
+    return local_cache.fetch(store, used, cache) if is_url(location) else store
+
+
 def open_teacher(store: FeatureStore) -> ScoredModel:
     """The teacher of a store. Its features are read from view 0 of the store where that view is stored.
 
@@ -105,15 +122,14 @@ def open_teacher(store: FeatureStore) -> ScoredModel:
     has_view_0 = 0 in store.stored_views
     if has_view_0:
         store.require_complete([0])
-    weights, preprocessing = store.identity.teacher.weights, store.identity.teacher.preprocessing
-    model = {"name": exported.name, "role": "teacher", "parameters": exported.parameters, "width": exported.width}
     return ScoredModel(
-        model={**model, "spec": exported.teacher, "store": where},
-        weights=weights,
-        preprocessing=preprocessing.record(),
+        model=ModelRecord(
+            exported.name, "teacher", exported.parameters, exported.width, spec=exported.teacher, store=where
+        ),
+        weights=store.identity.teacher.weights,
+        preprocessing=store.identity.teacher.preprocessing,
         views=store.identity.views,
         build_embedder=cache(partial(load_live_teacher, store)),
-        default_out=artifact.sibling(where, "-evaluation"),
         data=exported.data,
         store=store if has_view_0 else None,
         sample_ids=lambda: store.table("sample_id"),
@@ -123,20 +139,18 @@ def open_teacher(store: FeatureStore) -> ScoredModel:
 # ---------------------------------------------------------------- any model
 
 
-def open_model(spec: str, image_size: int | None, out: Path) -> ScoredModel:
-    """Any model by its spec, for instance `timm:resnet18`; `out` is the folder of its evaluation.
+def open_model(spec: str, image_size: int | None) -> ScoredModel:
+    """Any model by its spec, for instance `timm:resnet18`.
 
     A model without pretrained weights gets those that a run with --seed 0 starts from.
     """
     torch.manual_seed(RANDOM_WEIGHTS_SEED)
     embedder = build(spec, image_size=image_size, pretrained_default=False)
     parameters = sum(p.numel() for p in embedder.backbone.parameters())
-    model = {"name": embedder.name, "role": "model", "parameters": parameters, "width": embedder.width}
     return ScoredModel(
-        model={**model, "spec": spec},
+        model=ModelRecord(embedder.name, "model", parameters, embedder.width, spec=spec),
         weights=embedder.digest(),
-        preprocessing=embedder.preprocessing.record(),
+        preprocessing=embedder.preprocessing,
         views=ViewSpec("crop-flip", 0, embedder.preprocessing.crop_ratio),
         build_embedder=lambda: embedder,
-        default_out=out,
     )

@@ -11,8 +11,12 @@ from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.evaluators.base import AugmentedFeatures, Split
 from compress_ssl.pipeline.evaluators.scored_model import ScoredModel
-from compress_ssl.pipeline.extraction.embed import FeatureExtractor, embed
+from compress_ssl.pipeline.extraction.embed import embed, store_source
+from compress_ssl.pipeline.extraction.extract import FeatureSource, LoaderSettings
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.features import view_features
+from compress_ssl.pipeline.extraction.view_batches import model_views
+from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
@@ -30,8 +34,7 @@ from compress_ssl.pipeline.store.records import (
 )
 from compress_ssl.pipeline.store.shards import shard_rows
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.numbering import FRESH
-from compress_ssl.pipeline.views.preprocessing import Preprocessing
+from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,10 @@ def load_splits(
 
 def embed_dataset(scored: ScoredModel, settings: EmbedSettings, dataset: Dataset, folder: Path) -> FeatureStore:
     """The scored model's features of view 0, as a store with one view in float32, resumed where it stopped."""
-    arrays: dict[str, tuple[int, ...]] = {"embedding": (scored.model["width"],)}
+    arrays: dict[str, tuple[int, ...]] = {"embedding": (scored.model.width,)}
     identity = StoreIdentity(
         data=DataIdentity(dataset.fingerprint, len(dataset)),
-        teacher=TeacherIdentity(scored.weights, Preprocessing.of(scored.preprocessing)),
+        teacher=TeacherIdentity(scored.weights, scored.preprocessing),
         views=replace(scored.views, policy="none"),
         arrays=arrays,
         codec="float32",
@@ -93,11 +96,8 @@ def embed_pending(
     done = store.images - missing
     with StopRequest() as stop, progress_bar(f"features {title}", store.images, "images", done) as bar:
         forward = FeatureExtractor(scored.build_embedder(), device, settings.precision, settings.batch_size)
-        workers = loader_workers(settings.workers, device)
-        embed(
-            store, dataset, scored.views, forward, workers=workers, progress=bar.advance,
-            stopped=lambda: stop.requested,
-        )  # fmt: skip
+        source = store_source(store, dataset, forward, LoaderSettings(loader_workers(settings.workers, device)))
+        embed(store, source, store.pending(), bar.advance, lambda: stop.requested)
         stop.check("the features so far are kept; repeat the command to continue")
 
 
@@ -119,6 +119,14 @@ def build_split(store: FeatureStore, dataset: Dataset, classes: tuple[str, ...])
     # One more entry at the end: a label of -1 (none) indexes it and stays -1.
     joined = np.array([number.get(name, -1) for name in dataset.classes] + [-1], np.int64)
     return Split(store.read("embedding", 0)[rows], joined[dataset.label[rows]], rows, classes)
+
+
+def recorded_batch_size(folder: Path) -> int | None:
+    """The batch size of the features in FOLDER/train and FOLDER/val; None if none were begun."""
+    for part in ("train", "val"):
+        if artifact.claimed(Folder(folder / part), "store"):
+            return FeatureStore(Folder(folder / part)).identity.batch_size
+    return None
 
 
 # ---------------------------------------------------------------- random views
@@ -151,16 +159,17 @@ def embed_random_view(
 ) -> np.ndarray:
     """(n, d) features of these rows in random crops and flips, other ones in every epoch.
 
-    The view numbers carry the bit FRESH, so none of them is a stored view. Raises UserError if an image cannot be
-    read any more.
+    The views are fresh ones, so none of them is a stored view. Raises UserError if an image cannot be read any more.
     """
     device = choose_device(settings.device)
     embedder = scored.build_embedder().to(device).to(memory_format=torch.channels_last)  # as FeatureExtractor sets it
     spec = ViewSpec("crop-flip", scored.views.seed, scored.views.crop_ratio)
-    workers = loader_workers(settings.workers, device)
-    features, embedded_rows = view_features(
-        embedder, dataset, spec, device, settings.precision, FRESH + epoch, rows, workers
+    source = FeatureSource(
+        FeatureExtractor.unpadded(embedder, device, settings.precision),
+        model_views(dataset, spec, embedder),
+        LoaderSettings(loader_workers(settings.workers, device)),
     )
+    features, embedded_rows = view_features(source, rows, GLOBAL_VIEWS.fresh().first + epoch)
     if len(embedded_rows) != len(rows):
         raise UserError(f"{len(rows) - len(embedded_rows)} training images can no longer be read; restore them")
-    return features.cpu().numpy()
+    return features

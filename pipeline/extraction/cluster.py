@@ -5,15 +5,21 @@ lost then computes the same task as well.
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import describe_exception
+
+if TYPE_CHECKING:
+    from dask.distributed import Client, Future, LocalCluster
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 RETRIES = 2
 """Further attempts at a task that raised an exception, on whichever worker is free."""
@@ -31,13 +37,26 @@ SILENT = 50
 """Level of logging.CRITICAL: the only messages of started workers that are shown."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A task that has ended: its result, or the exception of its last attempt."""
+MAX_PROCESSES = 4096
+"""Of processes:N; more than any machine starts."""
 
-    task: Any
-    result: Any = None
-    error: BaseException | None = None
+_ADDRESS = re.compile(r"(tcp|tls|ws|wss|ucx|ucxx)://(\[[0-9a-fA-F:.]+\]|[^\s:/]+):(?P<port>\d{1,5})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Done(Generic[T, R]):
+    """A task that has ended with a result."""
+
+    task: T
+    result: R
+
+
+@dataclass(frozen=True)
+class Failed(Generic[T]):
+    """A task that has ended with the exception of its last attempt."""
+
+    task: T
+    error: BaseException
 
 
 def parse_scheduler(text: str) -> tuple[str, str]:
@@ -45,19 +64,22 @@ def parse_scheduler(text: str) -> tuple[str, str]:
     if text == "local":
         return "local", ""
     kind, _, argument = text.partition(":")
-    if kind == "processes" and argument.isdecimal() and int(argument) > 0:
+    if kind == "processes" and re.fullmatch("[0-9]{1,9}", argument) and 0 < int(argument) <= MAX_PROCESSES:
         return "processes", argument
-    if text.startswith(("tcp://", "tls://", "ws://", "wss://", "ucx://")):
+    address = _ADDRESS.fullmatch(text)
+    if address and 0 < int(address["port"]) < 2**16:
         return "cluster", text
-    raise UserError(f"--scheduler is {text}, but must be local, processes:N or tcp://HOST:PORT")
+    raise UserError(
+        f"--scheduler is {text}, but must be local, processes:N or tcp://HOST:PORT, with N from 1 to {MAX_PROCESSES}"
+    )
 
 
 # ---------------------------------------------------------------- running tasks
 
 
 def run_tasks(
-    tasks: Sequence[T], work: Callable[[T], Any], scheduler: str, stopped: Callable[[], bool]
-) -> Iterator[Outcome]:
+    tasks: Sequence[T], work: Callable[[T], R], scheduler: str, stopped: Callable[[], bool]
+) -> Iterator[Done[T, R] | Failed[T]]:
     """Compute work(task) for all tasks and yield outcomes as they end. If `stopped`, the other tasks are cancelled.
 
     scheduler: `processes:N` or an address. Raises UserError if the scheduler cannot be reached, if it has no workers,
@@ -66,7 +88,7 @@ def run_tasks(
     from dask.distributed import as_completed
 
     with _connect(scheduler) as client:
-        futures = {}
+        futures: dict[Future[R], T] = {}
         for number, task in enumerate(tasks):
             key = f"task-{os.getpid()}-{number}"
             future = client.submit(work, task, key=key, pure=False, retries=RETRIES, priority=-number)
@@ -88,19 +110,18 @@ def run_tasks(
         client.cancel(list(futures))
 
 
-def _outcome(task: Any, future: Any) -> Outcome:
+def _outcome(task: T, future: "Future[R]") -> Done[T, R] | Failed[T]:
     if future.status == "finished":
-        return Outcome(task, future.result())
-    if future.status == "error":
-        return Outcome(task, error=future.exception())
-    return Outcome(task, error=RuntimeError(f"task {future.status} by the scheduler"))
+        return Done(task, future.result())
+    error: BaseException | None = future.exception() if future.status == "error" else None
+    return Failed(task, error or RuntimeError(f"task {future.status} by the scheduler"))
 
 
 # ---------------------------------------------------------------- connecting
 
 
 @contextmanager
-def _connect(scheduler: str) -> Iterator[Any]:
+def _connect(scheduler: str) -> Iterator["Client"]:
     """A dask client. For `processes:N` a cluster of N processes is started, and ended afterwards."""
     import dask
 
@@ -112,13 +133,17 @@ def _connect(scheduler: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _connect_to_cluster(address: str) -> Iterator[Any]:
+def _connect_to_cluster(address: str) -> Iterator["Client"]:
     from dask.distributed import Client
 
     try:
         client = Client(address, timeout=CONNECT_TIMEOUT, set_as_default=False)
     except (OSError, TimeoutError) as error:
         raise UserError(f"no dask scheduler answers at {address} ({error}); start one, or check the address") from None
+    except Exception as error:  # dask raises many types for an address that it cannot use
+        raise UserError(
+            f"--scheduler {address} cannot be used ({describe_exception(error)}); name a tcp:// address of a scheduler"
+        ) from error
     with client:
         if not client.scheduler_info()["workers"]:
             raise UserError(f"the dask scheduler at {address} has no workers; start some: dask worker {address}")
@@ -126,14 +151,14 @@ def _connect_to_cluster(address: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _start_processes(count: str) -> Iterator[Any]:
+def _start_processes(count: str) -> Iterator["Client"]:
     from dask.distributed import Client
 
     with _local_cluster(int(count)) as cluster, Client(cluster, set_as_default=False) as client:
         yield client
 
 
-def _local_cluster(count: int) -> Any:
+def _local_cluster(count: int) -> "LocalCluster":
     """A dask cluster of processes on this machine. Raises UserError if they do not start in RETRIES + 1 attempts."""
     from dask.distributed import LocalCluster
 
@@ -152,7 +177,7 @@ def _local_cluster(count: int) -> Any:
     raise UserError(f"the processes of --scheduler processes:{count} do not start ({why}); is memory short? Try fewer")
 
 
-def _require_connection(client: Any, scheduler: str) -> None:
+def _require_connection(client: "Client", scheduler: str) -> None:
     if client.status != "running":
         raise UserError(
             f"the connection to the dask scheduler {scheduler} has ended; what is done is kept, repeat the command to "
@@ -168,5 +193,5 @@ def worker_number() -> int:
         name = str(get_worker().name)
     except ValueError:  # not in a task
         return 0
-    digits = "".join(character for character in name.rpartition("-")[2] if character.isdigit())
-    return int(digits or 0)
+    digits = "".join(character for character in name.rpartition("-")[2] if character in "0123456789")
+    return int(digits[:9] or 0)

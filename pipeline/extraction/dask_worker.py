@@ -10,10 +10,12 @@ import torch
 
 from compress_ssl.pipeline.datasets import open_images
 from compress_ssl.pipeline.extraction import cluster
+from compress_ssl.pipeline.extraction.embed import store_source
+from compress_ssl.pipeline.extraction.extract import LoaderSettings
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.teacher import load_live_teacher
 from compress_ssl.pipeline.extraction.worker import ExportWorker
-from compress_ssl.pipeline.runtime.device import choose_device
+from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import open_storage
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -54,7 +56,9 @@ def build_worker(settings: WorkerSettings) -> ExportWorker:
             "give a path that leads to the same images on all machines"
         )
     extractor = FeatureExtractor(embedder, device, settings.precision, settings.batch_size, settings.outputs)
-    return ExportWorker(store, dataset, store.identity.views, extractor, settings.workers)
+    # threads, because a dask worker cannot have child processes
+    loader = LoaderSettings(loader_workers(settings.workers, device), threads=True)
+    return ExportWorker(store, store_source(store, dataset, extractor, loader))
 
 
 def _choose_worker_device(name: str) -> torch.device:

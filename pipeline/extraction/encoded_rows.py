@@ -1,15 +1,15 @@
 """`EncodedRows`: features of consecutive rows as a store keeps them, with the rows that cannot be used marked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from compress_ssl.pipeline.datasets.decode import GOOD, NOT_FINITE, REASONS
+from compress_ssl.pipeline.extraction.extract import FeatureBatch
+from compress_ssl.pipeline.store.codecs import Codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.shards import is_local
-from compress_ssl.pipeline.views.loader import ViewBatch, ViewRequest
-from compress_ssl.pipeline.views.numbering import view_name
+from compress_ssl.pipeline.views.groups import group_of_array, view_name
 
 Stored = tuple[np.ndarray, np.ndarray | None]
 """(values (n, V, ...) in the codec's type, their scales or None)."""
@@ -25,47 +25,31 @@ class EncodedRows:
     bad: dict[int, str]  # {row of the store: why it cannot be used}
 
 
-def encode_rows(
-    store: FeatureStore,
-    requests: Sequence[ViewRequest],
-    view_batches: Sequence[ViewBatch],
-    features: dict[str, np.ndarray],
-) -> EncodedRows:
-    """Encode features {array: float32 (n, V, ...)} of the requested rows.
+def encode_rows(store: FeatureStore, batch: FeatureBatch) -> EncodedRows:
+    """Encode the features of a batch with the codecs of a store.
 
     A row is marked as bad if one of its features is not finite or too large for the codec. Features of bad rows are
-    set to 0, in `features` too.
+    set to 0, in `batch` too.
     """
-    status = np.concatenate([batch.status for batch in view_batches])
-    content = np.concatenate([batch.content for batch in view_batches])
-    bad: dict[int, str] = {}
-    for batch in view_batches:
-        bad |= batch.bad
-    for name, values in features.items():
-        _mark_not_finite(store, name, values, requests, status, bad)
+    # Global views first: the first array that does not fit is named in the done record.
+    names = sorted(store.arrays, key=lambda name: group_of_array(name).first)
+    codecs = {name: store.codecs[name] for name in names if name in batch.features}
+    mark_not_finite(batch, codecs)
     stored: dict[str, Stored] = {}
-    for name, values in features.items():
-        values[status != GOOD] = 0
-        stored[name] = store.codecs[name].encode(values)
-    return EncodedRows(stored, status, content, bad)
+    for name, codec in codecs.items():
+        values = batch.features[name]
+        values[batch.status != GOOD] = 0
+        stored[name] = codec.encode(values)
+    return EncodedRows(stored, batch.status, batch.content, batch.bad)
 
 
-def _mark_not_finite(
-    store: FeatureStore,
-    name: str,
-    values: np.ndarray,
-    requests: Sequence[ViewRequest],
-    status: np.ndarray,
-    bad: dict[int, str],
-) -> None:
-    """Set `status` and `bad` of rows whose features (n, V, ...) in one array the codec cannot hold."""
-    codec = store.codecs[name]
-    views = requests[0].local if is_local(name) else requests[0].views
-    assert views is not None
-    rows = np.concatenate([request.rows for request in requests])
-    fits = (np.abs(values) <= codec.limit) & np.isfinite(values)  # the comparison alone lets infinity pass in float32
-    fits = fits.all(tuple(range(2, values.ndim)))  # (n, V)
-    for j in np.flatnonzero((status == GOOD) & ~fits.all(-1)):
-        status[j] = NOT_FINITE
-        view = views[0][np.flatnonzero(~fits[j])[0]]
-        bad[int(rows[j])] = f"{REASONS[NOT_FINITE]} ({name}, {view_name(view)}, as {codec.name})"
+def mark_not_finite(batch: FeatureBatch, codecs: Mapping[str, Codec]) -> None:
+    """Set `status` and `bad` of rows whose features in an array its codec cannot hold. codecs: {array: its codec}"""
+    for name, codec in codecs.items():
+        values = batch.features[name]
+        fits = (np.abs(values) <= codec.limit) & np.isfinite(values)  # the comparison alone lets infinity pass
+        fits = fits.all(tuple(range(2, values.ndim)))  # (n, V)
+        for j in np.flatnonzero((batch.status == GOOD) & ~fits.all(-1)):
+            batch.status[j] = NOT_FINITE
+            view = int(batch.views[name][j][np.flatnonzero(~fits[j])[0]])
+            batch.bad[int(batch.rows[j])] = f"{REASONS[NOT_FINITE]} ({name}, {view_name(view)}, as {codec.name})"

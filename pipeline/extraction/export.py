@@ -8,7 +8,9 @@ import torch
 
 from compress_ssl.pipeline.datasets import open_images
 from compress_ssl.pipeline.extraction.dask_worker import WorkerSettings, build_worker, worker_threads
+from compress_ssl.pipeline.extraction.embed import store_source
 from compress_ssl.pipeline.extraction.export_job import Job
+from compress_ssl.pipeline.extraction.extract import LoaderSettings
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.provenance import history_event, report_bad_images
 from compress_ssl.pipeline.extraction.store_record import describe_store
@@ -16,7 +18,7 @@ from compress_ssl.pipeline.extraction.worker import DaskExport, ExportWorker, re
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.device import choose_device, device_name
+from compress_ssl.pipeline.runtime.device import choose_device, device_name, loader_workers
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.lease import Lease, set_aside
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
@@ -107,7 +109,8 @@ def make_worker(plan: Plan, store: FeatureStore) -> ExportWorker | DaskExport:
         return DaskExport(job.scheduler, partial(build_worker, worker_settings(job, store)))
     flags = job.flags
     forward = FeatureExtractor(plan.embedder, plan.device, flags.precision, flags.batch_size, flags.outputs)
-    return ExportWorker(store, job.dataset, store.identity.views, forward, job.workers)
+    loader = LoaderSettings(loader_workers(job.workers, plan.device))
+    return ExportWorker(store, store_source(store, job.dataset, forward, loader))
 
 
 def worker_settings(job: Job, store: FeatureStore) -> WorkerSettings:

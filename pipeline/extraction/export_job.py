@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.models import parse_outputs
 from compress_ssl.pipeline.models.choices import Precision
-from compress_ssl.pipeline.views.augment import Policy
+from compress_ssl.pipeline.runtime.records import UnsetType
+from compress_ssl.pipeline.views.policies import Policy
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.datasets.base import Dataset
@@ -76,13 +77,14 @@ def resolve_flags(
 def recorded_flags(store: "FeatureStore") -> StoreFlags:
     """The flags that a store records. Raises UserError for the features of an evaluation, which record fewer."""
     identity = store.identity
+    local = None if isinstance(identity.local, UnsetType) else identity.local
     return StoreFlags(
         views=store.views,
         policy=identity.views.policy,
         seed=identity.views.seed,
         image_size=identity.teacher.preprocessing.size,
-        local_views=identity.local_views,
-        local_size=identity.local_size or None,
+        local_views=local.views if local else 0,
+        local_size=local.size if local else None,
         keep=",".join(store.arrays_of(0)),
         codec=identity.codec,
         batch_size=identity.batch_size,

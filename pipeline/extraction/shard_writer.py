@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -71,7 +72,7 @@ def write_shard(store: FeatureStore, shard: Shard, rows: list[EncodedRows]) -> N
     Raises UserError if none of its images can be read, or if WRITE_ATTEMPTS times it does not read back as written.
     """
     whole = _concatenate(rows)
-    _require_readable(shard, whole)
+    require_readable(shard.start, whole.status, whole.bad)
     fault = ""
     for attempt in range(WRITE_ATTEMPTS):
         spans = store.write(shard, whole.stored, whole.status, whole.content, whole.bad)
@@ -101,12 +102,15 @@ def _concatenate(rows: list[EncodedRows]) -> EncodedRows:
     return EncodedRows(stored, status, content, bad)
 
 
-def _require_readable(shard: Shard, rows: EncodedRows) -> None:
-    """Raise UserError if all images of a shard are unreadable: the disk is probably gone, the images are not bad."""
-    if len(rows.status) >= MIN_UNREADABLE and (rows.status == UNREADABLE).all():
+def require_readable(start: int, status: np.ndarray, bad: Mapping[int, str]) -> None:
+    """Raise UserError if all images of a shard are unreadable: the disk is probably gone, the images are not bad.
+
+    start: its first row; status: (n,) of its rows; bad: {row: why it cannot be used}.
+    """
+    if len(status) >= MIN_UNREADABLE and (status == UNREADABLE).all():
         raise UserError(
-            f"none of the images of rows {shard.start} to {shard.stop - 1} can be read, the first: "
-            f"{rows.bad[shard.start]}; is their disk still there? What is done is kept, repeat the command to continue"
+            f"none of the images of rows {start} to {start + len(status) - 1} can be read, the first: "
+            f"{bad[start]}; is their disk still there? What is done is kept, repeat the command to continue"
         )
 
 

@@ -9,7 +9,7 @@ from compress_ssl.pipeline.store.codecs import build_codec
 from compress_ssl.pipeline.store.records import (
     DataIdentity,
     DataSource,
-    LocalIdentity,
+    GroupIdentity,
     StoreAbout,
     StoreIdentity,
     StoreRecord,
@@ -18,7 +18,7 @@ from compress_ssl.pipeline.store.records import (
 from compress_ssl.pipeline.store.render_probe import probe_digests
 from compress_ssl.pipeline.store.shards import shard_rows
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.render import default_local_size
+from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, LOCAL_CROPS
 
 
 def describe_store(job: Job, embedder: Embedder) -> StoreRecord:
@@ -33,11 +33,11 @@ def describe_store(job: Job, embedder: Embedder) -> StoreRecord:
 def _describe_identity(job: Job, embedder: Embedder) -> StoreIdentity:
     flags, dataset = job.flags, job.dataset
     arrays = _array_shapes(flags, embedder)
-    local: LocalIdentity | UnsetType = UNSET
+    local: GroupIdentity | UnsetType = UNSET
     if flags.local_views:
-        side = flags.local_size or default_local_size(embedder.preprocessing.size)
+        side = flags.local_size or LOCAL_CROPS.side(embedder.preprocessing.size)
         embedder.require_size(side, "--local-size")
-        local = LocalIdentity(flags.local_views, side)
+        local = GroupIdentity(flags.local_views, side)
     ratio = job.like.identity.views.crop_ratio if job.like else embedder.preprocessing.crop_ratio
     return StoreIdentity(
         data=DataIdentity(dataset.fingerprint, len(dataset)),
@@ -76,11 +76,10 @@ def _describe_about(job: Job, embedder: Embedder, spec: ViewSpec) -> StoreAbout:
 
 
 def _array_shapes(flags: StoreFlags, embedder: Embedder) -> dict[str, tuple[int, ...]]:
-    """{array: shape of one (i, v)} of the outputs to store; of local views, only the outputs that are vectors."""
-    arrays = {name: tuple(embedder.shapes[name]) for name in flags.outputs}
-    if flags.local_views:
-        arrays |= {f"local_{n}": arrays[n] for n in ("embedding", "projection") if n in arrays}
-    return arrays
+    """{array: shape of one (i, v)} of the outputs to store; a group of views keeps some or all of them."""
+    groups = [GLOBAL_VIEWS, LOCAL_CROPS] if flags.local_views else [GLOBAL_VIEWS]
+    arrays = [array for group in groups for array in group.arrays(flags.outputs).items()]
+    return {array: tuple(embedder.shapes[output]) for array, output in arrays}
 
 
 def _choose_shard_rows(flags: StoreFlags, images: int, arrays: dict[str, tuple[int, ...]]) -> int:

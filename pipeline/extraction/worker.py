@@ -9,58 +9,43 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.extraction import cluster
-from compress_ssl.pipeline.extraction.cluster import Outcome
+from compress_ssl.pipeline.extraction.cluster import Failed
 from compress_ssl.pipeline.extraction.codebook import train_codebooks
 from compress_ssl.pipeline.extraction.embed import Cost, embed
-from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
-from compress_ssl.pipeline.runtime.device import loader_workers
+from compress_ssl.pipeline.extraction.extract import FeatureSource
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard
-from compress_ssl.pipeline.views.augment import ViewSpec
 
 # ---------------------------------------------------------------- in one process
 
 
 @dataclass
 class ExportWorker:
-    """Everything that is needed to compute a shard. One is built per process."""
+    """A store and the source of its features: everything that is needed to compute a shard. One is built per process.
+
+    The two functions that it is given are `progress`, called with numbers of images, and `stopped`, called before each
+    batch.
+    """
 
     store: FeatureStore
-    dataset: Dataset
-    spec: ViewSpec
-    extractor: FeatureExtractor
-    workers: int | None  # loader processes or threads, as --workers; None: chosen by the number of cores
-    failed: Sequence[Outcome] = ()  # stays empty: a shard that fails in this process raises its exception
+    source: FeatureSource
+    failed: Sequence[Failed[Shard]] = ()  # stays empty: a shard that fails in this process raises its exception
 
-    def train_codebooks(self, stopped: Callable[[], bool] = lambda: False, threads: bool = False) -> None:
-        """Train the codecs of the store that have no codebook yet. threads: see `compute`."""
-        train_codebooks(
-            self.store, self.dataset, self.spec, self.extractor,
-            workers=self._loader_count(), threads=threads, stopped=stopped,
-        )  # fmt: skip
+    def train_codebooks(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Train the codecs of the store that have no codebook yet."""
+        train_codebooks(self.store, self.source, stopped)
 
     def compute(
         self,
         shards: Sequence[Shard],
         progress: Callable[[int], None] = lambda _: None,
         stopped: Callable[[], bool] = lambda: False,
-        threads: bool = False,
     ) -> Cost:
-        """Compute shards and write them. threads: decode in threads, because a dask worker cannot have child processes.
-
-        progress: called with numbers of images. stopped: called before each batch.
-        """
-        return embed(
-            self.store, self.dataset, self.spec, self.extractor, shards=shards,
-            workers=self._loader_count(), threads=threads, progress=progress, stopped=stopped,
-        )  # fmt: skip
-
-    def _loader_count(self) -> int:
-        return loader_workers(self.workers, self.extractor.device)
+        """Compute shards and write them."""
+        return embed(self.store, self.source, shards, progress, stopped)
 
 
 # ---------------------------------------------------------------- on a cluster
@@ -75,13 +60,13 @@ class DaskExport:
 
     scheduler: str  # as --scheduler
     build: BuildWorker
-    failed: list[Outcome] = field(default_factory=list)  # shards that failed on their last attempt
+    failed: list[Failed[Shard]] = field(default_factory=list)  # shards that failed on their last attempt
 
     def train_codebooks(self, stopped: Callable[[], bool]) -> None:
         """Let one worker train the codecs of the store. Raises that worker's exception."""
         task = partial(_train_codebooks, self.build)
         for outcome in cluster.run_tasks(["codebook"], task, self.scheduler, stopped):
-            if outcome.error is not None:
+            if isinstance(outcome, Failed):
                 raise outcome.error
 
     def compute(self, shards: Sequence[Shard], progress: Callable[[int], None], stopped: Callable[[], bool]) -> Cost:
@@ -91,19 +76,19 @@ class DaskExport:
         """
         total, began = Cost(), time.monotonic()
         for outcome in cluster.run_tasks(shards, partial(_compute_shard, self.build), self.scheduler, stopped):
-            if outcome.error is None:
-                total += outcome.result
-                progress(outcome.task.stop - outcome.task.start)
-            else:
+            if isinstance(outcome, Failed):
                 self.failed.append(outcome)
                 echo(f"rows {outcome.task.start} to {outcome.task.stop - 1} failed: {outcome.error}")
+            else:
+                total += outcome.result
+                progress(outcome.task.stop - outcome.task.start)
         total.seconds = time.monotonic() - began
         return total
 
 
 def _train_codebooks(build: BuildWorker, _: str) -> None:
     """The task that trains codecs; it runs in a dask worker."""
-    build().train_codebooks(threads=True)
+    build().train_codebooks()
 
 
 def _compute_shard(build: BuildWorker, shard: Shard) -> Cost:
@@ -111,13 +96,13 @@ def _compute_shard(build: BuildWorker, shard: Shard) -> Cost:
     worker = build()
     if worker.store.is_done(shard):  # a worker wrote it and was lost before it could report the result
         return Cost()
-    return worker.compute([shard], threads=True)
+    return worker.compute([shard])
 
 
 # ---------------------------------------------------------------- failed shards
 
 
-def require_no_failures(failed: Sequence[Outcome], pending: int) -> None:
+def require_no_failures(failed: Sequence[Failed[Shard]], pending: int) -> None:
     """Raises UserError, with the reason of the first failed shard, if any of `pending` shards failed."""
     if failed:
         first = failed[0]

@@ -1,7 +1,7 @@
 """Distillation methods: losses between a student's outputs and the teacher's stored features.
 
 A method is one file of this package and one line of METHODS. Code outside the package imports `base`,
-`memory_bank` and `similarity` only, and builds methods through METHODS.
+`memory_bank`, `similarity` and `options` only, and builds methods through METHODS.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from compress_ssl.pipeline.runtime.registry import Registry
 if TYPE_CHECKING:
     from compress_ssl.pipeline.methods.base import Method
 
-METHODS = Registry(
+METHODS: "Registry[Method]" = Registry(
     "method",
     {
         "compress-2q": "compress_ssl.pipeline.methods.compress:TwoQueues",
@@ -24,8 +24,9 @@ METHODS = Registry(
         "esvit": "compress_ssl.pipeline.methods.esvit:EsVit",
         "dogo": "compress_ssl.pipeline.methods.dogo:Dogo",
         "dogo-frozen": "compress_ssl.pipeline.methods.dogo:DogoFrozen",
-        "python": "compress_ssl.pipeline.methods.python:UserMethod",
+        "python": "compress_ssl.pipeline.methods.python:method",
     },
+    packages="compress_ssl.methods",
 )
 
 
@@ -34,5 +35,6 @@ def find_method(text: str) -> "type[Method]":
 
     Raises UserError for an unknown method, and for a key that it does not take.
     """
-    spec = METHODS.check(text, given=("context",))
-    return METHODS.resolve(spec.kind).for_spec(spec.argument)  # type: ignore[attr-defined,no-any-return]
+    member = METHODS.member(METHODS.check(text, given=("context",)))
+    found: type[Method] = member.build.for_spec(member.argument)  # type: ignore[attr-defined]  # a Method's class
+    return found

@@ -23,6 +23,7 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.views.groups import ViewGroup, group_of_array
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,19 @@ class Batch:
     local_images: list[Tensor] = field(default_factory=list)  # per student: (B * L, 3, s, s), s smaller than S
     local_views: Tensor | None = None  # (B, L) int64
 
+    def set_views(self, group: ViewGroup, views: Tensor) -> None:
+        """Set the (B, V) view numbers of a group: `local_views` of local crops, and likewise of any further group."""
+        setattr(self, group.array("views"), views)
+
+    def set_images(self, group: ViewGroup, images: list[Tensor]) -> None:
+        """Set a group's images, one tensor per student: `images`, `local_images`, and likewise of any further group."""
+        setattr(self, group.array("images"), images)
+
+    def images_of(self, group: ViewGroup) -> list[Tensor]:
+        """The images of a group, one tensor per student."""
+        images: list[Tensor] = getattr(self, group.array("images"))
+        return images
+
 
 Outputs = dict[str, Tensor]
 """A student's outputs by name: embedding (B, W, d), regions (B, W, R, d), local_embedding (B, L, d), local_regions."""
@@ -153,8 +167,9 @@ def require_arrays(name: str, wanted: Sequence[str], arrays: Container[str]) -> 
     for array in wanted:
         if array in arrays:
             continue
-        output = array.removeprefix("local_")
-        flags = ["--local-views 6"] if output != array else []
+        group = group_of_array(array)
+        output = group.output(array)
+        flags = [group.flags] if group.flags else []
         flags += [f"--keep embedding,{output}"] if output != "embedding" else []
         flags += ["(and the head's name in the teacher's file, as head=fc)"] if output == "projection" else []
         raise UserError(

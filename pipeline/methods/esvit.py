@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,10 @@ from compress_ssl.pipeline.models import heads
 from compress_ssl.pipeline.models.moving_average import move
 from compress_ssl.pipeline.models.precision import at_least_float32, l2_normalize
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, LOCAL_CROPS
 
-LOCAL = ("local_embedding", "local_regions")
-"""Student outputs of the local crops."""
+OUTPUTS = tuple((group.array("embedding"), group.array("regions")) for group in (GLOBAL_VIEWS, LOCAL_CROPS))
+"""Names of a student's outputs: what is compared of its global views, and of its local crops."""
 
 BANK_SIZE = 4096
 """Default slots of each bank of a teacher without heads. The paper has no bank; the value is ours."""
@@ -93,7 +95,7 @@ class EsVit(Method):
         require_fractions(momentum=momentum)
         require_arrays("esvit", self.needs.arrays, context.widths)
         if crops:
-            self.needs = replace(type(self).needs, outputs=(*self.needs.outputs, *LOCAL), crops=crops)
+            self.needs = replace(type(self).needs, outputs=tuple(chain(*OUTPUTS)), crops=crops)
         student = context.students[0].enable_outputs(("regions",))
         tensors_of = _find_heads(context)
         terms: dict[str, Prototypes | Similarities] = {}
@@ -113,16 +115,15 @@ class EsVit(Method):
 
     def forward(self, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         out = outputs[0]
-        student_views = [(out["embedding"][:, v], out["regions"][:, v], v) for v in range(batch.student_views.shape[1])]
-        if "local_embedding" in out:
-            crops = range(out["local_embedding"].shape[1])
-            student_views += [(out["local_embedding"][:, c], out["local_regions"][:, c], -1) for c in crops]
+        shown = [names for names in OUTPUTS if names[0] in out]
+        student_views = [(out[s][:, n], out[z][:, n]) for s, z in shown for n in range(out[s].shape[1])]
+        w = batch.student_views.shape[1]  # the first w are global views
         losses = []
         with torch.autocast(batch.rows.device.type, enabled=False):
-            for s, z, v in student_views:  # (B, d), (B, R, c)
+            for v, (s, z) in enumerate(student_views):  # (B, d), (B, R, c)
                 s, z = self.view.projector(at_least_float32(s)), self.region.projector(at_least_float32(z))
                 for u in range(batch.teacher_views.shape[1]):
-                    if v >= 0 and torch.equal(batch.student_views[:, v], batch.teacher_views[:, u]):
+                    if v < w and torch.equal(batch.student_views[:, v], batch.teacher_views[:, u]):
                         continue  # a view is not compared with itself
                     t, y = batch.teacher["embedding"][:, u], batch.teacher["regions"][:, u]  # (B, D), (B, R', C)
                     regions = self.region(match_regions(y, z).flatten(0, 1), z.flatten(0, 1))
@@ -153,6 +154,7 @@ class Prototypes(nn.Module):
     """
 
     tau_t, tau_s = 0.04, 0.1  # overwritten by EsVit's keys
+    prototypes: Tensor  # (C, P)
     centre: Tensor  # (C,)
 
     def __init__(
@@ -172,7 +174,8 @@ class Prototypes(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, D) -> (n, C)"""
-        return self.head(x) @ self.prototypes.T  # type: ignore[operator]
+        out: Tensor = self.head(x)  # (n, P)
+        return out @ self.prototypes.T
 
     def update(self, rows: Tensor, views: Tensor, teacher: Tensor) -> None:
         """Move the centre towards the mean teacher logits. teacher: (B * W, D), or regions (B * W, R, D)."""

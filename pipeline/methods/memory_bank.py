@@ -5,7 +5,6 @@ their (i, v) are in it, and `refill` reads the features again.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +52,8 @@ class MemoryBank(nn.Module):
 
     def __getitem__(self, name: str) -> Tensor:
         """(filled, width) view, not a copy, of the slots that hold an anchor."""
-        return getattr(self, f"column_{name}")[: self.filled]
+        column: Tensor = getattr(self, f"column_{name}")
+        return column[: self.filled]
 
     def start(self, how: str, rows: Tensor | None = None, view: int = 0) -> None:
         """Set the anchors of the first step.
@@ -98,7 +98,7 @@ class MemoryBank(nn.Module):
     def get_extra_state(self) -> dict[str, int]:
         return {"pointer": self.pointer, "filled": self.filled}
 
-    def set_extra_state(self, state: Any) -> None:
+    def set_extra_state(self, state: dict[str, int]) -> None:
         self.pointer, self.filled = state["pointer"], state["filled"]
 
 

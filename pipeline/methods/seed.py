@@ -1,7 +1,6 @@
 """SEED: Self-supervised Distillation for Visual Representation. Fang et al., ICLR 2021, arXiv 2101.04731."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from compress_ssl.pipeline.methods.base import (
 from compress_ssl.pipeline.methods.memory_bank import MemoryBank
 from compress_ssl.pipeline.methods.similarity import relation_cross_entropy
 from compress_ssl.pipeline.models.precision import l2_normalize
-from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.views.groups import LOCAL_CROPS
 
 PUBLISHED = 65_536
 """Slots of the published queue."""
@@ -78,19 +77,18 @@ class Seed(Method):
         require_positive(tau_t=tau_t, tau_s=tau_s)
         self.tau_t, self.tau_s = tau_t, tau_s
         self.target = choose_target(context, target, "seed")
-        self.small = f"local_{self.target}" in context.widths if small is None else small
+        self.small_target = LOCAL_CROPS.array(self.target)
+        self.small = self.small_target in context.widths if small is None else small
         self.needs = Needs((self.target,))
         if self.small:
-            self.needs = replace(
-                self.needs, arrays=(self.target, f"local_{self.target}"), outputs=("embedding", "local_embedding")
-            )
+            self.needs = Needs((self.target, self.small_target), ("embedding", LOCAL_CROPS.array("embedding")))
         require_arrays("seed", self.needs.arrays, context.widths)
         student, width = context.students[0].width, context.widths[self.target][-1]
         self.head = nn.Sequential(nn.Linear(student, student), nn.ReLU(), nn.Linear(student, width))
         size = bank_size(bank, PUBLISHED, context)
         self.bank = self._build_queue(context, size, self.target, context.view, start)
         if self.small:
-            self.small_bank = self._build_queue(context, size, f"local_{self.target}", LOCAL, start)
+            self.small_bank = self._build_queue(context, size, self.small_target, LOCAL_CROPS.first, start)
 
     def _build_queue(self, context: MethodContext, size: int, array: str, view: int, start: str) -> MemoryBank:
         """A bank of `size` slots for stored vectors `array`; `view` is the view of anchors from the store."""
@@ -104,8 +102,8 @@ class Seed(Method):
         s = self.head(outputs[0]["embedding"].flatten(0, 1))  # (B * W, D)
         loss = relation_cross_entropy(t, s, self.bank["teacher"], self.tau_t, self.tau_s)
         if self.small:
-            small = batch.teacher[f"local_{self.target}"]  # (B, L, D)
-            s = self.head(outputs[0]["local_embedding"].flatten(0, 1))  # (B * L, D)
+            small = batch.teacher[self.small_target]  # (B, L, D)
+            s = self.head(outputs[0][LOCAL_CROPS.array("embedding")].flatten(0, 1))  # (B * L, D)
             anchors = self.small_bank["teacher"]
             loss = loss + relation_cross_entropy(small.flatten(0, 1), s, anchors, self.tau_t, self.tau_s)
         return [loss]
@@ -114,5 +112,5 @@ class Seed(Method):
         t = batch.teacher[self.target].flatten(0, 1)
         self.bank.push(batch.rows, batch.teacher_views, {"teacher": l2_normalize(t)})
         if self.small and batch.local_views is not None:
-            first = batch.teacher[f"local_{self.target}"][:, 0]
+            first = batch.teacher[self.small_target][:, 0]
             self.small_bank.push(batch.rows, batch.local_views[:, :1], {"teacher": l2_normalize(first)})

@@ -6,7 +6,7 @@ temperatures running maxima keep the exponentials in range. No (B, K) matrix is 
 The arithmetic is in float32 or float64, also inside autocast.
 """
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -104,15 +104,25 @@ def _loss(
         column = l2_normalize(own.detach()) if own is not None else None
         needed = s.requires_grad and torch.is_grad_enabled()
         anchors = teacher_anchors.detach(), student_anchors.detach()
-        return _Relation.apply(s, t.to(s.dtype), column, *anchors, taus, block, divergence, needed).mean()
+        losses: Tensor = _Relation.apply(s, t.to(s.dtype), column, *anchors, taus, block, divergence, needed)
+        return losses.mean()
+
+
+class _Context(Protocol):
+    """What autograd hands from the forward to the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 class _Relation(torch.autograd.Function):
     """Unit rows s (B, d), t (B, D) -> losses (B,). `forward` computes the gradient in s too; `backward` scales it."""
 
     @staticmethod
-    def forward(ctx: Any, s: Tensor, t: Tensor, own: Tensor | None, teacher_anchors: Tensor, student_anchors: Tensor,
-                taus: tuple[float, float], block: int, divergence: bool, needed: bool) -> Tensor:  # fmt: skip
+    def forward(ctx: _Context, s: Tensor, t: Tensor, own: Tensor | None, teacher_anchors: Tensor,
+                student_anchors: Tensor, taus: tuple[float, float], block: int, divergence: bool,
+                needed: bool) -> Tensor:  # fmt: skip
         sums = _Sums(s, t, taus, divergence, needed)
         if own is not None:
             sums.start(s, t, own.to(s.dtype))
@@ -127,7 +137,7 @@ class _Relation(torch.autograd.Function):
         return sums.losses().to(s.dtype)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True; once_differentiable would let a wrong result through
             raise RuntimeError("the similarity losses have no second derivative; call backward without create_graph")
         (gradient,) = ctx.saved_tensors

@@ -4,9 +4,10 @@ In version 1 a subclass overrode `named`, `suit`, `delivers` and `fill`. `runtim
 paths to this module.
 """
 
+import inspect
 from collections.abc import Container
 from functools import cache
-from typing import Any
+from typing import cast
 
 from compress_ssl.pipeline.methods import METHODS, base, memory_bank
 from compress_ssl.pipeline.models.linear_head import LinearHead
@@ -59,12 +60,27 @@ def __getattr__(name: str) -> type[Method]:
 
 @cache
 def _with_old_names(kind: str) -> type[Method]:
-    built_in: Any = METHODS.resolve(kind)
+    built_in = cast(type[base.Method], METHODS.resolve(kind))
 
-    class OldNames(Method, built_in):
+    class OldNames(Method, built_in):  # type: ignore[misc, valid-type]  # a base class known only at run time
         """The built-in method with the first version's names."""
 
-        def __init__(self, *, setting: base.MethodContext, **options: Any):
+        def __init__(self, *, setting: base.MethodContext, **options: object):
             super().__init__(context=setting, **options)
 
     return OldNames
+
+
+def with_context(built: type[base.Method], signature: inspect.Signature) -> type[base.Method]:
+    """A user's class, whose constructor takes `setting`, as one that takes `context`, which is its name now."""
+
+    class TakesContext(built):  # type: ignore[misc, valid-type]  # a base class known only at run time
+        def __init__(self, *, context: base.MethodContext, **options: object):
+            super().__init__(setting=context, **options)
+
+    TakesContext.__name__, TakesContext.__qualname__ = built.__name__, built.__qualname__
+    parameters = [p.replace(name="context") if p.name == "setting" else p for p in signature.parameters.values()]
+    if "setting" not in signature.parameters:  # a constructor that takes any key gets it among them
+        parameters.insert(-1, inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY))
+    TakesContext.__signature__ = inspect.Signature(parameters)
+    return TakesContext

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 OUTPUTS = ("embedding", "projection", "logits", "regions")
 """Names of a model's outputs; the arrays of a store have the same names."""
 
-MODELS = Registry(
+MODELS: "Registry[Embedder]" = Registry(
     "model",
     {
         "timm": "compress_ssl.pipeline.models.timm:model",
@@ -27,6 +27,7 @@ MODELS = Registry(
         "cifar-resnet": "compress_ssl.pipeline.models.networks.cifar_resnet:model",
         "convnet": "compress_ssl.pipeline.models.networks.convnet:model",
     },
+    packages="compress_ssl.models",
 )
 
 
@@ -40,7 +41,7 @@ def build(spec_text: str, *, image_size: int | None = None, pretrained_default: 
     spec = MODELS.parse(spec_text)
     if "image_size" in spec.options:
         raise UserError(f"{spec_text}: a model's key for its input size is size=, not image_size=")
-    embedder: Embedder = MODELS.build(spec, image_size=image_size, pretrained_default=pretrained_default)
+    embedder = MODELS.build(spec, image_size=image_size, pretrained_default=pretrained_default)
     embedder.spec = spec_text
     return embedder
 

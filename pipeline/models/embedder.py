@@ -62,7 +62,7 @@ class Embedder(nn.Module):
                 raise UserError(f"a model has no output {name!r}. Known: {', '.join(OUTPUTS)}")
             if name in ("projection", "logits"):
                 head = self._build_projection() if name == "projection" else self._build_classifier()
-                self.heads[name] = head.to(next(self.backbone.parameters()).device)
+                self.heads[name] = head.to(self._device())
             if name == "regions" and not self._network.regions:
                 self._last_map = self._find_last_map()
             self.shapes[name] = self._measure_shape(name)
@@ -189,6 +189,10 @@ class Embedder(nn.Module):
 
     # ---------------------------------------------------------------- probing
 
+    def _device(self) -> torch.device:
+        """The device of the backbone's tensors; the CPU for a backbone without any."""
+        return next((tensor.device for tensor in self.backbone.state_dict().values()), torch.device("cpu"))
+
     def _find_last_map(self) -> str:
         """Name of the submodule that returns the last map. Raises UserError if there is no map."""
 
@@ -219,10 +223,9 @@ class Embedder(nn.Module):
         """
         size = size or self.preprocessing.size
         modes = [(module, module.training) for module in self.modules()]
-        device = next((tensor.device for tensor in self.backbone.state_dict().values()), torch.device("cpu"))
         self.eval()
         try:
-            return forward(self.prepare(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)))
+            return forward(self.prepare(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=self._device())))
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
         except Exception as error:  # any library may raise anything for an image size it cannot process

@@ -87,9 +87,10 @@ def model_kind(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., Netw
 
         @functools.wraps(make_network)
         def build(
-            *argument: Any, image_size: int | None = None, pretrained_default: bool = False, **keys: Any
+            *argument: object, image_size: int | None = None, pretrained_default: bool = False, **keys: object
         ) -> Embedder:
-            given = {p.name: keys.pop(p.name) for p in common if p.name in keys}
+            # Any: the types are those of ModelOptions, whose signature the registry has read.
+            given: dict[str, Any] = {p.name: keys.pop(p.name) for p in common if p.name in keys}
             options = _resolve(ModelOptions(**given), image_size, pretrained_default)
             return _build_embedder(make_network(options, *argument, **keys), options)
 

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import describe_exception
 
 Tensors = Mapping[str, Tensor]
-_LAYER = re.compile(r"^(?:(?P<head>.*?)\.)?(?:mlp\.)?(?P<number>\d+)\.(?P<kind>[a-z_]+)$")  # `fc.0.weight`
+_LAYER = re.compile(r"^(?:(?P<head>.*?)\.)?(?:mlp\.)?(?P<number>[0-9]{1,9})\.(?P<kind>[a-z_]+)$")  # `fc.0.weight`
 _SINGLE_LAYER = re.compile(r"^(?:(?P<head>.*)\.)?(?P<kind>weight|bias)$")  # `fc.weight`
+_PARAMETRIZED = "parametrizations.weight"
 _PROTOTYPES = ".last_layer."  # DINO's and EsViT's name for the layer of prototypes
 
 
@@ -61,14 +63,15 @@ def prototypes(tensors: Tensors) -> Tensor | None:
     """Prototype vectors (C, P) of one head's tensors (see `group_by_head`); None if the head has none.
 
     Weight normalisation is resolved: g * v / |v|, stored as weight_g and weight_v by torch.nn.utils.weight_norm
-    and as original0 and original1 by torch.nn.utils.parametrizations.weight_norm.
+    and as original0 and original1 by torch.nn.utils.parametrizations.weight_norm. Raises UserError if g does not fit v.
     """
-    direction = tensors.get("last_layer.weight_v")
-    if direction is not None:
-        return F.normalize(direction, dim=1) * tensors["last_layer.weight_g"].reshape(-1, 1)
-    direction = tensors.get("last_layer.parametrizations.weight.original1")
-    if direction is not None:
-        return F.normalize(direction, dim=1) * tensors["last_layer.parametrizations.weight.original0"].reshape(-1, 1)
+    for g, v in (("weight_g", "weight_v"), (f"{_PARAMETRIZED}.original0", f"{_PARAMETRIZED}.original1")):
+        length, direction = tensors.get(f"last_layer.{g}"), tensors.get(f"last_layer.{v}")
+        if direction is None:
+            continue
+        if length is None or direction.ndim != 2 or length.numel() != len(direction):
+            raise UserError(f"the head's prototypes last_layer.{v} lack a last_layer.{g} of one number for each")
+        return F.normalize(direction, dim=1) * length.reshape(-1, 1)
     return tensors.get("last_layer.weight")
 
 
@@ -89,6 +92,8 @@ class ProjectionHead(nn.Sequential):
         """
         has_prototypes = any(name.startswith("last_layer.") for name in tensors)
         layers = _group_by_number(tensors)
+        if not layers:
+            raise UserError("the head has prototypes and no layer before them; name the whole head, as in head=head")
         modules: list[nn.Module] = []
         previous = min(layers)
         for number in sorted(layers):
@@ -106,7 +111,9 @@ class ProjectionHead(nn.Sequential):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(n, D) -> (n, P)"""
-        out = super().forward(embedding)
+        out = embedding
+        for layer in self:
+            out = layer(out)
         return F.normalize(out, dim=-1) if self.unit else out
 
 
@@ -126,14 +133,17 @@ def _build_layer(number: int, tensors: Tensors) -> nn.Module:
     layer: nn.Module
     if weight is not None and weight.ndim == 2:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors)
-    elif running_mean is not None:
+    elif running_mean is not None and running_mean.ndim == 1:
         layer = nn.BatchNorm1d(len(running_mean), affine=weight is not None)
     elif weight is not None and weight.ndim == 1:
         layer = nn.LayerNorm(len(weight))
     else:
         shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in tensors.items())
         raise UserError(f"layer {number} of the head is neither linear nor a norm ({shapes}); name another head=")
-    layer.load_state_dict({**layer.state_dict(), **tensors})
+    try:
+        layer.load_state_dict({**layer.state_dict(), **tensors})
+    except RuntimeError as error:  # torch lists what does not fit: an unknown tensor, another shape
+        raise UserError(f"layer {number} of the head: {describe_exception(error)}; name another head=") from None
     return layer
 
 
@@ -143,4 +153,4 @@ def frozen_classifier(layer: nn.Module) -> nn.Linear:
         raise UserError(f"the classifier is a {type(layer).__name__}, not one linear layer; keep embedding only")
     copy = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     copy.load_state_dict(layer.state_dict())
-    return copy.eval().requires_grad_(False)  # type: ignore[return-value]
+    return copy.eval().requires_grad_(False)

@@ -23,6 +23,7 @@ from compress_ssl.pipeline.models import weights
 from compress_ssl.pipeline.models.precision import at_least_float32, l2_normalize
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import InvalidRecord, parse_json, read_record
 from compress_ssl.pipeline.runtime.storage import Folder
 
 MIN_DEVIATION = 1e-2
@@ -140,13 +141,16 @@ def load(file: Path) -> LinearHead:
             if "classes" not in metadata:
                 raise ValueError("its metadata has no classes")
             tensors = opened.get_tensor("weight"), opened.get_tensor("bias")
-            names = json.loads(metadata["classes"])
-            unit = json.loads(metadata.get("unit", "true"))
-            head = LinearHead(*tensors, names, unit=bool(unit))
+            classes = parse_json(metadata["classes"], "classes")
+            names = None if classes is None else read_record(list[str], classes, "classes")
+            unit = read_record(bool, parse_json(metadata.get("unit", "true"), "unit"), "unit")
+            head = LinearHead(*tensors, names, unit=unit)
             head.of = metadata.get("weights", "")
+        if not (head.weight.is_floating_point() and head.bias.is_floating_point()):
+            raise ValueError("its numbers are no floats")
         if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
             raise ValueError("its numbers are not finite")
-    except (OSError, safetensors.SafetensorError, ValueError, TypeError) as error:
+    except (OSError, safetensors.SafetensorError, ValueError, TypeError, InvalidRecord) as error:
         why = " ".join(str(error).split())[:120]
         raise UserError(
             f"{file} is no linear head ({why}); make one with compress label-head, or repeat the distill command of "

@@ -1,7 +1,6 @@
 """Floating-point types of a forward pass, and L2 normalisation that is never done in 16 bits."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Value of --precision: the type of torch.autocast; None: no autocast."""
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The autocast context of a precision; for fp32 a context that does nothing."""
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

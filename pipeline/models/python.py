@@ -1,54 +1,46 @@
-"""The kind `python`: any importable function or class that returns an nn.Module."""
+"""A model that is not ours: any importable function or class that returns an nn.Module, or one of a package."""
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.models.network import Network
-from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.import_object import describe_with_location, import_object
 from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.signatures import is_required
+from compress_ssl.pipeline.runtime.user_object import UserObject
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
 
-@model_kind(without=("pretrained",))
-def model(options: ModelOptions, source: str, /, **keys: Any) -> Network:
-    """python:MODULE:FACTORY or python:FILE.py:FACTORY, which returns an nn.Module. Further keys go to the factory."""
-    factory = import_object(source)
-    where, _, name = source.rpartition(":")
-    _check_keys(factory, f"python:{source}", keys)
-    try:
-        module = factory(**keys)
-    except Exception as error:  # the user's code may raise anything
-        raise UserError(f"python:{source} failed: {describe_with_location(error)}") from error
-    if not isinstance(module, nn.Module):
-        raise UserError(f"python:{source} returned a {type(module).__name__}; it must return a torch.nn.Module")
-    stem = Path(where).stem if where.endswith(".py") else old_names.recorded_name(where)
-    return Network(module, safe_name("python", stem, name), _preprocessing(module, source, options), trained=True)
+def model(user: UserObject) -> Callable[..., Embedder]:
+    """Your own model: any importable function or class that returns an nn.Module. Its arguments are the keys."""
+    of_every_model = ModelOptions.__dataclass_fields__.keys() - {"pretrained"}  # these are not passed on to a factory
+    parameters = [p for p in user.signature.parameters.values() if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    for parameter in parameters:
+        if parameter.name in of_every_model and is_required(parameter):
+            raise UserError(
+                f"{user.name} requires the argument {parameter.name}, which is a key of every model and is not "
+                "passed on; give it another name, or a default"
+            )
+    own = [p for p in parameters if p.name not in of_every_model]
+
+    def make_network(options: ModelOptions, /, *argument: object, **keys: object) -> Network:
+        module = user(*argument, **keys)
+        if not isinstance(module, nn.Module):
+            raise UserError(f"{user.name} returned a {type(module).__name__}; it must return a torch.nn.Module")
+        name = safe_name(*user.words, *argument)
+        return Network(module, name, _preprocessing(module, user.name, options), trained=True)
+
+    options = inspect.Parameter("_options", inspect.Parameter.POSITIONAL_ONLY)
+    make_network.__signature__ = inspect.Signature([options, *own])  # type: ignore[attr-defined]  # read by model_kind
+    return model_kind(without=("pretrained",))(make_network)
 
 
-def _check_keys(factory: Callable[..., Any], name: str, keys: Mapping[str, Any]) -> None:
-    """Raise UserError for keys that the factory does not accept, before it runs."""
-    try:
-        signature = inspect.signature(factory)
-    except ValueError:  # some builtins have no signature: the call itself then reports a wrong key
-        return
-    try:
-        signature.bind(**keys)
-    except TypeError as error:
-        known = [p.name for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        unknown = [key for key in keys if key not in known]
-        hint = did_you_mean(unknown[0], [*known, *ModelOptions.__dataclass_fields__]) if unknown else ""
-        raise UserError(f"{name}: {error}{hint or '.'} Keys of the factory: {', '.join(known) or 'none'}") from None
-
-
-def _preprocessing(module: nn.Module, source: str, options: ModelOptions) -> Preprocessing:
+def _preprocessing(module: nn.Module, name: str, options: ModelOptions) -> Preprocessing:
     """The module's attribute `preprocessing`, completed by ImageNet's mean, std, interpolation and crop.
 
     The attribute is a mapping, or any object with the attributes of Preprocessing. Raises UserError for unknown
@@ -61,11 +53,9 @@ def _preprocessing(module: nn.Module, source: str, options: ModelOptions) -> Pre
     if unknown:
         hint = did_you_mean(unknown[0], names)
         raise UserError(
-            f"python:{source}: its attribute preprocessing has an unknown key {unknown[0]!r}{hint or '.'} "
+            f"{name}: its attribute preprocessing has an unknown key {unknown[0]!r}{hint or '.'} "
             f"Known: {', '.join(names)}"
         )
     if "size" not in given and options.size is None:
-        raise UserError(
-            f"the image size of python:{source} is unknown; add size=, --image-size or an attribute `preprocessing`"
-        )
+        raise UserError(f"the image size of {name} is unknown; add size=, --image-size or an attribute `preprocessing`")
     return Preprocessing.of({**replace(IMAGENET, size=options.size or 0).record(), **given})

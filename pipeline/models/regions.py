@@ -4,7 +4,7 @@ For networks whose library offers no way to ask for them. Vision transformers do
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ OUTPUT_IS_THE_MAP = ""
 """The name that stands for the network's own output, in place of a submodule's."""
 
 
-def is_map(out: Any) -> bool:
+def is_map(out: object) -> TypeGuard[Tensor]:
     """Whether an output is a map (B, c, h, w) of more than one cell."""
     return isinstance(out, Tensor) and out.dim() == 4 and out.shape[2] * out.shape[3] > 1
 
@@ -30,7 +30,7 @@ def find_last_map(backbone: nn.Module, forward: Callable[[], Tensor]) -> str | N
     found: list[str] = []
 
     def hook_for(name: str) -> Callable[..., None]:
-        def record_name(_module: Any, _inputs: Any, out: Any) -> None:
+        def record_name(_module: nn.Module, _inputs: object, out: object) -> None:
             if is_map(out):
                 found.append(name)
 

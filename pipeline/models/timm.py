@@ -4,7 +4,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Protocol, cast
 
 import timm
 import torch
@@ -31,8 +31,20 @@ _CLASSES = 1000
 """Outputs of the classifier of a model that is built to learn its names; the number does not change the names."""
 
 
+class _TimmModel(Protocol):
+    """Methods of timm's models beside those of nn.Module."""
+
+    def forward_features(self, images: Tensor, /) -> Tensor: ...
+
+    def forward_head(self, features: Tensor, /) -> Tensor: ...
+
+    def get_classifier(self) -> nn.Module: ...
+
+    def reset_classifier(self, classes: int, pool: str, /) -> None: ...
+
+
 @model_kind()
-def model(options: ModelOptions, name: str, /, **keys: Any) -> Network:
+def model(options: ModelOptions, name: str, /, **keys: object) -> Network:
     """timm:NAME, a timm model without classifier. Further keys go to timm.create_model."""
     if "num_classes" in keys:
         raise UserError(f"timm:{name} is used without classifier; leave num_classes= out")
@@ -55,7 +67,11 @@ def model(options: ModelOptions, name: str, /, **keys: Any) -> Network:
 
 
 def _create(
-    name: str, size: int | None, pretrained: "bool | _FilterRecorder", keys: Mapping[str, Any], classes: int | None = 0
+    name: str,
+    size: int | None,
+    pretrained: "bool | _FilterRecorder",
+    keys: Mapping[str, object],
+    classes: int | None = 0,
 ) -> nn.Module:
     """Call timm.create_model for images of side `size` (pixels; None: the model's own).
 
@@ -70,14 +86,14 @@ def _create(
         input_args = {"img_size": size} if size else {}
         model_args = {**keys} if classes is None else {**keys, "num_classes": classes}
         resolved = resolve_model_input_args(name, input_args, **model_args)
-        return timm.create_model(**resolved, pretrained=pretrained)  # type: ignore[arg-type]
+        return timm.create_model(**resolved, pretrained=cast(bool, pretrained))  # timm only asks whether it is true
     except Exception as error:  # a thousand constructors and a download may raise anything
         raise build_error(f"timm:{name}", size, error, _COMMON_KEYS) from error
 
 
-def _classifier(name: str, size: int | None, keys: Mapping[str, Any]) -> nn.Module:
+def _classifier(name: str, size: int | None, keys: Mapping[str, object]) -> nn.Module:
     """The pretrained classifier: the model is built a second time, with it."""
-    return _create(name, size, True, keys, classes=None).get_classifier()  # type: ignore[operator]
+    return cast(_TimmModel, _create(name, size, True, keys, classes=None)).get_classifier()
 
 
 def _apply_pool(module: nn.Module, name: str, pool: Pool) -> Pool | None:
@@ -85,22 +101,23 @@ def _apply_pool(module: nn.Module, name: str, pool: Pool) -> Pool | None:
     if pool == "auto":
         return None
     try:
-        module.reset_classifier(0, _TIMM_POOL.get(pool, pool))  # type: ignore[operator]
+        cast(_TimmModel, module).reset_classifier(0, _TIMM_POOL.get(pool, pool))
     except Exception as error:
         raise UserError(f"timm:{name} has no pool={pool} ({describe_exception(error)}); leave it out") from error
     return "none" if pool == "none" else "auto"
 
 
-def _regions(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+def _regions(module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """(regions (B, R, c) without class and register tokens, the model's output)"""
-    features = module.forward_features(images)
+    network = cast(_TimmModel, module)
+    features = network.forward_features(images)
     if features.dim() == 3:
         regions = features[:, getattr(module, "num_prefix_tokens", 0) :]
     elif getattr(module, "output_fmt", "NCHW") == "NHWC":  # Swin, for example
         regions = features.flatten(1, 2)
     else:
         regions = features.flatten(2).transpose(1, 2)
-    return regions, module.forward_head(features)
+    return regions, network.forward_head(features)
 
 
 # ---------------------------------------------------------------- preprocessing
@@ -156,7 +173,7 @@ class _FilterRecorder:
         return False
 
 
-def _checkpoint_format(name: str, size: int | None, keys: Mapping[str, Any], bare: nn.Module) -> CheckpointFormat:
+def _checkpoint_format(name: str, size: int | None, keys: Mapping[str, object], bare: nn.Module) -> CheckpointFormat:
     """timm's checkpoint filter for a model, and the names of the classifier that `bare` was built without."""
     recorder = _FilterRecorder()
     with torch.device("meta"):  # only names are needed: no memory and no initialisation

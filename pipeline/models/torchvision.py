@@ -1,11 +1,13 @@
 """The kind `torchvision`: classification models of torchvision without the last layer of their classifier."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from compress_ssl.pipeline.models.factory import ModelOptions, build_error, model_kind, safe_name
@@ -15,7 +17,10 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
-_SIZE_KEYS = {"vit_": lambda size: {"image_size": size}, "maxvit_": lambda size: {"input_size": (size, size)}}
+_SIZE_KEYS: dict[str, Callable[[int], dict[str, object]]] = {
+    "vit_": lambda size: {"image_size": size},
+    "maxvit_": lambda size: {"input_size": (size, size)},
+}
 """Families that are built for one input size, by the beginning of their names: the key for it."""
 
 _COMMON_KEYS = ("dropout", "stochastic_depth_prob", "width_mult")
@@ -23,7 +28,7 @@ _COMMON_KEYS = ("dropout", "stochastic_depth_prob", "width_mult")
 
 
 @model_kind()
-def model(options: ModelOptions, name: str, /, **keys: Any) -> Network:
+def model(options: ModelOptions, name: str, /, **keys: object) -> Network:
     """torchvision:NAME, a classification model without its last layer. Further keys go to torchvision."""
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
@@ -54,19 +59,20 @@ def _return(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _vit_regions(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+def _vit_regions(module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """(tokens (B, R, c) without the class token, the model's output), computed as in VisionTransformer.forward."""
-    patches = module._process_input(images)
-    tokens = module.encoder(torch.cat([module.class_token.expand(len(patches), -1, -1), patches], 1))
-    return tokens[:, 1:], module.heads(tokens[:, 0])
+    vit = cast(VisionTransformer, module)
+    patches = vit._process_input(images)
+    tokens = vit.encoder(torch.cat([vit.class_token.expand(len(patches), -1, -1), patches], 1))
+    return tokens[:, 1:], vit.heads(tokens[:, 0])
 
 
-def _create(name: str, size: int, published: Any, keys: dict[str, Any]) -> nn.Module:
+def _create(name: str, size: int, published: WeightsEnum | None, keys: dict[str, object]) -> nn.Module:
     """Build a model, with `published` weights unless None. Raises UserError for every exception of torchvision."""
-    resize = name.startswith("vit_") and published and keys["image_size"] != published.meta["min_size"][0]
+    resize = published and name.startswith("vit_") and keys["image_size"] != published.meta["min_size"][0]
     try:
-        module = torchvision.models.get_model(name, weights=None if resize else published, **keys)
-        if resize:  # torchvision's builder loads weights only into a model of the size they were trained with
+        module: nn.Module = torchvision.models.get_model(name, weights=None if resize else published, **keys)
+        if published and resize:  # torchvision's builder loads weights only into a model of their own size
             state = published.get_state_dict(progress=False, check_hash=True)
             module.load_state_dict(resized(module, state))
         return module
@@ -74,7 +80,7 @@ def _create(name: str, size: int, published: Any, keys: dict[str, Any]) -> nn.Mo
         raise build_error(f"torchvision:{name}", size, error, _COMMON_KEYS) from error
 
 
-def _preprocessing(published: Any) -> Preprocessing:
+def _preprocessing(published: WeightsEnum | None) -> Preprocessing:
     """The preprocessing with which the published weights were evaluated; ImageNet's if there are none."""
     if published is None:
         return IMAGENET
@@ -98,10 +104,9 @@ def _remove_last_layer(module: nn.Module) -> tuple[nn.Module, set[str]]:
     layer = module.get_submodule(layers[-1])
     setattr(module.get_submodule(parent), last, nn.Identity())
     if hasattr(module, "aux_logits"):  # Inception and GoogLeNet return auxiliary classifiers' outputs in training
-        module.aux_logits = False  # type: ignore[assignment]
-        for auxiliary in ("AuxLogits", "aux1", "aux2"):
+        for auxiliary, absent in {"aux_logits": False, "AuxLogits": None, "aux1": None, "aux2": None}.items():
             if hasattr(module, auxiliary):
-                setattr(module, auxiliary, None)
+                setattr(module, auxiliary, absent)
     return layer, before - set(module.state_dict())
 
 
@@ -109,4 +114,5 @@ def resized(module: nn.Module, state: State) -> State:
     """The state with a ViT's position embedding interpolated to the module's size; other models: unchanged."""
     if not isinstance(module, VisionTransformer):
         return state
-    return interpolate_embeddings(module.image_size, module.patch_size, state)
+    interpolated: State = interpolate_embeddings(module.image_size, module.patch_size, state)
+    return interpolated

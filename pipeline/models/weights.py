@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -21,6 +20,9 @@ from torch import Tensor, nn
 from compress_ssl.pipeline.models.selection import CheckpointFormat, Selection, State, compare, describe_misfit, matches
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.registry import did_you_mean
+
+MAX_LEVELS = 32  # of dictionaries inside each other in a checkpoint
+MAX_DICTIONARIES = 100_000  # in a checkpoint, those that are in it several times counted as often
 
 ALIGNMENT = 8
 """Bytes. The header of a safetensors file is padded with spaces, so that tensors begin at multiples of this."""
@@ -44,7 +46,7 @@ def load(
     selection = selection or Selection()
     checkpoint_format = checkpoint_format or CheckpointFormat()
     wanted = module.state_dict()
-    tables = _find_tables(read(file))
+    tables = _find_tables(read(file), file)
     if selection.key and selection.key not in tables:
         hint = did_you_mean(selection.key, tables)
         raise UserError(f"{file} holds no tensors under key={selection.key}{hint or '.'} It holds: {_keys(tables)}")
@@ -80,13 +82,28 @@ def _head_of_other_tables(tables: Mapping[str, State], loaded: str, selection: S
     return head
 
 
-def _find_tables(node: Mapping[str, Any], path: str = "") -> dict[str, State]:
-    """{dotted path: table} for every dictionary in a checkpoint that holds tensors by name."""
-    table = {key: value.detach() for key, value in node.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    found = {path: table} if table else {}
-    for key, value in node.items():
-        if isinstance(key, str) and isinstance(value, Mapping):  # the state of an optimizer has numbers as keys
-            found |= _find_tables(value, f"{path}.{key}" if path else key)
+def _find_tables(content: Mapping[str, object], file: Path) -> dict[str, State]:
+    """{dotted path: table} for every dictionary in a checkpoint that holds tensors by name, in the file's order.
+
+    Raises UserError if dictionaries are nested beyond MAX_LEVELS, as in a pickle that contains itself.
+    """
+    found: dict[str, State] = {}
+    to_search: list[tuple[str, int, Mapping[str, object]]] = [("", 1, content)]  # path, level, dictionary
+    searched = 0
+    while to_search:
+        path, level, node = to_search.pop()
+        searched += 1
+        if level > MAX_LEVELS or searched > MAX_DICTIONARIES:
+            raise UserError(
+                f"weights={file} holds dictionaries more than {MAX_LEVELS} levels deep, or more than "
+                f"{MAX_DICTIONARIES} of them, and is no checkpoint; save a state dict"
+            )
+        named = {key: value for key, value in node.items() if isinstance(key, str)}  # optimizers' keys are numbers
+        table = {key: value.detach() for key, value in named.items() if isinstance(value, Tensor)}
+        if table:
+            found[path] = table
+        inside = [(key, value) for key, value in named.items() if isinstance(value, Mapping)]
+        to_search += [(f"{path}.{key}" if path else key, level + 1, value) for key, value in reversed(inside)]
     return found
 
 
@@ -98,7 +115,7 @@ def _keys(tables: Iterable[str]) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def read(file: Path) -> Mapping[str, Any]:
+def read(file: Path) -> Mapping[str, object]:
     """Read the (nested) dictionary in a file, with torch.load(weights_only=True) or safetensors.
 
     Raises UserError if the file is missing or damaged, if it would run code, or if it holds no dictionary.

@@ -5,35 +5,26 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compress_ssl.pipeline.evaluators.base import Evaluation, Score
 from compress_ssl.pipeline.report import figures
 from compress_ssl.pipeline.report.html import EmbeddedChart, embed_chart, render_template
-from compress_ssl.pipeline.report.metrics import MEANINGS, Metrics, headline_scores, is_teacher, model_record
-from compress_ssl.pipeline.runtime.formatting import (
-    DASH,
-    flatten,
-    format_count,
-    format_number,
-    format_score,
-    is_finite,
-    shorten,
-)
+from compress_ssl.pipeline.runtime.formatting import flatten, format_count, format_number, format_score, shorten
+from compress_ssl.pipeline.runtime.records import to_json
 
 FACTS = ["model", "role", "parameters", "width"]  # the columns before the scores
 TEXT_COLUMNS = 2  # the first of FACTS are text and aligned left; all other columns are numbers and aligned right
-PLOTTED = ("NN", "Cluster", "Linear", "Linear (augmented)", "Classifier")  # scores that may be plotted against size
-MAX_PANELS = 3  # of the chart: as many of PLOTTED as fit side by side, the first ones that are present
+MAX_PANELS = 6  # of the chart: two rows of three; of more scores that are to be plotted, the first ones
 MAX_CELL = 60  # characters of a cell in the plain-text table
 
 
-def compare(rows: Sequence[Metrics]) -> tuple[str, str]:
-    """(plain-text table, HTML page) of many metrics.json: teachers first, then in the order given.
+def compare(rows: Sequence[Evaluation]) -> tuple[str, str]:
+    """(plain-text table, HTML page) of many evaluations: teachers first, then in the order given.
 
     The best score of each column is marked; teachers do not take part unless all rows are teachers. A protocol that
     a row lacks is a dash. A warning says in what the rows differ if they were not evaluated on the same data.
     """
-    rows = sorted(rows, key=lambda row: not is_teacher(row))
+    rows = sorted(rows, key=lambda row: not row.model.is_teacher)
     table, warning = build_table(rows), describe_differences(rows)
-    used = [key for key in MEANINGS if any(key in title.split() for title in table.head)]
     page = render_template(
         "comparison.html",
         title="Comparison",
@@ -42,9 +33,25 @@ def compare(rows: Sequence[Metrics]) -> tuple[str, str]:
         text_columns=TEXT_COLUMNS,
         warning=warning,
         sizes=_plot_sizes(rows),
-        terms={key: MEANINGS[key] for key in used},
+        terms=explain_terms(list(list_columns(rows).values())),
     )
     return to_text(table, warning), page
+
+
+def list_columns(rows: Sequence[Evaluation]) -> dict[str, Score]:
+    """{title: its score in the first row that has it}; the row with most scores decides the order of columns."""
+    columns: dict[str, Score] = {}
+    for row in sorted(rows, key=lambda row: -len(row.scores)):
+        for title, score in row.by_title.items():
+            columns.setdefault(title, score)
+    return columns
+
+
+def explain_terms(columns: Sequence[Score]) -> list[tuple[str, str]]:
+    """(term, what it means), each once: first the terms that begin a title, then those that only end one."""
+    notes = dict.fromkeys((score.explained, score.note) for score in columns if score.note)
+    begins = {score.explained for score in columns if score.title.startswith(score.explained)}
+    return sorted(notes, key=lambda term: term[0] not in begins)
 
 
 # ---------------------------------------------------------------- table
@@ -68,58 +75,53 @@ class Table:
     legend: str  # what the mark means; "" where there are no scores
 
 
-def build_table(rows: Sequence[Metrics]) -> Table:
-    """The table of many metrics.json, in the order given."""
-    scores = [headline_scores(row) for row in rows]
-    fullest = sorted(scores, key=lambda score: -len(score))  # the row with most scores decides the order of columns
-    titles = list(dict.fromkeys(title for score in fullest for title in score))
-    ranked = [n for n, row in enumerate(rows) if not is_teacher(row)] or list(range(len(rows)))
-    best_of = {title: _best([scores[n] for n in ranked], title) for title in titles}
-    names = display_names(rows)
+def build_table(rows: Sequence[Evaluation]) -> Table:
+    """The table of many evaluations, in the order given."""
+    columns = list_columns(rows)
+    ranked = [row for row in rows if not row.model.is_teacher] or list(rows)
+    best_of = {title: _best(ranked, score) for title, score in columns.items()}
     table_rows = []
-    for n, row in enumerate(rows):
-        own = scores[n]
-        cells = _fact_cells(row, names[n]) + [format_score(own.get(title)) for title in titles]
-        best = {
-            len(FACTS) + column
-            for column, title in enumerate(titles)
-            if title in own and round(own[title], 1) == best_of[title]
-        }
-        table_rows.append(Row(cells, best if n in ranked else set(), is_teacher(row)))
-    legend = f"best of the {'students' if len(ranked) < len(rows) else 'rows'}" if titles else ""
-    return Table([*FACTS, *titles], table_rows, legend)
+    for row, name in zip(rows, display_names(rows), strict=True):
+        own, cells, best = row.by_title, _fact_cells(row, name), set()
+        for column, title in enumerate(columns, start=len(FACTS)):
+            cells.append(format_score(own[title].value if title in own else None))
+            if row in ranked and title in own and round(own[title].value, 1) == best_of[title]:
+                best.add(column)
+        table_rows.append(Row(cells, best, row.model.is_teacher))
+    legend = f"best of the {'students' if len(ranked) < len(rows) else 'rows'}" if columns else ""
+    heads = [title if score.unit == "%" else f"{title} ({score.unit})" for title, score in columns.items()]
+    return Table([*FACTS, *heads], table_rows, legend)
 
 
-def _best(scores: Sequence[dict[str, float]], title: str) -> float | None:
-    """The best score of a column as it is shown, in tenths of a percent, so that equal cells are both marked."""
-    return max((round(score[title], 1) for score in scores if title in score), default=None)
+def _best(rows: Sequence[Evaluation], column: Score) -> float | None:
+    """The best score of a column as it is shown, with one decimal, so that equal cells are both marked."""
+    shown = [round(row.by_title[column.title].value, 1) for row in rows if column.title in row.by_title]
+    return (max if column.best == "highest" else min)(shown, default=None)
 
 
-def _fact_cells(row: Metrics, name: str) -> list[str]:
+def _fact_cells(row: Evaluation, name: str) -> list[str]:
     """The cells of FACTS."""
-    model = model_record(row)
-    role = ", ".join(str(model[key]) for key in ("role", "method") if model.get(key))
-    return [name, role or DASH, format_count(model.get("parameters")), format_number(model.get("width"))]
+    model = row.model
+    role = f"{model.role}, {model.method}" if model.method else model.role
+    return [name, role, format_count(model.parameters), format_number(model.width)]
 
 
-def display_names(rows: Sequence[Metrics]) -> list[str]:
+def display_names(rows: Sequence[Evaluation]) -> list[str]:
     """The name of each row's model: its spec, with its run's path where several runs have the same spec."""
-    models = [model_record(row) for row in rows]
-    specs = [str(model.get("spec") or model.get("name", DASH)) for model in models]
+    specs = [row.model.spec or row.model.name for row in rows]
     names = []
-    for spec, model in zip(specs, models, strict=True):
-        same = [other for other, other_spec in zip(models, specs, strict=True) if other_spec == spec]
-        runs = [str(other["run"]) for other in same if "run" in other]
-        if "run" in model and len(set(runs)) > 1:
-            names.append(f"{spec} ({os.path.relpath(str(model['run']), os.path.commonpath(runs))})")
+    for row, spec in zip(rows, specs, strict=True):
+        runs = [other.model.run for other, same in zip(rows, specs, strict=True) if same == spec and other.model.run]
+        if row.model.run and len(set(runs)) > 1:
+            names.append(f"{spec} ({os.path.relpath(row.model.run, os.path.commonpath(runs))})")
         else:
             names.append(spec)
     return names
 
 
-def describe_differences(rows: Sequence[Metrics]) -> str:
+def describe_differences(rows: Sequence[Evaluation]) -> str:
     """A warning that names the keys in which the rows' data records differ; "" if they are equal."""
-    records = [dict(flatten(row.get("data") or {})) for row in rows]
+    records = [dict(flatten(to_json(row.data))) for row in rows]
     keys = sorted({key for record in records for key in record})
     differing = []
     for key in keys:
@@ -160,19 +162,16 @@ def _align(cells: Sequence[str], widths: Sequence[int]) -> str:
 # ---------------------------------------------------------------- chart
 
 
-def _plot_sizes(rows: Sequence[Metrics]) -> EmbeddedChart | None:
-    """The chart of up to three scores against the number of parameters; None if no row has both."""
+def _plot_sizes(rows: Sequence[Evaluation]) -> EmbeddedChart | None:
+    """The chart of the scores that are to be plotted against the number of parameters; None if no row has both."""
     dots: dict[str, list[figures.Dot]] = {}
-    for row, name in zip(rows, display_names(rows), strict=True):
-        size, own = model_record(row).get("parameters"), headline_scores(row)
-        if not (is_finite(size) and size > 0):
-            continue
-        for title in PLOTTED:
-            if title in own:
-                dots.setdefault(title, []).append(figures.Dot(name, size, own[title], is_teacher(row)))
-    present = [title for title in PLOTTED if title in dots]
-    if not present:
+    for title, column in list_columns(rows).items():
+        for row, name in zip(rows, display_names(rows), strict=True):
+            if column.plotted and title in row.by_title and row.model.parameters:
+                dot = figures.Dot(name, row.model.parameters, row.by_title[title].value, row.model.is_teacher)
+                dots.setdefault(f"{title} ({column.unit})", []).append(dot)
+    if not dots:
         return None
-    chart = figures.draw_scatter({title: dots[title] for title in present[:MAX_PANELS]})
+    chart = figures.draw_scatter(dict(list(dots.items())[:MAX_PANELS]))
     note = "Star: a teacher. The axis of parameters is logarithmic."
     return embed_chart("compare", chart, "accuracy against number of parameters", note)

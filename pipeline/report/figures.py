@@ -14,10 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from compress_ssl.pipeline.evaluators.base import Bars, ConfusionMatrix, Lines, Panel
 from compress_ssl.pipeline.runtime.formatting import shorten
 
 INK, MUTED, GRID, ACCENT, SECOND = "#1b1f24", "#667085", "#e4e7ec", "#2563eb", "#c2410c"
 """Colours of text, of axes, of grid lines and of the first and second series; the same as in templates/style.css."""
+
+SERIES = (ACCENT, SECOND, "#1a7f37", "#7c3aed", "#b45309", "#0e7490", MUTED)
+"""Colours of the lines of a panel, in turn."""
 
 SMOOTHED_FROM = 60  # points: a curve of as many gets a running mean over 1/30 of them, thus at least 2
 MARKED_UP_TO = 25  # points: a curve of fewer has a marker at every point
@@ -51,7 +55,7 @@ def render(chart: Chart) -> bytes:
 
 def _style_axes(axes: Axes, title: str) -> Axes:
     """Give axes the title and look that all charts share, and return them."""
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_title(shorten(title, 60), loc="left", fontsize=10, color=INK, parse_math=False)
     axes.set_facecolor("none")
     axes.grid(color=GRID, linewidth=0.8)
     axes.locator_params(nbins=5)
@@ -97,66 +101,95 @@ def _draw_line(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     axes.plot(x[window // 2 :][: len(mean)], mean, color=ACCENT, linewidth=1.8)
 
 
-def draw_probe(curve: np.ndarray) -> Chart:
-    """The training of a linear probe by epoch, from its (epochs, 3) curve: loss in nats; top-1 and top-5 in percent."""
-    epoch = np.arange(1, len(curve) + 1)
+def draw_lines(lines: Lines) -> Chart:
+    """The curves of a protocol: its panels side by side, three in a row."""
+    columns = min(3, len(lines.panels))
+    rows = -(-len(lines.panels) // columns)
 
     def draw(figure: Figure) -> None:
-        loss = _style_axes(figure.add_subplot(1, 2, 1), "training loss (nats)")
-        loss.plot(epoch, curve[:, 0], color=ACCENT, linewidth=1.6)
-        score = _style_axes(figure.add_subplot(1, 2, 2), "validation (%)")
-        for column, color, name in ((1, ACCENT, "top-1"), (2, SECOND, "top-5")):
-            score.plot(epoch, curve[:, column], color=color, linewidth=1.6)
-            last = (epoch[-1], curve[-1, column])
-            score.annotate(name, last, (5, 0), textcoords="offset points", va="center", color=color, fontsize=9)
-        for axes in (loss, score):
-            axes.set_xlabel("epoch", color=MUTED)
+        for number, panel in enumerate(lines.panels):
+            axes = _style_axes(figure.add_subplot(rows, columns, number + 1), shorten(panel.title, 60))
+            axes.set_xlabel(shorten(lines.x_label, 60), color=MUTED, parse_math=False)
+            _draw_panel(axes, panel)
 
-    return Chart(draw, (9.6, 2.8))
+    return Chart(draw, ((6.4, 9.6, 10.2)[columns - 1], 2.8 * rows))
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    """The lines of a panel; of several, each has its name at its last value."""
+    for number, (name, line) in enumerate(panel.lines.items()):
+        color = SERIES[number % len(SERIES)]
+        axes.plot(panel.x, line, color=color, linewidth=1.6, marker="o" if len(line) == 1 else "")
+        known = np.flatnonzero(np.isfinite(line))
+        if len(panel.lines) > 1 and len(known):
+            last = (panel.x[known[-1]], line[known[-1]])
+            label = axes.annotate(shorten(name, 18), last, (5, 0), textcoords="offset points", va="center")
+            label.set(color=color, fontsize=9, parse_math=False)
+
+
+def draw_bars(bars: Bars) -> Chart:
+    """A horizontal bar for each label, with its value at its end while the labels are few enough to be read."""
+    height = max(1.2, min(0.26 * len(bars.labels), 8.0)) + 0.7  # inches
+
+    def draw(figure: Figure) -> None:
+        axes = _style_axes(figure.add_subplot(), "")
+        axes.barh(range(len(bars.labels)), np.nan_to_num(bars.values), color=ACCENT, height=0.7)
+        axes.invert_yaxis()  # the first label is the uppermost
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(shorten(bars.unit, 30), color=MUTED, parse_math=False)
+        if len(bars.labels) > NAMED_UP_TO:
+            return
+        axes.set_yticks(range(len(bars.labels)), labels=[shorten(name, 24) for name in bars.labels], parse_math=False)
+        for place, value in enumerate(bars.values):
+            if np.isfinite(value):
+                offset = (4 if value >= 0 else -4, 0)
+                label = axes.annotate(f"{value:.1f}", (value, place), offset, textcoords="offset points", va="center")
+                label.set(fontsize=8, color=INK, ha="left" if value >= 0 else "right")
+
+    return Chart(draw, (7.0, height))
 
 
 # ---------------------------------------------------------------- confusion
 
 
-def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> Chart:
-    """The confusion matrix of categories and mapped clusters, each row as percentages of its category's images.
-
-    counts: (C, C) or (C, C + 1) images of each category (row) by the category of their cluster (column). A last
-    column C counts images in clusters that have no category.
-    """
+def draw_confusion(matrix: ConfusionMatrix) -> Chart:
+    """A confusion matrix, each row as percentages of its images."""
+    counts = matrix.counts
     images = counts.sum(axis=1, keepdims=True)
     share = np.divide(100.0 * counts, images, out=np.zeros(counts.shape), where=images > 0)
-    names = [shorten(name, 18) for name in classes] + ["(none)"] * (counts.shape[1] - len(classes))
-    side = min(7.5, 3.2 + 0.28 * len(classes))  # inches
+    side = min(7.5, 3.2 + 0.28 * len(matrix.rows))  # inches
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         ramp = LinearSegmentedColormap.from_list("share", [ACCENT + "00", ACCENT])  # 0 % is transparent
         image = axes.imshow(share, cmap=ramp, vmin=0, vmax=100, aspect="equal")
-        _label_confusion(axes, share, names)
+        _label_confusion(axes, share, matrix)
         bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.03)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.ax.tick_params(colors=MUTED, length=0, labelsize=8)
-        bar.set_label("% of the category's images", color=MUTED, fontsize=9)
+        label = f"% of the {shorten(matrix.row_title, 40)}'s images"
+        bar.set_label(label, color=MUTED, fontsize=9, parse_math=False)
 
     return Chart(draw, (side + 0.9, side))
 
 
-def _label_confusion(axes: Axes, share: np.ndarray, names: list[str]) -> None:
+def _label_confusion(axes: Axes, share: np.ndarray, matrix: ConfusionMatrix) -> None:
     """Names beside the matrix and percentages in its cells, as far as there is room for them."""
-    rows, columns = share.shape
-    axes.set_ylabel("category", color=MUTED)
-    axes.set_xlabel("category of its cluster", color=MUTED)
+    axes.set_ylabel(shorten(matrix.row_title, 60), color=MUTED, parse_math=False)
+    axes.set_xlabel(shorten(matrix.column_title, 60), color=MUTED, parse_math=False)
     axes.xaxis.label.set_fontsize(9)
     axes.yaxis.label.set_fontsize(9)
     axes.tick_params(colors=MUTED, length=0, labelsize=8)
     for spine in axes.spines.values():
         spine.set_color(GRID)
-    if rows > NAMED_UP_TO:
+    if max(share.shape) > NAMED_UP_TO:
         return
-    axes.set_yticks(range(rows), labels=names[:rows], parse_math=False)
-    axes.set_xticks(range(columns), labels=names, parse_math=False, rotation=45, ha="right", rotation_mode="anchor")
-    if rows > NUMBERED_UP_TO:
+    rows, columns = ([shorten(name, 18) for name in names] for names in (matrix.rows, matrix.columns))
+    axes.set_yticks(range(len(rows)), labels=rows, parse_math=False)
+    axes.set_xticks(
+        range(len(columns)), labels=columns, parse_math=False, rotation=45, ha="right", rotation_mode="anchor"
+    )
+    if len(rows) > NUMBERED_UP_TO:
         return
     for row, column in zip(*np.nonzero(share >= 0.5), strict=True):  # below 0.5 % the number would read 0
         color = "white" if share[row, column] > 55 else INK
@@ -177,17 +210,19 @@ class Dot:
 
 
 def draw_scatter(panels: Mapping[str, Sequence[Dot]]) -> Chart:
-    """Score against number of parameters: one panel per title, side by side, a named dot per model."""
-    size = (10.2, 3.4) if len(panels) > 1 else (6.4, 3.6)
+    """Score against number of parameters: one panel per title, three in a row, a named dot per model."""
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    width, height = (10.2, 3.4) if columns > 1 else (6.4, 3.6)  # of a row
 
     def draw(figure: Figure) -> None:
         for number, (title, dots) in enumerate(panels.items()):
-            axes = _style_axes(figure.add_subplot(1, len(panels), number + 1), f"{title} (%)")
+            axes = _style_axes(figure.add_subplot(rows, columns, number + 1), title)
             axes.set_xscale("log")
             axes.set_xlabel("parameters", color=MUTED)
-            _draw_dots(axes, dots, (size[0] / len(panels) - 0.5, size[1] - 0.8))
+            _draw_dots(axes, dots, (width / columns - 0.5, height - 0.8))
 
-    return Chart(draw, size)
+    return Chart(draw, (width, height * rows))
 
 
 def _draw_dots(axes: Axes, dots: Sequence[Dot], size: tuple[float, float]) -> None:
@@ -217,10 +252,13 @@ def place_labels(x: np.ndarray, y: np.ndarray, names: list[str], width: float) -
     x, y: (m,) positions of the dots in points, on axes `width` points wide. A name takes the nearest place where it
     covers the fewest other names and dots and does not leave the axes.
     """
-    taken = [(a - 4, a + 4, b) for a, b in zip(x, y, strict=True)]  # (left, right, height) of each dot
+    # (left, right, height) of each dot, then also of each name
+    taken: list[tuple[float, float, float]] = [(a - 4, a + 4, b) for a, b in zip(x, y, strict=True)]
 
     def cost(left: float, right: float, height: float) -> int:
-        covered = sum(left < far and near < right and abs(height - other) < LINE_HEIGHT for near, far, other in taken)
+        covered = sum(
+            bool(left < far and near < right and abs(height - other) < LINE_HEIGHT) for near, far, other in taken
+        )
         return covered + 100 * (left < 0 or right > width)
 
     found = []

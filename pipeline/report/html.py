@@ -9,7 +9,6 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
@@ -28,7 +27,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u206
 """Control characters other than tab and line break, marks that change the direction of text, and lone surrogates."""
 
 
-def render_template(name: str, **data: Any) -> str:
+def render_template(name: str, **data: object) -> str:
     """The HTML of the template TEMPLATES/NAME, filled with `data`. Raises jinja2.UndefinedError for a missing name."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -43,7 +42,7 @@ def render_template(name: str, **data: Any) -> str:
     return environment.get_template(name).render(data)
 
 
-def printable(value: Any) -> Any:
+def printable(value: object) -> object:
     """A value as text in which unprintable characters are escaped as in Python source, like \\x1b.
 
     HTML that a macro of ours made is returned unchanged.

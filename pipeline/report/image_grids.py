@@ -1,18 +1,15 @@
-"""Rows of images for the page: clusters with some of their images, and validation images with their neighbours.
-
-Which images are shown is random by the page's seed. The page shows each image with text beside its row; figures/ has
-the same rows as one picture.
-"""
+"""Rows of images that a protocol chose: the page shows each with text beside it, figures/ the same as one picture."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from compress_ssl.pipeline.datasets.base import Dataset
+from compress_ssl.pipeline.evaluators.base import ImageGrid, Split, Tile
 from compress_ssl.pipeline.report.figures import INK, Chart
 from compress_ssl.pipeline.report.html import data_uri
 from compress_ssl.pipeline.runtime.formatting import shorten
@@ -22,8 +19,7 @@ LoadImage = Callable[[str, int], np.ndarray]
 
 # ---------------------------------------------------------------- sizes
 
-NEIGHBOUR_ROWS = 8  # validation images shown; each row has as many neighbours as the nn protocol kept
-CLUSTER_ROWS, IMAGES_PER_CLUSTER = 10, 12  # as wide as the page is
+THUMBNAIL_SIDE = 96  # pixels: longest side of an image as it is loaded
 PAGE_SIDE = 112  # pixels: largest side of an image in the page, which shows it at 64 CSS pixels
 PIXEL_ART_SIDE = 64  # pixels: images up to this side are enlarged without smoothing and stored as PNG
 TILE, GAP, BORDER, MARGIN = 96, 6, 4, 190  # pixels in figures/: an image's side, between, around it, left for text
@@ -32,24 +28,13 @@ PIXELS_PER_INCH = 100  # of the picture in figures/
 BORDER_COLOURS = {"yes": (26, 127, 55), "no": (207, 34, 46), "query": (27, 31, 36)}  # as in templates/style.css
 
 
-class Labelled(Protocol):
-    """What this package reads of a split; `evaluators.base.Split` has it."""
-
-    @property
-    def label(self) -> np.ndarray: ...  # (n,) int64, -1 for an image without a label
-    @property
-    def rows(self) -> np.ndarray: ...  # (n,) row numbers i in the data set
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-
-
 @dataclass(frozen=True)
-class Tile:
+class LoadedTile:
     """One image of a row."""
 
     picture: np.ndarray  # (H, W, 3) uint8
     title: str
-    tone: str = ""  # of its border: "yes" and "no" for a neighbour's agreement, "query", or "" for no border
+    tone: str = ""  # of its border, see Tile
 
     @property
     def css_class(self) -> str:
@@ -69,98 +54,37 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class GridRow:
+class LoadedRow:
     """A row of images with the text to its left."""
 
     title: str
-    lines: list[str]  # smaller text below the title
-    tiles: list[Tile]
+    lines: Sequence[str]  # smaller text below the title
+    tiles: list[LoadedTile]
 
 
 @dataclass(frozen=True)
-class ImageGrid:
+class LoadedGrid:
     """Rows of images with a note above them."""
 
-    note: str  # what is shown and how it was chosen
-    rows: list[GridRow]
+    note: str  # shown above them
+    rows: list[LoadedRow]
 
 
-# ---------------------------------------------------------------- clusters
+def load_thumbnail(sets: Mapping[str, Dataset], which: str, i: int) -> np.ndarray:
+    """Image i of the data set `which` ("train" or "val"), reduced to at most THUMBNAIL_SIDE pixels, (H, W, 3) uint8."""
+    image = Image.fromarray(sets[which].load(i)[0])
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    return np.asarray(image)
 
 
-def build_cluster_grid(
-    arrays: Mapping[str, np.ndarray], train: Labelled, load_image: LoadImage, random: np.random.Generator
-) -> ImageGrid:
-    """A row for each of up to 10 random clusters, with up to 12 random training images, as in the CompRess paper.
+def load_grid(grid: ImageGrid, splits: Mapping[str, Split], load_image: LoadImage) -> LoadedGrid:
+    """A protocol's grid with its images. splits: {"train", "val"}, in which its tiles count."""
 
-    arrays: those of the cluster protocol (evaluators/cluster.py).
-    """
-    assignment = arrays["train_assignment"]
-    filled = np.unique(assignment)
-    chosen = np.sort(random.choice(filled, min(CLUSTER_ROWS, len(filled)), replace=False))
-    rows = []
-    for cluster in chosen.tolist():
-        members = np.flatnonzero(assignment == cluster)
-        some = random.choice(members, min(IMAGES_PER_CLUSTER, len(members)), replace=False).tolist()
-        tiles = [Tile(load_image("train", int(train.rows[n])), _category(train, n), "") for n in some]
-        rows.append(GridRow(f"cluster {cluster}", _describe_cluster(cluster, members, arrays, train), tiles))
-    note = (
-        f"A row is a cluster of the training images. Neither clusters nor images are picked: {len(chosen)} of "
-        f"{len(filled)} clusters, up to {IMAGES_PER_CLUSTER} images of each, drawn with the page's seed."
-    )
-    return ImageGrid(note, rows)
+    def load(tile: Tile) -> LoadedTile:
+        row = int(splits[tile.split].rows[tile.index])
+        return LoadedTile(load_image(tile.split, row), tile.caption, tile.tone)
 
-
-def _describe_cluster(
-    cluster: int, members: np.ndarray, arrays: Mapping[str, np.ndarray], train: Labelled
-) -> list[str]:
-    """Lines of text: a cluster's size and, with labels, its most frequent category and the one it is mapped to."""
-    lines = [f"{len(members)} training images"]
-    if "majority" in arrays:
-        majority = int(arrays["majority"][cluster])
-        if majority >= 0:
-            labels = train.label[members]
-            share = 100 * np.mean(labels[labels >= 0] == majority)
-            lines.append(f"{share:.0f} % {train.classes[majority]}")
-        mapped = int(arrays["mapping"][cluster])
-        lines.append(f"mapped to {train.classes[mapped]}" if mapped >= 0 else "mapped to no category")
-    return lines
-
-
-# ---------------------------------------------------------------- neighbours
-
-
-def build_neighbour_grid(
-    arrays: Mapping[str, np.ndarray],
-    train: Labelled,
-    val: Labelled,
-    load_image: LoadImage,
-    random: np.random.Generator,
-) -> ImageGrid:
-    """A row for each of up to 8 random validation images, followed by its nearest training images.
-
-    arrays: those of the nn protocol (evaluators/nn.py).
-    """
-    neighbours = arrays["neighbors"]  # (n_val, K) indices into the training split
-    queries = np.sort(random.choice(len(neighbours), min(NEIGHBOUR_ROWS, len(neighbours)), replace=False))
-    rows = []
-    for query in queries.tolist():
-        tiles = [Tile(load_image("val", int(val.rows[query])), _category(val, query), "query")]
-        same = 0
-        for n in neighbours[query].tolist():
-            agrees = train.label[n] == val.label[query]
-            same += int(agrees)
-            tiles.append(Tile(load_image("train", int(train.rows[n])), _category(train, n), "yes" if agrees else "no"))
-        rows.append(GridRow(_category(val, query), [f"{same} of {neighbours.shape[1]} agree"], tiles))
-    note = (
-        "First in each row a validation image drawn at random, then its nearest training images, nearest first. Green: "
-        "of the same category; red and dashed: of another. Only the first neighbour counts for the NN score."
-    )
-    return ImageGrid(note, rows)
-
-
-def _category(split: Labelled, n: int) -> str:
-    return split.classes[int(split.label[n])] if split.label[n] >= 0 else "no label"
+    return LoadedGrid(grid.note, [LoadedRow(row.title, row.lines, [load(t) for t in row.tiles]) for row in grid.rows])
 
 
 # ---------------------------------------------------------------- pixels
@@ -181,7 +105,7 @@ def _resize(square: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(square).resize((side, side), how))
 
 
-def draw_grid(rows: list[GridRow]) -> Chart:
+def draw_grid(rows: list[LoadedRow]) -> Chart:
     """The rows as one picture for figures/, text at the left; an image pixel is exactly one pixel of the picture."""
     width = MARGIN + max(len(row.tiles) for row in rows) * PITCH + GAP
     height = len(rows) * PITCH + GAP
@@ -201,7 +125,7 @@ def draw_grid(rows: list[GridRow]) -> Chart:
     return Chart(draw, (width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
 
 
-def _paint_tiles(rows: list[GridRow], width: int, height: int) -> np.ndarray:
+def _paint_tiles(rows: list[LoadedRow], width: int, height: int) -> np.ndarray:
     """(height, width, 3) uint8: the tiles with their coloured borders, on white."""
     canvas = np.full((height, width, 3), 255, np.uint8)
     outer = TILE + 2 * BORDER

@@ -7,14 +7,14 @@ fingerprint of the other four entries and reveals damage.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from compress_ssl.pipeline.runtime.digests import canonical, fingerprint
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import JsonObject, parse_json, read_record, to_json
+from compress_ssl.pipeline.runtime.records import JsonObject, Meta, parse_json, read_record, to_json
 from compress_ssl.pipeline.runtime.storage import Folder, Storage, is_url, open_storage
 
 FORMAT = 1  # version of the layout of manifest.json
@@ -27,7 +27,7 @@ class Manifest:
     """The contents of a manifest.json. The records of a kind are read from `identity` and `about`."""
 
     format: int
-    kind: str
+    kind: Annotated[str, Meta(pattern=r"^[a-z][a-z ]*\Z")]
     identity: JsonObject
     about: JsonObject
 
@@ -47,12 +47,12 @@ class OtherFormat(UserError):
     """The manifest was written by a version of compress that uses another format."""
 
 
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+def differences(there: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:
     """The entries that differ, as ["optimizer.lr is 0.01 there, 0.02 asked", ...]; nested keys are joined by dots."""
     return list(_unequal(there, asked).values())
 
 
-def _unequal(there: Mapping[str, Any], asked: Mapping[str, Any], under: str = "") -> dict[str, str]:
+def _unequal(there: Mapping[str, object], asked: Mapping[str, object], under: str = "") -> dict[str, str]:
     """{dotted name: "NAME is OLD there, NEW asked"} of the entries that differ; a missing entry counts as null."""
     out: dict[str, str] = {}
     for key in sorted({*there, *asked}):
@@ -65,14 +65,14 @@ def _unequal(there: Mapping[str, Any], asked: Mapping[str, Any], under: str = ""
     return out
 
 
-def _numbered(value: Any) -> Any:
+def _numbered(value: object) -> object:
     """A list of records as {"0": record, ...}, so that only the records that differ are reported."""
     if isinstance(value, list) and value and all(isinstance(record, Mapping) for record in value):
         return {str(number): record for number, record in enumerate(value)}
     return value
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """JSON of at most 80 characters, so that an error stays readable."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -137,7 +137,7 @@ def parse(raw: bytes, where: str) -> Manifest:
     return read_record(Manifest, entries, where)
 
 
-def read_json(storage: Storage, key: str) -> Any:
+def read_json(storage: Storage, key: str) -> Any:  # Any: JSON of any kind, for the caller to check
     """Read a JSON file that compress wrote without a digest. Raises InvalidRecord if it is not valid JSON."""
     return parse_json(storage.get(key), f"{storage}/{key}")
 
@@ -148,7 +148,7 @@ def to_bytes(manifest: Manifest) -> bytes:
     return json.dumps({**entries, "digest": fingerprint(entries)}, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def write(storage: Storage, kind: str, identity: Mapping[str, Any], about: Mapping[str, Any]) -> Manifest:
+def write(storage: Storage, kind: str, identity: Mapping[str, object], about: Mapping[str, object]) -> Manifest:
     """Write the manifest atomically and return it."""
     # Through JSON, so that tuples are lists here too, as after reading.
     manifest = Manifest(FORMAT, kind, json.loads(canonical(identity)), json.loads(canonical(about)))
@@ -157,7 +157,7 @@ def write(storage: Storage, kind: str, identity: Mapping[str, Any], about: Mappi
 
 
 def claim(
-    storage: Storage, kind: str, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None
+    storage: Storage, kind: str, identity: Mapping[str, object], about: Mapping[str, object] | None = None
 ) -> tuple[Manifest, bool]:
     """Make a folder an artifact of a kind and identity -> (its manifest, whether it was written just now).
 
@@ -167,14 +167,29 @@ def claim(
     manifest = claimed(storage, kind)
     if manifest is None:
         return write(storage, kind, identity, about or {}), True
-    changed = _unequal(manifest.identity, json.loads(canonical(identity)))
-    if changed:
-        raise Mismatch(
-            f"{storage} was made with other settings: {'; '.join(changed.values())}. "
-            "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)",
-            differing=list(changed),
-        )
+    require_equal(storage, manifest.identity, json.loads(canonical(identity)))
     return manifest, False
+
+
+def require_equal(
+    storage: Storage,
+    there: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    name_flag: Callable[[str], str] = lambda name: "",
+) -> None:
+    """Raise Mismatch, which lists the settings that differ, unless the identity `there` equals the one `asked` for.
+
+    name_flag: the flag that a setting (by its dotted name) comes from, for the list; "" if it comes from none.
+    """
+    changed = _unequal(there, asked)
+    if not changed:
+        return
+    named = [f"{words} ({flag})" if (flag := name_flag(name)) else words for name, words in changed.items()]
+    raise Mismatch(
+        f"{storage} was made with other settings: {'; '.join(named)}. "
+        "Repeat them, name another folder, or start anew (with --overwrite, where the command has it)",
+        differing=list(changed),
+    )
 
 
 def claimed(storage: Storage, kind: str) -> Manifest | None:

@@ -1,10 +1,8 @@
-"""Fields of a stage's Config, the command line flags that reproduce one, its values from YAML, and their checks."""
+"""Fields of a stage's Config, the command line flags that reproduce one, and checks of its values."""
 
-import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import MISSING, field, fields
-from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,50 +54,6 @@ def to_flags(config: "DataclassInstance") -> list[str]:
 def flag_name(field_name: str) -> str:
     """The name of a field's flag, without the leading hyphens."""
     return field_name.replace("_", "-")
-
-
-# ---------------------------------------------------------------- values from a YAML file
-
-EXPONENT_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)e[-+]?[0-9]+")
-"""Numbers like 1e-3, which YAML 1.1 reads as text unless they have a dot and a signed exponent."""
-
-IN_WORDS = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    Path: "a path",
-    NoneType: "null",
-}
-"""What errors call the types of a flag."""
-
-
-# A value from YAML may be anything before it is checked here, which is why it is Any.
-def convert_values(config: "type[DataclassInstance]", values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values from YAML as a Config's fields require them: paths, tuples, numbers. Raises UserError."""
-    hints = typing.get_type_hints(config)
-    converted: dict[str, Any] = {}
-    for key, value in values.items():
-        types = plain_types(hints[key])  # of `float | None`, both
-        if float in types and isinstance(value, str) and EXPONENT_NUMBER.fullmatch(value):
-            value = float(value)
-        if typing.get_origin(hints[key]) is tuple:
-            value = tuple(map(str, as_list(value)))
-        elif Path in types and value is not None:
-            value = Path(str(value)).expanduser()
-        elif float in types and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        elif not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            names = choices(hints[key])
-            expected = f"one of {', '.join(names)}" if names else " or ".join(IN_WORDS[each] for each in types)
-            raise UserError(f"{key} is {value!r}, but must be {expected}")
-        converted[key] = value
-    return converted
-
-
-def as_list(value: object) -> list[str]:
-    """A list of texts from one value or from a list of values."""
-    return [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
 
 
 # ---------------------------------------------------------------- checks

@@ -17,6 +17,8 @@ DISK_ERRORS = {
     errno.ELOOP: "symbolic links lead in a circle",
     errno.EMFILE: "too many files are open (ulimit -n); raise the limit, or use fewer --workers",
     errno.EIO: "the disk reports an error; check it, then repeat the command",
+    errno.ESTALE: "the file system of a network mount does not answer; when it does, repeat the command to continue",
+    errno.EINTR: "the file system interrupts its own calls; repeat the command, it continues where it stopped",
 }
 """{errno of an OSError that the user can correct: what is wrong and what to do}; all others are bugs."""
 

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 DASH = "\N{EN DASH}"  # stands for a missing value
 
 
-def is_finite(value: Any) -> TypeGuard[float]:
-    """Whether a value is a number other than NaN and infinity, which cannot be shown or drawn."""
-    return isinstance(value, int | float) and math.isfinite(value)
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether a value is a number that can be drawn: no NaN, no infinity, no integer beyond the range of floats."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def shorten(text: str, most: int) -> str:
@@ -45,7 +48,7 @@ def bar_length(percent: float) -> str:
     return f"{min(max(percent, 0), 100):.2f}%"
 
 
-def format_count(value: Any) -> str:
+def format_count(value: object) -> str:
     """A count with three digits and a decimal prefix: 11689512 -> 11.7M"""
     if not is_finite(value):
         return DASH
@@ -55,14 +58,14 @@ def format_count(value: Any) -> str:
     return format_number(value)
 
 
-def format_number(value: Any) -> str:
+def format_number(value: object) -> str:
     """A number without a prefix, floats with up to six digits: 2048 -> 2048"""
     if not is_finite(value):
         return DASH
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """Any value of a record: whole numbers with grouped digits, the first 12 members of a list."""
     if value is None:
         return DASH
@@ -73,9 +76,9 @@ def format_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def flatten(record: Mapping[str, Any], under: str = "") -> list[tuple[str, Any]]:
+def flatten(record: Mapping[str, object], under: str = "") -> list[tuple[str, object]]:
     """The entries of nested records as (name, value), the names of levels joined by dots."""
-    out: list[tuple[str, Any]] = []
+    out: list[tuple[str, object]] = []
     for key, value in record.items():
         name = f"{under}.{key}" if under else str(key)
         out += flatten(value, name) if isinstance(value, Mapping) else [(name, value)]

@@ -1,20 +1,22 @@
 """Import of a user's own function or class by `MODULE:NAME` or `FILE.py:NAME`, as in `python:` specs."""
 
+import hashlib
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
-from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 
 
-def import_object(place: str) -> Any:
+def import_object(place: str) -> Callable[..., object]:
     """The function or class at `MODULE:NAME` or `FILE.py:NAME`; modules in the current folder are found too.
 
     Raises UserError if there is none, or if importing it fails.
@@ -28,34 +30,54 @@ def import_object(place: str) -> Any:
     try:
         with old_names.importable():
             if where.endswith(".py"):
-                module = _import_file(Path(where).expanduser())
+                module = import_file(Path(where).expanduser())
             else:
                 module = importlib.import_module(old_names.translate(where))
     except UserError:
         raise
     except (Exception, SystemExit) as wrong:  # a script without `if __name__ == "__main__"` may call sys.exit
         raise UserError(f"python:{where} could not be imported: {describe_with_location(wrong)}") from wrong
-    found = getattr(module, name, None)
-    if not callable(found):
+    found: Callable[..., object] | None = getattr(module, name, None)
+    if found is None or not callable(found):
         callables = [key for key, value in vars(module).items() if callable(value)]
         raise UserError(f"{where} has no function or class {name!r}{did_you_mean(name, callables)}")
     return found
 
 
-def _import_file(file: Path) -> ModuleType:
-    """Execute a Python file as a module. Raises UserError if there is no such file."""
+def import_file(file: Path) -> ModuleType:
+    """Execute a Python file as a module, or return the module if that file was executed before and is the same.
+
+    Raises UserError if there is no such file.
+    """
     if not file.is_file():
         raise UserError(f"python:{file} does not exist; give the path of a Python file or the name of a module")
-    name = f"python:{file.resolve()}"  # the path, not the stem: a user's zarr.py must not replace the package zarr
+    # Not the stem: a user's zarr.py must not replace the package zarr. No dot: pickle would import what is before it.
+    name = "python:" + str(file.resolve()).replace("%", "%25").replace(".", "%2E")
+    source = hashlib.blake2b(file.read_bytes()).digest()
+    earlier = sys.modules.get(name)
+    # A second module would have other classes: isinstance and pickle would not take an object of the first for one.
+    if earlier and earlier.__spec__ and earlier.__spec__.loader_state == source:
+        return earlier
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec and spec.loader  # a name that ends in .py always has a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look up classes by their module's name
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    spec.loader_state = source
     return module
 
 
 def describe_with_location(wrong: BaseException) -> str:
-    """The exception, and the file and line that raised it: `KeyError: 'a' (mine.py, line 3)`."""
+    """The exception, and the file and line that raised it, or that called the library which raised it.
+
+    `KeyError: 'a' (mine.py, line 3)`
+    """
+    libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
     frames = traceback.extract_tb(wrong.__traceback__)
-    return f"{describe_exception(wrong)} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<frozen"))]
+    last = (own or frames)[-1]
+    return f"{describe_exception(wrong)} ({Path(last.filename).name}, line {last.lineno})"

@@ -21,7 +21,7 @@ from compress_ssl.pipeline.runtime.digests import canonical
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.process import RUNNING, machine_id, start_time
 from compress_ssl.pipeline.runtime.progress import echo
-from compress_ssl.pipeline.runtime.records import InvalidRecord, Meta, Number, parse_json, read_record, to_json
+from compress_ssl.pipeline.runtime.records import InvalidRecord, Meta, parse_json, read_record, to_json
 from compress_ssl.pipeline.runtime.storage import Storage, open_storage
 
 RENEW_INTERVAL = 15.0  # seconds between two renewals by the holder
@@ -29,6 +29,8 @@ STALE_AFTER = 120.0  # seconds without a renewal (8 are missed) after which a le
 WATCH_TIME = 20.0  # seconds to watch a stale lease before a takeover: longer than RENEW_INTERVAL, as clocks may differ
 TAKEOVER_DELAY = 0.2  # seconds to wait after a takeover, so that a concurrent takeover becomes visible
 TAKE_ATTEMPTS = 5  # attempts to take the lease before concurrent takeovers are reported as an error
+
+Time = Annotated[int, Meta(ge=0, le=10**12)] | Annotated[float, Meta(ge=0, le=1e12)]  # Unix time in seconds
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class LeaseRecord:
     machine: str  # see `runtime.process.machine_id`
     began: str | None  # see `runtime.process.start_time`
     token: str  # random, so that two leases of one process differ
-    beat: Number = 0  # Unix time of the last renewal, in seconds, by the holder's clock
+    beat: Time = 0  # of the last renewal, by the holder's clock
 
 
 class Lease:
@@ -147,16 +149,15 @@ def set_aside(where: str | Path, kind: str) -> None:
 def _require_gone(storage: Storage, there: LeaseRecord) -> None:
     """Raise UserError unless the holder of the lease `there` is known to be gone.
 
-    On this machine the process table decides. On another machine only time can: the lease must be stale by its
-    own time stamp and must then stay unchanged for WATCH_TIME seconds, measured with the clock of this machine.
+    On this machine the process table decides. On another machine only time can: the lease must be stale by its own
+    time stamp, or have one that is as far in the future, which no clock of ours can judge. It must then stay
+    unchanged for WATCH_TIME seconds, measured with the clock of this machine.
     """
-    age = max(0.0, time.time() - there.beat)
+    age = time.time() - there.beat
     here = there.machine == machine_id()
-    if not here and age >= STALE_AFTER:
-        echo(
-            f"{storage}: {_describe_holder(there)} gave no sign of life for {age:.0f} s; "
-            f"watching its lease for {WATCH_TIME:g} s more"
-        )
+    if not here and abs(age) >= STALE_AFTER:
+        silence = f"gave no sign of life for {age:.0f} s" if age > 0 else f"has a clock that is {-age:.0f} s ahead"
+        echo(f"{storage}: {_describe_holder(there)} {silence}; watching its lease for {WATCH_TIME:g} s more")
         time.sleep(WATCH_TIME)
         if read(storage) in (there, None):
             return
@@ -164,7 +165,7 @@ def _require_gone(storage: Storage, there: LeaseRecord) -> None:
         return
     how = "stop it first" if here else f"stop it there first; if it is gone, repeat this command in {STALE_AFTER:g} s"
     raise UserError(
-        f"{storage} is being written by {_describe_holder(there)} (last sign of life {age:.0f} s ago); "
+        f"{storage} is being written by {_describe_holder(there)} (last sign of life {max(0.0, age):.0f} s ago); "
         f"wait until it ends, or {how}"
     )
 

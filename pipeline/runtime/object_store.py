@@ -9,11 +9,11 @@ sentence; `Bucket.check_access` finds it within seconds, before any work begins.
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import obstore
 from obstore import exceptions
@@ -21,12 +21,20 @@ from obstore.store import MemoryStore, from_url
 
 from compress_ssl.pipeline.runtime.errors import UserError
 
+if TYPE_CHECKING:
+    from obstore import ListStream, ObjectMeta
+    from obstore.store import BackoffConfig, ClientConfig, ObjectStore, RetryConfig
+
 T = TypeVar("T")
 # The pause before a retry doubles from 0.2 s to at most 15 s.
-BACKOFF = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2.0}
+BACKOFF: "BackoffConfig" = {
+    "init_backoff": timedelta(milliseconds=200),
+    "max_backoff": timedelta(seconds=15),
+    "base": 2.0,
+}
 # RETRY_FOR_MINUTES is for the work itself, RETRY_FOR_SECONDS for the check before it.
-RETRY_FOR_MINUTES = {"max_retries": 100, "retry_timeout": timedelta(minutes=5), "backoff": BACKOFF}
-RETRY_FOR_SECONDS = {"max_retries": 3, "retry_timeout": timedelta(seconds=15), "backoff": BACKOFF}
+RETRY_FOR_MINUTES: "RetryConfig" = {"max_retries": 100, "retry_timeout": timedelta(minutes=5), "backoff": BACKOFF}
+RETRY_FOR_SECONDS: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=15), "backoff": BACKOFF}
 PAUSES = (0.2, 1.0, 5.0, 15.0)  # seconds before each retry of a request whose response was cut off
 CUT_RESPONSE = "body error"  # part of obstore's message for such a response; obstore itself retries only GET
 ERRORS = (exceptions.BaseError, FileNotFoundError, FileExistsError)  # all that obstore raises for a failed request
@@ -91,12 +99,12 @@ class Bucket:
     def size(self) -> int:
         return sum(entry["size"] for entry in self._entries(""))
 
-    def _entries(self, prefix: str) -> Iterator[Any]:
+    def _entries(self, prefix: str) -> Iterator["ObjectMeta"]:
         """Name and size of each object below a prefix; a listing that fails continues after its last entry."""
         last: str | None = None
-        pages: Any = None
+        pages: ListStream[Sequence[ObjectMeta]] | None = None
 
-        def page() -> Any:
+        def page() -> "Sequence[ObjectMeta] | None":
             nonlocal pages
             pages = pages or obstore.list(self.objects, f"{prefix}/" if prefix else None, offset=last, chunk_size=1000)
             try:
@@ -160,26 +168,26 @@ class Bucket:
         )
 
 
-def connect(url: str, retry: dict[str, Any], timeout: str) -> Any:
+def connect(url: str, retry: "RetryConfig", timeout: str) -> "ObjectStore":
     """The obstore store for a URL; its settings come from the environment.
 
-    retry: an obstore RetryConfig; timeout: of one request, as obstore writes durations ("300s"). Raises UserError
-    if the URL or a setting is invalid. Plain http is allowed only if the endpoint in the environment begins with it.
+    timeout: of one request, as obstore writes durations ("300s"). Raises UserError if the URL or a setting is
+    invalid. Plain http is allowed only if the endpoint in the environment begins with it.
     """
     if url.startswith("memory://"):
         return _memory(url)
     endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-    client: dict[str, Any] = {"timeout": timeout, "connect_timeout": "10s"}
+    client: ClientConfig = {"timeout": timeout, "connect_timeout": "10s"}
     if any(os.environ.get(name, "").startswith("http://") for name in endpoints):
         client["allow_http"] = True
     try:
-        return from_url(url, retry_config=retry, client_options=client)  # type: ignore[call-overload]
+        return from_url(url, retry_config=retry, client_options=client)
     except (exceptions.BaseError, ValueError, TypeError) as problem:
         raise UserError(f"{url} cannot be opened: {_server_message(str(problem))}") from None
 
 
 @cache
-def _memory(url: str) -> Any:
+def _memory(url: str) -> "ObjectStore":
     """One store per memory:// URL and process, so that two Buckets of a URL share their objects."""
     return MemoryStore()
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from compress_ssl.pipeline.runtime.progress import echo
 
@@ -102,7 +101,7 @@ _NEW_NAMES = {
         "unbuilt=models.factory:build_error safe_name=models.factory:safe_name digest=state_digest "
         "pooled=pool_output"
     ),
-    "philox": ("FRESH=views.numbering:FRESH LOCAL=views.numbering:LOCAL view_name=views.numbering:view_name"),
+    "philox": ("FRESH=views.numbering:FRESH LOCAL=views.numbering:LOCAL view_name=views.groups:view_name"),
     "progress": (
         "duration=runtime.formatting:format_duration size=runtime.formatting:format_bytes Meter=ProgressBar "
         "meter=progress_bar say=echo EVERY=LINE_INTERVAL"
@@ -232,7 +231,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 class _Moved(ModuleType):
     """A module under its old name; its attributes are looked up in the module of the new name."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
         module, _, renamed = RENAMED.get(self.__name__, {}).get(name, name).rpartition(":")

@@ -5,9 +5,8 @@ is a function of (seed, stream, a, b, number) alone, so there is no generator st
 of images, sampling orders and the choice of anchors are drawn with it.
 """
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 # Numbers of the independent streams. They must never change, because the views of existing stores depend on them.
 VIEW, ORDER, PAIRING, BANK, PICK = 0, 2, 3, 4, 5
@@ -38,24 +37,24 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack([c0, c1, c2, c3], axis=-1)
 
 
-def words(seed: int, stream: int, a: Any, b: Any, count: int) -> np.ndarray:
+def words(seed: int, stream: int, a: ArrayLike, b: ArrayLike, count: int) -> np.ndarray:
     """(..., count) uint32: `count` random words for each pair of a 64-bit number a and a 32-bit number b.
 
     a and b are broadcast together. The key is the 64-bit seed. The four counter words are a's low half, a's high
     half, b, and stream * 2**24 + block, where each block gives four words.
     """
-    a, b = np.broadcast_arrays(np.asarray(a, np.uint64), np.asarray(b, np.uint64))
+    wide, narrow = np.broadcast_arrays(np.asarray(a, np.uint64), np.asarray(b, np.uint64))
     blocks = -(-count // 4)
-    counter = np.empty((*a.shape, blocks, 4), np.uint64)
-    counter[..., 0] = (a & _LOW)[..., None]
-    counter[..., 1] = (a >> _32)[..., None]
-    counter[..., 2] = (b & _LOW)[..., None]
+    counter = np.empty((*wide.shape, blocks, 4), np.uint64)
+    counter[..., 0] = (wide & _LOW)[..., None]
+    counter[..., 1] = (wide >> _32)[..., None]
+    counter[..., 2] = (narrow & _LOW)[..., None]
     counter[..., 3] = np.uint64(stream << 24) + np.arange(blocks, dtype=np.uint64)
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
-    return philox(counter, key).reshape(*a.shape, blocks * 4)[..., :count].astype(np.uint32)
+    return philox(counter, key).reshape(*wide.shape, blocks * 4)[..., :count].astype(np.uint32)
 
 
-def uniform(seed: int, stream: int, a: Any, b: Any, count: int) -> np.ndarray:
+def uniform(seed: int, stream: int, a: ArrayLike, b: ArrayLike, count: int) -> np.ndarray:
     """(..., count) float64, uniform in [0, 1): words / 2**32, which is exact in float64."""
     return words(seed, stream, a, b, count) * 2.0**-32
 

@@ -17,7 +17,7 @@ def machine_id() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
+    except (OSError, ValueError):  # no Linux, or a file that is no text
         return platform.node()
 
 
@@ -31,6 +31,8 @@ def start_time(pid: int) -> str | None:
     """
     import psutil  # inside the function, because `compress --help` must not wait for this import
 
+    if not 0 < pid < 2**31:  # a damaged lease or file name: no process has this number
+        return None
     try:
         while True:
             boot = psutil.boot_time()  # read before Process(), which reuses the value in psutil 6
@@ -42,10 +44,8 @@ def start_time(pid: int) -> str | None:
             ticks = round((process.create_time() - boot) * os.sysconf("SC_CLK_TCK"))
             if psutil.boot_time() == boot:  # otherwise the clock was set between the two readings
                 return str(ticks)
-    except ValueError:  # a damaged lease: no process has a negative PID
-        return None
-    except (psutil.Error, OSError, RuntimeError):  # the process has ended, or /proc is missing or hides it
-        return _runs(pid)
+    except (psutil.Error, OSError, RuntimeError, ValueError, LookupError):
+        return _runs(pid)  # the process has ended, or /proc is missing, hides it or holds something unexpected
 
 
 def _runs(pid: int) -> str | None:

@@ -23,13 +23,13 @@ __all__ = [
 
 Record = TypeVar("Record")
 
-JsonObject = dict[str, Any]  # a JSON object whose entries are not known here
+JsonObject = dict[str, Any]  # Any: a JSON object whose entries are not known here
 Number = int | float  # a number as it stands on disk: 1 stays 1 and 1.0 stays 1.0
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 PositiveNumber = Annotated[int, Meta(gt=0)] | Annotated[float, Meta(gt=0)]
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]  # BLAKE2b-128, see compress_ssl.pipeline.runtime.digests
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]  # of weights
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]  # BLAKE2b-128, see compress_ssl.pipeline.runtime.digests
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # of weights
 
 _FAULT = re.compile(r"(?P<what>.*?)(?: - at (?P<where>key in )?`\$?(?P<path>.*)`)?$", re.DOTALL)
 
@@ -60,7 +60,7 @@ def read_record(
     return record
 
 
-def to_json(record: object) -> Any:
+def to_json(record: object) -> Any:  # Any: a dictionary for a dataclass, a list for a tuple of them
     """A record as JSON: dataclasses become dictionaries without their UNSET fields, tuples become lists."""
     return _with_lists(msgspec.to_builtins(record))
 

@@ -2,10 +2,13 @@
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 from compress_ssl.pipeline.runtime.launch_env import is_launched
+
+Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
+"""What signal.signal returns; None stands for a handler that was not set from Python, which it cannot set again."""
 
 REPEAT_WINDOW = 2.0
 """Seconds after a first signal in which a rank ignores a second one.
@@ -34,7 +37,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum, self._first = 0, 0.0
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Handler] = {}
 
     @property
     def requested(self) -> bool:
@@ -48,7 +51,8 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+            if handler is not None:
+                signal.signal(signum, handler)
 
     def _record_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.signum and not (is_launched() and time.monotonic() - self._first < REPEAT_WINDOW):

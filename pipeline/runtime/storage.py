@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.process import start_time
 
 PART = ".part"  # suffix of files that are being written; a killed writer leaves them behind, and `list` omits them
 _WRITER = re.compile(r"\.[0-9a-f]{8}\.(\d+)\.(.*)\.part$")  # groups: PID and host name of the writer
+INTERRUPTED = {errno.EINTR, errno.ESTALE}  # errors of network file systems that are gone when the call is repeated
+PAUSES = (0.05, 0.5, 2.0)  # seconds before each repetition of an interrupted call
 _DAY = 86_400.0  # seconds; the age after which a part file of another machine is assumed to be abandoned
 
 
@@ -87,11 +90,19 @@ def absolute(where: str | os.PathLike[str]) -> str:
     return os.fspath(where) if is_url(where) else str(Folder(os.fspath(where).removeprefix("file://")).path.absolute())
 
 
+def local_path(text: str | os.PathLike[str]) -> Path:
+    """A path in which a beginning `~` is the home folder. Raises UserError if there is no such user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{os.fspath(text)}: the home folder is unknown; write the whole path") from None
+
+
 class Folder:
     """Storage in a local folder. A put writes a part file, fsyncs it, renames it and fsyncs the folder."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser()
+        self.path = local_path(path)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -101,8 +112,7 @@ class Folder:
 
     def put(self, key: str, data: bytes) -> None:
         target = self.path / key
-        part = self._write_part(target, data)
-        os.replace(part, target)
+        replace_file(self._write_part(target, data), target)
         sync(target.parent)
 
     def put_new(self, key: str, data: bytes) -> bool:
@@ -169,6 +179,22 @@ class Folder:
                 problem.filename = str(target)  # errors of write() and fsync() carry no file name
             raise
         return part
+
+
+def replace_file(part: Path, target: Path) -> None:
+    """Rename a finished part file to its target, which is replaced. A rename that is interrupted is repeated."""
+    for attempt, pause in enumerate((*PAUSES, None)):
+        try:
+            os.replace(part, target)
+            return
+        except FileNotFoundError:
+            if attempt and not part.exists():
+                return  # the interrupted rename had been done: nobody else knows the part file's name
+            raise
+        except OSError as problem:
+            if problem.errno not in INTERRUPTED or pause is None:
+                raise
+            time.sleep(pause)
 
 
 def sync(path: Path) -> None:

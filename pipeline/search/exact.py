@@ -9,12 +9,15 @@ Shapes in this file: Q queries, N keys, k neighbours per query, D dims.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
+
+if TYPE_CHECKING:
+    import faiss
 
 Metric = Literal["l2", "dot", "cosine"]
 
@@ -87,7 +90,7 @@ def write_index(path: Path, features: np.ndarray) -> None:
     Folder(path.parent).put(path.name, faiss.serialize_index(index).tobytes())
 
 
-def build_index(dims: int, metric: Metric, float16: bool, gpu: bool = True) -> Any:  # Any: FAISS ships no types
+def build_index(dims: int, metric: Metric, float16: bool, gpu: bool = True) -> "faiss.Index":
     """An empty exact index for vectors of `dims` dims; on the first GPU if `gpu` is true and FAISS finds one."""
     import faiss
 

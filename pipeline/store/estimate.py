@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress_ssl.pipeline.runtime.formatting import format_bytes
-from compress_ssl.pipeline.runtime.storage import is_url
+from compress_ssl.pipeline.runtime.storage import is_url, local_path
 from compress_ssl.pipeline.store.codecs import Codec, build_codec
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK
 from compress_ssl.pipeline.store.records import StoreIdentity
-from compress_ssl.pipeline.store.shards import Shard, is_local
-from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.store.shards import Shard
+from compress_ssl.pipeline.views.groups import by_group, group_of_array
 
 
 def estimate(identity: StoreIdentity, views: int, out: str, pending: Sequence[Shard] | None) -> dict[str, int | str]:
@@ -19,9 +19,9 @@ def estimate(identity: StoreIdentity, views: int, out: str, pending: Sequence[Sh
     identity: that of the store; views: number of global views; out: folder or URL of the store;
     pending: shards that an existing store lacks, None for a new store.
     """
-    n, rows, crops = identity.data.images, identity.shard_rows, identity.local_views
+    n, rows, groups = identity.data.images, identity.shard_rows, identity.groups(views)
     kind = build_codec(identity.codec)
-    all_views = (*range(views), *range(LOCAL, LOCAL + crops))
+    all_views = tuple(view for group in groups for view in group.numbers)
     all_shards = [Shard(b, b * rows, min(n, (b + 1) * rows), all_views) for b in range(-(-n // rows))]
     shards = all_shards if pending is None else pending
     costs = [_shard_cost(identity, kind, shard) for shard in shards]
@@ -34,9 +34,9 @@ def estimate(identity: StoreIdentity, views: int, out: str, pending: Sequence[Sh
         "files": sum(files for _, files in costs),
         "shard_rows": rows,
     }
-    local = f" and {crops} local crops" if crops else ""
+    others = "".join(f" and {group.count} {group.noun}s" for group in groups[1:])
     text = (
-        f"dry run: {n} images x {views} views{local} = {found['total_forwards']} forwards"
+        f"dry run: {n} images x {views} views{others} = {found['total_forwards']} forwards"
         + ("" if pending is None else f", {found['forwards']} of them pending")
         + f"; {format_bytes(found['bytes'])} in {found['files']} files, shards of {rows} rows"
     )
@@ -48,18 +48,18 @@ def estimate(identity: StoreIdentity, views: int, out: str, pending: Sequence[Sh
 
 def _shard_cost(identity: StoreIdentity, kind: Codec, shard: Shard) -> tuple[int, int]:
     """(bytes before lossless compression, files) of one shard."""
-    crops = sum(bool(view & LOCAL) for view in shard.views)
-    columns = {False: len(shard.views) - crops, True: crops}  # by is_local(array)
-    view_blocks = {local: -(-count // VIEW_BLOCK) for local, count in columns.items()}
+    columns = {group: len(views) for group, views in by_group(shard.views).items()}
+    view_blocks = {group: -(-count // VIEW_BLOCK) for group, count in columns.items()}
     written, files = 0, 2 + sum(view_blocks.values())  # status, content, done records
     for name, shape in identity.arrays.items():
-        written += (shard.stop - shard.start) * columns[is_local(name)] * kind.size(shape)
-        files += view_blocks[is_local(name)] * (1 + kind.scaled)
+        group = group_of_array(name).name
+        written += (shard.stop - shard.start) * columns.get(group, 0) * kind.size(shape)
+        files += view_blocks.get(group, 0) * (1 + kind.scaled)
     return written, files
 
 
 def free_disk(out: str) -> tuple[int, Path]:
     """(free bytes, folder that was asked): `out`, or the nearest folder above it that exists."""
-    folder = Path(out).expanduser().absolute()
+    folder = local_path(out).absolute()
     existing = next(path for path in [folder, *folder.parents] if path.exists())
     return shutil.disk_usage(existing).free, existing

@@ -30,11 +30,9 @@ from compress_ssl.pipeline.store.shards import (
     array_codecs,
     codebook_key,
     done_key,
-    is_local,
-    view_column,
     view_digest,
 )
-from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.views.groups import group_of, group_of_array
 
 COPY = "copy"  # folder of second copies: manifest, Zarr metadata, tables, codebooks and heads
 
@@ -173,9 +171,9 @@ class FeatureStore(StoreReader):
         good: (rows,) bool. A bad image is zero in all views, whichever view it was found bad in.
         """
         view_digests: dict[str, tuple[str, ...]] = {}
-        block = (shard.block, view_column(views.start) // VIEW_BLOCK)
+        block = (shard.block, group_of(views.start).column(views.start) // VIEW_BLOCK)
         for name in self.arrays_of(views.start):
-            stored, scale = self._merge(name, shard, views, features[name])
+            stored, scale = self._merge(name, shard, views, features.get(name))
             if not good.all():
                 stored = np.where(_expand_dims(good, stored), stored, stored.dtype.type(0))
                 scale = None if scale is None else np.where(_expand_dims(good, scale), scale, np.float32(0))
@@ -214,27 +212,20 @@ class FeatureStore(StoreReader):
         now = digests.digest(status.tobytes())
         return status, {**bad, **bad_earlier}, {span[0] for span in earlier if records[span].status != now}
 
-    def _merge(self, name: str, shard: Shard, views: range, new: Stored) -> Stored:
+    def _merge(self, name: str, shard: Shard, views: range, new: Stored | None) -> Stored:
         """The content of one view block: the new views, and the views of the block that were stored before.
 
-        new: what the codec returned for those views of `shard` that belong to the array `name`.
+        new: what the codec returned for those views of `shard` that belong to the array `name`; None if none do.
         """
-        new_stored, new_scale = new
-        columns = [v for v in shard.views if is_local(name) == bool(v & LOCAL)]  # views of `new`, in order
-        if all(v in columns for v in views):
-            where = slice(columns.index(views.start), columns.index(views.start) + len(views))
-            return new_stored[:, where], None if new_scale is None else new_scale[:, where]
-        parts, scales = [], []
-        for v in views:
-            if v in columns:
-                j = columns.index(v)
-                stored, scale = new_stored[:, j], None if new_scale is None else new_scale[:, j]
-            else:
-                stored, scale = self.stored(name, v, slice(shard.start, shard.stop))
-            parts.append(stored)
-            if scale is not None:
-                scales.append(scale)
-        return np.stack(parts, 1), np.stack(scales, 1) if scales else None
+        group = group_of_array(name)
+        columns = {v: j for j, v in enumerate(filter(group.contains, shard.views))}  # of `new`
+        if new and all(v in columns for v in views):
+            first = columns[views.start]
+            return _take_columns(new, slice(first, first + len(views)))
+        rows = slice(shard.start, shard.stop)
+        parts = [_take_columns(new, columns[v]) if new and v in columns else self.stored(name, v, rows) for v in views]
+        scales = [scale for _, scale in parts if scale is not None]
+        return np.stack([stored for stored, _ in parts], 1), np.stack(scales, 1) if scales else None
 
     def _put_chunk(self, name: str, block: tuple[int, ...], data: np.ndarray) -> None:
         """Write one shard of an array as a whole. A shard that holds nothing but fill value has no file."""
@@ -297,7 +288,14 @@ class FeatureStore(StoreReader):
 
 def _views_of_arrays(identity: StoreIdentity, views: int) -> dict[str, int]:
     """{feature array: number of views along its axis}; `views` is the number of global views."""
-    return {name: identity.local_views if is_local(name) else views for name in identity.arrays}
+    groups = identity.groups(views)
+    return {name: group_of_array(name, groups).count for name in identity.arrays}
+
+
+def _take_columns(data: Stored, columns: int | slice) -> Stored:
+    """Some of the views of what a codec returned."""
+    stored, scale = data
+    return stored[:, columns], None if scale is None else scale[:, columns]
 
 
 def _expand_dims(rows: np.ndarray, data: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.feature_store import COPY, FeatureStore
 from compress_ssl.pipeline.store.records import store_record
 from compress_ssl.pipeline.store.shards import done_key, view_digest
-from compress_ssl.pipeline.views.numbering import view_name
+from compress_ssl.pipeline.views.groups import view_name
 
 # keys of the manifest and of its second copy
 MANIFESTS = (artifact.MANIFEST, f"{COPY}/{artifact.MANIFEST}")

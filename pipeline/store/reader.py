@@ -14,7 +14,8 @@ from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.layout import GROUP, TABLES, UNWRITTEN, ZarrArray, ZarrGroup, array_in, open_group
 from compress_ssl.pipeline.store.records import HistoryEvent, read_history
 from compress_ssl.pipeline.store.shard_reader import read_view
-from compress_ssl.pipeline.store.shards import ShardIndex, is_local, view_column
+from compress_ssl.pipeline.store.shards import ShardIndex
+from compress_ssl.pipeline.views.groups import group_of, group_of_array
 
 Result = TypeVar("Result")
 
@@ -56,7 +57,7 @@ class StoreReader(ShardIndex):
     def _require_fit(self, name: str, array: ZarrArray) -> None:
         """Raises UserError unless the metadata of an array agrees with the manifest."""
         layout = self.layouts.get(name)
-        views = len(self.local) if is_local(name) else self.views
+        views = group_of_array(name, self.groups).count
         shape = (self.images,) if layout is None else layout.shape(self.images, views)
         dtype = array.dtype if layout is None else np.dtype(layout.dtype)
         if (array.shape, array.dtype) != (shape, dtype):
@@ -101,7 +102,7 @@ class StoreReader(ShardIndex):
 
     def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
         """One view as it lies on disk: ((n, ...) in the codec's dtype, (n, ...) float32 scale or None)."""
-        column = view_column(view)
+        column = group_of(view).column(view)
         if isinstance(self.storage, Folder):
             self.array(name)  # checks the metadata of the array, which `read_view` does not look at
             start, stop, _ = rows.indices(self.images)

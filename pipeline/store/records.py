@@ -5,7 +5,7 @@ byte for byte as they were read. docs/store.md describes the files. A digest say
 is true, so no entry is used before it is checked.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypedDict
 
 from compress_ssl.pipeline.runtime import artifact, digests
@@ -27,18 +27,18 @@ from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.codecs import build_codec
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, GROUPS, ROOM, ViewGroup
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 MAX_EXTENT = 2**40  # images, rows and numbers of a feature: what is larger is no store's, and overflows an index
 
 Precision = Literal["fp32", "bf16", "fp16"]  # that of models/choices.py, which this layer does not import
 Extent = Annotated[int, Meta(ge=1, le=MAX_EXTENT)]
-Views = Annotated[int, Meta(ge=1, le=LOCAL)]  # a larger number would be that of a local crop
+Views = Annotated[int, Meta(ge=1, le=ROOM)]  # a larger number would be that of another group's view
 Shape = Annotated[tuple[Extent, ...], Meta(min_length=1, max_length=2)]  # of one (i, v): (D,), or (R, D) of regions
-ArrayName = Annotated[
-    str, Meta(pattern=r"^(embedding|projection|logits|regions|local_embedding|local_projection)\Z")
-]  # arrays of features, see docs/store.md
+OUTPUTS = ("embedding", "projection", "logits", "regions")  # of a teacher, see docs/store.md
+ARRAYS = tuple(name for group in GROUPS if group.stored for name in group.arrays(OUTPUTS))
+ArrayName = Annotated[str, Meta(pattern=rf"^({'|'.join(ARRAYS)})\Z")]
 FileKey = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*\Z")]  # inside the store: no `..`
 Row = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,17})\Z")]  # a row number as the key of a JSON object
 Seconds = Annotated[int, Meta(ge=0)] | Annotated[float, Meta(ge=0)]
@@ -66,8 +66,8 @@ class TeacherIdentity:
 
 
 @dataclass(frozen=True)
-class LocalIdentity:
-    """The local crops of a store."""
+class GroupIdentity:
+    """A group of views of a store beside the global ones, whose number may not grow."""
 
     views: Views
     size: Positive  # side in pixels
@@ -85,7 +85,7 @@ class ParentIdentity:
 class StoreIdentity:
     """What makes a store this store. Its fingerprint is what runs and copies record; the number of views is not in it.
 
-    `read_store` has checked that the codec can store the arrays and that local crops have arrays of their own.
+    `read_store` has checked that the codec can store the arrays and that each group of views has arrays of its own.
     """
 
     data: DataIdentity
@@ -96,18 +96,23 @@ class StoreIdentity:
     batch_size: Extent  # images per forward pass
     precision: Precision
     shard_rows: Extent  # of a row block; the last one may be shorter
-    local: LocalIdentity | UnsetType = UNSET
+    local: GroupIdentity | UnsetType = UNSET  # the entry of a group has the group's name
     parent: ParentIdentity | UnsetType = UNSET
 
-    @property
-    def local_views(self) -> int:
-        """Number of local crops."""
-        return 0 if self.local is UNSET else self.local.views
+    def group(self, group: ViewGroup) -> GroupIdentity | None:
+        """The entry of a group of views; None if the store has none of them."""
+        entry: GroupIdentity | UnsetType = getattr(self, group.name, UNSET)
+        return entry or None
 
-    @property
-    def local_size(self) -> int:
-        """Side of the local crops in pixels; 0 if there are none."""
-        return 0 if self.local is UNSET else self.local.size
+    def groups(self, views: int, start: int = 0) -> tuple[ViewGroup, ...]:
+        """The groups of views of a store that holds the global views start..views-1, the global ones first."""
+        side = self.teacher.preprocessing.size
+        found = [replace(GLOBAL_VIEWS, count=views, start=start, size=side)]
+        for group in GROUPS:
+            entry = self.group(group) if group.stored else None
+            if entry is not None:
+                found.append(replace(group, count=entry.views, size=entry.size, ratio=(entry.size, side)))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -203,8 +208,10 @@ def _fault_of_identity(identity: StoreIdentity) -> str:
             build_codec(identity.codec).shape(shape)
         except UserError as problem:
             return f"identity.codec: {problem}"
-    if (identity.local is UNSET) == ("local_embedding" in arrays):
-        return "identity.local and the array local_embedding belong together, but one of them is missing"
+    for group in GROUPS:
+        name = group.array("embedding")
+        if group.stored and group.prefix and (identity.group(group) is None) == (name in arrays):
+            return f"identity.{group.name} and the array {name} belong together, but one of them is missing"
     return ""
 
 

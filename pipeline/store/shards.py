@@ -6,7 +6,7 @@ fill value. Names and layout are described in docs/store.md.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -27,7 +27,7 @@ from compress_ssl.pipeline.store.records import (
     read_store,
     store_record,
 )
-from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.views.groups import ViewGroup, group_of, group_of_array
 
 SHARD_ROWS = 2048  # largest number of rows of a shard
 SHARD_BYTES = 256_000_000  # largest size of a shard before compression; a writer holds one in memory
@@ -69,8 +69,6 @@ class ShardIndex:
         self.arrays = self.identity.arrays  # {name: shape of one (i, v)}
         self.codecs: dict[str, Codec] = array_codecs(self.identity.codec, self.arrays, self._codebook)
         self.layouts: dict[str, ArrayLayout] = array_layouts(self.rows, self.arrays, self.codecs)
-        crops = self.identity.local_views
-        self.local: tuple[int, ...] = tuple(range(LOCAL, LOCAL + crops))  # numbers of the local crops
 
     @cached_property
     def export(self) -> ExportRecord:
@@ -79,7 +77,7 @@ class ShardIndex:
 
     @property
     def views(self) -> int:
-        """Number of global views. `local` lists the local crops."""
+        """Number of global views."""
         return self.about.views
 
     @property
@@ -88,18 +86,27 @@ class ShardIndex:
         return range(self.about.first, self.views)
 
     @property
+    def groups(self) -> tuple[ViewGroup, ...]:
+        """The groups of views that the store holds, the global ones first."""
+        return self.identity.groups(self.views, self.about.first)
+
+    @property
+    def other_views(self) -> list[int]:
+        """Numbers of the views of all groups but the global ones. These do not grow."""
+        return [view for group in self.groups[1:] for view in group.numbers]
+
+    @property
     def all_views(self) -> list[int]:
-        """Numbers of all global views and local crops that the store holds."""
-        return [*self.stored_views, *self.local]
+        """Numbers of the views of all groups that the store holds."""
+        return [*self.stored_views, *self.other_views]
 
     def arrays_of(self, view: int) -> list[str]:
         """Names of the feature arrays that hold this view."""
-        return [name for name in self.arrays if is_local(name) == bool(view & LOCAL)]
+        return [name for name in self.arrays if group_of_array(name).contains(view)]
 
     def _block_of(self, first: int) -> range:
         """The views of the view block that begins with `first`."""
-        end = LOCAL + len(self.local) if first & LOCAL else self.views
-        return range(first, min(first + VIEW_BLOCK, end))
+        return range(first, min(first + VIEW_BLOCK, group_of(first, self.groups).numbers.stop))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -142,7 +149,7 @@ class ShardIndex:
         views: the number of global views that the store is to have; by default the number that it has.
         """
         done = self.done()
-        wanted = {*range(self.stored_views.start, views or self.views), *self.local}
+        wanted = {*range(self.stored_views.start, views or self.views), *self.other_views}
         out = []
         for block in range(self.blocks):
             spans = done.get(block, [])
@@ -220,9 +227,10 @@ class ShardIndex:
         The file of an array's scales is listed under the name of that array.
         """
         keys = {self._chunk_key(name, (block,)): name for name in ("status", "content")}
+        view_block = group_of(views[0]).column(views[0]) // VIEW_BLOCK
         for name in self.arrays_of(views[0]):
             for part in [name, f"{name}_scale"] if self.codecs[name].scaled else [name]:
-                keys[self._chunk_key(part, (block, view_column(views[0]) // VIEW_BLOCK))] = name
+                keys[self._chunk_key(part, (block, view_block))] = name
         return keys
 
     def _chunk_key(self, name: str, block: tuple[int, ...]) -> str:
@@ -267,16 +275,6 @@ def codebook_key(name: str) -> str:
     return f"codebook/{name}.safetensors"
 
 
-def is_local(array: str) -> bool:
-    """Whether an array holds local crops."""
-    return array.startswith("local_")
-
-
-def view_column(view: int) -> int:
-    """Index of a view along the view axis of its arrays."""
-    return view & ~LOCAL
-
-
 def done_key(block: int, first: int, stop: int) -> str:
     """Key of the done record of a row block and the views first..stop-1."""
     return f"done/{block:07d}.{first:04d}-{stop:04d}.json"
@@ -285,9 +283,3 @@ def done_key(block: int, first: int, stop: int) -> str:
 def view_digest(stored: NDArray[np.generic], scale: NDArray[np.generic] | None) -> str:
     """Digest of one view of a shard: of the stored rows followed by their scales, little-endian."""
     return digests.digest(stored.tobytes() + (b"" if scale is None else scale.tobytes()))
-
-
-def batch_spans(shard: Shard, size: int) -> Iterator[tuple[int, int]]:
-    """Row spans (start, stop) of the forward batches of a shard; a batch never extends into the next shard."""
-    for start in range(shard.start, shard.stop, size):
-        yield start, min(start + size, shard.stop)

@@ -27,7 +27,7 @@ def open_recorded(
             raise
         why = f"the images of {of} are not where they were: {problem}. Say where they are now with {flag}"
         raise UserError(why) from None
-    return dataset.restore_selection({"limit": made_of.limit, "selected": bool(made_of.selected)}, ids)
+    return dataset.restore_selection(made_of.limit, bool(made_of.selected), ids)
 
 
 def open_store_images(store: FeatureStore, given: str | None, *, allow_other_pixels: bool | None = None) -> Dataset:

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +18,8 @@ from compress_ssl.pipeline.training.sampler import StepSampler
 from compress_ssl.pipeline.training.student import Student
 from compress_ssl.pipeline.training.teacher_features import TeacherFeatures
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.loader import ViewBatch, ViewDataset, iterate_views
-from compress_ssl.pipeline.views.numbering import view_name
-from compress_ssl.pipeline.views.render import default_local_size
+from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, ViewGroup, group_of_array, view_name
+from compress_ssl.pipeline.views.loader import Sizes, ViewBatch, ViewDataset, iterate_views
 
 
 @dataclass
@@ -34,16 +32,23 @@ class BatchSource:
     learners: Sequence[Learner]
     device: torch.device
     spec: ViewSpec = field(init=False)  # how the store's views were drawn; students see views drawn alike
+    sizes: dict[str, Sizes] = field(init=False)  # distinct (side, interpolation) of students, by name of the group
     features: dict[str, TeacherFeatures] = field(init=False)  # by name of the store's array
     content: np.ndarray = field(init=False)  # (N,) uint64 hashes of the images that the teacher saw
 
     def __post_init__(self) -> None:
         self.spec = self.store.identity.views
-        arrays = dict.fromkeys(name for learner in self.learners for name in learner.method.needs.arrays)
-        # A batch that crosses an epoch's end uses the views of two epochs: twice the views of a step.
-        min_views = {True: len(self.sampler.local), False: 2 * self.sampler.views_per_step}
+        self.sizes = {
+            group.name: list(dict.fromkeys(_image_size(student, group) for student in self.students))
+            for group in self.groups
+        }
+        # A batch that crosses an epoch's end uses the paired views of two epochs: twice the views of a step.
+        min_views = {group.name: group.count for group in self.sampler.beside}
+        min_views[GLOBAL_VIEWS.name] = 2 * self.sampler.views_per_step
         self.features = {
-            name: TeacherFeatures(self.store, name, min_views=min_views[name.startswith("local_")]) for name in arrays
+            name: TeacherFeatures(self.store, name, min_views=min_views[group_of_array(name).name])
+            for learner in self.learners
+            for name in learner.method.needs.arrays
         }
         self.content = self.store.table("content")
 
@@ -52,15 +57,17 @@ class BatchSource:
         """All students, learner by learner."""
         return [student for learner in self.learners for student in learner.students]
 
+    @property
+    def groups(self) -> tuple[ViewGroup, ...]:
+        """The groups of views that a step shows: the global views, which students and teacher are paired on, first."""
+        return GLOBAL_VIEWS, *self.sampler.beside
+
     # ---------------------------------------------------------------- pixels
 
     def load_views(self, workers: int, first: int) -> Generator[ViewBatch, None, None]:
         """Pixels of steps first, first + 1, ... to the last. workers: loader processes; 0 loads in this process."""
-        requests: Any = replace(self.sampler, first=first)  # a Sequence[ViewRequest] for the loader
-        local_sizes = self._local_sizes() if self.sampler.has_local else []
-        view_dataset = ViewDataset(
-            self.dataset, self.spec, self.store.table("view_key"), self._image_sizes(), requests, local_sizes
-        )
+        requests = replace(self.sampler, first=first)
+        view_dataset = ViewDataset(self.dataset, self.spec, self.store.table("view_key"), self.sizes, requests)
         return iterate_views(view_dataset, workers, pin=self.device.type == "cuda")
 
     def require_unchanged(self, batch: Batch, view_batch: ViewBatch) -> None:
@@ -77,23 +84,28 @@ class BatchSource:
 
     def prepare_inputs(
         self, learner: Learner, view_batch: ViewBatch, prepared: PreparedImages
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Input images of a learner's students on the device.
+    ) -> list[tuple[ViewGroup, list[Tensor]]]:
+        """Input images of a learner's students on the device: [(group of views, (B * V, 3, S, S) per student), ...].
 
-        Returns (images (B * W, 3, S, S) per student, local crops (B * L, 3, s, s) per student); the second list
-        is empty for a method without local crops. Independent peers each take their own share of the W views.
+        No images of a group that the method computes no loss on. Independent peers each take their own share of the W
+        global views.
         """
-        count, independent = len(learner.students), learner.method.needs.independent
-        images, local = [], []
+        return [
+            (group, self._prepare_group(group, learner, view_batch, prepared) if _shows(learner, group) else [])
+            for group in self.groups
+        ]
+
+    def _prepare_group(
+        self, group: ViewGroup, learner: Learner, view_batch: ViewBatch, prepared: PreparedImages
+    ) -> list[Tensor]:
+        """Input images (B * V, 3, S, S) of one group of views per student."""
+        divided = learner.method.needs.independent and group.name == GLOBAL_VIEWS.name
+        shares, images = len(learner.students) if divided else 1, []
         for number, student in enumerate(learner.students):
-            pixels = view_batch.pixels[self._image_sizes().index(student.image_size)]  # (B, W, 3, S, S)
-            if independent:
-                pixels = pixels.chunk(count, 1)[number]
-            images.append(prepared.prepare(student, pixels, (number, independent and count)))
-            if needs_local_crops(learner):
-                crops = view_batch.local[self._local_sizes().index(self._local_size(student))]  # (B, L, 3, s, s)
-                local.append(prepared.prepare(student, crops, (number, "local")))
-        return images, local
+            of_size = self.sizes[group.name].index(_image_size(student, group))
+            pixels = view_batch.pixels[group.name][of_size].chunk(shares, 1)[number % shares]  # (B, V, 3, S, S)
+            images.append(prepared.prepare(student, pixels, (group.name, number, shares)))
+        return images
 
     # ---------------------------------------------------------------- teacher features
 
@@ -103,17 +115,19 @@ class BatchSource:
         Raises UserError for features that are not finite.
         """
         rows, student_views, teacher_views = self.sampler.step_indices(step)
-        local_views, teacher = self.sampler.step_local_views(step), {}
+        beside, teacher = self.sampler.step_views_beside(step), {}
+        views_of = {GLOBAL_VIEWS.name: teacher_views, **beside}
         for name, features in self.features.items():
-            views = local_views if name.startswith("local_") else teacher_views
-            assert views is not None  # the sampler has local views if a method reads local arrays
-            all_rows, all_views = rows.repeat(views.shape[1]), views.flatten()  # (b * W,), for local crops (b * L,)
+            views = views_of[group_of_array(name).name]
+            all_rows, all_views = rows.repeat(views.shape[1]), views.flatten()  # (b * V,)
             values = features.read(all_rows, all_views)
             self._require_finite(name, values, all_rows, all_views)
-            teacher[name] = torch.from_numpy(values).unflatten(0, views.shape).to(self.device)
+            teacher[name] = torch.from_numpy(values.reshape(*views.shape, *values.shape[1:])).to(self.device)
         i, v, u = (torch.from_numpy(part).to(self.device) for part in (rows, student_views, teacher_views))
-        local = None if local_views is None else torch.from_numpy(local_views).to(self.device)
-        return Batch(step, i, v, u, teacher, [], local_views=local)
+        batch = Batch(step, i, v, u, teacher, [])
+        for group in self.sampler.beside:
+            batch.set_views(group, torch.from_numpy(beside[group.name]).to(self.device))
+        return batch
 
     def read_features(self, rows: Tensor, views: Tensor, name: str = "embedding") -> Tensor:
         """(n, ...) float32 teacher features of (rows[j], views[j]), for memory banks.
@@ -138,33 +152,19 @@ class BatchSource:
     # ---------------------------------------------------------------- sizes
 
     def require_sizes(self) -> None:
-        """Raises UserError if a student cannot process local crops of the size that its method would show it."""
+        """Raises UserError if a student cannot process views of the size that its method would show it."""
         for learner in self.learners:
-            if needs_local_crops(learner):
-                for student in learner.students:
-                    student.model.require_size(self._local_size(student)[0], "--image-size")
-
-    def _image_sizes(self) -> list[tuple[int, str]]:
-        """The distinct (side, interpolation) of all students, in the order in which the loader renders them."""
-        return list(dict.fromkeys(student.image_size for student in self.students))
-
-    def _local_sizes(self) -> list[tuple[int, str]]:
-        return list(dict.fromkeys(self._local_size(student) for student in self.students))
-
-    def _local_size(self, student: Student) -> tuple[int, str]:
-        """(side, interpolation) of a student's local crops.
-
-        The ratio of local crop to image is the teacher's, rounded to a multiple of 8 pixels; where the store has
-        no local crops, it is the published ratio of `default_local_size`.
-        """
-        size, interpolation = student.image_size
-        crop_size = self.store.identity.local_size
-        if not crop_size:
-            return default_local_size(size), interpolation
-        teacher_size = self.store.identity.teacher.preprocessing.size
-        return max(8, 8 * round(size * crop_size / teacher_size / 8)), interpolation
+            for group in self.sampler.beside:
+                for student in learner.students if _shows(learner, group) else []:
+                    student.model.require_size(_image_size(student, group)[0], "--image-size")
 
 
-def needs_local_crops(learner: Learner) -> bool:
-    """Whether the learner's method computes a loss on local crops."""
-    return any(name.startswith("local_") for name in learner.method.needs.outputs)
+def _image_size(student: Student, group: ViewGroup) -> tuple[int, str]:
+    """(side, interpolation) of a student's images of a group. Other groups than the global views have smaller ones."""
+    size, interpolation = student.image_size
+    return group.side(size), interpolation
+
+
+def _shows(learner: Learner, group: ViewGroup) -> bool:
+    """Whether the learner's method computes a loss on this group of views."""
+    return any(group_of_array(name).name == group.name for name in learner.method.needs.outputs)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.storage import PART, Folder
+from compress_ssl.pipeline.runtime.storage import PART, Folder, replace_file
 
 KEEP = 2  # files step-*.pt to keep: if peers are killed between their saves, the step before is one that all have
 STEP_FILE = re.compile(r"step-(\d+)\.pt$")
@@ -47,7 +47,7 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         Folder(target.parent).put(target.name, source.read_bytes())
         return
-    os.replace(part, target)
+    replace_file(part, target)
 
 
 def to_bytes(parts: Mapping[str, Any]) -> bytes:
@@ -74,7 +74,10 @@ def load(path: Path) -> dict[str, Any]:
             broken = archive.testzip()
             if broken:
                 raise zipfile.BadZipFile(f"bad checksum of {broken}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
+            raise ValueError("it holds no step")
+        return saved
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as problem:  # torch and pickle raise many types on damaged files

@@ -7,9 +7,7 @@ from torch import Tensor, nn
 
 from compress_ssl.pipeline.methods.base import Batch, Method, Outputs
 from compress_ssl.pipeline.training.student import Student
-
-LOCAL_PREFIX = "local_"
-"""Prefix of a student's outputs on local crops: "local_embedding" is the embedding of the local crops."""
+from compress_ssl.pipeline.views.groups import ViewGroup, group_of_array
 
 
 class DistillationModule(nn.Module):
@@ -19,6 +17,10 @@ class DistillationModule(nn.Module):
         super().__init__()
         self.students, self.method = list(students), method
         self.models = nn.ModuleList([student.model for student in students])
+        self.outputs: dict[ViewGroup, list[str]] = {}  # of the students, by the group of views that they are of
+        for name in sorted(method.needs.outputs, key=lambda name: group_of_array(name).first):
+            group = group_of_array(name)
+            self.outputs.setdefault(group, []).append(group.output(name))
 
     def forward(self, batch: Batch, seed: int) -> tuple[list[Tensor], list[Tensor]]:
         """Compute the losses of a batch: this is where the method's `forward` is called.
@@ -32,17 +34,14 @@ class DistillationModule(nn.Module):
         return losses, [out["embedding"].detach() for out in outputs]
 
     def _forward_student(self, batch: Batch, number: int) -> Outputs:
-        """The outputs that the method needs of student `number`: name -> (B, W, ...), for local crops (B, L, ...)."""
-        needed, forward = self.method.needs.outputs, self.students[number].forward
-        global_names = [name for name in needed if not name.startswith(LOCAL_PREFIX)]
-        local_names = [name.removeprefix(LOCAL_PREFIX) for name in needed if name.startswith(LOCAL_PREFIX)]
-        outputs = _unflatten(forward(batch.images[number], global_names), len(batch.rows))
-        if local_names:
-            local = _unflatten(forward(batch.local_images[number], local_names), len(batch.rows))
-            outputs |= {LOCAL_PREFIX + name: value for name, value in local.items()}
-        return outputs
+        """The outputs that the method needs of student `number`: name -> (B, V, ...) for V views of their group."""
+        forward, found = self.students[number].forward, Outputs()
+        for group, names in self.outputs.items():
+            outputs = _unflatten(forward(batch.images_of(group)[number], names), len(batch.rows))
+            found |= {group.array(name): value for name, value in outputs.items()}
+        return found
 
 
 def _unflatten(outputs: dict[str, Tensor], images: int) -> Outputs:
-    """(B * W, ...) -> (B, W, ...) for B images; W is inferred."""
-    return {name: value.unflatten(0, (images, -1)) for name, value in outputs.items()}
+    """(B * V, ...) -> (B, V, ...) for B images; V is inferred."""
+    return {name: value.reshape(images, -1, *value.shape[1:]) for name, value in outputs.items()}

@@ -37,12 +37,9 @@ def export_students(training_run: "TrainingRun") -> dict[Path, str]:
     finished = [
         (learner, student) for learner in training_run.learners if not learner.failure for student in learner.students
     ]
-    steps = training_run.sampler.steps
-    done_before = training_run.start >= steps
-    progress = f"is finished already, {training_run.start} steps" if done_before else f"{steps} steps"
     exported = {}
     for learner, student in finished if collectives.rank() == 0 else []:
-        exported[student.folder] = _export_student(learner, student, progress)
+        exported[student.folder] = _export_student(learner, student, training_run.sampler.steps)
     collectives.barrier()  # no rank may end before rank 0 has written
     failures = [learner.failure for learner in training_run.learners if learner.failure]
     if failures:
@@ -53,8 +50,9 @@ def export_students(training_run: "TrainingRun") -> dict[Path, str]:
     return exported
 
 
-def _export_student(learner: "Learner", student: "Student", progress: str) -> str:
+def _export_student(learner: "Learner", student: "Student", steps: int) -> str:
     """Write the weights of one student and return a line about it, with its best validation score if there is one."""
+    progress = f"is finished already, {learner.start} steps" if learner.start >= steps else f"{steps} steps"
     file = student.export(learner.method.exported_head())
     best = f", best val nearest neighbour {student.best:.2f} %" if student.best >= 0 else ""
     return f"{student.folder}: {progress}, {file.name}{best}"

@@ -34,17 +34,8 @@ class Learner:
     The result does not depend on which other learners train in the same run.
     """
 
-    def __init__(
-        self, students: Sequence[Student], method: Method, settings: TrainingSettings, *,
-        name: str = "", warmup_epochs: float = 0.0,
-    ):  # fmt: skip
-        """name: the method's spec as the user wrote it, for the manifest and messages.
-
-        warmup_epochs: the warm-up as it was asked for, for the manifest; `settings.schedule` holds it as a
-        fraction of the run, which changes when the run is made longer.
-        """
+    def __init__(self, students: Sequence[Student], method: Method, settings: TrainingSettings):
         self.students, self.method, self.settings = list(students), method, settings
-        self.name, self.warmup_epochs = name, warmup_epochs
         specs = "+".join(student.model.spec for student in students)
         self.seed = settings.seed ^ (zlib.crc32(specs.encode()) << 32)  # learners of one run draw independently
         module = DistillationModule(students, method)
@@ -79,10 +70,11 @@ class Learner:
 
         with autocast(batch.images[0].device, self.settings.precision):
             losses, embeddings = self.module(batch, self._seed_for(batch.step, ALL_RANKS))
-        rows = [{"loss": loss} for loss in collectives.all_reduce_mean([float(loss.detach()) for loss in losses])]
-        for row in rows:
-            if not math.isfinite(row["loss"]):
-                raise self._diverged(f"the loss is {row['loss']}", batch.step)
+        means = collectives.all_reduce_mean([float(loss.detach()) for loss in losses])
+        for mean in means:
+            if not math.isfinite(mean):
+                raise self._diverged(f"the loss is {mean}", batch.step)
+        rows = [{"loss": mean} for mean in means]
 
         self._update_weights(losses)
         self.method.after_step(batch)
@@ -93,7 +85,7 @@ class Learner:
     def _update_weights(self, losses: Sequence[Tensor]) -> None:
         """Backward pass over the sum of the losses, optimizer step, and the step of the averaged students."""
         total = torch.stack(list(losses)).sum() if len(losses) > 1 else losses[0]
-        self.scaler.scale(total).backward()
+        torch.autograd.backward(self.scaler.scale(total))
         if self.settings.clip:
             self.scaler.unscale_(self.optimizer)  # the limit is for true gradients, not for scaled ones
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

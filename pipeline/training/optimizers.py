@@ -3,7 +3,7 @@
 from typing import Any, get_args
 
 import torch
-from timm.optim import Lars
+from timm.optim.lars import Lars
 from torch import nn
 
 from compress_ssl.pipeline.runtime.errors import UserError

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -11,14 +10,16 @@ from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.runtime.formatting import pluralize
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.batches import BatchSource
+from compress_ssl.pipeline.training.claim_runs import claim_run_folders, record_changes, require_length
 from compress_ssl.pipeline.training.learner import Diverged, Learner
+from compress_ssl.pipeline.training.learner_spec import LearnerSpec
+from compress_ssl.pipeline.training.metrics_log import MetricsRow
 from compress_ssl.pipeline.training.prepared_images import PreparedImages
-from compress_ssl.pipeline.training.run_record import claim_run_folders
 from compress_ssl.pipeline.training.sampler import StepSampler
 from compress_ssl.pipeline.training.student import Student
 from compress_ssl.pipeline.views.loader import ViewBatch
 
-Rows = list[dict[str, Any] | None]
+Rows = list[MetricsRow | None]
 """Metrics of one step, one row per student; None for a student that did not train in this step."""
 
 
@@ -31,8 +32,11 @@ class TrainingRun:
         dataset: Dataset,
         sampler: StepSampler,
         learners: Sequence[Learner],
+        specs: Sequence[LearnerSpec],
         device: torch.device,
     ):
+        """specs: from which the learners were built, in their order."""
+        self.specs = list(specs)
         self.store, self.sampler, self.learners, self.device = store, sampler, list(learners), device
         self.batches = BatchSource(store, dataset, sampler, self.learners, device)
 
@@ -54,7 +58,7 @@ class TrainingRun:
     def summary(self) -> str:
         """One line on what is about to be trained, printed before the first step."""
         sampler = self.sampler
-        methods = ", ".join(dict.fromkeys(learner.name for learner in self.learners))
+        methods = ", ".join(dict.fromkeys(spec.method.words for spec in self.specs))
         settings = [learner.settings for learner in self.learners]
         rates = ", ".join(dict.fromkeys(f"{each.optimizer} at {each.lr:g}" for each in settings))
         shared = f" ({sampler.batch // sampler.size} on each of {sampler.size} ranks)" if sampler.size > 1 else ""
@@ -67,13 +71,24 @@ class TrainingRun:
     def claim(self) -> None:
         """Rank 0 writes each run's manifest, or compares it with the one that is there. Raises Mismatch."""
         if collectives.rank() == 0:
-            claim_run_folders(self.learners, self.store, self.sampler)
+            for learner, spec in zip(self.learners, self.specs, strict=True):
+                claim_run_folders(learner, spec, self.store, self.sampler)
 
     def restore(self) -> None:
-        """Load each learner's newest checkpoint. Memory banks hold (i, v) only: their features come from the store."""
-        for learner in self.learners:
+        """Load each learner's newest checkpoint. Memory banks hold (i, v) only: their features come from the store.
+
+        Raises UserError for fewer steps than an unfinished run was begun for.
+        """
+        for learner, spec in zip(self.learners, self.specs, strict=True):
             learner.restore()
             learner.method.refill_banks(self.batches.read_features)
+            require_length(learner, spec, self.sampler)
+
+    def record_changes(self) -> None:
+        """Rank 0 records what may change while a run lasts, such as a larger number of steps."""
+        if collectives.rank() == 0:
+            for learner, spec in zip(self.learners, self.specs, strict=True):
+                record_changes(learner, spec, self.sampler)
 
     def load_views(self, workers: int) -> Generator[ViewBatch, None, None]:
         """The pixels of steps start, start + 1, ... workers: loader processes; 0 loads in this process."""
@@ -97,10 +112,11 @@ class TrainingRun:
         for learner in self.learners:
             metrics: Sequence[dict[str, float] | None] = [None] * len(learner.students)
             if step >= learner.start and not learner.failure:
-                batch.images, batch.local_images = self.batches.prepare_inputs(learner, view_batch, prepared)
+                for group, images in self.batches.prepare_inputs(learner, view_batch, prepared):
+                    batch.set_images(group, images)
                 with self.isolating_divergence(learner):
                     metrics = learner.step(batch, step / self.sampler.steps, measure)
-            rows += [row and {"step": step + 1, "epoch": epoch, **row} for row in metrics]
+            rows += [MetricsRow(step + 1, {"epoch": epoch, **row}) if row else None for row in metrics]
         return rows
 
     @contextmanager

@@ -45,15 +45,6 @@ def require_run_folders(out: Path, students: Sequence[str], folders: Sequence[Pa
         raise UserError(f"{out} is itself a {kind}, so it cannot hold the runs of several; choose another --out")
 
 
-def count_begun_views(folder: Path) -> int | None:
-    """The number of stored views with which the run in a folder was begun; None if there is no run."""
-    storage = Folder(folder)
-    if not storage.exists(artifact.MANIFEST):
-        return None
-    views: int = artifact.read(storage, "run").about["views"]
-    return views
-
-
 def _holds_runs(out: Path) -> bool:
     """Whether a folder contains runs, and is not itself a run, store or evaluation."""
     if (out / artifact.MANIFEST).exists():

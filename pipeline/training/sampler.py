@@ -7,7 +7,7 @@ an epoch reads only W views from the store. Nothing has to be saved in order to 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import get_args
 
 import numpy as np
@@ -18,10 +18,11 @@ from compress_ssl.pipeline.methods.base import Needs
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import pluralize
+from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.choices import Pairing
+from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, LOCAL_CROPS, ViewGroup, group_of_array
 from compress_ssl.pipeline.views.loader import ViewRequest
-from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
 
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
 
@@ -39,12 +40,11 @@ class StepSampler:
     views: tuple[int, ...]  # stored views to train on
     batch: int  # images per step of all ranks together
     views_per_step: int  # W
-    pairing: str  # one of PAIRINGS
+    pairing: Pairing
     steps: int
     reads_features: bool = True  # whether teacher features are read; if not, the stored views need not suffice
     first: int = 0  # step of request 0
-    local: tuple[int, ...] = ()  # stored local crops: every step shows all of them
-    crops: int = 0  # or this many local crops per image, drawn for each step and never stored
+    beside: tuple[ViewGroup, ...] = ()  # groups of views that every step shows in full beside the paired ones
     rank: int = 0
     size: int = 1
 
@@ -67,54 +67,49 @@ class StepSampler:
         return self.steps - self.first
 
     def __getitem__(self, number: int) -> ViewRequest:
-        step = self.first + number
-        rows, student_views, _ = self.step_indices(step)
-        return ViewRequest(rows, student_views, self.step_local_views(step))
+        epochs, positions = self._positions(self.first + number)
+        rows, student_views, _ = self._indices(epochs, positions)
+        return ViewRequest(rows, {GLOBAL_VIEWS.name: student_views, **self._views_beside(epochs)})
 
-    # ---------------------------------------------------------------- local crops
+    # ---------------------------------------------------------------- groups of views beside the paired ones
 
-    @property
-    def has_local(self) -> bool:
-        """Whether steps show local crops."""
-        return bool(self.local or self.crops)
-
-    def with_local_crops(self, store: FeatureStore, needs: Sequence[Needs]) -> "StepSampler":
+    def with_needs(self, store: FeatureStore, needs: Sequence[Needs]) -> "StepSampler":
         """The same sampler with the local crops that methods need: stored ones, or ones drawn for each step.
 
         Raises UserError if the stored ones are incomplete, or if the methods need different local crops.
         """
-        stored = any(name.startswith("local_") for need in needs for name in need.arrays)
-        fresh = {need.crops for need in needs if need.crops}
-        if len(fresh) + stored > 1:
-            raise UserError(
-                "the methods need different local crops, so they cannot share a pass over the images; "
-                "train them with separate commands"
-            )
-        if stored:
-            store.require_complete(store.local)
-        return replace(self, local=store.local if stored else (), crops=max(fresh, default=0))
+        beside = dict.fromkeys(group for need in needs for group in _groups_beside(need, store.groups))
+        for group in beside:
+            if any(group.name == other.name and group != other for other in beside):
+                raise UserError(
+                    f"the methods need different {group.noun}s, so they cannot share a pass over the images; "
+                    "train them with separate commands"
+                )
+            if group.stored:
+                store.require_complete(group.numbers)
+        return replace(self, beside=tuple(beside))
 
-    def step_local_views(self, step: int) -> np.ndarray | None:
-        """(b, L) int64 view numbers of a step's local crops; None if it has none."""
-        if self.local:
-            return np.tile(np.array(self.local), (self.batch // self.size, 1))
-        if not self.crops:
-            return None
-        epochs, _ = self._positions(step)
-        return (FRESH | LOCAL) + epochs[:, None] * self.crops + np.arange(self.crops)
+    def step_views_beside(self, step: int) -> dict[str, np.ndarray]:
+        """{name of a group: (b, V) int64 view numbers} of the views that a step shows beside the paired ones."""
+        return self._views_beside(self._positions(step)[0])
+
+    def _views_beside(self, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        return {group.name: group.numbers_in(epochs) for group in self.beside}
 
     # ---------------------------------------------------------------- images and views
 
     def step_indices(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows (b,), student views (b, W), teacher views (b, W)) of a step, int64."""
-        epochs, positions = self._positions(step)
+        return self._indices(*self._positions(step))
+
+    def _indices(self, epochs: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows: list[np.ndarray] = []
         student: list[np.ndarray] = []
         teacher: list[np.ndarray] = []
-        for epoch in np.unique(epochs):
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             in_epoch = positions[epochs == epoch]
-            rows.append(self.rows[_epoch_order(self.seed, int(epoch), len(self.rows))[in_epoch]])
-            for out, views in zip((student, teacher), self.epoch_views(int(epoch)), strict=True):
+            rows.append(self.rows[_epoch_order(self.seed, epoch, len(self.rows))[in_epoch]])
+            for out, views in zip((student, teacher), self.epoch_views(epoch), strict=True):
                 out.append(np.tile(views, (len(in_epoch), 1)))
         return np.concatenate(rows), np.concatenate(student), np.concatenate(teacher)
 
@@ -126,44 +121,70 @@ class StepSampler:
         if self.pairing == "same":
             return stored, stored
         if self.pairing == "fresh":
-            return FRESH + epoch * w + np.arange(w), stored
+            return self._fresh.numbers_in(np.array(epoch)), stored
         if w > 1:
             return stored, np.roll(stored, 1)
         # cross with one view: the teacher's is any other stored view, at a random distance from 1 to count - 1
         shift = 1 + int(philox.words(self.seed, philox.PAIRING, epoch, 2**31, 1)[0]) % (count - 1)
         return stored, np.array(self.views)[(positions + shift) % count]
 
+    @cached_property
+    def _fresh(self) -> ViewGroup:
+        """The W views of an epoch that no store keeps."""
+        return GLOBAL_VIEWS.fresh(self.views_per_step)
+
     def _positions(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs (b,), positions within these epochs (b,)) of a step's images."""
         return np.divmod(step * self.batch + np.arange(self.rank, self.batch, self.size), len(self.rows))
 
 
-def make_sampler(
-    store: FeatureStore, views: Sequence[int], *, seed: int, batch: int, views_per_step: int, pairing: str,
-    epochs: float, steps: int | None, reads_features: bool = True,
-) -> StepSampler:  # fmt: skip
-    """The sampler of this rank over the usable images of a store, for `steps` steps, or for `epochs` without them.
+def _groups_beside(needs: Needs, stored: Sequence[ViewGroup]) -> list[ViewGroup]:
+    """The groups of views that a method needs beside the global ones: of `stored`, or fresh ones drawn alike."""
+    arrays = {group_of_array(name).name for name in needs.arrays} - {GLOBAL_VIEWS.name}
+    found = [group for group in stored if group.name in arrays]
+    if needs.crops:
+        crops = next((group for group in stored if group.name == LOCAL_CROPS.name), LOCAL_CROPS)
+        found.append(crops.fresh(needs.crops))
+    return found
 
-    batch: images per step of all ranks together; cut to the number of usable images. reads_features: whether a
-    method reads teacher features; without them, --pairing fresh needs no stored views.
 
-    Raises UserError for views that the store lacks, for fewer than two usable images, and for a batch that
-    cannot be divided evenly among the ranks.
+@dataclass(frozen=True)
+class Sampling:
+    """Which images and views a command asks to see, and for how long; commands that share a pass have equal ones."""
+
+    seed: int
+    batch: int  # images per step of all ranks together
+    views: int | None  # only stored views below this number; None: all
+    views_per_step: int  # W
+    pairing: Pairing
+    epochs: float | None  # length of the run; None if `steps` is given
+    steps: int | None
+    reads_features: bool = True  # whether a method reads teacher features; if not, the stored views need not suffice
+
+
+def make_sampler(store: FeatureStore, asked: Sampling, name: str) -> StepSampler:
+    """The sampler of this rank over the usable images of a store; `name` is that of the store in messages.
+
+    The batch is cut to the number of usable images. Raises UserError for views that the store lacks, for fewer than
+    two usable images, and for a batch that cannot be divided evenly among the ranks.
     """
+    views = select_views(store, asked.views, name)
     store.require_complete(views)
     rows, size = np.flatnonzero(store.table("status") == GOOD), collectives.world_size()
     if len(rows) < 2:
         raise UserError(f"{store.storage} has {len(rows)} usable images; at least 2 are needed to train")
-    batch = min(batch, len(rows))
+    batch = min(asked.batch, len(rows))
     if batch % size:
         per_rank = max(1, round(min(batch, len(rows) - size / 2) / size))
         raise UserError(
             f"a batch of {batch} images cannot be shared by {size} ranks; give each --batch-size {per_rank}, "
             f"{per_rank * size} in all, or start a number of ranks that divides {batch}"
         )
-    steps = steps or max(1, round(epochs * len(rows) / batch))
+    if batch < asked.batch:
+        echo(f"batch of {batch} instead of {asked.batch}: that is all the usable images")
+    steps = asked.steps or max(1, round((asked.epochs or 0) * len(rows) / batch))
     return StepSampler(
-        seed, rows, tuple(views), batch, views_per_step, pairing, steps, reads_features,
+        asked.seed, rows, views, batch, asked.views_per_step, asked.pairing, steps, asked.reads_features,
         rank=collectives.rank(), size=size,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ class Schedule:
     step: falls to a factor at each of `drops`. constant: stays 1.
     """
 
-    kind: str  # one of SCHEDULES
+    kind: ScheduleKind
     warmup: float = 0.0  # fraction of the run in which the factor rises linearly from 0
     drops: tuple[tuple[float, float], ...] = ((0.6, 0.1), (0.8, 0.01))  # (fraction of the run, factor from there on)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from compress_ssl.pipeline.datasets.base import Dataset
@@ -17,6 +18,7 @@ from compress_ssl.pipeline.models.weights import to_bytes
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training.validation import leave_one_out
 from compress_ssl.pipeline.views.augment import ViewSpec
+from compress_ssl.pipeline.views.groups import group_of_array
 
 
 class Student:
@@ -41,8 +43,8 @@ class Student:
         return preprocessing.size, preprocessing.interpolation
 
     def enable_outputs(self, outputs: Iterable[str], *, compiled: bool = False) -> None:
-        """Enable the outputs that a method needs (`local_` ones too); compiled: run the model by torch.compile."""
-        self.model.enable_outputs([name.removeprefix("local_") for name in outputs])
+        """Enable the outputs that a method needs of any group of views; compiled: run the model by torch.compile."""
+        self.model.enable_outputs([group_of_array(name).output(name) for name in outputs])
         if compiled:
             self.forward = torch.compile(self.model.forward_outputs)
 
@@ -60,6 +62,10 @@ class Student:
         """Leave-one-out nearest-neighbour accuracy of `final_model` on view 0 of labelled images, in percent."""
         return leave_one_out(self.final_model, val, spec, device, precision, workers)
 
+    def is_exported(self) -> bool:
+        """Whether the folder's student.safetensors holds the weights of `final_model`."""
+        return _exported_digest(self.folder / "student.safetensors") == self.final_model.digest()
+
     def export(self, head: LinearHead | None = None) -> Path:
         """Write student.safetensors and return its path; head: a classifier to write beside it as head.safetensors.
 
@@ -74,6 +80,15 @@ class Student:
             data = linear_head.to_bytes(head, {"weights": self.final_model.digest()})
             _write_if_changed(folder, "head.safetensors", data)
         return self.folder / name
+
+
+def _exported_digest(file: Path) -> str | None:
+    """Digest of the weights that a student.safetensors claims to hold; None if it is missing or damaged."""
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return (opened.metadata() or {}).get("digest")
+    except (OSError, safetensors.SafetensorError):
+        return None
 
 
 def _write_if_changed(folder: Folder, name: str, data: bytes) -> None:

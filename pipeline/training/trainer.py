@@ -12,7 +12,7 @@ from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.signals import Interrupted, StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training.learner import Learner
-from compress_ssl.pipeline.training.metrics_log import MetricsLog
+from compress_ssl.pipeline.training.metrics_log import MetricsLog, MetricsRow
 from compress_ssl.pipeline.training.run import Rows, TrainingRun
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
@@ -41,6 +41,7 @@ class Trainer:
             stop = collectives.SharedStopRequest(stack.enter_context(StopRequest()))
             folders = [student.folder for student in training_run.students] if collectives.rank() == 0 else []
             leases = [stack.enter_context(Lease(Folder(folder))) for folder in folders]
+            training_run.record_changes()
             echo(training_run.summary())
             bar = stack.enter_context(progress_bar("distill", steps, "steps", training_run.start))
             for learner in training_run.learners if folders else []:
@@ -59,7 +60,7 @@ class Trainer:
                 rate = training_run.sampler.batch * (step + 1 - training_run.start) / passed
                 if log_now:
                     self._log(rows, {"images_per_s": rate, "data_wait": waited / passed})
-                losses = " ".join(f"{row['loss']:.4f}" if row else "-" for row in rows)
+                losses = " ".join(f"{row.loss:.4f}" if row else "-" for row in rows)
                 bar.advance(1, f"loss {losses}  {rate:.0f} images/s  data wait {waited / passed:.0%}")
                 for lease in leases:
                     lease.check()
@@ -70,7 +71,7 @@ class Trainer:
         """Write each student's row. rows: of one step, in the order of the run's students."""
         for row, student in zip(rows, self.training_run.students, strict=True):
             if row and self.logs:
-                self.logs[student.folder].write({**row, **speed})
+                self.logs[student.folder].write(MetricsRow(row.step, {**row.values, **speed}))
 
     def _validate_and_save(self, done: int, signum: int) -> None:
         """Validate and save where these are due after `done` steps.
@@ -100,4 +101,4 @@ class Trainer:
             score = student.validate(val, spec, device, precision, self.workers)
             learner.save_if_best(student, score, done)
             epoch = round(done / training_run.steps_per_epoch, 4)
-            self.logs[student.folder].write({"step": done, "epoch": epoch, "val_nn": score})
+            self.logs[student.folder].write(MetricsRow(done, {"epoch": epoch, "val_nn": score}))

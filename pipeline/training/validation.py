@@ -1,11 +1,15 @@
 """Validation of a student while it trains, by its nearest neighbours: needs no training of a classifier."""
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.datasets.base import Dataset
+from compress_ssl.pipeline.extraction.extract import FeatureSource, LoaderSettings
+from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.features import view_features
+from compress_ssl.pipeline.extraction.view_batches import model_views
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.augment import ViewSpec
@@ -33,7 +37,10 @@ def leave_one_out(
 
     Images without a label count neither as queries nor as neighbours. Only view 0 is used.
     """
-    features, rows = view_features(embedder, dataset, spec, device, precision, workers=workers)
+    extractor = FeatureExtractor.unpadded(embedder, device, precision)
+    source = FeatureSource(extractor, model_views(dataset, spec, embedder), LoaderSettings(workers))
+    embedded, rows = view_features(source, np.arange(len(dataset)))
+    features = torch.from_numpy(embedded).to(device)
     label = torch.from_numpy(dataset.label[rows]).to(device)
     known = label >= 0
     unit = F.normalize(features[known], dim=1)  # (N, d)

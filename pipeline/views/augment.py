@@ -8,14 +8,16 @@ resolved view, each at its own size.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import Count, PositiveNumber
-from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.views.groups import group_of
+from compress_ssl.pipeline.views.policies import POLICIES, Augmentation, Policy
 
 _LOG_RATIO = 0.2876820724517809  # ln(4/3): the aspect ratio of a crop is between 3:4 and 4:3
 _TRIES = 10  # attempts at a random crop box before the fallback, as in torchvision
@@ -23,54 +25,6 @@ _COUNT = 36  # variates per view
 # Positions of the variates. The views of existing stores depend on them: never change one. Positions 0 to 19 are
 # (area, aspect ratio) of the ten attempts; _ORDER has three values, _FACTORS four; 35 is unused.
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER, _FACTORS, _GREY, _BLUR, _SIGMA, _SOLARIZE = 20, 21, 22, 23, 24, 27, 31, 32, 33, 34
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """The distribution of random views. Attributes that end in `_p`, and `flip`, are probabilities in [0, 1]."""
-
-    scale: tuple[float, float]  # smallest and largest area of the crop, as fractions of the image's area
-    flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-    )  # largest change of brightness, contrast, saturation, hue
-    jitter_p: float = 0.0
-    grey_p: float = 0.0
-    blur_p: float = 0.0
-    sigma: tuple[float, float] = (0.1, 2.0)  # range of the blur's sigma, in pixels of a 224-pixel crop
-    solarize_p: float = 0.0
-
-
-_DINO = Augmentation(scale=(0.4, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey_p=0.2)
-
-Policy = Literal["crop-flip", "moco-v2", "dino", "none"]
-"""The names that --policy takes: those of POLICIES."""
-
-POLICIES: dict[str, tuple[Augmentation, ...]] = {
-    "crop-flip": (Augmentation(scale=(0.08, 1.0)),),
-    "moco-v2": (Augmentation(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_p=0.2, blur_p=0.5),),
-    "dino": (
-        Augmentation(**{**_DINO.__dict__, "blur_p": 1.0}),
-        Augmentation(**{**_DINO.__dict__, "blur_p": 0.1, "solarize_p": 0.2}),
-    ),
-    "none": (),
-}
-"""Augmentations by the name of the policy: random view v uses entry (v - 1) modulo the length.
-
-crop-flip is that of CompRess (Koohpayegani et al. 2020, arXiv 2010.14713); moco-v2 is that of Chen et al. 2020,
-arXiv 2003.04297; dino is that of Caron et al. 2021, arXiv 2104.14294, which alternates its two global crops. The
-policy `none` has no random views."""
-
-LOCAL_POLICIES: dict[str, Augmentation] = {
-    "crop-flip": Augmentation(scale=(0.05, 0.14)),
-    "moco-v2": Augmentation(**{**POLICIES["moco-v2"][0].__dict__, "scale": (0.05, 0.14)}),
-    "dino": Augmentation(**{**_DINO.__dict__, "scale": (0.05, 0.4), "blur_p": 0.5}),
-}
-"""Augmentation of local crops by the name of the policy. Their areas are those of the small patches in SEED (Fang et
-al. 2021, arXiv 2101.04731); for dino those of DINO's multi-crop."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +75,9 @@ def draw_variates(seed: int, key: Any, v: Any) -> np.ndarray:
 
 def resolve_view(spec: ViewSpec, variates: np.ndarray, v: int, height: int, width: int) -> ResolvedView:
     """Turn the variates (36,) of view v into a crop box, a flip and colours for an image of height x width pixels."""
-    augmentations = POLICIES[spec.policy]
-    if v == 0 or not augmentations:
+    chosen = _find_augmentation(spec.policy, v)
+    if chosen is None:
         return ResolvedView(plain=spec.crop_ratio)
-    chosen = LOCAL_POLICIES[spec.policy] if v & LOCAL else augmentations[(v - 1) % len(augmentations)]
     u = variates.tolist()
     sigma = chosen.sigma[0] + u[_SIGMA] * (chosen.sigma[1] - chosen.sigma[0])
     return ResolvedView(
@@ -136,6 +89,12 @@ def resolve_view(spec: ViewSpec, variates: np.ndarray, v: int, height: int, widt
         sigma=sigma if u[_BLUR] < chosen.blur_p else 0.0,
         solarize=u[_SOLARIZE] < chosen.solarize_p,
     )
+
+
+@lru_cache(maxsize=4096)  # the same few views are asked for in every image
+def _find_augmentation(policy: str, v: int) -> Augmentation | None:
+    """The distribution of view v by its group; None for the plain view."""
+    return group_of(v).augmentation(policy, v)
 
 
 def _jitter_steps(augmentation: Augmentation, u: list[float]) -> tuple[tuple[int, float], ...]:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from torch.utils.data import DataLoader
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import BadImage
 from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
+from compress_ssl.pipeline.views.groups import PerGroup
 from compress_ssl.pipeline.views.render import render_views
 
-REQUEST_BYTES = 32_000_000  # bytes of pixels per request; bounds the memory of a batch in flight
 PREFETCH = 2  # requests in flight per worker
 
 Sizes = Sequence[tuple[int, str]]
@@ -31,16 +32,22 @@ class ViewRequest:
     """Rows of a data set, and for each row the views to render."""
 
     rows: np.ndarray  # (n,) int64
-    views: np.ndarray  # (n, V) int64
-    local: np.ndarray | None = None  # (n, L) int64: local crops to render too, at sizes of their own
+    views: PerGroup[np.ndarray]  # (n, V) int64; a group of which no view is wanted is left out
+
+
+class Requests(Protocol):
+    """What a loader loads, by number: a list of requests, or the sampler of a training."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> ViewRequest: ...
 
 
 @dataclass
 class ViewBatch:
     """The rendered views of one request."""
 
-    pixels: list[torch.Tensor]  # per size: (n, V, 3, S, S) uint8; zeros where the image is bad
-    local: list[torch.Tensor]  # per local size: (n, L, 3, s, s) uint8
+    pixels: PerGroup[list[torch.Tensor]]  # per size of the group: (n, V, 3, S, S) uint8; zeros where the image is bad
     status: np.ndarray  # (n,) uint8, the codes of datasets/decode.py
     content: np.ndarray  # (n,) uint64 content hashes; 0 where the image is bad
     bad: dict[int, str]  # row -> reason
@@ -50,11 +57,8 @@ class ViewBatch:
 
         DataLoader calls this method when it is given `pin_memory=True`.
         """
-        return replace(
-            self,
-            pixels=[tensor.pin_memory() for tensor in self.pixels],
-            local=[tensor.pin_memory() for tensor in self.local],
-        )
+        pinned = {group: [tensor.pin_memory() for tensor in tensors] for group, tensors in self.pixels.items()}
+        return replace(self, pixels=pinned)
 
 
 class ViewDataset:
@@ -65,13 +69,22 @@ class ViewDataset:
         dataset: Dataset,
         spec: ViewSpec,
         view_key: np.ndarray,
-        sizes: Sizes,
-        requests: Sequence[ViewRequest],
-        local_sizes: Sizes = (),
+        sizes: PerGroup[Sizes],
+        requests: Requests = (),
     ):
-        """view_key: (N,) uint64, one key per row of the data set; see `augment.draw_variates`."""
-        self.dataset, self.spec, self.view_key = dataset, spec, view_key
-        self.sizes, self.local_sizes, self.requests = list(sizes), list(local_sizes), requests
+        """view_key: (N,) uint64, one key per row of the data set; see `augment.draw_variates`.
+
+        sizes: of each group that the requests name.
+        """
+        self.dataset, self.spec, self.view_key, self.sizes, self.requests = dataset, spec, view_key, sizes, requests
+
+    def with_requests(self, requests: Requests) -> "ViewDataset":
+        """The same views of the same images, for other requests."""
+        return ViewDataset(self.dataset, self.spec, self.view_key, self.sizes, requests)
+
+    def with_images(self, dataset: Dataset) -> "ViewDataset":
+        """The views of other images, each with the number of its row as its key."""
+        return ViewDataset(dataset, self.spec, np.arange(len(dataset)), self.sizes)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -81,30 +94,25 @@ class ViewDataset:
 
     def load(self, request: ViewRequest) -> ViewBatch:
         """Decode the images of a request and render their views."""
-        n = len(request.rows)
-        groups = [(request.views, self.sizes)]
-        if request.local is not None:
-            groups.append((request.local, self.local_sizes))
-        keys = self.view_key[request.rows][:, None]
-        variates = [draw_variates(self.spec.seed, keys, views) for views, _ in groups]
-        pixels = [
-            [torch.zeros((n, views.shape[1], 3, size, size), dtype=torch.uint8) for size, _ in sizes]
-            for views, sizes in groups
-        ]
+        n, keys = len(request.rows), self.view_key[request.rows][:, None]
+        pixels: dict[str, list[torch.Tensor]] = {}
+        groups = []
+        for name, views in request.views.items():
+            sizes = self.sizes[name]
+            pixels[name] = [torch.zeros((*views.shape, 3, size, size), dtype=torch.uint8) for size, _ in sizes]
+            groups.append((views, draw_variates(self.spec.seed, keys, views), sizes, pixels[name]))
         status, content = np.zeros(n, np.uint8), np.zeros(n, np.uint64)
         bad: dict[int, str] = {}
         for j, i in enumerate(request.rows.tolist()):
             try:
                 image, content[j] = self.dataset.load(i)
-                for (views, sizes), drawn, outputs in zip(groups, variates, pixels, strict=True):
-                    if views.shape[1] == 0:  # a shard may be complete except for its local crops
-                        continue
-                    rendered = render_views(image, self.spec, drawn[j], views[j], sizes)
+                for views, variates, sizes, outputs in groups:
+                    rendered = render_views(image, self.spec, variates[j], views[j], sizes)
                     for output, tensor in zip(outputs, rendered, strict=True):
                         output[j] = tensor
             except BadImage as problem:
                 status[j], bad[i] = problem.status, str(problem)
-        return ViewBatch(pixels[0], pixels[1] if len(pixels) > 1 else [], status, content, bad)
+        return ViewBatch(pixels, status, content, bad)
 
 
 def iterate_views(
@@ -150,24 +158,3 @@ def _prepare_worker(_: int) -> None:
     # Ctrl-C and a batch system send these signals to the whole process group; the parent process handles them.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
-
-
-def split_rows(
-    start: int, stop: int, views: Sequence[int], size: int, local: Sequence[int] = (), local_size: int = 0
-) -> list[ViewRequest]:
-    """Split rows start..stop-1, all with the same views and local crops, into requests of at most REQUEST_BYTES.
-
-    size, local_size: side in pixels of the views and of the local crops. A request has at least one row.
-    """
-    row_bytes = 3 * (len(views) * size * size + len(local) * local_size * local_size)
-    step = max(1, REQUEST_BYTES // row_bytes)
-    requests = []
-    for first in range(start, stop, step):
-        rows = np.arange(first, min(first + step, stop))
-        requests.append(ViewRequest(rows, _repeat(views, rows), _repeat(local, rows) if local else None))
-    return requests
-
-
-def _repeat(views: Sequence[int], rows: np.ndarray) -> np.ndarray:
-    """(n, V) int64 with the same views in each row, without a copy per row."""
-    return np.broadcast_to(np.array(views, np.int64), (len(rows), len(views)))

@@ -37,7 +37,8 @@ def render_view(image: torch.Tensor, view: ResolvedView, size: int, interpolatio
         pixels = tv.gaussian_blur(pixels, [2 * radius + 1] * 2, [sigma] * 2)
     if view.solarize:
         pixels = tv.solarize(pixels, 128)
-    return pixels.contiguous()
+    rendered: torch.Tensor = pixels.contiguous()
+    return rendered
 
 
 def _render_plain_view(image: torch.Tensor, crop_ratio: float, size: int, mode: InterpolationMode) -> torch.Tensor:
@@ -46,18 +47,11 @@ def _render_plain_view(image: torch.Tensor, crop_ratio: float, size: int, mode: 
     image = tv.center_crop(image, [min(side, _LONGEST_RATIO * shorter) for side in image.shape[-2:]])
     least = max(size, math.floor(size / crop_ratio + 1e-6))  # timm and torchvision both round down
     target = [int(least * side / shorter) for side in image.shape[-2:]]
-    return tv.center_crop(tv.resize(image, target, mode, antialias=True), [size, size])
+    centre: torch.Tensor = tv.center_crop(tv.resize(image, target, mode, antialias=True), [size, size])
+    return centre
 
 
 _JITTERS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
-
-
-def default_local_size(size: int) -> int:
-    """Default side of local crops beside global views of `size` pixels.
-
-    DINO's ratio of 96 to 224, rounded to a multiple of eight pixels.
-    """
-    return max(8, 8 * round(size * 3 / 7 / 8))
 
 
 def render_views(

@@ -46,7 +46,8 @@ class CifarResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, 4 * width)"""
-        return self.stage3(self.stage2(self.stage1(self.stem(images)))).mean((2, 3))
+        features: Tensor = self.stage3(self.stage2(self.stage1(self.stem(images))))
+        return features.mean((2, 3))
 
 
 class Block(nn.Module):

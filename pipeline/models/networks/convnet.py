@@ -31,4 +31,5 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, channels[-1])"""
-        return self.blocks(images).mean((2, 3))
+        features: Tensor = self.blocks(images)
+        return features.mean((2, 3))

@@ -41,7 +41,8 @@ class DigitsNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 1 or 3, S, S) -> (B, width). The digits are grey, so the channels are averaged."""
-        return self.out(self.blocks(images.mean(1, keepdim=True)).flatten(1))
+        embedding: Tensor = self.out(self.blocks(images.mean(1, keepdim=True)).flatten(1))
+        return embedding
 
 
 class Pixels(nn.Module):

@@ -3,6 +3,7 @@
 import functools
 import importlib
 from pathlib import Path
+from typing import cast
 
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ def _classifier(layer: nn.Module, variant: int) -> nn.Module:
 
 def _features(module: nn.Module, images: Tensor) -> Tensor:
     """(B, 3, S, S) -> (B, 1280, S / 32, S / 32). The package's own forward may print text."""
-    return module.extract_features(images)  # type: ignore[operator]
+    features: Tensor = cast(EfficientNet, module).extract_features(images)
+    return features
 
 
 def _weights_file(variant: int) -> Path:

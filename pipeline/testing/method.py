@@ -1,16 +1,15 @@
 """check_method: a test of the requirements that the training loop has of every method, for your own methods too."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext
+from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext, Outputs
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.models.network import Network
@@ -20,7 +19,7 @@ from compress_ssl.pipeline.training.learner import Learner
 from compress_ssl.pipeline.training.schedule import Schedule
 from compress_ssl.pipeline.training.settings import TrainingSettings
 from compress_ssl.pipeline.training.student import Student
-from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, LOCAL_CROPS, group_of_array
 from compress_ssl.pipeline.views.preprocessing import IMAGENET
 
 IMAGES, VIEWS, CROPS = 40, 9, 2
@@ -43,7 +42,7 @@ WIDTHS: dict[str, tuple[int, ...]] = {
 
 
 def check_method(
-    build: Callable[..., Method], /, *, students: int = 1, heads: Mapping[str, Tensor] | None = None, **options: Any
+    build: Callable[..., Method], /, *, students: int = 1, heads: Mapping[str, Tensor] | None = None, **options: object
 ) -> None:
     """Train a method for six steps on artificial data and raise AssertionError if it breaks a requirement.
 
@@ -104,7 +103,7 @@ def check_method(
 
 def _build_learner(
     build: Callable[..., Method],
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     students: int,
     heads: Mapping[str, Tensor] | None,
     folder: Path,
@@ -118,7 +117,7 @@ def _build_learner(
     method = build(context=context, **options)
     method.refill_banks(_read)
     for student in group:
-        student.model.enable_outputs([name.removeprefix("local_") for name in method.needs.outputs])
+        student.enable_outputs(method.needs.outputs)
     schedule = Schedule("constant")
     return Learner(group, method, TrainingSettings("sgd", 0.05, 0.9, 0.0, True, schedule, None, None, "fp32", 0))
 
@@ -138,13 +137,13 @@ def _noise(seed: int, *shape: int) -> Tensor:
 
 def _table(name: str) -> Tensor:
     """(N, V, ...), or (N, L, ...) of local crops: an array of the artificial store, whose seed is its name."""
-    views = CROPS if name.startswith("local_") else VIEWS
-    return _noise(sum(map(ord, name)), IMAGES, views, *WIDTHS[name])
+    views = {GLOBAL_VIEWS: VIEWS, LOCAL_CROPS: CROPS}
+    return _noise(sum(map(ord, name)), IMAGES, views[group_of_array(name)], *WIDTHS[name])
 
 
 def _read(rows: Tensor, views: Tensor, array: str = "embedding") -> Tensor:
     """A `memory_bank.Read` of the artificial store."""
-    return _table(array)[rows, views & ~LOCAL]
+    return _table(array)[rows, views - group_of_array(array).first]
 
 
 def _batch(learner: Learner, step: int) -> Batch:
@@ -154,11 +153,9 @@ def _batch(learner: Learner, step: int) -> Batch:
     rows = (torch.arange(B) + step * B) % IMAGES
     teacher = (1 + (torch.arange(w) + step) % (VIEWS - 1)).expand(B, w)
     student = {"same": teacher, "cross": teacher % (VIEWS - 1) + 1, "fresh": teacher + 2**31}[needs.pairings[0]]
-    local = (LOCAL + torch.arange(CROPS)).expand(B, CROPS)
-    features = {}
-    for name in needs.arrays:
-        views = local & ~LOCAL if name.startswith("local_") else teacher
-        features[name] = _table(name)[rows[:, None], views]
+    local = (LOCAL_CROPS.first + torch.arange(CROPS)).expand(B, CROPS)
+    views = {GLOBAL_VIEWS: teacher, LOCAL_CROPS: local}
+    features = {name: _read(rows[:, None], views[group_of_array(name)], name) for name in needs.arrays}
     images = [_noise(1000 + 10 * step + n, B * needs.views, 3, SIZE, SIZE) for n in range(count)]
     crops = [_noise(2000 + 10 * step + n, B * CROPS, 3, SMALL, SMALL) for n in range(count)]
     return Batch(step, rows, student, teacher, features, images, crops, local)
@@ -172,7 +169,7 @@ def _take_step(learner: Learner, step: int, name: str) -> list[float]:
     count = len(learner.students)
     forward = type(learner.method).forward
 
-    def checked_forward(self: Any, batch: Batch, outputs: Any) -> list[Tensor]:
+    def checked_forward(self: Method, batch: Batch, outputs: Sequence[Outputs]) -> list[Tensor]:
         losses = forward(self, batch, outputs)
         assert len(losses) == count, f"{name}.forward returned {len(losses)} losses for {count} students"
         shapes = [tuple(loss.shape) for loss in losses if loss.dim()]

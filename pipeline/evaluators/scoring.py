@@ -1,0 +1,104 @@
+"""Runs protocols on two splits, keeps what they return, and puts together what an evaluation shows."""
+
+import inspect
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from compress_ssl.pipeline.datasets.base import Dataset
+from compress_ssl.pipeline.evaluators.base import AugmentedFeatures, Evaluator, Result, Split, require_labels
+from compress_ssl.pipeline.evaluators.requirements import find_result_faults, is_ours
+from compress_ssl.pipeline.evaluators.results import Gathered, Results, options_of
+from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import describe_exception
+from compress_ssl.pipeline.runtime.storage import Folder
+
+CHECK = "compress_ssl.pipeline.testing.check_protocol tests a protocol in seconds"
+
+
+def require_distinct(evaluators: Mapping[str, Evaluator]) -> None:
+    """Raises UserError if two protocols of a command would write one entry of metrics.json, each hiding the other.
+
+    evaluators: by spec.
+    """
+    taken: dict[str, tuple[str, Evaluator]] = {}
+    for spec, evaluator in evaluators.items():
+        entry = evaluator.entry(options_of(evaluator))
+        other_spec, other = taken.setdefault(entry, (spec, evaluator))
+        if type(other) is not type(evaluator):
+            raise UserError(
+                f"--protocol {other_spec} and --protocol {spec} both have the name {entry!r}, which is their entry in "
+                "metrics.json; change the `name` of one of them"
+            )
+        if other != evaluator and not evaluator.side_by_side:
+            raise UserError(
+                f"--protocol {other_spec} and --protocol {spec} both write the entry {entry!r} of metrics.json, where "
+                "one would hide the other; score them in two evaluations, with an --out for each"
+            )
+
+
+def require_fitting(
+    evaluators: Mapping[str, Evaluator], model: str, weights: str, train: Dataset | Split, val: Dataset | Split
+) -> None:
+    """Raises UserError for a protocol that is for another model or lacks labels, before features are computed.
+
+    model: the name of what is scored; weights: digest of its weights.
+    """
+    sets = {"training": train, "validation": val}
+    for spec, evaluator in evaluators.items():
+        if evaluator.model_digest not in ("", weights):
+            raise UserError(
+                f"--protocol {spec} was made for another model than {model}; give the head of this one: its run's "
+                "head.safetensors, or one made from its store with compress label-head"
+            )
+        require_labels(spec, **{which: sets[which] for which in evaluator.needs_labels})
+
+
+def score_all(
+    evaluators: Mapping[str, Evaluator], train: Split, val: Split, augmented: AugmentedFeatures | None, out: Path
+) -> Gathered:
+    """What the evaluation in OUT has to show: results of these protocols, by spec, and of earlier commands.
+
+    A protocol with a finished result in OUT/results is not run again.
+    """
+    results = Results(Folder(out), train, val)
+    for spec, evaluator in evaluators.items():
+        if results.get(evaluator) is None:
+            results.put(evaluator, spec, score(evaluator, spec, train, val, augmented, out))
+    return results.gather(evaluators.values())
+
+
+def score(
+    evaluator: Evaluator, spec: str, train: Split, val: Split, augmented: AugmentedFeatures | None, out: Path
+) -> Result:
+    """Run one protocol. Raises UserError if a user's own raises an error or returns what cannot be kept."""
+    try:
+        result = evaluator(train, val, out, augmented)
+    except UserError:
+        raise
+    except Exception as wrong:
+        if is_ours(type(evaluator)):
+            raise
+        where = _place_in(wrong, type(evaluator))
+        raise UserError(f"--protocol {spec} failed: {describe_exception(wrong)}{where}; {CHECK}") from wrong
+    fault = next(find_result_faults(result, train, val), None)
+    if fault:
+        where = _place_of(type(evaluator))
+        raise UserError(f"--protocol {spec}: {type(evaluator).__name__}.__call__{where} {fault}; {CHECK}")
+    return result
+
+
+def _place_in(wrong: Exception, cls: type[Evaluator]) -> str:
+    """The last line of the user's own file that an error came through: " (mine.py, line 3)"; "" if there is none."""
+    file = inspect.getsourcefile(cls)
+    frames = [frame for frame in traceback.extract_tb(wrong.__traceback__) if frame.filename == file]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+def _place_of(cls: type[Evaluator]) -> str:
+    """Where a class's __call__ is written."""
+    try:
+        file, (_, line) = inspect.getsourcefile(cls), inspect.getsourcelines(cls.__call__)
+    except (OSError, TypeError):
+        return ""
+    return f" ({Path(file).name}, line {line})" if file else ""

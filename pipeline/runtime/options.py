@@ -1,0 +1,52 @@
+"""The options of a spec as values that a record can hold: JSON scalars, and tuples of them."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+
+from compress_ssl.pipeline.runtime.records import UNSET, UnsetType
+from compress_ssl.pipeline.runtime.signatures import convert
+
+Scalar = bool | int | float | str | None
+Option = Scalar | tuple[Scalar, ...]
+"""The value of an option of a method or a student, as it stands in a record."""
+
+
+def recordable(values: Mapping[str, object]) -> dict[str, Option]:
+    """The values that a record can hold, as it holds them; the others are left out."""
+    options = {name: to_option(value) for name, value in values.items()}
+    return {name: value for name, value in options.items() if not isinstance(value, UnsetType)}
+
+
+def to_option(value: object) -> Option | UnsetType:
+    """The value of an option for a record: a path becomes an absolute text. UNSET if a record cannot hold it."""
+    if isinstance(value, tuple | list):
+        members = [_to_scalar(member) for member in value]
+        scalars = tuple(member for member in members if not isinstance(member, UnsetType))
+        return scalars if len(scalars) == len(members) else UNSET
+    return _to_scalar(value)
+
+
+def _to_scalar(value: object) -> Scalar | UnsetType:
+    if isinstance(value, Path):
+        return str(value.expanduser().absolute())
+    return value if value is None or isinstance(value, bool | int | float | str) else UNSET
+
+
+def option_text(value: Option) -> str:
+    """An option's value as it is typed in a spec."""
+    if isinstance(value, tuple):
+        return "+".join(map(option_text, value))
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "none" if value is None else str(value)
+
+
+def from_option(value: Option, parameter: inspect.Parameter, where: str) -> object:
+    """The value that a parameter takes. A record may have been changed, so it is checked as a typed text is.
+
+    where: the place of the value, with which an error begins. Raises UserError for a value of the wrong type.
+    """
+    if isinstance(value, tuple) and parameter.annotation is parameter.empty:
+        return value if isinstance(parameter.default, tuple) else list(value)
+    return convert(option_text(value), parameter, where)

@@ -1,0 +1,115 @@
+"""A student as a command uses it: its spec, with what a run in its folder recorded for the keys that are not given."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from compress_ssl.pipeline.models import MODELS
+from compress_ssl.pipeline.models.factory import ModelOptions
+from compress_ssl.pipeline.runtime.artifact import MANIFEST
+from compress_ssl.pipeline.runtime.options import Option, from_option, option_text, recordable
+from compress_ssl.pipeline.runtime.records import UnsetType
+from compress_ssl.pipeline.runtime.registry import Spec, convert, parse
+from compress_ssl.pipeline.runtime.signatures import any_key, is_required
+from compress_ssl.pipeline.training.run_record import RunRecord
+from compress_ssl.pipeline.training.version1_defaults import STUDENT_OPTIONS
+
+
+@dataclass(frozen=True)
+class StudentChoice:
+    """A student's spec, its own options, the size of its images and the folder of its run."""
+
+    words: str  # the spec as it was typed when the run was begun: for its record, its seed and messages
+    spec: str  # the same with every own option, to build the network from
+    options: Mapping[str, Option]  # its own options; empty for a network of another library
+    image_size: int | None  # side in pixels; None: the student's own
+    folder: Path
+    recorded: Mapping[str, Option] | None = None  # own options with which the run in the folder was begun; None: no run
+
+
+def choose_student(text: str, folder: Path, record: RunRecord | None, image_size: int | None) -> StudentChoice:
+    """The student of a spec as typed, in a folder that may hold a run of it.
+
+    Keys that the spec does not give are those of the recorded spec, if both name the same network. Raises UserError
+    for an unknown kind of model and for a value of the wrong type.
+    """
+    typed = MODELS.parse(text)
+    own = own_parameters(typed)
+    there = parse(record.identity.student.spec) if record else None
+    if record is None or there is None or not _same_network(typed, there, own):
+        options = {**_defaults(own), **_given(typed, own)}
+        return StudentChoice(text, str(_with_options(typed, own, options)), options, image_size, folder)
+    # ---------------------------------------------------------------- the run in the folder is one of this network
+    saved = record.identity.student
+    recorded = {**_defaults(own), **STUDENT_OPTIONS.get(typed.kind, {}), **_given(there, own)}
+    recorded |= _recorded(saved.options, own, f"{folder}/{MANIFEST}")
+    options = {**{name: value for name, value in recorded.items() if name in own}, **_given(typed, own)}
+    spec = Spec(typed.kind, typed.argument or there.argument, {**there.options, **typed.options})
+    same_words = _foreign(spec, own) == _foreign(there, own)
+    words = saved.spec if same_words else text
+    size = image_size if image_size or "size" in typed.options else saved.preprocessing.size
+    return StudentChoice(words, str(_with_options(spec, own, options)), options, size, folder, recorded)
+
+
+def own_parameters(spec: Spec) -> dict[str, inspect.Parameter]:
+    """{option: its parameter} of the own options of a network of ours that have a default, the argument included.
+
+    Empty for a kind that passes its keys on to another library, and for a user's function.
+    """
+    member = MODELS.member(spec)
+    if member.user or any_key(member.signature):
+        return {}
+    common = {f.name for f in fields(ModelOptions)}
+    parameters = member.signature.parameters.values()
+    return {p.name: p for p in parameters if p.name not in common and not is_required(p)}
+
+
+def _same_network(one: Spec, other: Spec, own: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether two specs name one network, except for its options."""
+    return one.kind == other.kind and (_argument_name(own) is not None or one.argument == other.argument)
+
+
+def _argument_name(own: Mapping[str, inspect.Parameter]) -> str | None:
+    """The own option that the argument of a spec gives; None if there is none."""
+    return next((name for name, p in own.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY), None)
+
+
+def _defaults(own: Mapping[str, inspect.Parameter]) -> dict[str, Option]:
+    return recordable({name: p.default for name, p in own.items()})
+
+
+def _given(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, Option]:
+    """The own options that a spec gives."""
+    argument = _argument_name(own)
+    texts = {key: text for key, text in spec.options.items() if key in own and key != argument}
+    if argument and spec.argument:
+        texts[argument] = spec.argument
+    return recordable({k: convert(text, own[k], _place(spec.kind, k, argument)) for k, text in texts.items()})
+
+
+def _recorded(
+    saved: Mapping[str, Option] | UnsetType, own: Mapping[str, inspect.Parameter], where: str
+) -> dict[str, Option]:
+    """The options of a record. Raises UserError, which names the manifest, for a value of the wrong type."""
+    options = dict(saved or {})
+    for key in options.keys() & own.keys():
+        from_option(options[key], own[key], f"{where}: identity.student.options.{key} is ")
+    return options
+
+
+def _place(kind: str, key: str, argument: str | None) -> str:
+    return f"{kind}:" if key == argument else f"{kind} {key}="
+
+
+def _foreign(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, str]:
+    """The options of a spec that are not the network's own."""
+    return {key: text for key, text in spec.options.items() if key not in own or key == _argument_name(own)}
+
+
+def _with_options(spec: Spec, own: Mapping[str, inspect.Parameter], options: Mapping[str, Option]) -> Spec:
+    """The spec with every own option."""
+    argument = _argument_name(own)
+    texts = {key: option_text(value) for key, value in options.items()}
+    head = texts.pop(argument) if argument else spec.argument
+    return Spec(spec.kind, head, {**_foreign(spec, own), **texts})
