@@ -626,7 +626,9 @@ def test_a_damaged_manifest_is_refused_by_every_command(world: World, here: Path
 def test_a_refused_command_leaves_the_existing_run_unchanged(world: World, run: Path) -> None:
     before = content(run)
     distill(world.store, run, "--lr", 1).refuses("training.lr is", "1.0 asked", "--overwrite")
-    distill(world.store, run, student="convnet:channels=5").refuses('"convnet:channels=4" there')
+    distill(world.store, run, student="convnet:channels=5").refuses(
+        "student.options.channels is [4] there, [5] asked (--student channels=)"
+    )
     distill(world.store, run, "--overwrite", student="convnet:chanels=5").refuses("chanels")
     distill(world.store, run, "--overwrite", method="compress-2q:bank=99").refuses("bank=99")
     distill(world.store, run, "--overwrite", "--device", "cdua").refuses("cdua")

@@ -212,7 +212,7 @@ def test_a_given_flag_that_differs_is_refused_in_the_words_of_the_command(
     with pytest.raises(Mismatch) as refusal:
         distill.run(distill.Config(store=str(store), out=begun, workers=0, device="cpu", steps=4, **flags))
     assert words in str(refusal.value)
-    assert len(refusal.value.differing) <= 3
+    assert len(refusal.value.differing) <= 2, "what follows from another difference is not listed"
     assert (begun / "manifest.json").read_bytes() == before
 
 

@@ -209,10 +209,12 @@ def _require_strict_loading(learner: Learner, name: str) -> None:
     """Assert that a checkpoint without one of the entries of the method's state is refused, for each entry."""
     folder = learner.students[0].folder / "checkpoints"
     saved = checkpoint.load(folder / f"step-{STEPS // 2:08d}.pt")
-    for key in saved["method"]:
+    method = saved["method"]
+    assert isinstance(method, dict)  # the state of an nn.Module
+    for key in method:
         if key.endswith("num_batches_tracked"):  # torch sets it to 0 where it is missing
             continue
-        state = {k: v for k, v in saved["method"].items() if k != key}
+        state = {k: v for k, v in method.items() if k != key}
         torch.save({**saved, "method": state}, folder / "incomplete.pt")
         try:
             checkpoint.restore(folder / "incomplete.pt", learner.checkpoint_parts(learner.students[0]))

@@ -11,7 +11,7 @@ import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -23,7 +23,19 @@ STEP_FILE = re.compile(r"step-(\d+)\.pt$")
 """Name of a checkpoint's file; the number is that of steps taken."""
 
 
-def save(folder: Path, step: int, parts: Mapping[str, Any]) -> None:
+State: TypeAlias = "dict[str, object]"
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What has a state to save: a module, an optimizer, a scaler."""
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State, /) -> object: ...
+
+
+def save(folder: Path, step: int, parts: Mapping[str, object]) -> None:
     """Write step-N.pt into the folder, and make last.pt the same file.
 
     parts: name -> an object with `state_dict`, or a plain value. KEEP - 1 checkpoints of earlier steps are kept.
@@ -50,10 +62,10 @@ def link(source: Path, target: Path) -> None:
     replace_file(part, target)
 
 
-def to_bytes(parts: Mapping[str, Any]) -> bytes:
+def to_bytes(parts: Mapping[str, object]) -> bytes:
     """A checkpoint's file: name -> `state_dict` of the part, or the plain value."""
     buffer = io.BytesIO()
-    torch.save({k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}, buffer)
+    torch.save({k: v.state_dict() if isinstance(v, Stateful) else v for k, v in parts.items()}, buffer)
     return buffer.getvalue()
 
 
@@ -64,7 +76,7 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> State:
     """Read a checkpoint into memory. Raises UserError if the file is missing or damaged.
 
     Only tensors and plain values are unpickled (`weights_only`): a checkpoint cannot run code.
@@ -87,7 +99,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} is damaged ({why}); delete it to continue from an earlier one") from None
 
 
-def restore(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
+def restore(path: Path, parts: Mapping[str, object]) -> State:
     """Load every part that has `load_state_dict`, strictly, and return the whole checkpoint.
 
     The caller takes plain values from what is returned. Raises UserError if a part is missing, superfluous or
@@ -101,10 +113,13 @@ def restore(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
             "start anew with --overwrite"
         )
     for name, part in parts.items():
-        if hasattr(part, "load_state_dict"):
+        if isinstance(part, Stateful):
+            state = saved[name]
             try:
-                part.load_state_dict(saved[name])
-            except (RuntimeError, KeyError, ValueError, TypeError) as problem:
+                if not isinstance(state, dict):
+                    raise TypeError(f"expected a state, got {type(state).__name__}")
+                part.load_state_dict(state)
+            except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as problem:
                 why = " ".join(str(problem).split())[:200]
                 raise UserError(f"checkpoint {path} does not fit this run: {name}: {why}") from None
     return saved

@@ -64,6 +64,9 @@ def _claim(folder: Folder, asked: RunRecord, spec: LearnerSpec, choice: StudentC
     if there.student.spec != identity.student.spec:
         there = replace(there, student=replace(there.student, options=UNSET))
         identity = replace(identity, student=replace(identity.student, options=UNSET))
+    one, other = there.student, identity.student
+    if (one.spec, one.options) != (other.spec, other.options):  # the width and the weights follow from these
+        there = replace(there, student=replace(one, width=other.width, initial=other.initial))
     artifact.require_equal(folder, to_json(there), to_json(identity), _name_flag)
 
 

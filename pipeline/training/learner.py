@@ -4,7 +4,6 @@ import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +118,7 @@ class Learner:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def checkpoint_parts(self, student: Student) -> dict[str, Any]:
+    def checkpoint_parts(self, student: Student) -> dict[str, object]:
         """Name -> what the checkpoint of one student holds. The files of peers differ only in the student's parts."""
         shared = {"method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
         return {**student.checkpoint_parts(), **shared}
@@ -150,8 +149,11 @@ class Learner:
         if not self.start:
             return
         for student, folder in zip(self.students, folders, strict=True):
-            saved = checkpoint.restore(folder / f"step-{self.start:08d}.pt", self.checkpoint_parts(student))
-            student.best = saved["best"]
+            file = folder / f"step-{self.start:08d}.pt"
+            best = checkpoint.restore(file, self.checkpoint_parts(student)).get("best")
+            if not isinstance(best, int | float):
+                raise UserError(f"checkpoint {file} does not fit this run: best is no number; delete it")
+            student.best = best
 
 
 def _newest_common_step(folders: Sequence[Path]) -> int:

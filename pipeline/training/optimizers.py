@@ -25,7 +25,7 @@ def make_optimizer(
     decay_all = norm_decay and name != "lars"
     with_decay = [p for p in modules.parameters() if p.requires_grad and (decay_all or p.ndim > 1)]
     without = [p for p in modules.parameters() if p.requires_grad and not (decay_all or p.ndim > 1)]
-    groups: list[dict[str, Any]] = [{"params": with_decay, "weight_decay": weight_decay}]
+    groups: list[dict[str, Any]] = [{"params": with_decay, "weight_decay": weight_decay}]  # the type is that of torch
     groups += [{"params": without, "weight_decay": 0.0}] if without else []
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum)

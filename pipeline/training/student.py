@@ -2,12 +2,12 @@
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
+from torch import Tensor
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.models import linear_head
@@ -28,7 +28,7 @@ class Student:
         """folder: of the student's run. ema: decay per step of a moving average of the weights; None for no average."""
         self.folder, self.model, self.ema = folder, model, ema
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
-        self.forward: Any = model.forward_outputs
+        self.forward: Callable[[Tensor, Sequence[str]], dict[str, Tensor]] = model.forward_outputs
         self.best = -1.0  # highest validation score so far, in percent; negative before the first validation
 
     @property
@@ -54,7 +54,7 @@ class Student:
             update_ema(self.average, self.model, self.ema)
             copy_buffers(self.average, self.model)
 
-    def checkpoint_parts(self) -> dict[str, Any]:
+    def checkpoint_parts(self) -> dict[str, object]:
         """Name -> what a checkpoint holds of the student."""
         return {"student": self.model, "average": self.average, "best": self.best}
 
