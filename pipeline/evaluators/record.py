@@ -6,7 +6,6 @@ protocols themselves read their entries.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS, find_protocol
 from compress_ssl.pipeline.evaluators.scores import Score, sort_naturally
@@ -17,10 +16,12 @@ from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.records import (
     UNSET,
     Count,
+    Digest,
     InvalidRecord,
     JsonObject,
     Number,
     Positive,
+    Sha256,
     UnsetType,
     parse_json,
     read_record,
@@ -76,7 +77,7 @@ class DataRecord:
 class WeightsRecord:
     """The weights that are scored, and how their images are prepared."""
 
-    weights: str
+    weights: Sha256
     preprocessing: Preprocessing
 
 
@@ -84,8 +85,8 @@ class WeightsRecord:
 class FingerprintsRecord:
     """Fingerprints of the two data sets."""
 
-    train: str
-    val: str
+    train: Digest
+    val: Digest
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def parse_metrics(entries: object, where: str) -> Evaluation:
     return Evaluation(own.model, own.data, tuple(order_by_protocol(scores)), protocols)
 
 
-def _scores_of_version1(entry: str, metrics: Any, where: str) -> list[Score]:
+def _scores_of_version1(entry: str, metrics: object, where: str) -> list[Score]:
     """The scores in one entry, which its protocol reads; none if no protocol has such an entry."""
     kind = entry.partition("_")[0]  # an entry is a protocol's name, or that name, "_" and a variant
     protocol = find_protocol(kind)

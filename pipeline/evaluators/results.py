@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any
 
 import numpy as np
 
@@ -240,17 +239,18 @@ def options_of(evaluator: Evaluator) -> JsonObject:
     }
 
 
-def _as_json(value: Any, what: str) -> Any:
-    """A value as it will be read from JSON. `Any`: any type that a user's option may have."""
+def _as_json(value: object, what: str) -> object:
+    """The value of an option as it will be read from JSON."""
     if isinstance(value, PurePath):
         return str(value)
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        read: object = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
         raise UserError(
             f"{what} is a {type(value).__name__}, which cannot be kept with the result; options are numbers, "
             "words, paths, None, or lists of them (field(compare=False) for what does not decide the result)"
         ) from None
+    return read
 
 
 def code_of(cls: type[Evaluator]) -> str:

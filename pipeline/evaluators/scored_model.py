@@ -1,10 +1,9 @@
 """The model that an evaluation scores: the student of a run, the teacher of a store, or any model by its spec."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -41,7 +40,7 @@ class ScoredModel:
     data: DataSource | None = None  # the images it was trained or exported on
     store: FeatureStore | None = None  # of a teacher: its stored features
     run: Path | None = None
-    sample_ids: Callable[[], Any] | None = None  # ids of the images in `data`, needed if they are a selection
+    sample_ids: Callable[[], Iterable[object]] | None = None  # of the images in `data`, if they are a selection
     teacher_evaluation: Path | None = None  # of a student: the folder where its teacher's evaluation is by default
 
     def find_store(self, dataset: Dataset) -> FeatureStore | None:

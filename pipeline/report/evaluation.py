@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,7 +36,7 @@ def write_report(
     train: Split,
     val: Split,
     teacher: Evaluation | None = None,
-    curves: Sequence[Mapping[str, Any]] | None = None,
+    curves: Sequence[Mapping[str, object]] | None = None,
     load_image: LoadImage | None = None,
 ) -> Path:
     """Write FOLDER/report.html and FOLDER/figures/*.png; returns the path of the page.
@@ -116,7 +115,7 @@ def _read_sizes(evaluation: Evaluation, teacher: Evaluation | None) -> list[int]
     return sizes if len(sizes) == 2 and all(sizes) else []
 
 
-def _collect_facts(evaluation: Evaluation) -> dict[str, list[tuple[str, Any]]]:
+def _collect_facts(evaluation: Evaluation) -> dict[str, list[tuple[str, object]]]:
     """The recorded facts of the model and of the data, as (key, value) pairs under "model" and "data"."""
     records = {"model": to_json(evaluation.model), "data": to_json(evaluation.data)}
     return {
@@ -128,7 +127,7 @@ def _collect_facts(evaluation: Evaluation) -> dict[str, list[tuple[str, Any]]]:
 # ---------------------------------------------------------------- curves
 
 
-def _embed_training_curves(out: Folder, rows: Sequence[Mapping[str, Any]]) -> EmbeddedChart | None:
+def _embed_training_curves(out: Folder, rows: Sequence[Mapping[str, object]]) -> EmbeddedChart | None:
     """The chart of the training curves, a panel for each key of PANELS that has two values or more."""
     lines = {}
     for key in PANELS:
@@ -143,7 +142,7 @@ def _embed_training_curves(out: Folder, rows: Sequence[Mapping[str, Any]]) -> Em
     return embed_chart("training", chart, "training curves: " + ", ".join(lines), note, folder=out)
 
 
-def select_series(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+def select_series(rows: Sequence[Mapping[str, object]], key: str) -> np.ndarray:
     """(m, 2) float64 pairs of step and value in order of step; rows without a finite step or value are skipped."""
     pairs = [(row["step"], row[key]) for row in rows if is_finite(row.get("step")) and is_finite(row.get(key))]
     return np.array(sorted(pairs), dtype=np.float64).reshape(-1, 2)

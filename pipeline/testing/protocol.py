@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +42,7 @@ MODEL = ModelRecord("artificial", "model", 1000, WIDTH, spec="artificial")
 # ---------------------------------------------------------------- the public check
 
 
-def check_protocol(build: Callable[..., Evaluator], /, **options: Any) -> None:  # options may be of any type
+def check_protocol(build: Callable[..., Evaluator], /, **options: object) -> None:
     """Run a protocol on small artificial splits and raise AssertionError if it breaks a requirement.
 
     The data are Gaussian classes "a" to "f": 80 training and 40 validation images with features of 8 dimensions. It
@@ -113,7 +112,7 @@ def _unlabelled(split: Split, every: int) -> Split:
 # ---------------------------------------------------------------- assertions
 
 
-def _build(build: Callable[..., Evaluator], options: Mapping[str, Any]) -> Evaluator:
+def _build(build: Callable[..., Evaluator], options: Mapping[str, object]) -> Evaluator:
     """The protocol, whose class and options are asserted to be what they must."""
     if isinstance(build, type):
         fault = next(find_class_faults(build), None)
@@ -244,8 +243,8 @@ def _picture(row: int) -> np.ndarray:
 # ---------------------------------------------------------------- comparing
 
 
-def _contents(result: Result) -> dict[str, Any]:
-    """All of a result in a form that == compares bit for bit. `Any`: whatever its metrics hold."""
+def _contents(result: Result) -> dict[str, object]:
+    """All of a result in a form that == compares bit for bit."""
     arrays = dict(result.arrays)
     figures = [figure_arrays.pack(figure, arrays) for figure in result.figures]
     scores = [replace(score, options={}) for score in result.scores]  # options are filled in when a result is kept
@@ -253,7 +252,7 @@ def _contents(result: Result) -> dict[str, Any]:
     return {"metrics": json.dumps(result.metrics), "scores": scores, "figures": figures, "arrays": bits}
 
 
-def _global_random_state() -> tuple[Any, ...]:
+def _global_random_state() -> tuple[object, ...]:
     """The states of the global generators of Python, NumPy and torch, each in a form of its own."""
     _, key, position, *normal = np.random.get_state()
     return random.getstate(), np.asarray(key).tobytes(), position, normal, torch.get_rng_state().tolist()
