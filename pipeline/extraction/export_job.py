@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.models import parse_outputs
 from compress_ssl.pipeline.models.choices import Precision
-from compress_ssl.pipeline.runtime.records import UnsetType
+from compress_ssl.pipeline.views.groups import LOCAL_CROPS
 from compress_ssl.pipeline.views.policies import Policy
 
 if TYPE_CHECKING:
@@ -77,14 +77,14 @@ def resolve_flags(
 def recorded_flags(store: "FeatureStore") -> StoreFlags:
     """The flags that a store records. Raises UserError for the features of an evaluation, which record fewer."""
     identity = store.identity
-    local = None if isinstance(identity.local, UnsetType) else identity.local
+    crops = identity.group(LOCAL_CROPS)
     return StoreFlags(
         views=store.views,
         policy=identity.views.policy,
         seed=identity.views.seed,
         image_size=identity.teacher.preprocessing.size,
-        local_views=local.views if local else 0,
-        local_size=local.size if local else None,
+        local_views=crops.views if crops else 0,
+        local_size=crops.size if crops else None,
         keep=",".join(store.arrays_of(0)),
         codec=identity.codec,
         batch_size=identity.batch_size,

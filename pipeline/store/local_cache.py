@@ -16,7 +16,7 @@ from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.copy import copy_shard
 from compress_ssl.pipeline.store.feature_store import COPY, FeatureStore
-from compress_ssl.pipeline.store.shards import done_key
+from compress_ssl.pipeline.store.shards import ShardIndex, done_key
 
 Spans = Sequence[tuple[int, int]]  # of views: (first, one past the last)
 CONNECTIONS = 16  # row blocks that are fetched in parallel
@@ -45,7 +45,8 @@ def fetch(remote: FeatureStore, views: Sequence[int], cache: Path | None = None)
     Whole shards are copied, because their digests cover all arrays. Raises UserError if the remote store lacks some
     of these views or is damaged.
     """
-    remote.require_complete(views)
+    # The done records alone: the metadata of the arrays is that of the copy, which is checked when it is read.
+    ShardIndex.require_complete(remote, views)
     folder = CachedFolder((cache or cache_home()).expanduser() / remote.fingerprint, str(remote.storage))
     folder.sweep()
     folder.put(artifact.MANIFEST, artifact.to_bytes(remote.manifest))
