@@ -20,8 +20,8 @@ from compress_ssl.pipeline.evaluators.record import (
     read_teacher,
     require_same_images,
 )
-from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact, jsonl
+from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError

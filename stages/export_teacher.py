@@ -11,8 +11,8 @@ from compress_ssl.pipeline.datasets import open_images
 from compress_ssl.pipeline.extraction.cluster import parse_scheduler
 from compress_ssl.pipeline.extraction.export_job import DEFAULTS, Job, StoreFlags, resolve_flags
 from compress_ssl.pipeline.models import MODELS, parse_outputs
-from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError

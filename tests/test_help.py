@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from compress_ssl import cli
-from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.models.precision import PRECISIONS
+from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.runtime.config import check_choices, choices, flag, flag_name, plain_types, to_flags
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.help_page import FIRST_COLUMN, format_page, help_text, sections_of

@@ -1,16 +1,13 @@
 """The records of a store are written byte for byte as they were read, whichever command or version made them."""
 
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from compress_ssl.pipeline.models import choices
 from compress_ssl.pipeline.runtime import artifact, digests
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.storage import Folder
-from compress_ssl.pipeline.store import records
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.records import read_done_record, read_history, read_store
 from compress_ssl.stages import evaluate, export_teacher, inspect, store_copy
@@ -46,10 +43,6 @@ def test_the_records_of_version_1_are_written_as_they_were_read(folder: Path) ->
 def test_stores_and_features_of_evaluations_of_version_1_are_among_them() -> None:
     names = {str(folder.relative_to(VERSION1)) for folder in OF_VERSION1}
     assert {"store", "store-half", "evaluation/teacher/features/val", "evaluation/student/features/train"} <= names
-
-
-def test_a_store_records_the_precisions_that_can_be_asked_for() -> None:
-    assert get_args(records.Precision) == get_args(choices.Precision)
 
 
 @pytest.fixture(scope="module")

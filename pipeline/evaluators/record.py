@@ -9,8 +9,8 @@ from pathlib import Path
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS, find_protocol
 from compress_ssl.pipeline.evaluators.scores import Score, sort_naturally
-from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime.artifact import Manifest, Mismatch
+from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.records import (

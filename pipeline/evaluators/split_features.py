@@ -17,6 +17,7 @@ from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.features import view_features
 from compress_ssl.pipeline.extraction.view_batches import model_views
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.runtime.device import choose_device, loader_workers
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
@@ -26,7 +27,6 @@ from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import Column
 from compress_ssl.pipeline.store.records import (
     DataIdentity,
-    Precision,
     StoreAbout,
     StoreIdentity,
     StoreRecord,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress_ssl.pipeline.models import parse_outputs
-from compress_ssl.pipeline.models.choices import Precision
+from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.views.groups import LOCAL_CROPS
 from compress_ssl.pipeline.views.policies import Policy
 

@@ -6,9 +6,10 @@ is true, so no entry is used before it is checked.
 """
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, TypedDict
 
 from compress_ssl.pipeline.runtime import artifact, digests
+from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import (
     UNSET,
@@ -32,7 +33,6 @@ from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 MAX_EXTENT = 2**40  # images, rows and numbers of a feature: what is larger is no store's, and overflows an index
 
-Precision = Literal["fp32", "bf16", "fp16"]  # that of models/choices.py, which this layer does not import
 Extent = Annotated[int, Meta(ge=1, le=MAX_EXTENT)]
 Views = Annotated[int, Meta(ge=1, le=ROOM)]  # a larger number would be that of another group's view
 Shape = Annotated[tuple[Extent, ...], Meta(min_length=1, max_length=2)]  # of one (i, v): (D,), or (R, D) of regions

@@ -12,8 +12,8 @@ from pathlib import Path
 from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import Recipe
 from compress_ssl.pipeline.methods.options import TypedMethod
-from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
+from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import UNSET
 from compress_ssl.pipeline.training import version1_defaults as version1

@@ -7,8 +7,8 @@ entries that version 1 did not write are missing in its runs (UNSET); `version1_
 from dataclasses import dataclass
 from typing import Annotated
 
-from compress_ssl.pipeline.models.choices import Precision
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.runtime.options import Option
 from compress_ssl.pipeline.runtime.records import (
     UNSET,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from compress_ssl.pipeline.methods.base import Recipe
-from compress_ssl.pipeline.models.choices import Precision
+from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.training.choices import OptimizerName
 from compress_ssl.pipeline.training.sampler import StepSampler
 from compress_ssl.pipeline.training.schedule import Schedule, ScheduleKind
