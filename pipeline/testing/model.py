@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.models.embedder import Embedder
-from compress_ssl.pipeline.models.python import model
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.registry import PYTHON
 from compress_ssl.pipeline.runtime.user_object import UserObject
 
 B = 6
@@ -53,7 +54,8 @@ def check_model(build: Callable[..., object], /, *arguments: object, **options: 
     def make(seed: int) -> Embedder:
         torch.manual_seed(seed)
         try:
-            return model(UserObject(name, build, ("model", name)))(*arguments, **options)
+            embedder: Embedder = MODELS.resolve(PYTHON)(UserObject(name, build, ("model", name)))(*arguments, **options)
+            return embedder
         except UserError as wrong:
             raise AssertionError(str(wrong)) from None
 
