@@ -24,9 +24,8 @@ from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.groups import group_of
+from compress_ssl.pipeline.views.groups import LOCAL, group_of
 from compress_ssl.pipeline.views.loader import ViewRequest
-from compress_ssl.pipeline.views.numbering import LOCAL
 from compress_ssl.stages import export_teacher
 
 TEACHER, SIZE, BATCH, IMAGES, BAD = "timm:resnet18,pretrained=false", 32, 8, 21, 10  # 21: the last batch has 5 images

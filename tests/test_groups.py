@@ -25,8 +25,7 @@ from compress_ssl.pipeline.store.records import DoneRecord, GroupIdentity, Store
 from compress_ssl.pipeline.store.shards import done_key
 from compress_ssl.pipeline.views import groups
 from compress_ssl.pipeline.views.augment import draw_variates, resolve_view
-from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, GROUPS, LOCAL_CROPS, ROOM, ViewGroup
-from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
+from compress_ssl.pipeline.views.groups import FRESH, GLOBAL_VIEWS, GROUPS, LOCAL, LOCAL_CROPS, ROOM, ViewGroup
 from compress_ssl.pipeline.views.policies import Augmentation
 from compress_ssl.stages import distill, export_teacher
 

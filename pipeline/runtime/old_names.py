@@ -101,7 +101,7 @@ _NEW_NAMES = {
         "unbuilt=models.factory:build_error safe_name=models.factory:safe_name digest=state_digest "
         "pooled=pool_output"
     ),
-    "philox": ("FRESH=views.numbering:FRESH LOCAL=views.numbering:LOCAL view_name=views.groups:view_name"),
+    "philox": ("FRESH=views.groups:FRESH LOCAL=views.groups:LOCAL view_name=views.groups:view_name"),
     "progress": (
         "duration=runtime.formatting:format_duration size=runtime.formatting:format_bytes Meter=ProgressBar "
         "meter=progress_bar say=echo EVERY=LINE_INTERVAL"
