@@ -9,8 +9,8 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.signatures import is_required
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 from compress_ssl.pipeline.runtime.user_object import UserObject
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
