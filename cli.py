@@ -23,8 +23,8 @@ from compress_ssl.pipeline.runtime.config import check_choices, choices, flag_na
 from compress_ssl.pipeline.runtime.errors import UserError, describe_disk_error, describe_exhaustion
 from compress_ssl.pipeline.runtime.help_page import Rows, format_page, sections_of, value_name
 from compress_ssl.pipeline.runtime.launch_env import is_launched, is_main_process
-from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.signals import Interrupted
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

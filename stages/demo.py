@@ -18,7 +18,7 @@ from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require, to_fla
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.lease import set_aside
 from compress_ssl.pipeline.runtime.progress import echo
-from compress_ssl.pipeline.runtime.records import Count, Number, read_record, to_json
+from compress_ssl.pipeline.runtime.records import Count, Number, parse_json, read_record, to_json
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.stages import compare, distill, evaluate, export_teacher
 
@@ -116,7 +116,8 @@ def run(config: Config) -> CommandResult:
     }  # fmt: skip
     artifact.claim(home, "demo", identity)
     if home.exists(RESULTS):
-        rows = read_record(tuple[Row, ...], artifact.read_json(home, RESULTS), f"{home}/{RESULTS}")
+        where = f"{home}/{RESULTS}"
+        rows = read_record(tuple[Row, ...], parse_json(home.get(RESULTS), where), where)
         if all((config.out / row.evaluation / "report.html").exists() for row in rows):
             return finish(config.out, rows, "is finished already")
     began = time.monotonic()

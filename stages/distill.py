@@ -264,14 +264,15 @@ def train_together(jobs: Sequence[Job]) -> CommandResult:
 
 def check(config: Config) -> None:
     """Raises UserError for a config that can be refused before torch is imported, which takes seconds."""
-    counts = ("steps", "batch_size", "views", "views_per_step", "image_size", "save_every", "devices")
-    require(config, {name: POSITIVE for name in counts})
-    finite = (lambda x: 0 < x < float("inf"), "must be more than 0 and finite")
-    require(config, {name: finite for name in ("epochs", "val_every", "lr", "clip")})
-    require(config, {"workers": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "warmup_epochs": NOT_NEGATIVE})
+    positive = (
+        "steps", "batch_size", "views", "views_per_step", "image_size", "save_every", "devices", "epochs", "val_every",
+        "lr", "clip",
+    )  # fmt: skip
     require(
         config,
         {
+            **{name: POSITIVE for name in positive},
+            **{name: NOT_NEGATIVE for name in ("workers", "weight_decay", "warmup_epochs")},
             "seed": (lambda x: 0 <= x < 2**64, "must be from 0 to 2**64 - 1"),
             "momentum": (lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
             "ema": (lambda x: 0 < x < 1, "must be between 0 and 1"),

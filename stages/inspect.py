@@ -2,11 +2,12 @@
 
 import json
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.evaluators.record import METRICS, read_evaluation, read_evaluation_record
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.formatting import format_bytes, format_duration, is_finite
 from compress_ssl.pipeline.runtime.options import option_text
@@ -28,21 +29,21 @@ class Config:
     epochs: float = flag(200.0, "Epochs of each of these students, for the same estimate.")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> CommandResult:
     """Returns {"summary", "kind", "manifest"} and what the describe_* function of that kind returns.
 
-    For a store it also returns the numbers of `compute_savings`. Raises UserError for a folder of another origin.
+    For a store it also returns its `Savings`. Raises UserError for a folder of another origin.
     """
     storage = open_storage(config.path)
     manifest = artifact.read(storage)
     require(config, {"students": POSITIVE, "epochs": POSITIVE})
-    numbers: dict[str, Any] = {}
+    numbers: CommandResult = {}
     if manifest.kind == "store":
         from compress_ssl.pipeline.store.feature_store import FeatureStore
 
         store = FeatureStore(storage)
-        numbers = compute_savings(store, config)
-        described = describe_store(store, numbers)
+        savings = compute_savings(store, config)
+        described, numbers = describe_store(store, savings), asdict(savings)
     elif manifest.kind == "run":
         described = describe_run(storage, manifest)
     elif manifest.kind == "evaluation":
@@ -56,8 +57,28 @@ def run(config: Config) -> dict[str, Any]:
 # ---------------------------------------------------------------- a store
 
 
-def describe_store(store: "FeatureStore", savings: dict[str, Any]) -> dict[str, Any]:
-    """A store in words, by title. savings: the numbers of `compute_savings`."""
+@dataclass(frozen=True)
+class Savings:
+    """What a store cost and what it saves, in numbers.
+
+    To embed N images in V views the teacher needs N * V forward passes, once. Without a store it needs N passes for
+    each student and epoch. So the store pays from V epochs on, summed over all students.
+    """
+
+    students: int
+    epochs: float  # of each student
+    device_seconds: float  # of the export
+    images_per_s: float | None  # None: the time is not known
+    views_per_s: float | None
+    stored_forwards: int
+    live_forwards: int
+    break_even_epochs: int
+    bytes: int
+    pending: int  # shards
+
+
+def describe_store(store: "FeatureStore", savings: Savings) -> CommandResult:
+    """A store in words, by title."""
     about, identity = store.about, store.identity
     exported = bool(about.data)  # false for an evaluation's features, which name neither their images nor their model
     if exported:
@@ -66,8 +87,7 @@ def describe_store(store: "FeatureStore", savings: dict[str, Any]) -> dict[str, 
         origin, teacher = ", scored by an evaluation", "what was scored"
     first = store.stored_views.start  # above 0 if view 0 is not stored
     views = f"{first} to {store.views - 1}" if first else str(store.views)
-    shards = -(-store.images // store.rows)
-    described: dict[str, Any] = {
+    described: CommandResult = {
         "fingerprint": store.fingerprint,
         "data": f"{store.images} images{origin}",
         "teacher": f"{teacher}, {store.arrays['embedding'][0]} dimensions",
@@ -77,9 +97,9 @@ def describe_store(store: "FeatureStore", savings: dict[str, Any]) -> dict[str, 
     described |= {
         "arrays": ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in store.arrays.items()),
         "codec": identity.codec,
-        "shards": f"{shards - savings['pending']} of {shards} done, {store.rows} rows each",
+        "shards": f"{store.blocks - savings.pending} of {store.blocks} done, {store.rows} rows each",
         "bad images": len(store.bad_images()),
-        "on disk": format_bytes(savings["bytes"]),
+        "on disk": format_bytes(savings.bytes),
         "cost": format_cost(savings),
     }
     if about.copied_from is not None:
@@ -89,53 +109,48 @@ def describe_store(store: "FeatureStore", savings: dict[str, Any]) -> dict[str, 
     return described
 
 
-def compute_savings(store: "FeatureStore", config: Config) -> dict[str, Any]:
-    """What the store cost and what it saves, as numbers.
-
-    To embed N images in V views the teacher needs N * V forward passes, once. Without a store it needs N passes for
-    each student and epoch. So the store pays from V epochs on, summed over all students.
-    """
+def compute_savings(store: "FeatureStore", config: Config) -> Savings:
+    """The savings of a store for the students and epochs of the Config."""
     history, view_count = store.history(), len(store.all_views)
     seconds = sum(event.seconds for event in history)
     images, views = sum(event.images for event in history), sum(event.views for event in history)
-    return {
-        "students": config.students,
-        "epochs": config.epochs,
-        "device_seconds": seconds,
-        "images_per_s": images / seconds if seconds else None,
-        "views_per_s": views / seconds if seconds else None,
-        "stored_forwards": store.images * view_count,
-        "live_forwards": round(store.images * config.students * config.epochs),
-        "break_even_epochs": view_count,
-        "bytes": store.storage.size(),
-        "pending": len(store.pending()),
-    }
+    return Savings(
+        students=config.students,
+        epochs=config.epochs,
+        device_seconds=seconds,
+        images_per_s=images / seconds if seconds else None,
+        views_per_s=views / seconds if seconds else None,
+        stored_forwards=store.images * view_count,
+        live_forwards=round(store.images * config.students * config.epochs),
+        break_even_epochs=view_count,
+        bytes=store.storage.size(),
+        pending=len(store.pending()),
+    )
 
 
-def format_cost(savings: dict[str, Any]) -> str:
+def format_cost(savings: Savings) -> str:
     """The device time of the export and its rates, in words."""
-    seconds = savings["device_seconds"]
-    if not seconds:
+    if savings.images_per_s is None or savings.views_per_s is None:
         return "not known"
-    rates = f"{savings['images_per_s'] or 0:.0f} images/s, {savings['views_per_s']:.0f} views/s"
-    return f"{format_duration(seconds)}, {rates}"
+    time = format_duration(savings.device_seconds)
+    return f"{time}, {savings.images_per_s:.0f} images/s, {savings.views_per_s:.0f} views/s"
 
 
-def format_savings(savings: dict[str, Any]) -> str:
-    """The numbers of `compute_savings` in words."""
-    live, rate = savings["live_forwards"], savings["views_per_s"]
-    saved = live - savings["stored_forwards"]
+def format_savings(savings: Savings) -> str:
+    """What a store saves, in words."""
+    live, rate = savings.live_forwards, savings.views_per_s
+    saved = live - savings.stored_forwards
     time = f", {format_duration(saved / rate)} of this device" if rate and saved > 0 else ""
     return (
-        f"{saved} of {live} teacher forwards for {savings['students']} students x {savings['epochs']:g} epochs{time}"
-        f"; pays off once the epochs of all students add up to {savings['break_even_epochs']}"
+        f"{saved} of {live} teacher forwards for {savings.students} students x {savings.epochs:g} epochs{time}"
+        f"; pays off once the epochs of all students add up to {savings.break_even_epochs}"
     )
 
 
 # ---------------------------------------------------------------- a run
 
 
-def describe_run(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any]:
+def describe_run(storage: Storage, manifest: artifact.Manifest) -> CommandResult:
     """A run of distill in words and numbers, by title: its settings, the last logged step and its checkpoints."""
     from compress_ssl.pipeline.training.run_record import parse_run
 
@@ -145,7 +160,7 @@ def describe_run(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any
     last = next((row for row in reversed(rows) if row.loss is not None), MetricsRow(0, {"epoch": 0}))
     scores = [row.values["val_nn"] for row in rows if is_finite(row.values.get("val_nn"))]
     checkpoints = list_checkpoints(storage)
-    described: dict[str, Any] = {
+    described: CommandResult = {
         "student": identity.student.spec,
         "method": identity.method,
         "store": f"{about.store} ({identity.store})",
@@ -183,7 +198,7 @@ def list_checkpoints(storage: Storage) -> list[int]:
 # ---------------------------------------------------------------- an evaluation, and anything else
 
 
-def describe_evaluation(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any]:
+def describe_evaluation(storage: Storage, manifest: artifact.Manifest) -> CommandResult:
     """An evaluation by title: its model, its images, the scores of each protocol and the path of its page."""
     about = read_evaluation_record(manifest, str(storage)).about
     protocols = read_evaluation(storage).protocols if storage.exists(METRICS) else {}
@@ -196,7 +211,7 @@ def describe_evaluation(storage: Storage, manifest: artifact.Manifest) -> dict[s
     }
 
 
-def describe_identity(storage: Storage, manifest: artifact.Manifest) -> dict[str, Any]:
+def describe_identity(storage: Storage, manifest: artifact.Manifest) -> CommandResult:
     """Any other kind of folder: the settings it was made with, and its size."""
     settings = {
         name: value if isinstance(value, str) else json.dumps(value) for name, value in manifest.identity.items()

@@ -1,6 +1,5 @@
 """`compress label-head`: fits a linear head on stored embeddings to a few labels, for the method simclr-v2."""
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,13 +87,14 @@ def resolve(config: Config) -> Job:
     from compress_ssl.pipeline.datasets.decode import GOOD
     from compress_ssl.pipeline.models import linear_head
     from compress_ssl.pipeline.store.feature_store import FeatureStore
+    from compress_ssl.pipeline.store.listed_images import listed_rows
 
     store = FeatureStore(storage)
     classes = store.class_names()
     store.require_complete([0])
     label = np.where(store.table("status") == GOOD, store.table("label"), -1)
     if share is None:
-        rows = find_rows(store, config.labels)
+        rows = listed_rows(store, config.labels, f"--labels {config.labels} is neither a share, as 10%,")
     else:
         rows = linear_head.choose_labelled(label, share, config.seed)
     rows = rows[label[rows] >= 0]
@@ -116,7 +116,7 @@ def score_head(head: "LinearHead", features: "np.ndarray", label: "np.ndarray") 
 
 
 def parse_share(text: str) -> float | None:
-    """`1%` -> 0.01; None for the path of a file. Raises UserError for anything else."""
+    """`1%` -> 0.01; None for the path of a file. Raises UserError for a share that is none."""
     if text.endswith("%"):
         try:
             share = float(text[:-1]) / 100
@@ -127,31 +127,4 @@ def parse_share(text: str) -> float | None:
                 f"--labels is {text}, but a share must be more than 0% and at most 100%; give for instance 10%"
             )
         return share
-    if not Path(text).is_file():
-        raise UserError(f"--labels {text} is neither a share, as 10%, nor a file of image ids; check the path")
     return None
-
-
-def find_rows(store: "FeatureStore", file: str) -> "np.ndarray":
-    """(n,) int64 rows, ascending, of the images listed in a text file, one id or file name in a line.
-
-    Raises UserError for a name that the store lacks and for a file name that several images share.
-    """
-    import numpy as np
-
-    ids = [str(name) for name in store.table("sample_id")]
-    file_names = [name.rpartition("/")[2] for name in ids]
-    shared = {name for name, count in Counter(file_names).items() if count > 1}
-    # An id takes precedence over an equal file name.
-    row = {name: i for i, name in enumerate(file_names)} | {name: i for i, name in enumerate(ids)}
-    listed = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
-    ambiguous = [name for name in listed if name in shared and name not in ids]
-    if ambiguous:
-        raise UserError(f"{file} names {ambiguous[0]}, and several images have this file name; give ids, as {ids[0]}")
-    missing = [name for name in listed if name not in row]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(listed)} ids in {file} are not in {store.storage}, the first is {missing[0]}; "
-            f"they look like {ids[0]}"
-        )
-    return np.array(sorted({row[name] for name in listed}), np.int64)

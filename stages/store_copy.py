@@ -1,7 +1,7 @@
 """`compress store copy SRC DST`: copy a store, or a part of it, to another place or into another codec."""
 
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.runtime.command_result import CommandResult
@@ -10,10 +10,15 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import format_bytes
 from compress_ssl.pipeline.runtime.progress import progress_bar
 from compress_ssl.pipeline.runtime.storage import absolute, open_storage
+from compress_ssl.pipeline.store.codecs import KNOWN, build_codec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from compress_ssl.pipeline.store.copy import Part
-from compress_ssl.pipeline.store.codecs import KNOWN
+    from compress_ssl.pipeline.store.feature_store import FeatureStore
+
+_SLICE = re.compile(r"(-?\d{1,18})?:(-?\d{1,18})?(?::(-?\d{1,18})?)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Config:
         None, "The views to copy, as 0:8 or 4:8; FIRST is a multiple of four. Default: all.", metavar="FIRST:END"
     )
     images: str | None = flag(
-        None, "The images to copy: START:END[:STEP], or a text file with one sample id per line. Default: all.",
+        None, "The images to copy: START:END[:STEP], or a text file with one id or file name per line. Default: all.",
         metavar="IMAGES",
     )  # fmt: skip
     codec: str | None = flag(None, f"The codec of the copy: {KNOWN}. Default: as in SRC.", metavar="CODEC")
@@ -74,20 +79,60 @@ def resolve(config: Config) -> "Part":
     if absolute(config.src) == absolute(config.dst):
         raise UserError(f"{config.src} cannot be copied onto itself; give another DST")
     source = FeatureStore(open_storage(config.src))
-    views = copy.parse_views(config.views, source)
+    views = parse_views(config.views, source)
     source.require_complete([*views, *source.other_views])
-    ids = [str(name) for name in source.table("sample_id")]
-    rows = copy.parse_images(config.images, read_text, ids)
-    part = copy.describe_copy(source, views, rows, copy.codec_of(source, config.codec))
+    rows = parse_images(config.images, source)
+    codec = build_codec(config.codec).name if config.codec else source.identity.codec
+    part = copy.describe_copy(source, views, rows, codec)
     artifact.claimed(open_storage(config.dst), "store")  # refuses a folder that holds something else
     return part
 
 
-def read_text(path: str) -> str:
-    """Text of the file given as --images. Raises UserError if it cannot be read."""
+def parse_views(text: str | None, source: "FeatureStore") -> range:
+    """Parse `4:8`, `:8` or `4:` to a range of view numbers.
+
+    Raises UserError for views that the source lacks, and for a start inside a view block.
+    """
+    from compress_ssl.pipeline.store.layout import VIEW_BLOCK
+
+    held = source.stored_views
+    first, colon, last = (text or ":").partition(":")
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
+        if not colon:
+            raise ValueError
+        start, stop = int(first or held[0]), int(last or held[-1] + 1)
+    except ValueError:
+        raise UserError(f"--views is {text}, but must be FIRST:END, such as 0:8") from None
+    if not held.start <= start < stop <= held.stop:
+        raise UserError(f"--views {text} was asked, but {source.storage} holds views {held[0]} to {held[-1]}")
+    if start % VIEW_BLOCK:
+        aligned = start - start % VIEW_BLOCK
         raise UserError(
-            f"--images {path} is neither START:END[:STEP] nor a readable text file ({problem}); give one of them"
-        ) from None
+            f"--views {text} was asked, but views are stored in blocks of {VIEW_BLOCK}; ask for {aligned}:{stop}"
+        )
+    return range(start, stop)
+
+
+def parse_images(text: str | None, source: "FeatureStore") -> "np.ndarray":
+    """Parse `0:1000`, `::2`, or the name of a file that lists images, to ascending rows.
+
+    Raises UserError for a file that cannot be read, for images that the source lacks and for an empty selection.
+    """
+    import numpy as np
+
+    from compress_ssl.pipeline.store.listed_images import listed_rows
+
+    rows = np.arange(source.images)
+    if text is None:
+        return rows
+    match = _SLICE.fullmatch(text)
+    if match:
+        start, stop, step = (int(number) if number else None for number in match.groups())
+        if step == 0:
+            raise UserError(f"--images {text} has step 0; give 1 or more")
+        rows = np.sort(rows[start:stop:step])
+    else:
+        rows = listed_rows(source, text, f"--images {text} is neither START:END[:STEP]")
+    if not len(rows):
+        raise UserError(f"--images {text} names none of the {source.images} images")
+    return rows

@@ -21,7 +21,7 @@ from compress_ssl.pipeline.runtime.config_values import as_texts, build, convert
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import shorten
 from compress_ssl.pipeline.runtime.progress import echo
-from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 from compress_ssl.pipeline.runtime.storage import local_path, open_storage
 from compress_ssl.pipeline.runtime.yaml_file import read_yaml
 from compress_ssl.pipeline.training.export_students import PartialFailure

@@ -12,7 +12,7 @@ from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext, Outputs
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
-from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.views.groups import LOCAL
 
 IMAGES, VIEWS, CROPS, B, SIZE = 20, 5, 3, 4, 8  # N, V, L, images of a batch, side in pixels
 D, P, C, REGIONS = 6, 5, 4, 7  # the teacher's embedding, projection and logits, and its regions per view

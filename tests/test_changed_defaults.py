@@ -18,7 +18,7 @@ from compress_ssl.pipeline.methods.compress import OneQueue, TwoQueuesMomentum
 from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.runtime.artifact import Mismatch
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.registry import Spec
+from compress_ssl.pipeline.runtime.spec import Spec
 from compress_ssl.pipeline.training import resolve, version1_defaults
 from compress_ssl.pipeline.training.learner_spec import Execution
 from compress_ssl.pipeline.training.student_choice import own_parameters

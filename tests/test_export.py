@@ -23,6 +23,7 @@ from compress_ssl.pipeline.extraction.store_record import describe_store
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.artifact import Mismatch
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.codecs import CODECS
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -163,7 +164,7 @@ def test_the_manifest_records_data_teacher_views_and_codec(images: Path, tmp_pat
             "name": "convnet",
             "weights": teacher.digest(),
             "width": WIDTH,
-            "preprocessing": teacher.preprocessing.record(),
+            "preprocessing": to_json(teacher.preprocessing),
         },
         "views": {"policy": "dino", "seed": 3, "crop_ratio": 1.0},
         "arrays": {"embedding": [WIDTH]},

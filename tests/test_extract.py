@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,8 @@ from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard
 from compress_ssl.pipeline.views.augment import ViewSpec
-from compress_ssl.pipeline.views.groups import group_of
+from compress_ssl.pipeline.views.groups import LOCAL, group_of
 from compress_ssl.pipeline.views.loader import ViewRequest
-from compress_ssl.pipeline.views.numbering import LOCAL
 from compress_ssl.stages import export_teacher
 
 TEACHER, SIZE, BATCH, IMAGES, BAD = "timm:resnet18,pretrained=false", 32, 8, 21, 10  # 21: the last batch has 5 images
@@ -108,11 +108,12 @@ def test_every_caller_gets_the_features_of_the_store_bit_for_bit(
 
 
 @pytest.mark.parametrize("loader", [LoaderSettings(2), LoaderSettings(2, threads=True)], ids=["processes", "threads"])
-def test_loaders_change_no_bit(store: FeatureStore, source: FeatureSource, loader: LoaderSettings) -> None:
-    views = source.views
-    there = of_view_features(store, FeatureSource(source.extractor, views, loader))
-    here = of_view_features(store, source)
-    assert all(np.array_equal(there[view], here[view]) for view in VIEWS)
+def test_loaders_change_no_bit(source: FeatureSource, loader: LoaderSettings) -> None:
+    there, here = run(replace(source, loader=loader), VIEWS), run(source, VIEWS)
+    assert len(there) == len(here) == 3
+    for one, other in zip(there, here, strict=True):
+        for name, features in other.features.items():
+            np.testing.assert_array_equal(one.features[name], features)
 
 
 # ---------------------------------------------------------------- batches

@@ -264,7 +264,8 @@ def test_any_entry_of_a_manifest_replaced_by_a_value_of_another_type_is_named_or
                 assert "manifest.json" in str(error) and str(path[1] if len(path) > 1 else path[0]) in str(error)
             else:
                 harmless += 1
-                if value in ("x", True):
+                # One entry of a list stands for all: their type is the same.
+                if value in ("x", True) and path[-1] not in range(1, 99):
                     outcomes(store, tmp_path)
     assert 5 <= harmless <= 60  # free texts, and numbers in a range: most entries are refused
 
@@ -311,21 +312,22 @@ def test_a_done_record_that_is_not_that_of_its_shard_is_named_and_marked_by_repa
     assert not (store / DONE).exists()
 
 
-@pytest.mark.parametrize("raw", [b"[" * 500_000, b"{}", b"\xff", b"", b'{"seal":1}'])
-def test_a_done_record_that_is_no_record_ends_every_command_in_words(store: Path, tmp_path: Path, raw: bytes) -> None:
-    (store / DONE).write_bytes(raw)
+def test_a_done_record_that_is_no_record_ends_every_command_in_words(store: Path, tmp_path: Path) -> None:
+    opened = FeatureStore(Folder(store))
+    for raw in (b"{}", b"\xff", b"", b'{"seal":1}', b"[" * 500_000):
+        (store / DONE).write_bytes(raw)
+        with pytest.raises(UserError, match=DONE):
+            opened.record(1, 4, 6)
     said = outcomes(store, tmp_path)
     assert said["verify"] and said["store copy"]
     assert damaged(store)
 
 
-@pytest.mark.parametrize(
-    "name", ["9999999.0000-0004", "0000000.0001-0003", "0000000.0004-0004", "0000000.0000-99999999999999"]
-)
 def test_a_file_name_that_is_no_row_block_and_view_block_of_the_store_is_no_done_record(
-    store: Path, tmp_path: Path, name: str
+    store: Path, tmp_path: Path
 ) -> None:
-    (store / f"done/{name}.json").write_bytes(b"{}")
+    for name in ("9999999.0000-0004", "0000000.0001-0003", "0000000.0004-0004", "0000000.0000-99999999999999"):
+        (store / f"done/{name}.json").write_bytes(b"{}")
     assert set(outcomes(store, tmp_path).values()) == {""}
 
 

@@ -19,14 +19,14 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.jsonl import read_jsonl
 from compress_ssl.pipeline.runtime.records import UNSET, UnsetType
 from compress_ssl.pipeline.runtime.storage import Folder
-from compress_ssl.pipeline.store import integrity, records
+from compress_ssl.pipeline.store import done_record, integrity, records
+from compress_ssl.pipeline.store.done_record import DoneRecord
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.records import DoneRecord, GroupIdentity, StoreIdentity, StoreRecord
+from compress_ssl.pipeline.store.records import GroupIdentity, StoreIdentity, StoreRecord
 from compress_ssl.pipeline.store.shards import done_key
 from compress_ssl.pipeline.views import groups
 from compress_ssl.pipeline.views.augment import draw_variates, resolve_view
-from compress_ssl.pipeline.views.groups import GLOBAL_VIEWS, GROUPS, LOCAL_CROPS, ROOM, ViewGroup
-from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
+from compress_ssl.pipeline.views.groups import FRESH, GLOBAL_VIEWS, GROUPS, LOCAL, LOCAL_CROPS, ROOM, ViewGroup
 from compress_ssl.pipeline.views.policies import Augmentation
 from compress_ssl.stages import distill, export_teacher
 
@@ -158,7 +158,7 @@ def with_mid_crops(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (groups, records):
         monkeypatch.setattr(module, "GROUPS", (*GROUPS, MID, MID.fresh()))
     monkeypatch.setattr(records, "StoreRecord", Record)
-    monkeypatch.setattr(records, "DoneRecord", Done)
+    monkeypatch.setattr(done_record, "DoneRecord", Done)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from compress_ssl import cli
 from compress_ssl.pipeline.models.precision import PRECISIONS
 from compress_ssl.pipeline.runtime.choices import Precision
-from compress_ssl.pipeline.runtime.config import check_choices, choices, flag, flag_name, plain_types, to_flags
+from compress_ssl.pipeline.runtime.config import check_choices, choices, flag, flag_name, plain_types, require, to_flags
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.help_page import FIRST_COLUMN, format_page, help_text, sections_of
 from compress_ssl.pipeline.training.choices import OptimizerName
@@ -303,3 +303,10 @@ def test_every_precision_and_policy_is_in_the_table_of_its_room() -> None:
 def test_every_optimizer_that_can_be_chosen_can_be_built(name: str) -> None:
     optimizer = make_optimizer(name, torch.nn.Linear(2, 2), lr=0.1, momentum=0.9, weight_decay=0.0, norm_decay=True)
     assert optimizer.param_groups
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_number_that_is_not_finite_is_refused_also_where_no_rule_names_its_flag(value: float) -> None:
+    config = placeholders(stage_of("distill")[1], lr=value)
+    with pytest.raises(UserError, match=f"--lr is {value}, but must be a finite number"):
+        require(config, {})

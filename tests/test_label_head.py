@@ -106,7 +106,7 @@ def test_labels_can_be_selected_by_a_file_of_ids_or_file_names(store: Path, tmp_
     [
         ({"labels": "0%"}, "must be more than 0% and at most 100%"),
         ({"labels": "ten%"}, "must be more than 0%"),
-        ({"labels": "nowhere.txt"}, "is neither a share, as 10%, nor a file of image ids"),
+        ({"labels": "nowhere.txt"}, "is neither a share, as 10%, nor a readable text file"),
         ({"strength": 0.0}, "--strength is 0.0, but must be more than 0"),
     ],
 )
@@ -153,3 +153,13 @@ def test_a_file_whose_entries_are_malformed_is_no_head(
     (tmp_path / "head.safetensors").write_bytes(to_bytes(tensors, {"classes": classes, "unit": unit}))
     with pytest.raises(UserError, match="is no linear head"):
         linear_head.load(tmp_path / "head.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", None])
+def test_a_file_of_labels_that_cannot_be_read_is_refused_in_words(
+    store: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / "ids").write_bytes(content)
+    with pytest.raises(UserError, match=r"ids is neither a share, as 10%, nor a readable text file \("):
+        fit_head(store, tmp_path / "head", labels=str(tmp_path / "ids"))

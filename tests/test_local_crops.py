@@ -21,9 +21,8 @@ from compress_ssl.pipeline.store.records import GroupIdentity
 from compress_ssl.pipeline.store.shards import Shard, done_key
 from compress_ssl.pipeline.training.sampler import StepSampler
 from compress_ssl.pipeline.views.augment import ResolvedView, ViewSpec, draw_variates, resolve_view
-from compress_ssl.pipeline.views.groups import LOCAL_CROPS
+from compress_ssl.pipeline.views.groups import FRESH, LOCAL, LOCAL_CROPS
 from compress_ssl.pipeline.views.loader import ViewDataset, ViewRequest
-from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
 from compress_ssl.pipeline.views.policies import LOCAL_POLICIES
 from compress_ssl.pipeline.views.render import render_views
 from compress_ssl.stages import distill, export_teacher, inspect, verify

@@ -22,7 +22,7 @@ from papers import (
 )  # fmt: skip
 
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.views.numbering import LOCAL
+from compress_ssl.pipeline.views.groups import LOCAL
 
 FULL = ("embedding", "projection", "local_embedding", "local_projection")
 TARGET = ("projection", "local_projection")

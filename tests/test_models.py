@@ -19,6 +19,7 @@ from torch import nn
 from compress_ssl.pipeline.models import MODELS, build
 from compress_ssl.pipeline.models.pooling import pool_output
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import read_record, to_json
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,7 +127,7 @@ def test_options_of_the_spec_override_the_configuration() -> None:
 
 
 def test_a_preprocessing_can_be_restored_from_its_record() -> None:
-    assert Preprocessing.of(json.loads(json.dumps(IMAGENET.record()))) == IMAGENET
+    assert read_record(Preprocessing, json.loads(json.dumps(to_json(IMAGENET))), "here") == IMAGENET
 
 
 def test_prepare_normalises_and_changes_neither_memory_format_nor_input() -> None:

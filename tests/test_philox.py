@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.philox import ORDER, VIEW, permutation, uniform, words
-from compress_ssl.pipeline.views import numbering
+from compress_ssl.pipeline.views import groups
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
@@ -85,7 +85,7 @@ def test_streams_keep_their_numbers() -> None:
 
 
 def test_the_bit_layout_of_view_numbers_is_fixed() -> None:
-    assert (numbering.LOCAL, numbering.FRESH) == (2**30, 2**31)
+    assert (groups.LOCAL, groups.FRESH) == (2**30, 2**31)
 
 
 def test_uniform_variates_are_words_divided_by_two_to_the_32() -> None:

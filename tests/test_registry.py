@@ -1,5 +1,7 @@
 """Specs `kind:argument,key=value` are parsed, checked and built; errors name the fault and suggest a remedy."""
 
+import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -8,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compress_ssl.pipeline.runtime.digests import canonical
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.registry import Registry, Spec, did_you_mean, literal, parse
+from compress_ssl.pipeline.runtime.options import from_option, recordable
+from compress_ssl.pipeline.runtime.registry import Registry
+from compress_ssl.pipeline.runtime.signatures import convert, literal
+from compress_ssl.pipeline.runtime.spec import Spec, did_you_mean, parse
 
 
 class Thing:
@@ -206,3 +212,12 @@ def test_an_absolute_spec_names_the_same_object_from_any_working_directory(
         (DATASETS, "digits:split=test", "digits:split=test"),
     ):
         assert registry.absolute_spec(text) == settled
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf", "nan"])
+def test_an_option_that_is_not_finite_is_recorded_as_text_and_read_as_that_number_again(text: str) -> None:
+    parameter = inspect.Parameter("x", inspect.Parameter.KEYWORD_ONLY, annotation=float)
+    value = convert(text, parameter, "x=")
+    recorded = recordable({"x": value, "more": (value, 1.0)})
+    assert json.loads(canonical(recorded)) == {"x": text, "more": [text, 1.0]}
+    assert str(from_option(recorded["x"], parameter, "x=")) == text == str(literal(text))

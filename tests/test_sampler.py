@@ -17,7 +17,7 @@ from compress_ssl.pipeline.store.codecs import CODECS, build_codec
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.sampler import PAIRINGS, StepSampler
 from compress_ssl.pipeline.training.teacher_features import TeacherFeatures
-from compress_ssl.pipeline.views.numbering import FRESH
+from compress_ssl.pipeline.views.groups import FRESH
 
 ROWS = np.array([0, 1, 2, 4, 5, 7, 8, 11, 12, 13])  # usable images; 3, 6, 9 and 10 are bad
 VIEWS = (1, 2, 3, 4, 5)

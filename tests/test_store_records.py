@@ -8,8 +8,9 @@ from compress_ssl.pipeline.runtime import artifact, digests
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.done_record import read_done_record
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.records import read_done_record, read_history, read_store
+from compress_ssl.pipeline.store.records import read_history, read_store
 from compress_ssl.stages import evaluate, export_teacher, inspect, store_copy
 
 VERSION1 = Path(__file__).parent / "version1"

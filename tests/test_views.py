@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.views.augment import ResolvedView, ViewSpec, crop_box, draw_variates, resolve_view
-from compress_ssl.pipeline.views.numbering import FRESH
+from compress_ssl.pipeline.views.groups import FRESH
 from compress_ssl.pipeline.views.policies import POLICIES
 from compress_ssl.pipeline.views.render import BLUR_REFERENCE, render_view, render_views
 

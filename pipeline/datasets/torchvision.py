@@ -9,7 +9,7 @@ import numpy as np
 from compress_ssl.pipeline.datasets.decode import BROKEN, BadImage
 from compress_ssl.pipeline.datasets.map_style import MapStyle, MapStyleItems
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 
 
 class Torchvision(MapStyle):

@@ -9,5 +9,5 @@ It yields `FeatureBatch`es; what becomes of them is up to its callers:
     features.view_features       one view of some rows, kept in memory: validation and augmented probes
     verification.embed_again     a sample of (i, v) of a store: what `compress verify` compares with the stored features
 
-`view_batches` alone knows how the pixels of global views and of local crops differ.
+The views of a batch are loaded and embedded by group (`views.groups`), since those of one group have one size.
 """

@@ -7,12 +7,9 @@ import numpy as np
 
 from compress_ssl.pipeline.datasets.decode import GOOD, NOT_FINITE, REASONS
 from compress_ssl.pipeline.extraction.extract import FeatureBatch
-from compress_ssl.pipeline.store.codecs import Codec
+from compress_ssl.pipeline.store.codecs import Codec, Stored
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.views.groups import group_of_array, view_name
-
-Stored = tuple[np.ndarray, np.ndarray | None]
-"""(values (n, V, ...) in the codec's type, their scales or None)."""
 
 
 @dataclass

@@ -9,11 +9,12 @@ from types import TracebackType
 import numpy as np
 
 from compress_ssl.pipeline.datasets.decode import UNREADABLE
-from compress_ssl.pipeline.extraction.encoded_rows import EncodedRows, Stored
+from compress_ssl.pipeline.extraction.encoded_rows import EncodedRows
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store import integrity
+from compress_ssl.pipeline.store.codecs import Stored
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.shards import Shard, done_key
+from compress_ssl.pipeline.store.shards import Shard, Span, done_key
 
 MIN_UNREADABLE = 8
 """Images. A shard of at least so many, all of which cannot be read, is an error and not a shard of bad images."""
@@ -114,7 +115,7 @@ def require_readable(start: int, status: np.ndarray, bad: Mapping[int, str]) -> 
         )
 
 
-def _first_fault(store: FeatureStore, shard: Shard, spans: list[tuple[int, int]]) -> str:
+def _first_fault(store: FeatureStore, shard: Shard, spans: list[Span]) -> str:
     """What is wrong with the first faulty span of views; "" if all are as they were written."""
     for span in spans:
         fault = integrity.find_fault(store, shard.block, span)

@@ -15,6 +15,7 @@ from compress_ssl.pipeline.extraction.codebook import train_codebooks
 from compress_ssl.pipeline.extraction.embed import Cost, embed
 from compress_ssl.pipeline.extraction.extract import FeatureSource
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.shards import Shard
@@ -106,8 +107,8 @@ def require_no_failures(failed: Sequence[Failed[Shard]], pending: int) -> None:
     """Raises UserError, with the reason of the first failed shard, if any of `pending` shards failed."""
     if failed:
         first = failed[0]
-        why = f"{type(first.error).__name__}: {' '.join(str(first.error).split())[:300]}"
+        rows = f"{first.task.start} to {first.task.stop - 1}"
         raise UserError(
-            f"{len(failed)} of {pending} shards failed on every attempt; the first one holds rows {first.task.start} "
-            f"to {first.task.stop - 1} ({why}); the finished shards are kept, repeat the command to try again"
+            f"{len(failed)} of {pending} shards failed on every attempt; the first one holds rows {rows} "
+            f"({describe_exception(first.error)}); the finished shards are kept, repeat the command to try again"
         )

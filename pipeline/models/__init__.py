@@ -7,7 +7,8 @@ here or in networks/, and one line in MODELS.
 from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.registry import Registry, did_you_mean
+from compress_ssl.pipeline.runtime.registry import Registry
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.models.embedder import Embedder

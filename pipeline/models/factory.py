@@ -18,7 +18,7 @@ from compress_ssl.pipeline.models.pooling import Pool
 from compress_ssl.pipeline.models.selection import Selection, State
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
-from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 from compress_ssl.pipeline.views.preprocessing import Interpolation, Preprocessing
 
 # ---------------------------------------------------------------- what kinds use
@@ -165,11 +165,12 @@ def _build_embedder(network: Network, options: ModelOptions) -> Embedder:
 
 def _override_preprocessing(own: Preprocessing, options: ModelOptions) -> Preprocessing:
     """The model's own preprocessing, with the values that the user gave."""
-    given = {
-        "size": options.size,
-        "mean": options.mean,
-        "std": options.std,
-        "interpolation": options.interpolation,
-        "crop_ratio": options.crop,
-    }
-    return Preprocessing.of({**own.record(), **{name: value for name, value in given.items() if value}})
+    mean = options.mean or own.mean
+    std = options.std or own.std
+    return Preprocessing(
+        size=options.size or own.size,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        interpolation=options.interpolation or own.interpolation,
+        crop_ratio=options.crop or own.crop_ratio,
+    )

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from torch import nn
 
@@ -10,8 +9,8 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.registry import did_you_mean
 from compress_ssl.pipeline.runtime.signatures import is_required
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 from compress_ssl.pipeline.runtime.user_object import UserObject
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
@@ -58,4 +57,5 @@ def _preprocessing(module: nn.Module, name: str, options: ModelOptions) -> Prepr
         )
     if "size" not in given and options.size is None:
         raise UserError(f"the image size of {name} is unknown; add size=, --image-size or an attribute `preprocessing`")
-    return Preprocessing.of({**replace(IMAGENET, size=options.size or 0).record(), **given})
+    values = {**{name: getattr(IMAGENET, name) for name in names}, "size": options.size, **given}
+    return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})

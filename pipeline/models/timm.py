@@ -18,7 +18,7 @@ from compress_ssl.pipeline.models.pooling import Pool
 from compress_ssl.pipeline.models.selection import CheckpointFormat, State
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
-from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 _TIMM_POOL = {"cls": "token", "none": ""}

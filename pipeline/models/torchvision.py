@@ -14,7 +14,7 @@ from compress_ssl.pipeline.models.factory import ModelOptions, build_error, mode
 from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.models.selection import CheckpointFormat, State
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
 
 _SIZE_KEYS: dict[str, Callable[[int], dict[str, object]]] = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compress_ssl.pipeline.models.selection import CheckpointFormat, Selection, State, compare, describe_misfit, matches
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 
 MAX_LEVELS = 32  # of dictionaries inside each other in a checkpoint
 MAX_DICTIONARIES = 100_000  # in a checkpoint, those that are in it several times counted as often

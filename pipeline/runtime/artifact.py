@@ -10,11 +10,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from compress_ssl.pipeline.runtime.digests import canonical, fingerprint
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import JsonObject, Meta, parse_json, read_record, to_json
+from compress_ssl.pipeline.runtime.formatting import shorten
+from compress_ssl.pipeline.runtime.records import JsonObject, Meta, read_record, to_json
 from compress_ssl.pipeline.runtime.storage import Folder, Storage, is_url, open_storage
 
 FORMAT = 1  # version of the layout of manifest.json
@@ -61,7 +62,7 @@ def _unequal(there: Mapping[str, object], asked: Mapping[str, object], under: st
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             out |= _unequal(old, new, f"{name}.")
         elif canonical(old) != canonical(new):
-            out[name] = f"{name} is {_short(old)} there, {_short(new)} asked"
+            out[name] = f"{name} is {_json(old)} there, {_json(new)} asked"
     return out
 
 
@@ -72,10 +73,9 @@ def _numbered(value: object) -> object:
     return value
 
 
-def _short(value: object) -> str:
+def _json(value: object) -> str:
     """JSON of at most 80 characters, so that an error stays readable."""
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shorten(json.dumps(value), 80)
 
 
 def read(storage: Storage, kind: str | None = None) -> Manifest:
@@ -131,15 +131,10 @@ def parse(raw: bytes, where: str) -> Manifest:
         )
     if entries.get("format") != FORMAT:
         raise OtherFormat(
-            f"{where} has format {_short(entries.get('format'))}, but this version of compress reads {FORMAT}; "
+            f"{where} has format {_json(entries.get('format'))}, but this version of compress reads {FORMAT}; "
             "use the version that made it"
         )
     return read_record(Manifest, entries, where)
-
-
-def read_json(storage: Storage, key: str) -> Any:  # Any: JSON of any kind, for the caller to check
-    """Read a JSON file that compress wrote without a digest. Raises InvalidRecord if it is not valid JSON."""
-    return parse_json(storage.get(key), f"{storage}/{key}")
 
 
 def to_bytes(manifest: Manifest) -> bytes:
@@ -173,8 +168,8 @@ def claim(
 
 def require_equal(
     storage: Storage,
-    there: Mapping[str, Any],
-    asked: Mapping[str, Any],
+    there: Mapping[str, object],
+    asked: Mapping[str, object],
     name_flag: Callable[[str], str] = lambda name: "",
 ) -> None:
     """Raise Mismatch, which lists the settings that differ, unless the identity `there` equals the one `asked` for.

@@ -1,5 +1,6 @@
 """Fields of a stage's Config, the command line flags that reproduce one, and checks of its values."""
 
+import math
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
@@ -7,7 +8,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -62,13 +63,17 @@ def flag_name(field_name: str) -> str:
 def require(config: "DataclassInstance", rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
     """Check fields against {name: (predicate, "must be ...")} and all choices; the value None passes a rule.
 
-    Raises UserError.
+    A number must be finite whatever the rules say: JSON has neither infinity nor NaN. Raises UserError.
     """
     check_choices(config)
     for name, (good, words) in rules.items():
         value = getattr(config, name)
         if value is not None and not good(value):
             raise UserError(f"--{flag_name(name)} is {value}, but {words}")
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{flag_name(f.name)} is {value}, but must be a finite number")
 
 
 def check_choices(config: "DataclassInstance") -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from compress_ssl.pipeline.runtime.config import choices, plain_types
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import shorten
-from compress_ssl.pipeline.runtime.registry import did_you_mean
+from compress_ssl.pipeline.runtime.spec import did_you_mean
 from compress_ssl.pipeline.runtime.storage import local_path
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.runtime.config import Panel, choices, flag_name, plain_types
 
@@ -38,7 +38,7 @@ def sections_of(config: "type[DataclassInstance]") -> dict[str, list[tuple[str, 
     return sections if len(sections) > 1 else {"Options": [row for rows in sections.values() for row in rows]}
 
 
-def spelling(of: Field[Any], hint: object) -> str:
+def spelling(of: Field[object], hint: object) -> str:
     """A flag as it is typed: `-b, --batch-size N`, `--norm-decay / --no-norm-decay`, or `STORE` if it has a place.
 
     A switch that is off by default is shown without its --no- form, which changes nothing.
@@ -52,7 +52,7 @@ def spelling(of: Field[Any], hint: object) -> str:
     return f"{short}--{name} {value}"
 
 
-def value_name(of: Field[Any], hint: object) -> str:
+def value_name(of: Field[object], hint: object) -> str:
     """What the help calls the value of a flag: its metavar, its choices, or a word for its type; "" for a switch."""
     if of.metadata["metavar"]:
         return str(of.metadata["metavar"])
@@ -61,7 +61,7 @@ def value_name(of: Field[Any], hint: object) -> str:
     return next((name for kind, name in VALUES.items() if kind in plain_types(hint)), "")
 
 
-def help_text(of: Field[Any]) -> str:
+def help_text(of: Field[object]) -> str:
     """The help of a field with its default as the last sentence, or with "Required." if it has none.
 
     A switch that is off by default says nothing of it, and a help that states the default itself is left as it is.

@@ -80,6 +80,10 @@ _NEW_NAMES = {
         "classifier=frozen_classifier"
     ),
     "labelhead": "LabelHead=LinearHead spell=to_bytes choose=choose_labelled STEEP=MIN_DEVIATION",
+    "menu": (
+        "Menu=Registry Spec=runtime.spec:Spec parse=runtime.spec:parse nearest=runtime.spec:did_you_mean "
+        "literal=runtime.signatures:literal convert=runtime.signatures:convert"
+    ),
     "method": (
         "Setting=MethodContext target_of=choose_target store_rows=initial_rows require=require_positive "
         "require_shares=require_fractions Method=methods.version1:Method"
@@ -101,7 +105,7 @@ _NEW_NAMES = {
         "unbuilt=models.factory:build_error safe_name=models.factory:safe_name digest=state_digest "
         "pooled=pool_output"
     ),
-    "philox": ("FRESH=views.numbering:FRESH LOCAL=views.numbering:LOCAL view_name=views.groups:view_name"),
+    "philox": "FRESH=views.groups:FRESH LOCAL=views.groups:LOCAL view_name=views.groups:view_name",
     "progress": (
         "duration=runtime.formatting:format_duration size=runtime.formatting:format_bytes Meter=ProgressBar "
         "meter=progress_bar say=echo EVERY=LINE_INTERVAL"

@@ -1,6 +1,7 @@
 """The options of a spec as values that a record can hold: JSON scalars, and tuples of them."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def to_option(value: object) -> Option | UnsetType:
 def _to_scalar(value: object) -> Scalar | UnsetType:
     if isinstance(value, Path):
         return str(value.expanduser().absolute())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity and no NaN; `from_option` reads the text again
     return value if value is None or isinstance(value, bool | int | float | str) else UNSET
 
 

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from compress_ssl.pipeline.runtime.user_object import UserObject
 
-__all__ = ["Member", "Registry", "Spec", "convert", "did_you_mean", "literal", "parse"]
-
 Built_co = TypeVar("Built_co", covariant=True)
 
 PYTHON = "python"

@@ -23,6 +23,9 @@ DECODE_ROWS = 4096  # rows that are decoded at a time; bounds the memory, change
 MAX_SHOWN = 80  # characters of a wrong name that an error repeats
 SAMPLE = 65_536  # largest number of vectors that a quantiser is trained on; bounds the time of k-means
 
+Stored = tuple[np.ndarray, np.ndarray | None]
+"""What `encode` returns: (stored array, float32 scale of each row or None)."""
+
 
 class Codec(ABC):
     """A format in which features are stored."""
@@ -43,7 +46,7 @@ class Codec(ABC):
         return int(np.prod(stored)) * self.dtype.itemsize + 4 * int(np.prod(stored[:-1])) * self.scaled
 
     @abstractmethod
-    def encode(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def encode(self, features: np.ndarray) -> Stored:
         """Encode finite float32 features (..., D): (stored array, (...) float32 scale or None)."""
 
     @abstractmethod

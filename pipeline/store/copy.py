@@ -5,7 +5,7 @@ all images in the same codec has the identity of its source, even with fewer vie
 names its source as the parent.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -17,15 +17,14 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import UNSET
 from compress_ssl.pipeline.runtime.storage import Storage, absolute
 from compress_ssl.pipeline.store import integrity
-from compress_ssl.pipeline.store.codecs import build_codec
+from compress_ssl.pipeline.store.codecs import Stored
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK, Column
-from compress_ssl.pipeline.store.records import DataIdentity, ParentIdentity, StoreRecord, copied
-from compress_ssl.pipeline.store.shards import Shard, done_key
+from compress_ssl.pipeline.store.records import DataIdentity, ParentIdentity, StoreRecord
+from compress_ssl.pipeline.store.shards import Shard, Span, done_key
 
 SAMPLE = 4096  # rows that a codec is trained on
 Progress = Callable[[int], None]  # called with the number of rows that are done
-Span = tuple[int, int]  # of views: (first, one past the last)
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def describe_copy(source: FeatureStore, views: range, rows: np.ndarray, form: st
         views=views.stop,
         small={},
         first_view=views.start or UNSET,
-        copied=copied(absolute(str(source.storage)), source.fingerprint),
+        copied={"from": absolute(str(source.storage)), "store": source.fingerprint},
     )
     if len(rows) < source.images:
         classes, origin = source.class_names(), source.export
@@ -179,7 +178,7 @@ def _write_rows(
 
 def _encode_view(
     source: FeatureStore, target: FeatureStore, name: str, view: int, read: slice, chosen: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> Stored:
     """One view of an array in the target's codec: ((n, ...) stored, (n, ...) scale or None).
 
     The slice `read` of the source's rows is read, and `chosen` of it are kept.
@@ -208,56 +207,3 @@ def train_codecs(part: Part, target: FeatureStore) -> None:
         sample = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)]
         sample = sample[source.table("status")[sample] == GOOD]
         target.train(name, np.concatenate([source.read_rows(name, view, sample) for view in views]))
-
-
-def parse_views(text: str | None, source: FeatureStore) -> range:
-    """Parse `4:8`, `:8` or `4:` to a range of view numbers.
-
-    Raises UserError for views that the source lacks, and for a start inside a view block.
-    """
-    held = source.stored_views
-    first, colon, last = (text or ":").partition(":")
-    try:
-        if not colon:
-            raise ValueError
-        start, stop = int(first or held[0]), int(last or held[-1] + 1)
-    except ValueError:
-        raise UserError(f"--views is {text}, but must be FIRST:END, such as 0:8") from None
-    if not set(range(start, stop)) <= set(held) or start >= stop:
-        raise UserError(f"--views {text} was asked, but {source.storage} holds views {held[0]} to {held[-1]}")
-    if start % VIEW_BLOCK:
-        aligned = start - start % VIEW_BLOCK
-        raise UserError(
-            f"--views {text} was asked, but views are stored in blocks of {VIEW_BLOCK}; ask for {aligned}:{stop}"
-        )
-    return range(start, stop)
-
-
-def parse_images(text: str | None, read: Callable[[str], str], ids: Sequence[str]) -> np.ndarray:
-    """Parse `0:1000`, `::2`, or the name of a file of sample ids, one per line, to ascending rows.
-
-    read: returns the text of a file. Raises UserError for unknown ids and for an empty selection.
-    """
-    if text is None:
-        return np.arange(len(ids))
-    parts = text.split(":")
-    if 2 <= len(parts) <= 3 and all(part.lstrip("-").isdecimal() or not part for part in parts):
-        if parts[2:] == ["0"]:
-            raise UserError(f"--images {text} has step 0; give 1 or more")
-        rows = np.arange(len(ids))[slice(*(int(part) if part else None for part in parts))]
-        rows = np.sort(rows)
-    else:
-        wanted = [line for line in read(text).split("\n") if line]
-        row_of = {name: i for i, name in enumerate(ids)}
-        unknown = [name for name in wanted if name not in row_of]
-        if unknown:
-            raise UserError(f"{len(unknown)} lines of {text} are no images of the store, the first is {unknown[0]!r}")
-        rows = np.array(sorted({row_of[name] for name in wanted}), np.int64)
-    if not len(rows):
-        raise UserError(f"--images {text} names none of the {len(ids)} images")
-    return rows
-
-
-def codec_of(source: FeatureStore, given: str | None) -> str:
-    """Name of the copy's codec: the one given, or else the source's. Raises UserError for an unknown codec."""
-    return build_codec(given).name if given else source.identity.codec

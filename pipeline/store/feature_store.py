@@ -14,30 +14,15 @@ from compress_ssl.pipeline.runtime import artifact, digests
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import UNSET, to_json
 from compress_ssl.pipeline.runtime.storage import Folder, Storage
-from compress_ssl.pipeline.store.codecs import Trained
+from compress_ssl.pipeline.store.codecs import Stored, Trained
+from compress_ssl.pipeline.store.done_record import DoneRecord
 from compress_ssl.pipeline.store.layout import VIEW_BLOCK, Column, array_layouts, table_files, zarr_metadata
 from compress_ssl.pipeline.store.reader import HISTORY, StoreReader
-from compress_ssl.pipeline.store.records import (
-    DoneRecord,
-    HistoryEvent,
-    StoreAbout,
-    StoreIdentity,
-    StoreRecord,
-    read_store,
-)
-from compress_ssl.pipeline.store.shards import (
-    Shard,
-    array_codecs,
-    codebook_key,
-    done_key,
-    view_digest,
-)
+from compress_ssl.pipeline.store.records import HistoryEvent, StoreAbout, StoreIdentity, StoreRecord, read_store
+from compress_ssl.pipeline.store.shards import Shard, Span, array_codecs, codebook_key, done_key, view_digest
 from compress_ssl.pipeline.views.groups import group_of, group_of_array
 
 COPY = "copy"  # folder of second copies: manifest, Zarr metadata, tables, codebooks and heads
-
-Stored = tuple[np.ndarray, np.ndarray | None]
-"""What a codec's `encode` returns for some rows and views: ((rows, views, ...) stored, (rows, views, ...) scale)."""
 
 
 class FeatureStore(StoreReader):
@@ -124,7 +109,7 @@ class FeatureStore(StoreReader):
         status: np.ndarray,
         content: np.ndarray,
         bad: Mapping[int, str],
-    ) -> list[tuple[int, int]]:
+    ) -> list[Span]:
         """Write a shard, then its done records; return the spans of views that the records cover.
 
         features: per array what the codec returned, ((rows, views, ...), (rows, views, ...) or None);
@@ -155,7 +140,7 @@ class FeatureStore(StoreReader):
             self._put_done_record(shard.block, record, earlier)
         return [(views.start, views.stop) for views in digests_by_views]
 
-    def _put_done_record(self, block: int, record: DoneRecord, earlier: Sequence[tuple[int, int]]) -> None:
+    def _put_done_record(self, block: int, record: DoneRecord, earlier: Sequence[Span]) -> None:
         """Write a done record, then delete the earlier records of the same view block with another number of views."""
         start, end = record.views
         self.storage.put(done_key(block, start, end), record.to_bytes())
@@ -188,7 +173,7 @@ class FeatureStore(StoreReader):
     def _join_earlier(
         self,
         shard: Shard,
-        earlier: Sequence[tuple[int, int]],
+        earlier: Sequence[Span],
         status: np.ndarray,
         content: np.ndarray,
         bad: Mapping[int, str],

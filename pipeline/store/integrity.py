@@ -16,7 +16,7 @@ from compress_ssl.pipeline.runtime.records import InvalidRecord
 from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.feature_store import COPY, FeatureStore
 from compress_ssl.pipeline.store.records import store_record
-from compress_ssl.pipeline.store.shards import done_key, view_digest
+from compress_ssl.pipeline.store.shards import Span, done_key, view_digest
 from compress_ssl.pipeline.views.groups import view_name
 
 # keys of the manifest and of its second copy
@@ -106,7 +106,7 @@ def check_shards(store: FeatureStore, progress: Callable[[int], None] = lambda n
         progress(1)
 
 
-def find_fault(store: FeatureStore, block: int, span: tuple[int, int]) -> str:
+def find_fault(store: FeatureStore, block: int, span: Span) -> str:
     """Description of the first fault of a shard, (row block, span of views); "" if it fits its done record."""
     start, stop = store.span(block)
     rows = slice(start, stop)

@@ -16,9 +16,8 @@ from compress_ssl.pipeline.runtime.progress import echo, progress_bar
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.copy import copy_shard
 from compress_ssl.pipeline.store.feature_store import COPY, FeatureStore
-from compress_ssl.pipeline.store.shards import ShardIndex, done_key
+from compress_ssl.pipeline.store.shards import ShardIndex, Span, done_key
 
-Spans = Sequence[tuple[int, int]]  # of views: (first, one past the last)
 CONNECTIONS = 16  # row blocks that are fetched in parallel
 
 
@@ -73,7 +72,7 @@ def fetch(remote: FeatureStore, views: Sequence[int], cache: Path | None = None)
     return FeatureStore(folder)
 
 
-def _fetch_block(remote: FeatureStore, local: FeatureStore, block: int, spans: Spans) -> int:
+def _fetch_block(remote: FeatureStore, local: FeatureStore, block: int, spans: Sequence[Span]) -> int:
     """Update one row block of the copy; return the number of bytes fetched.
 
     The spans are copied one after the other, because they share the files of `status` and `content`.

@@ -11,6 +11,7 @@ from compress_ssl.pipeline.runtime.artifact import MANIFEST
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder
+from compress_ssl.pipeline.store.codecs import Stored
 from compress_ssl.pipeline.store.layout import GROUP, TABLES, UNWRITTEN, ZarrArray, ZarrGroup, array_in, open_group
 from compress_ssl.pipeline.store.records import HistoryEvent, read_history
 from compress_ssl.pipeline.store.shard_reader import read_view
@@ -100,7 +101,7 @@ class StoreReader(ShardIndex):
 
     # ---------------------------------------------------------------- features
 
-    def stored(self, name: str, view: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
+    def stored(self, name: str, view: int, rows: slice = slice(None)) -> Stored:
         """One view as it lies on disk: ((n, ...) in the codec's dtype, (n, ...) float32 scale or None)."""
         column = group_of(view).column(view)
         if isinstance(self.storage, Folder):

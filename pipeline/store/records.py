@@ -1,4 +1,4 @@
-"""The records of a store: its manifest (`StoreIdentity` and `StoreAbout`), its done records and its history.
+"""The records of a store: its manifest (`StoreIdentity` and `StoreAbout`) and its history.
 
 They are read here and nowhere else, with every type, range and name checked, and they are written from these classes
 byte for byte as they were read. docs/store.md describes the files. A digest says that a record is whole, not that it
@@ -8,7 +8,7 @@ is true, so no entry is used before it is checked.
 from dataclasses import dataclass, replace
 from typing import Annotated, TypedDict
 
-from compress_ssl.pipeline.runtime import artifact, digests
+from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import (
@@ -22,7 +22,6 @@ from compress_ssl.pipeline.runtime.records import (
     UnsetType,
     parse_json,
     read_record,
-    to_json,
 )
 from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.codecs import build_codec
@@ -177,11 +176,6 @@ class StoreRecord:
     about: StoreAbout
 
 
-def copied(source: str, fingerprint: str) -> _Copied:
-    """The entry `copied` of a copy of the store `source`, which has this fingerprint."""
-    return {"from": source, "store": fingerprint}
-
-
 def read_store(storage: Storage) -> StoreRecord:
     """Read the manifest of a store. Raises UserError if there is none, or if it is damaged or not valid."""
     return store_record(artifact.read(storage, "store"), f"{storage}/{artifact.MANIFEST}")
@@ -250,38 +244,6 @@ def export_record(record: StoreRecord, where: str) -> ExportRecord:
     return ExportRecord(
         about.data, about.teacher, teacher.name, teacher.width, about.classes, about.parameters, about.pixels
     )
-
-
-# ---------------------------------------------------------------- done records
-
-
-@dataclass(frozen=True)
-class DoneRecord:
-    """The record of a shard: the digests of its content. A file of this kind also has the seal of `digests.sealed`."""
-
-    rows: tuple[Count, Count]  # (first, one past the last)
-    views: tuple[Count, Count]
-    bad: dict[Row, str]  # {row: why the image could not be used}
-    status: Digest
-    content: Digest
-    digest: dict[ArrayName, tuple[Digest, ...]]  # of each view, by array
-
-    def to_bytes(self) -> bytes:
-        """The bytes of the file."""
-        return digests.canonical(digests.sealed(to_json(self))) + b"\n"
-
-
-def read_done_record(raw: bytes, where: str) -> DoneRecord:
-    """The done record in a file. Raises UserError if it does not fit its own digest or is not valid."""
-    remedy = "compress verify --repair marks its shard to be made again"
-    try:
-        entries = parse_json(raw, where)
-    except InvalidRecord:
-        entries = None
-    if not isinstance(entries, dict) or digests.canonical(digests.sealed(entries)) + b"\n" != raw:
-        raise UserError(f"{where} is damaged: it does not fit its own digest; {remedy}")
-    del entries["seal"]
-    return read_record(DoneRecord, entries, where, remedy=remedy)
 
 
 # ---------------------------------------------------------------- history

@@ -17,22 +17,19 @@ from compress_ssl.pipeline.runtime import artifact, digests
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Storage
 from compress_ssl.pipeline.store.codecs import Codec, build_codec
+from compress_ssl.pipeline.store.done_record import DoneRecord, read_done_record
 from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK, ArrayLayout, array_layouts
-from compress_ssl.pipeline.store.records import (
-    DoneRecord,
-    ExportRecord,
-    StoreRecord,
-    export_record,
-    read_done_record,
-    read_store,
-    store_record,
-)
+from compress_ssl.pipeline.store.records import ExportRecord, StoreRecord, export_record, read_store, store_record
 from compress_ssl.pipeline.views.groups import ViewGroup, group_of, group_of_array
 
 SHARD_ROWS = 2048  # largest number of rows of a shard
 SHARD_BYTES = 256_000_000  # largest size of a shard before compression; a writer holds one in memory
 SMALL_SET_SHARDS = 16  # shards that a small set is cut into, so that several workers have work
 SMALL_SET_ROWS = 256  # rows below which a shard is not cut further for that reason
+
+Span = tuple[int, int]
+"""Views of a view block that one done record covers: (first, one past the last)."""
+
 _DONE = re.compile(r"done/(\d+)\.(\d+)-(\d+)\.json$")
 
 
@@ -116,12 +113,12 @@ class ShardIndex:
         """
         return digests.fingerprint(self.manifest.identity)
 
-    def done(self) -> dict[int, list[tuple[int, int]]]:
-        """{row block: [(first view, one past the last), ...]}, read from the names of the done records.
+    def done(self) -> dict[int, list[Span]]:
+        """{row block: [span of views, ...]}, read from the names of the done records.
 
         A name that is no row block and view block of this store is not that of a done record.
         """
-        out: dict[int, list[tuple[int, int]]] = {}
+        out: dict[int, list[Span]] = {}
         for key in self.storage.list("done"):
             match = _DONE.match(key)
             if match:
@@ -210,7 +207,7 @@ class ShardIndex:
                         missing[key] = None
         return list(missing)
 
-    def _is_fill(self, name: str, block: int, views: tuple[int, int]) -> bool:
+    def _is_fill(self, name: str, block: int, views: Span) -> bool:
         """Whether, by its done record, an array holds nothing but fill value in a row block and these views."""
         rows = self.span(block)[1] - self.span(block)[0]
         record = self.record(block, *views)
@@ -221,7 +218,7 @@ class ShardIndex:
         scale = np.zeros(fill.shape[:-1], "<f4") if self.codecs[name].scaled else None
         return set(record.digest[name]) == {view_digest(fill, scale)}
 
-    def shard_keys(self, block: int, views: tuple[int, int]) -> dict[str, str]:
+    def shard_keys(self, block: int, views: Span) -> dict[str, str]:
         """{key of a file: name of its array} for all files that one done record covers.
 
         The file of an array's scales is listed under the name of that array.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from compress_ssl.pipeline.methods.base import Recipe
 from compress_ssl.pipeline.methods.options import MethodChoice, TypedMethod
 from compress_ssl.pipeline.runtime.choices import Precision
-from compress_ssl.pipeline.runtime.registry import parse
+from compress_ssl.pipeline.runtime.spec import parse
 from compress_ssl.pipeline.training.run_record import RunRecord
 from compress_ssl.pipeline.training.sampler import Sampling, StepSampler
 from compress_ssl.pipeline.training.settings import TrainingSettings

@@ -15,6 +15,7 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.models.moving_average import copy_buffers, update_ema
 from compress_ssl.pipeline.models.weights import to_bytes
+from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training.validation import leave_one_out
 from compress_ssl.pipeline.views.augment import ViewSpec
@@ -72,7 +73,7 @@ class Student:
         The file holds the backbone's weights under the names of the library that it comes from, so that this library
         loads them strictly. Its metadata holds the model's spec, its preprocessing and a digest of the weights.
         """
-        preprocessing = json.dumps(self.final_model.preprocessing.record())
+        preprocessing = json.dumps(to_json(self.final_model.preprocessing))
         metadata = {"model": self.final_model.spec, "preprocessing": preprocessing, "digest": self.final_model.digest()}
         folder, name = Folder(self.folder), "student.safetensors"
         _write_if_changed(folder, name, to_bytes(self.final_model.backbone.state_dict(), {"format": "pt", **metadata}))

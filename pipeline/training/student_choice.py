@@ -10,8 +10,8 @@ from compress_ssl.pipeline.models.factory import ModelOptions
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
 from compress_ssl.pipeline.runtime.options import Option, from_option, option_text, recordable
 from compress_ssl.pipeline.runtime.records import UnsetType
-from compress_ssl.pipeline.runtime.registry import Spec, convert, parse
-from compress_ssl.pipeline.runtime.signatures import any_key, is_required
+from compress_ssl.pipeline.runtime.signatures import any_key, convert, is_required
+from compress_ssl.pipeline.runtime.spec import Spec, parse
 from compress_ssl.pipeline.training.run_record import RunRecord
 from compress_ssl.pipeline.training.version1_defaults import STUDENT_OPTIONS
 

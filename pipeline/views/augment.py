@@ -9,9 +9,10 @@ resolved view, each at its own size.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.errors import UserError
@@ -45,10 +46,6 @@ class ViewSpec:
         if self.policy not in POLICIES:
             raise UserError(f"unknown policy {self.policy!r}. Known: {', '.join(POLICIES)}")
 
-    def record(self) -> dict[str, Any]:
-        """The settings as JSON values, as a store's manifest keeps them."""
-        return {"policy": self.policy, "seed": self.seed, "crop_ratio": self.crop_ratio}
-
 
 class ResolvedView(NamedTuple):
     """A view resolved for one image: the crop box in pixels of the image, the flip and the colour changes."""
@@ -65,7 +62,7 @@ class ResolvedView(NamedTuple):
     solarize: bool = False
 
 
-def draw_variates(seed: int, key: Any, v: Any) -> np.ndarray:
+def draw_variates(seed: int, key: ArrayLike, v: ArrayLike) -> np.ndarray:
     """Raw random numbers of views: (..., 36) float64 in [0, 1).
 
     key: view keys of the images; v: view numbers. The shapes of key and v are broadcast together.

@@ -12,8 +12,11 @@ from typing import TypeVar
 import numpy as np
 
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.views.numbering import FRESH, LOCAL
 from compress_ssl.pipeline.views.policies import LOCAL_POLICIES, POLICIES, Augmentation, Policies
+
+# High bits of view numbers, part of the disk format.
+FRESH = 2**31  # of views that only a student sees and no store keeps, as with `--pairing fresh`
+LOCAL = 2**30  # of local (small) crops; the numbers of global views lack it
 
 T = TypeVar("T")
 
@@ -94,10 +97,6 @@ class ViewGroup:
         """Name of the model's output that an array of this group holds."""
         return array.removeprefix(self.prefix)
 
-    def view_name(self, view: int) -> str:
-        """Name of a view in messages: `view 3`, `local crop 0`."""
-        return f"{self.noun} {self.column(view)}"
-
     # ---------------------------------------------------------------- pixels
 
     def augmentation(self, policy: str, view: int) -> Augmentation | None:
@@ -160,4 +159,5 @@ def by_group(views: Iterable[int]) -> dict[str, list[int]]:
 
 def view_name(view: int) -> str:
     """Name of a view in messages: `view 3`, `local crop 0`."""
-    return group_of(view).view_name(view)
+    group = group_of(view)
+    return f"{group.noun} {group.column(view)}"

@@ -10,12 +10,7 @@ class Augmentation:
 
     scale: tuple[float, float]  # smallest and largest area of the crop, as fractions of the image's area
     flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-    )  # largest change of brightness, contrast, saturation, hue
+    jitter: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)  # largest change of brightness, contrast, saturation, hue
     jitter_p: float = 0.0
     grey_p: float = 0.0
     blur_p: float = 0.0

@@ -1,8 +1,7 @@
 """The preprocessing that a model was trained with."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from compress_ssl.pipeline.runtime.records import Meta, Number, Positive, PositiveNumber
 
@@ -24,15 +23,6 @@ class Preprocessing:
     std: tuple[PositiveNumber, PositiveNumber, PositiveNumber]
     interpolation: _Mode  # a value of torchvision's InterpolationMode, such as "bicubic"
     crop_ratio: PositiveNumber
-
-    def record(self) -> dict[str, Any]:
-        """The preprocessing as JSON values, as a store's manifest keeps it."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> "Preprocessing":
-        """The preprocessing that `record` was made from."""
-        return cls(**{**record, "mean": tuple(record["mean"]), "std": tuple(record["std"])})
 
 
 # torchvision's and timm's usual evaluation preprocessing for ImageNet
