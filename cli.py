@@ -264,8 +264,10 @@ def _print(text: str) -> None:
 
 
 def _fail(text: str) -> int:
-    """Print an error in one line to stderr; returns the exit status."""
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    """Print an error in one line to stderr; returns the exit status. Control characters of a file are escaped."""
+    line = " ".join(text.split())
+    shown = "".join(c if c.isprintable() or c.isspace() else c.encode("unicode_escape").decode() for c in line)
+    print(f"error: {shown}", file=sys.stderr)
     return 2
 
 

@@ -9,6 +9,7 @@ from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import shorten
 from compress_ssl.pipeline.runtime.storage import open_storage
 
 if TYPE_CHECKING:
@@ -144,14 +145,18 @@ def find_rows(store: "FeatureStore", file: str) -> "np.ndarray":
     shared = {name for name, count in Counter(file_names).items() if count > 1}
     # An id takes precedence over an equal file name.
     row = {name: i for i, name in enumerate(file_names)} | {name: i for i, name in enumerate(ids)}
-    listed = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as problem:
+        raise UserError(f"--labels {file} is no text in UTF-8 ({problem}); give a file of image ids") from None
+    listed = [line.strip() for line in text.split("\n") if line.strip()]
     ambiguous = [name for name in listed if name in shared and name not in ids]
     if ambiguous:
         raise UserError(f"{file} names {ambiguous[0]}, and several images have this file name; give ids, as {ids[0]}")
     missing = [name for name in listed if name not in row]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(listed)} ids in {file} are not in {store.storage}, the first is {missing[0]}; "
-            f"they look like {ids[0]}"
+            f"{len(missing)} of {len(listed)} ids in {file} are not in {store.storage}, the first is "
+            f"{shorten(missing[0], 200)}; they look like {ids[0]}"
         )
     return np.array(sorted({row[name] for name in listed}), np.int64)

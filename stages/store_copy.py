@@ -86,8 +86,8 @@ def resolve(config: Config) -> "Part":
 def read_text(path: str) -> str:
     """Text of the file given as --images. Raises UserError if it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except (OSError, ValueError) as problem:  # ValueError: no UTF-8, or a path with a NUL
         raise UserError(
             f"--images {path} is neither START:END[:STEP] nor a readable text file ({problem}); give one of them"
         ) from None

@@ -14,6 +14,7 @@ import numpy as np
 from compress_ssl.pipeline.datasets.decode import GOOD
 from compress_ssl.pipeline.runtime import digests
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import shorten
 from compress_ssl.pipeline.runtime.records import UNSET
 from compress_ssl.pipeline.runtime.storage import Storage, absolute
 from compress_ssl.pipeline.store import integrity
@@ -251,7 +252,8 @@ def parse_images(text: str | None, read: Callable[[str], str], ids: Sequence[str
         row_of = {name: i for i, name in enumerate(ids)}
         unknown = [name for name in wanted if name not in row_of]
         if unknown:
-            raise UserError(f"{len(unknown)} lines of {text} are no images of the store, the first is {unknown[0]!r}")
+            first = shorten(repr(unknown[0]), 200)
+            raise UserError(f"{len(unknown)} lines of {text} are no images of the store, the first is {first}")
         rows = np.array(sorted({row_of[name] for name in wanted}), np.int64)
     if not len(rows):
         raise UserError(f"--images {text} names none of the {len(ids)} images")
