@@ -21,7 +21,8 @@ class Config:
     """Copy a feature store to or from a bucket, whole or in part, or convert it to another codec.
 
     Views keep their numbers, so that a student trains on the same pixels that the teacher embedded. The digest of
-    every array that is read is checked. Running the same command again resumes it; a wider --views adds views.
+    every array that is read is checked. Running the same command again resumes it; a wider --views adds views. Where
+    a copy has begun, --images and --codec are its own if they are not given.
     """
 
     src: str = flag(help="The feature store to copy: a folder or a URL.", metavar="SRC", place=True)
@@ -77,10 +78,12 @@ def resolve(config: Config) -> "Part":
     views = copy.parse_views(config.views, source)
     source.require_complete([*views, *source.other_views])
     ids = [str(name) for name in source.table("sample_id")]
-    rows = copy.parse_images(config.images, read_text, ids)
-    part = copy.describe_copy(source, views, rows, copy.codec_of(source, config.codec))
-    artifact.claimed(open_storage(config.dst), "store")  # refuses a folder that holds something else
-    return part
+    target = open_storage(config.dst)
+    has_begun = artifact.claimed(target, "store") is not None  # refuses a folder that holds something else
+    begun = FeatureStore(target) if has_begun else None
+    rows = copy.parse_images(config.images, read_text, ids) if config.images or not begun else copy.rows_of(begun, ids)
+    codec = config.codec or (begun.identity.codec if begun else None)
+    return copy.describe_copy(source, views, rows, copy.codec_of(source, codec))
 
 
 def read_text(path: str) -> str:

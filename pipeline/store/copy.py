@@ -258,6 +258,15 @@ def parse_images(text: str | None, read: Callable[[str], str], ids: Sequence[str
     return rows
 
 
+def rows_of(begun: FeatureStore, ids: Sequence[str]) -> np.ndarray:
+    """The rows, among these ids of the source, of the images of a copy that has begun; all if it has others."""
+    row_of = {name: i for i, name in enumerate(ids)}
+    wanted = [str(name) for name in begun.table("sample_id")]
+    if not set(wanted) <= row_of.keys():
+        return np.arange(len(ids))  # it is no copy of this source, and is refused as such
+    return np.array(sorted(row_of[name] for name in wanted), np.int64)
+
+
 def codec_of(source: FeatureStore, given: str | None) -> str:
     """Name of the copy's codec: the one given, or else the source's. Raises UserError for an unknown codec."""
     return build_codec(given).name if given else source.identity.codec
