@@ -283,10 +283,11 @@ def open_scored_model(config: Config, earlier: EvaluationRecord | None, augment:
     """
     from compress_ssl.pipeline.evaluators import scored_model
 
-    image_size = config.image_size or (earlier.identity.model.preprocessing.size if earlier else None)
+    recorded = earlier.identity.model.preprocessing if earlier else None
+    image_size = config.image_size or (recorded.size if recorded else None)
     if config.run:
         return scored_model.open_run(config.run, image_size)
     if config.store:
         return scored_model.open_teacher(scored_model.open_store(config.store, config.cache, augment))
     assert config.model
-    return scored_model.open_model(config.model, image_size)
+    return scored_model.open_model(config.model, image_size, recorded)

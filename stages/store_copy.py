@@ -26,7 +26,8 @@ class Config:
     """Copy a feature store to or from a bucket, whole or in part, or convert it to another codec.
 
     Views keep their numbers, so that a student trains on the same pixels that the teacher embedded. The digest of
-    every array that is read is checked. Running the same command again resumes it; a wider --views adds views.
+    every array that is read is checked. Running the same command again resumes it; a wider --views adds views. Where
+    a copy has begun, --images and --codec are its own if they are not given.
     """
 
     src: str = flag(help="The feature store to copy: a folder or a URL.", metavar="SRC", place=True)
@@ -81,11 +82,12 @@ def resolve(config: Config) -> "Part":
     source = FeatureStore(open_storage(config.src))
     views = parse_views(config.views, source)
     source.require_complete([*views, *source.other_views])
-    rows = parse_images(config.images, source)
-    codec = build_codec(config.codec).name if config.codec else source.identity.codec
-    part = copy.describe_copy(source, views, rows, codec)
-    artifact.claimed(open_storage(config.dst), "store")  # refuses a folder that holds something else
-    return part
+    target = open_storage(config.dst)
+    has_begun = artifact.claimed(target, "store") is not None  # refuses a folder that holds something else
+    begun = FeatureStore(target) if has_begun else None
+    rows = copy.rows_of(begun, source) if begun and config.images is None else parse_images(config.images, source)
+    codec = config.codec or (begun or source).identity.codec
+    return copy.describe_copy(source, views, rows, build_codec(codec).name)
 
 
 def parse_views(text: str | None, source: "FeatureStore") -> range:

@@ -373,3 +373,119 @@ def test_the_table_of_version_1_names_every_option_of_our_networks() -> None:
     kinds = [kind for kind in MODELS.entries if kind != "python"]
     own = {kind: set(own_parameters(Spec(kind))) for kind in kinds if own_parameters(Spec(kind))}
     assert own == {kind: set(options) for kind, options in version1_defaults.STUDENT_OPTIONS.items()}
+
+
+# ---------------------------------------------------------------- values of every type
+
+
+ODD = """
+import enum
+from collections.abc import Sequence
+from typing import Literal
+from compress_ssl.pipeline.methods.regression import Regression
+class Mode(str, enum.Enum):
+    A = "a"
+class Mine(Regression):
+    def __init__(self, *, context, one: list[int] = [1, 2], two: Sequence[int] = (1, 2), three: tuple = (1, 2),
+                 four: Literal[1, 2] = 1, five: Mode = Mode.A, six="1", seven="true", eight: float = float("inf"),
+                 nine: tuple[str, ...] = ("a+b", "c"), ten: int | str = "3", eleven: int = True, twelve=[1, 2],
+                 thirteen: float = float("nan"), fourteen: float = None):
+        super().__init__(context=context)
+        given = {name: value for name, value in locals().items() if name not in ("self", "context", "__class__")}
+        GOT.append(given)
+GOT = []
+"""
+
+
+def test_a_method_of_a_users_own_gets_its_defaults_as_its_signature_has_them_when_begun_and_when_repeated(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    import sys
+
+    file = tmp_path / "odd.py"
+    file.write_text(ODD)
+    for steps in (1, 2):
+        train(method=f"python:{file}:Mine", steps=steps, image_size=8)
+    module: Any = next(module for name, module in sys.modules.items() if name.endswith(f"/{tmp_path.name}/odd%2Epy"))
+    signature = inspect.signature(module.Mine)
+    defaults = {name: p.default for name, p in signature.parameters.items() if name != "context"}
+    assert len(module.GOT) == 2 and all(repr(got) == repr(defaults) for got in module.GOT)
+
+
+def test_a_recorded_list_literal_or_infinity_keeps_its_type_when_the_default_has_changed(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    import sys
+
+    file = tmp_path / "odd.py"
+    file.write_text(ODD)
+    train(method=f"python:{file}:Mine", steps=1, image_size=8)
+    changed = ODD
+    for old, new in (("=[1, 2]", "=[3]"), ("= [1, 2]", "= [3]"), ("(1, 2)", "(3,)"), ("= 1", "= 2"), ('"inf"', '"2"')):
+        changed = changed.replace(old, new)
+    file.write_text(changed)
+    train(method=f"python:{file}:Mine", steps=2)
+    module: Any = next(module for name, module in sys.modules.items() if name.endswith(f"/{tmp_path.name}/odd%2Epy"))
+    (got,) = module.GOT
+    kept = {name: got[name] for name in ("one", "two", "three", "four", "eight", "twelve")}
+    assert repr(kept) == repr(
+        {"one": [1, 2], "two": (1, 2), "three": (1, 2), "four": 1, "eight": float("inf"), "twelve": [1, 2]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("begun", "repeated"),
+    [
+        ({"warmup_epochs": 5}, {"warmup_epochs": 5.0}),
+        ({"lr": 1.0}, {"lr": 1}),
+        ({"method": "python:{}:Mine,scale=1,power=2"}, {"method": "python:{}:Mine,power=2.0"}),
+    ],
+)
+def test_equal_numbers_are_one_setting_also_when_one_is_whole_and_the_other_a_float(
+    begun: dict[str, Any], repeated: dict[str, Any], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(MINE.replace("DEFAULT", "2"))
+    for steps, flags in ((1, begun), (2, repeated), (None, repeated)):
+        named = {key: value.format(file) if key == "method" else value for key, value in flags.items()}
+        train(**named, steps=steps, image_size=8)
+
+
+# ---------------------------------------------------------------- the student's network and its images
+
+
+def change_preprocessing(patch: pytest.MonkeyPatch) -> None:
+    from compress_ssl.pipeline.models.networks import convnet
+
+    patch.setattr(convnet, "IMAGENET", replace(convnet.IMAGENET, mean=(0.1, 0.1, 0.1), interpolation="bicubic"))
+
+
+@pytest.mark.parametrize("change", [change_student, change_preprocessing])
+def test_a_run_is_scored_with_the_network_and_the_preprocessing_with_which_it_was_begun(
+    change: Callable[[pytest.MonkeyPatch], None], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    from compress_ssl.stages import evaluate
+
+    train(steps=1, image_size=8)
+    flags: dict[str, Any] = {"val": "digits:split=test", "protocol": ("nn",), "workers": 0, "device": "cpu"}
+    as_begun = evaluate.run(evaluate.Config(run=tmp_path / "run", out=tmp_path / "one", **flags))
+    with pytest.MonkeyPatch.context() as patch:
+        change(patch)
+        evaluate.run(evaluate.Config(run=tmp_path / "run", out=tmp_path / "one", **flags))
+        changed = evaluate.run(evaluate.Config(run=tmp_path / "run", out=tmp_path / "other", **flags))
+    assert changed["metrics"] == as_begun["metrics"]
+    for name in ("manifest.json", "features/val/manifest.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_a_run_keeps_the_preprocessing_of_its_images_when_that_of_the_network_changes(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    train(steps=1, image_size=8)
+    shutil.copytree(tmp_path / "run", tmp_path / "kept")
+    with pytest.MonkeyPatch.context() as patch:
+        change_preprocessing(patch)
+        train(steps=3)
+    train("kept", steps=3)
+    assert weights(tmp_path / "run") == weights(tmp_path / "kept")
+    assert manifest(tmp_path / "run") == manifest(tmp_path / "kept")

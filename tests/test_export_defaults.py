@@ -1,7 +1,7 @@
 """A flag that is not given is what a store that has begun records; a default changed later changes no such store."""
 
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +146,21 @@ def test_the_store_of_like_gives_views_policy_and_seed_unless_they_are_given_and
     with pytest.raises(UserError, match=r"--seed 0 was asked, but .* has 7; leave --seed out"):
         export(images, tmp_path / "other", seed=0, **like)
     assert "is complete already" in export(images, tmp_path / "store")["summary"]
+
+
+def test_a_store_keeps_the_preprocessing_of_its_teacher_and_the_crop_of_like_when_they_are_not_given(
+    images: Path, begun: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress_ssl.pipeline.models.networks import convnet
+
+    out, other = Path(shutil.copytree(begun["defaults"], tmp_path / "store")), tmp_path / "other"
+    monkeypatch.setattr(convnet, "IMAGENET", replace(convnet.IMAGENET, mean=(0.1, 0.1, 0.1)))
+    assert export(images, out, views=12)["views"] == 12
+    assert tree(out) == tree(begun["defaults-12"])
+
+    teacher = f"{TEACHER},crop=0.5"
+    for flags in ({"like": str(out)}, {}, {"views": 16}, {"like": str(out)}):
+        export_teacher.run(export_teacher.Config(str(images), teacher, str(other), workers=0, **flags))
+    identity, about = FeatureStore(Folder(other)).identity, FeatureStore(Folder(other)).about
+    assert identity.views.crop_ratio == 1.0 and identity.teacher.preprocessing.crop_ratio == 0.5
+    assert about.views == 16, "the store of --like has 12, and this one was grown since"

@@ -21,6 +21,7 @@ from compress_ssl.pipeline.store import local_cache
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.records import DataSource
 from compress_ssl.pipeline.training.run_record import read_run
+from compress_ssl.pipeline.training.student_choice import choose_student
 from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
@@ -62,8 +63,8 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
     file = folder / "student.safetensors"
     if not file.exists():
         raise UserError(f"{folder} is not finished: it holds no student.safetensors; repeat its distill command")
-    size = image_size or student.preprocessing.size
-    embedder = build(student.spec, image_size=size, pretrained_default=False)
+    choice = choose_student(student.spec, folder, record, image_size)
+    embedder = build(choice.spec, image_size=choice.image_size, recorded=choice.preprocessing)
     load_student(embedder, file)
     return ScoredModel(
         model=ModelRecord(
@@ -139,13 +140,13 @@ def open_teacher(store: FeatureStore) -> ScoredModel:
 # ---------------------------------------------------------------- any model
 
 
-def open_model(spec: str, image_size: int | None) -> ScoredModel:
-    """Any model by its spec, for instance `timm:resnet18`.
+def open_model(spec: str, image_size: int | None, recorded: Preprocessing | None = None) -> ScoredModel:
+    """Any model by its spec, for instance `timm:resnet18`. recorded: how an evaluation that has begun prepares images.
 
     A model without pretrained weights gets those that a run with --seed 0 starts from.
     """
     torch.manual_seed(RANDOM_WEIGHTS_SEED)
-    embedder = build(spec, image_size=image_size, pretrained_default=False)
+    embedder = build(spec, image_size=image_size, recorded=recorded)
     parameters = sum(p.numel() for p in embedder.backbone.parameters())
     return ScoredModel(
         model=ModelRecord(embedder.name, "model", parameters, embedder.width, spec=spec),

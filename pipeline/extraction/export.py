@@ -73,7 +73,8 @@ def make_plan(job: Job) -> Plan:
 def build_teacher(job: Job) -> Embedder:
     """The teacher with the outputs that the store keeps. Seeds torch's default generator."""
     torch.manual_seed(0)  # so that a teacher with random weights has the same weights in every run
-    embedder = build(job.teacher, image_size=job.flags.image_size, pretrained_default=True)
+    recorded = job.begun.identity.teacher.preprocessing if job.begun else None
+    embedder = build(job.teacher, image_size=job.flags.image_size, pretrained_default=True, recorded=recorded)
     return embedder.enable_outputs(job.flags.outputs)
 
 

@@ -70,7 +70,8 @@ def resolve_flags(
     flags = DEFAULTS if begun is None else recorded_flags(begun)
     if like is not None:
         views = like.identity.views
-        flags = replace(flags, views=like.views, policy=views.policy, seed=views.seed)
+        most = max(like.views, begun.views if begun else 0)  # a store that has grown since does not shrink
+        flags = replace(flags, views=most, policy=views.policy, seed=views.seed)
     return replace(flags, **given)
 
 

@@ -38,7 +38,8 @@ def _describe_identity(job: Job, embedder: Embedder) -> StoreIdentity:
         side = flags.local_size or LOCAL_CROPS.side(embedder.preprocessing.size)
         embedder.require_size(side, "--local-size")
         local = GroupIdentity(flags.local_views, side)
-    ratio = job.like.identity.views.crop_ratio if job.like else embedder.preprocessing.crop_ratio
+    source = job.begun or job.like
+    ratio = source.identity.views.crop_ratio if source else embedder.preprocessing.crop_ratio
     return StoreIdentity(
         data=DataIdentity(dataset.fingerprint, len(dataset)),
         teacher=_describe_teacher(embedder),

@@ -16,7 +16,8 @@ def load_live_teacher(store: FeatureStore, spec: str | None = None) -> Embedder:
     """
     spec, teacher = spec or store.export.teacher, store.identity.teacher
     torch.manual_seed(0)
-    embedder = build(spec, image_size=teacher.preprocessing.size, pretrained_default=True)
+    recorded = teacher.preprocessing
+    embedder = build(spec, image_size=recorded.size, pretrained_default=True, recorded=recorded)
     if embedder.digest() != teacher.weights:
         raise UserError(f"{spec} has other weights here than when {store.storage} was made; restore them")
     return embedder

@@ -12,6 +12,7 @@ from compress_ssl.pipeline.runtime.spec import did_you_mean
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.models.embedder import Embedder
+    from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 OUTPUTS = ("embedding", "projection", "logits", "regions")
 """Names of a model's outputs; the arrays of a store have the same names."""
@@ -32,17 +33,25 @@ MODELS: "Registry[Embedder]" = Registry(
 )
 
 
-def build(spec_text: str, *, image_size: int | None = None, pretrained_default: bool = False) -> "Embedder":
+def build(
+    spec_text: str,
+    *,
+    image_size: int | None = None,
+    pretrained_default: bool = False,
+    recorded: "Preprocessing | None" = None,
+) -> "Embedder":
     """Build the model that a spec names.
 
     The side of its input, in pixels, is `image_size`, else size= of the spec, else the model's own.
     `pretrained_default`: load published weights if the spec has neither pretrained= nor weights=; True for
-    teachers. Raises UserError for errors of the user: unknown names and keys, unreadable files, impossible sizes.
+    teachers. `recorded`: the preprocessing with which a folder was begun, which counts in place of the model's own;
+    keys of the spec and `image_size` come before it. Raises UserError for errors of the user: unknown names and keys,
+    unreadable files, impossible sizes.
     """
     spec = MODELS.parse(spec_text)
     if "image_size" in spec.options:
         raise UserError(f"{spec_text}: a model's key for its input size is size=, not image_size=")
-    embedder = MODELS.build(spec, image_size=image_size, pretrained_default=pretrained_default)
+    embedder = MODELS.build(spec, image_size=image_size, pretrained_default=pretrained_default, recorded=recorded)
     embedder.spec = spec_text
     return embedder
 

@@ -87,12 +87,19 @@ def model_kind(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., Netw
 
         @functools.wraps(make_network)
         def build(
-            *argument: object, image_size: int | None = None, pretrained_default: bool = False, **keys: object
+            *argument: object,
+            image_size: int | None = None,
+            pretrained_default: bool = False,
+            recorded: Preprocessing | None = None,
+            **keys: object,
         ) -> Embedder:
             # Any: the types are those of ModelOptions, whose signature the registry has read.
             given: dict[str, Any] = {p.name: keys.pop(p.name) for p in common if p.name in keys}
             options = _resolve(ModelOptions(**given), image_size, pretrained_default)
-            return _build_embedder(make_network(options, *argument, **keys), options)
+            network = make_network(options, *argument, **keys)
+            if recorded:
+                network.preprocessing = replace(recorded, size=network.preprocessing.size)
+            return _build_embedder(network, options)
 
         parameters = [*(p for p in own if p not in any_keys), *common, *any_keys]
         build.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # Registry reads it

@@ -61,7 +61,7 @@ def _unequal(there: Mapping[str, object], asked: Mapping[str, object], under: st
         old, new = _numbered(there.get(key)), _numbered(asked.get(key))
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             out |= _unequal(old, new, f"{name}.")
-        elif canonical(old) != canonical(new):
+        elif canonical(_by_value(old)) != canonical(_by_value(new)):
             out[name] = f"{name} is {_json(old)} there, {_json(new)} asked"
     return out
 
@@ -71,6 +71,13 @@ def _numbered(value: object) -> object:
     if isinstance(value, list) and value and all(isinstance(record, Mapping) for record in value):
         return {str(number): record for number, record in enumerate(value)}
     return value
+
+
+def _by_value(value: object) -> object:
+    """A setting in which equal numbers are written alike: a flag given as 5.0 is the recorded 5."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return [_by_value(member) for member in value] if isinstance(value, list | tuple) else value
 
 
 def _json(value: object) -> str:

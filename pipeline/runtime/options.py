@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from compress_ssl.pipeline.runtime.digests import canonical
 from compress_ssl.pipeline.runtime.records import UNSET, UnsetType
 from compress_ssl.pipeline.runtime.signatures import convert
 
@@ -46,10 +47,14 @@ def option_text(value: Option) -> str:
 
 
 def from_option(value: Option, parameter: inspect.Parameter, where: str) -> object:
-    """The value that a parameter takes. A record may have been changed, so it is checked as a typed text is.
+    """The value that a parameter takes; its own default if the record holds that, whatever its annotation.
 
+    A record may have been changed, so any other value is checked as a typed text is.
     where: the place of the value, with which an error begins. Raises UserError for a value of the wrong type.
     """
+    default = to_option(parameter.default)
+    if not isinstance(default, UnsetType) and canonical(default) == canonical(value):
+        return parameter.default
     if isinstance(value, tuple) and parameter.annotation is parameter.empty:
         return value if isinstance(parameter.default, tuple) else list(value)
     return convert(option_text(value), parameter, where)

@@ -3,7 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compress_ssl.pipeline.runtime.errors import UserError
@@ -54,8 +54,8 @@ def literal(text: str) -> bool | int | float | str | None:
 def convert(text: str, parameter: inspect.Parameter, where: str) -> object:
     """Convert text to the annotated type of a parameter.
 
-    Supported are bool, int, float, Path, str, Literal, tuples (written `a+b`) and unions of these, `None` included;
-    for any other annotation, and for none, the text is read by `literal`. `none` is None too if that is the default.
+    Supported are bool, int, float, Path, str, Literal, tuples and lists (written `a+b`) and unions of these, `None`
+    too; for any other annotation, and for none, the text is read by `literal`. `none` is None if that is the default.
     where: the place of the text, with which an error begins. Raises UserError if no type fits.
     """
     annotation = parameter.annotation
@@ -76,13 +76,16 @@ def convert(text: str, parameter: inspect.Parameter, where: str) -> object:
 
 def _convert_to(text: str, wanted: object) -> object:
     """Convert text to one type. Raises ValueError that says which values are allowed."""
-    if typing.get_origin(wanted) is tuple:
-        inner = typing.get_args(wanted)[0]
-        return tuple(_convert_to(part, inner) for part in text.split("+") if part)
-    if typing.get_origin(wanted) is typing.Literal:
-        if text not in typing.get_args(wanted):
-            raise ValueError(f"must be one of {', '.join(map(str, typing.get_args(wanted)))}")
-        return text
+    kind = typing.get_origin(wanted) or wanted
+    if kind in (tuple, list, Sequence):
+        inner = next(iter(typing.get_args(wanted)), None)  # None: members of any type
+        members = [_convert_to(part, inner) for part in text.split("+") if part]
+        return members if kind is list else tuple(members)
+    if kind is typing.Literal:
+        allowed = {str(each).lower() if isinstance(each, bool) else str(each): each for each in typing.get_args(wanted)}
+        if text not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return allowed[text]
     if wanted is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise ValueError("must be true or false")

@@ -207,3 +207,20 @@ def train_codecs(part: Part, target: FeatureStore) -> None:
         sample = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)]
         sample = sample[source.table("status")[sample] == GOOD]
         target.train(name, np.concatenate([source.read_rows(name, view, sample) for view in views]))
+
+
+def rows_of(begun: FeatureStore, source: FeatureStore) -> np.ndarray:
+    """The rows, in the source, of the images of a copy that has begun; all of them if it has other images.
+
+    Raises UserError for a copy of some images that was interrupted before it had their ids.
+    """
+    if begun.images == source.images:
+        return np.arange(source.images)
+    row_of = {str(name): i for i, name in enumerate(source.table("sample_id"))}
+    try:
+        wanted = [str(name) for name in begun.table("sample_id")]
+    except UserError as problem:
+        raise UserError(f"{problem}. If the copy was interrupted, repeat the command with the --images of it") from None
+    if not set(wanted) <= row_of.keys():
+        return np.arange(source.images)  # it is no copy of this source, and is refused as such
+    return np.array(sorted(row_of[name] for name in wanted), np.int64)

@@ -51,7 +51,7 @@ def build_student(choice: StudentChoice, seed: int, execution: Execution, device
     Seeds torch's default generator. Raises UserError for a spec that cannot be built.
     """
     torch.manual_seed(seed)
-    embedder = build(choice.spec, image_size=choice.image_size, pretrained_default=False)
+    embedder = build(choice.spec, image_size=choice.image_size, recorded=choice.preprocessing)
     embedder.spec = choice.words  # it seeds the student's randomness and is recorded: the same for ever
     memory_format = torch.channels_last if execution.channels_last else torch.contiguous_format
     embedder = embedder.to(device).to(memory_format=memory_format)

@@ -14,6 +14,7 @@ from compress_ssl.pipeline.runtime.signatures import any_key, convert, is_requir
 from compress_ssl.pipeline.runtime.spec import Spec, parse
 from compress_ssl.pipeline.training.run_record import RunRecord
 from compress_ssl.pipeline.training.version1_defaults import STUDENT_OPTIONS
+from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class StudentChoice:
     image_size: int | None  # side in pixels; None: the student's own
     folder: Path
     recorded: Mapping[str, Option] | None = None  # own options with which the run in the folder was begun; None: no run
+    preprocessing: Preprocessing | None = None  # likewise, of the images; None: the network's own
 
 
 def choose_student(text: str, folder: Path, record: RunRecord | None, image_size: int | None) -> StudentChoice:
@@ -49,7 +51,8 @@ def choose_student(text: str, folder: Path, record: RunRecord | None, image_size
     same_words = _foreign(spec, own) == _foreign(there, own)
     words = saved.spec if same_words else text
     size = image_size if image_size or "size" in typed.options else saved.preprocessing.size
-    return StudentChoice(words, str(_with_options(spec, own, options)), options, size, folder, recorded)
+    built_from = str(_with_options(spec, own, options))
+    return StudentChoice(words, built_from, options, size, folder, recorded, saved.preprocessing)
 
 
 def own_parameters(spec: Spec) -> dict[str, inspect.Parameter]:
