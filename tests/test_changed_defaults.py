@@ -15,9 +15,11 @@ from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import Recipe
 from compress_ssl.pipeline.methods.compress import OneQueue, TwoQueuesMomentum
+from compress_ssl.pipeline.methods.options import find_typed
 from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.runtime.artifact import Mismatch
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.options import require_types
 from compress_ssl.pipeline.runtime.registry import Spec
 from compress_ssl.pipeline.training import resolve, version1_defaults
 from compress_ssl.pipeline.training.learner_spec import Execution
@@ -361,12 +363,10 @@ def test_an_unfinished_run_of_version_1_is_not_finished_by_asking_for_fewer_step
 @pytest.mark.parametrize("kind", [kind for kind in METHODS.entries if kind != "python"])
 def test_the_table_of_version_1_names_every_option_of_a_method(kind: str) -> None:
     """A new option needs a line: what it is in runs that were begun without it."""
-    from compress_ssl.pipeline.methods.options import find_typed
-
     typed = find_typed(kind)
     table = version1_defaults.METHOD_OPTIONS[kind]
     assert set(typed.keys) == set(table) and kind in version1_defaults.EPOCHS
-    typed.check_recorded(table, "")
+    require_types(table, typed.keys, kind)
 
 
 def test_the_table_of_version_1_names_every_option_of_our_networks() -> None:

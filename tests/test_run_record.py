@@ -193,8 +193,8 @@ def test_the_malformed_entry_is_named(path: tuple[str, ...], value: Any, words: 
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (("identity", "options", "tau"), "x", "identity.options: tau=x: must be a number"),
-        (("identity", "options", "start"), "soon", "identity.options: start=soon: must be one of store, empty, random"),
+        (("identity", "options", "tau"), "x", "identity.options.tau is x: must be a number"),
+        (("identity", "options", "start"), "soon", "identity.options.start is soon: must be one of store, empty"),
         (("identity", "student", "options", "channels"), ["x"], "identity.student.options.channels is x: must be a"),
         (("identity", "options", "width"), 4, "options.width is 4 there, null asked"),
         (("identity", "method"), "compress-1q:tau=x", "identity.method: compress-1q tau=x: must be a number"),

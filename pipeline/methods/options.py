@@ -82,12 +82,6 @@ class TypedMethod:
         """Raise UserError for an unknown option, and for one that is required and neither given nor `filled`."""
         METHODS.check(self.spec, given=("context", *(name for name in filled if name not in self.spec.options)))
 
-    def check_recorded(self, recorded: Options, place: str) -> None:
-        """Raise UserError, which begins with `place`, for a recorded option of the wrong type."""
-        for key, value in recorded.items():
-            if key in self.keys:
-                from_option(value, self.keys[key], f"{place}{key}=")
-
 
 def find_typed(text: str) -> TypedMethod:
     """The method that a spec names; imports it. Its options are not checked yet: `TypedMethod.check` does so."""

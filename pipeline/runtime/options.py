@@ -42,6 +42,12 @@ def option_text(value: Option) -> str:
     return "none" if value is None else str(value)
 
 
+def require_types(options: Mapping[str, Option], parameters: Mapping[str, inspect.Parameter], where: str) -> None:
+    """Raise UserError for a recorded option of another type than its parameter; `where` names the options' entry."""
+    for key in options.keys() & parameters.keys():
+        from_option(options[key], parameters[key], f"{where}.{key} is ")
+
+
 def from_option(value: Option, parameter: inspect.Parameter, where: str) -> object:
     """The value that a parameter takes. A record may have been changed, so it is checked as a typed text is.
 
