@@ -15,10 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.distributed import launch
 from compress_ssl.pipeline.runtime import artifact, launch_env
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import to_flags
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import set_aside
@@ -56,7 +57,7 @@ class Job:
         return [student.folder for learner in self.learners for student in learner.students]
 
     @property
-    def data_pass_key(self) -> tuple[Any, ...]:
+    def data_pass_key(self) -> tuple[object, ...]:
         """A key that is equal for jobs which need the same images, views and steps.
 
         Such jobs differ only in their students and in how these are trained, so that one pass can serve all of them.
@@ -69,7 +70,7 @@ class Job:
         return (*shared, self.bounded_sampling)
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> CommandResult:
     """Train to the end, continuing from the last checkpoint if there is one.
 
     Returns {"summary", "runs": [folder, ...], "steps"}, and {} on ranks other than 0. With --devices, it starts
@@ -87,7 +88,7 @@ def run(config: Config) -> dict[str, Any]:
         return train_together([resolve(config)])
 
 
-def train_together(jobs: Sequence[Job]) -> dict[str, Any]:
+def train_together(jobs: Sequence[Job]) -> CommandResult:
     """Train all jobs in one pass over the images, in one process, which is alone or one of several ranks.
 
     Returns what `run` returns. The `data_pass_key`s of the jobs must be equal. Raises CannotSharePass if they cannot

@@ -225,7 +225,11 @@ def _require_shown(name: str, result: Result, gathered: Gathered, train: Split, 
     read = parse_metrics(json.loads(json.dumps(evaluation.to_json(), allow_nan=False)), "metrics.json")
     assert read == evaluation, f"metrics.json does not keep the scores of {name}; use words and finite numbers"
     page = write_report(
-        folder, evaluation, gathered.figures, train=train, val=val, load_image=lambda split, row: _picture(row)
+        folder,
+        evaluation,
+        gathered.figures,
+        splits={"train": train, "val": val},
+        load_image=lambda split, row: _picture(row),
     ).read_text()
     _, compared = comparison.compare([evaluation])
     for score in result.scores:
