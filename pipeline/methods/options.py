@@ -11,11 +11,9 @@ from functools import cached_property
 
 from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import Method, MethodContext
-from compress_ssl.pipeline.runtime.options import Option, from_option, recordable
+from compress_ssl.pipeline.runtime.options import Options, from_option, recordable
 from compress_ssl.pipeline.runtime.registry import Member, Spec, convert, literal
 from compress_ssl.pipeline.runtime.signatures import any_key
-
-Options = Mapping[str, Option]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.models.factory import ModelOptions
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
-from compress_ssl.pipeline.runtime.options import Option, option_text, recordable, require_types
+from compress_ssl.pipeline.runtime.options import Option, Options, option_text, recordable, require_types
 from compress_ssl.pipeline.runtime.registry import Spec, convert, parse
 from compress_ssl.pipeline.runtime.signatures import any_key, is_required
 from compress_ssl.pipeline.training.run_record import RunRecord
@@ -21,10 +21,10 @@ class StudentChoice:
 
     words: str  # the spec as it was typed when the run was begun: for its record, its seed and messages
     spec: str  # the same with every own option, to build the network from
-    options: Mapping[str, Option]  # its own options; empty for a network of another library
+    options: Options  # its own options; empty for a network of another library
     image_size: int | None  # side in pixels; None: the student's own
     folder: Path
-    recorded: Mapping[str, Option] | None = None  # own options with which the run in the folder was begun; None: no run
+    recorded: Options | None = None  # own options with which the run in the folder was begun; None: no run
 
 
 def choose_student(text: str, folder: Path, record: RunRecord | None, image_size: int | None) -> StudentChoice:
@@ -93,7 +93,7 @@ def _foreign(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, str]
     return {key: text for key, text in spec.options.items() if key not in own or key == _argument_name(own)}
 
 
-def _with_options(spec: Spec, own: Mapping[str, inspect.Parameter], options: Mapping[str, Option]) -> Spec:
+def _with_options(spec: Spec, own: Mapping[str, inspect.Parameter], options: Options) -> Spec:
     """The spec with every own option."""
     argument = _argument_name(own)
     texts = {key: option_text(value) for key, value in options.items()}
