@@ -35,9 +35,9 @@ lint: install
 
 types:
 	@root="$$(mktemp -d)"; trap 'rm -rf "$$root"' EXIT; ln -s "$(CURDIR)" "$$root/compress_ssl"; cd "$$root" && \
-	    MYPYPATH="$$root" "$(abspath $(BIN))/python" -m mypy --config-file "$(CURDIR)/pyproject.toml" \
+	    MYPYPATH="$$root:$(CURDIR)" "$(abspath $(BIN))/python" -m mypy --config-file "$(CURDIR)/pyproject.toml" \
 	    --cache-dir "$(CURDIR)/.mypy_cache" \
-	    -p compress_ssl.pipeline -p compress_ssl.stages -m compress_ssl -m compress_ssl.cli -m compress_ssl.__main__
+	    -p compress_ssl.pipeline -p compress_ssl.stages -m compress_ssl -m compress_ssl.cli -m compress_ssl.__main__ -p benchmarks
 
 bench: install
 	@"$(BIN)/python" -m benchmarks

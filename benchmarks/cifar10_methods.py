@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.experiment import CLUSTERS, PROTOCOLS, SEEDS, Experiment, parse_arguments
-from compress_ssl.pipeline.methods import find_method
+from compress_ssl.pipeline.methods.options import find_typed
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -94,7 +94,7 @@ def run_settings(
         "batch_size": BATCH,
         **flags,
     }
-    optimizer = find_method(method).recipe.optimizer
+    optimizer = find_typed(method).method.recipe.optimizer
     return {"lr": RATES[optimizer], "schedule": "cosine", "warmup_epochs": WARMUP, **flags_of_run}
 
 

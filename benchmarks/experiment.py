@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.__main__ import describe_machine
 from compress_ssl.pipeline.runtime import jsonl
@@ -68,7 +68,7 @@ class Experiment:
         """Train and score the student of an arm; if there are several students, only the first is scored."""
         out = self.out / "runs" / arm / f"seed-{seed}"
         result = distill.run(distill.Config(out=out, seed=seed, workers=self.workers, **settings))
-        self.score(arm, seed, run=Path(result["runs"][0]))
+        self.score(arm, seed, run=Path(cast(list[str], result["runs"])[0]))
 
     def score(self, arm: str, seed: int = 0, **subject: Any) -> None:
         """Evaluate a `run`, `store` or `model` for the table; `subject` holds the flags of `evaluate` that name it."""

@@ -56,9 +56,9 @@ def measure() -> dict[str, Any]:
 
 def _measure_forward(forward: FeatureExtractor) -> tuple[float, float]:
     pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
-    forward(pixels)
+    forward.start(pixels)["embedding"].cpu()
     count = FORWARD_VIEWS // BATCH
-    return _rates(count * BATCH, lambda: [forward(pixels) for _ in range(count)])
+    return _rates(count * BATCH, lambda: [forward.start(pixels)["embedding"].cpu() for _ in range(count)])
 
 
 def _measure_export(forward: FeatureExtractor, dataset: Any, out: Path, device: torch.device) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.store_records import plain_record
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.feature_store import FeatureStore
+from compress_ssl.pipeline.store.layout import Column
 from compress_ssl.pipeline.store.shards import Shard
 
 IMAGES, VIEWS, WIDTH, ROWS, RUNS = 65_536, 4, 1024, 2048, 5
@@ -45,7 +46,8 @@ def measure() -> dict[str, float]:
 
 def create_store(folder: Path, images: int = IMAGES, views: int = VIEWS, width: int = WIDTH) -> FeatureStore:
     """Create a complete store of random int8 features; `images` must be a multiple of ROWS."""
-    tables = {"sample_id": [str(i) for i in range(images)], "label": np.zeros(images), "view_key": range(images)}
+    ids = [str(i) for i in range(images)]
+    tables: dict[str, Column] = {"sample_id": ids, "label": np.zeros(images), "view_key": range(images)}
     store = FeatureStore.create(Folder(folder), plain_record(images, views, width, "int8", ROWS), tables)
     random = np.random.default_rng(0)
     for block in range(images // ROWS):

@@ -41,9 +41,10 @@ def measure() -> dict[str, Any]:
             )
         )
         steps = {name: _make_step(store, Path(folder) / name, flags) for name, flags in variants.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in [*steps, "teacher"]}
+        steps["teacher"] = lambda: forward.start(views)["embedding"].cpu()
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(ROUNDS + 1):
-            for name, call in {**steps, "teacher": lambda: forward.start(views)["embedding"].cpu()}.items():
+            for name, call in steps.items():
                 began = time.perf_counter()
                 call()
                 seconds[name].append(time.perf_counter() - began)

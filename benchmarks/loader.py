@@ -19,9 +19,11 @@ from compress_ssl.pipeline.datasets import DATASETS
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.views.augment import ViewSpec, draw_variates
+from compress_ssl.pipeline.views.policies import Policy
 from compress_ssl.pipeline.views.render import render_views
 
-IMAGES, POLICIES = 24, ("crop-flip", "moco-v2", "dino")
+IMAGES = 24
+POLICIES: tuple[Policy, ...] = ("crop-flip", "moco-v2", "dino")
 
 
 def measure() -> dict[str, Any]:
@@ -52,7 +54,7 @@ def measure() -> dict[str, Any]:
     }
 
 
-def _render(images: list[np.ndarray], policy: str) -> float:
+def _render(images: list[np.ndarray], policy: Policy) -> float:
     """Seconds per rendered view."""
     spec, views = ViewSpec(policy, 0, 0.875), np.arange(VIEWS)
     variates = draw_variates(0, np.arange(len(images))[:, None], np.tile(views, (len(images), 1)))

@@ -126,7 +126,8 @@ def _measure_peak(name: str) -> float:
     """Peak MB of resident memory of one step, above that of its inputs, measured in a new process."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
     command = [sys.executable, "-m", "benchmarks.similarity", name]
-    return json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+    peak: float = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+    return peak
 
 
 def main(name: str) -> None:

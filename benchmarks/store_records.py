@@ -1,4 +1,4 @@
-"""Manifests of stores that no teacher has made, for benchmarks of the store alone."""
+"""Manifests of stores that no teacher has made, for benchmarks and tests of the store alone."""
 
 from typing import Any
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
+from compress_ssl.pipeline.evaluators.record import read_evaluation
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require, to_flags
@@ -75,30 +76,6 @@ class Row:
     width: Count
     parameters: Count
     evaluation: str  # folder
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A part of `Metrics`."""
-
-    top1: Number
-
-
-@dataclass(frozen=True)
-class Size:
-    """A part of `Metrics`."""
-
-    width: Count
-    parameters: Count
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What the demo reads of an evaluation's metrics."""
-
-    model: Size
-    nn: Accuracy
-    knn: dict[str, Accuracy]  # by k
 
 
 def run(config: Config) -> CommandResult:
@@ -169,20 +146,21 @@ def evaluate_model(name: str, folder: Path, store: Path | None = None, **setting
 
     store: of the teacher, whose training features are in it. settings: further flags of `compress evaluate`.
     """
-    result = run_step(evaluate, val=VAL, protocol=PROTOCOLS, workers=0, store=store, **settings)
-    metrics = read_record(Metrics, result["metrics"], f"{folder}/metrics.json", ignore_unknown=True)
+    run_step(evaluate, val=VAL, protocol=PROTOCOLS, workers=0, store=store, **settings)
+    evaluation = read_evaluation(Folder(folder))
+    scored = evaluation.by_title
     train, val = read_features(store or folder / "features" / "train"), read_features(folder / "features" / "val")
     runs = run_kmeans(train, val, folder)
     scores = [top1 for _, top1 in runs]
     return Row(
         name=name,
-        nn=metrics.nn.top1,
-        knn=metrics.knn["20"].top1,
+        nn=scored["NN"].value,
+        knn=scored["kNN 20"].value,
         cluster=min(runs)[1],
         cluster_mean=statistics.mean(scores),
         cluster_spread=statistics.stdev(scores),
-        width=metrics.model.width,
-        parameters=metrics.model.parameters,
+        width=evaluation.model.width,
+        parameters=evaluation.model.parameters,
         evaluation=str(folder),
     )
 
@@ -215,7 +193,7 @@ def run_kmeans(train: "Split", val: "Split", folder: Path) -> list[tuple[float, 
     for seed in range(STARTS):
         result = registry.build(f"cluster:seed={seed}")(train, val, folder)
         difference = unit - result.arrays["centroids"][result.arrays["train_assignment"]]
-        runs.append((float(np.square(difference).sum()), result.metrics["top1"]))
+        runs.append((float(np.square(difference).sum()), result.scores[0].value))
     return runs
 
 

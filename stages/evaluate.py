@@ -133,18 +133,17 @@ def run(config: Config) -> CommandResult:
     about = job.record.about
     data = DataRecord(about.train, len(train), about.val, len(val), len(train.classes))
     evaluation = Evaluation(about.model, data, gathered.scores, gathered.protocols)
-    folder.put(METRICS, json.dumps(evaluation.to_json(), indent=1).encode() + b"\n")
+    metrics = evaluation.to_json()
+    folder.put(METRICS, json.dumps(metrics, indent=1).encode() + b"\n")
     page = pages.write_report(
         job.out,
         evaluation,
         gathered.figures,
-        train=train,
-        val=val,
+        splits={"train": train, "val": val},
         teacher=on_same_images(job.teacher, data),
         curves=jsonl.read_jsonl(scored.run / "metrics.jsonl") if scored.run else None,
         load_image=partial(load_thumbnail, {"train": job.train, "val": job.val}),
     )
-    metrics = evaluation.to_json()
     return {"summary": f"{evaluation.summary}\n{page}", "evaluation": str(job.out), "metrics": metrics}
 
 
@@ -174,7 +173,7 @@ def resolve(config: Config) -> Job:
     config = convert_paths(config)
     check_flags(config)
     from compress_ssl.pipeline.evaluators import PROTOCOLS, scoring
-    from compress_ssl.pipeline.evaluators.images import open_images
+    from compress_ssl.pipeline.evaluators.scored_model import open_splits
     from compress_ssl.pipeline.evaluators.split_features import EmbedSettings, recorded_batch_size
     from compress_ssl.pipeline.runtime.device import choose_device
 
@@ -182,7 +181,7 @@ def resolve(config: Config) -> Job:
     out = config.out or default_out(config)
     earlier = read_earlier(config, out)
     scored = open_scored_model(config, earlier, any(evaluator.needs_augmented for evaluator in evaluators.values()))
-    train, val = open_images(scored, config.train, config.limit, config.val)
+    train, val = open_splits(scored, config.train, config.limit, config.val)
     precision = config.precision or (earlier.identity.precision if earlier else PRECISION)
     batch_size = config.batch_size or (recorded_batch_size(out / "features") if earlier else None) or BATCH_SIZE
     record = EvaluationRecord(

@@ -1,8 +1,8 @@
 """Data sets that pass check_dataset, and one for each assertion that breaks it. Importing them is fast: no torch."""
 
 import os
-import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -32,66 +32,33 @@ class SomeBad(Correct):
         return super().load(i)
 
 
-# ---------------------------------------------------------------- one class for each assertion
+class Greys:
+    """A map-style data set of torch that passes."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> object:
+        return np.full((6, 4), i, np.uint8), i % 2
 
 
-class NoImages(Correct):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids = []
+# ---------------------------------------------------------------- one for each assertion
 
 
-class SameIds(Correct):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids[2] = self.ids[1]
+def changed(**members: object) -> Callable[[], Correct]:
+    """A function that builds a data set with these members in place of its own."""
 
+    def build() -> Correct:
+        dataset = Correct()
+        vars(dataset).update(members)
+        return dataset
 
-class NumbersAsIds(Correct):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids = list(range(N))  # type: ignore[arg-type]
-
-
-class TupleOfIds(Correct):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids = tuple(self.ids)  # type: ignore[assignment]
+    return build
 
 
 class AnotherLength(Correct):
     def __len__(self) -> int:
         return N + 1
-
-
-class LabelsThatAreNoIndex(Correct):
-    def __init__(self) -> None:
-        super().__init__()
-        self.label = np.full(N, 2)
-
-
-class LabelsOfAnotherLength(Correct):
-    def __init__(self) -> None:
-        super().__init__()
-        self.label = np.zeros(N + 1, np.int64)
-
-
-class ListOfLabels(Correct):
-    def __init__(self) -> None:
-        super().__init__()
-        self.label = [0] * N  # type: ignore[assignment]
-
-
-class SameClasses(Correct):
-    def __init__(self) -> None:
-        super().__init__()
-        self.classes = ("x", "x")
-
-
-class ListOfClasses(Correct):
-    def __init__(self) -> None:
-        super().__init__()
-        self.classes = ["x", "y"]  # type: ignore[assignment]
 
 
 class FingerprintOfItsOwn(Correct):
@@ -154,9 +121,7 @@ class RandomPixels(Correct):
 class SharesARow(Correct):
     """A position that all calls of `load` share, as that of an open file is."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.row = 0
+    row = 0
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
         self.row = i
@@ -167,12 +132,6 @@ class SharesARow(Correct):
 class OneHash(Correct):
     def load(self, i: int) -> tuple[np.ndarray, int]:
         return self.pixels[i], 7
-
-
-class HoldsALock(Correct):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lock = threading.Lock()
 
 
 class LosesItsPixels(Correct):
@@ -195,12 +154,7 @@ class AnyChangeIsOfTheLastRow(Correct):
         return [N - 1] if any(int(h) != self.load(i)[1] for i, h in enumerate(content)) else []
 
 
-class Items:
-    """A map-style data set of torch, whose items have what its class says."""
-
-    def __len__(self) -> int:
-        return N
-
+class Items(Greys):
     def __getitem__(self, i: int) -> object:
         return np.full((3, 4, 4), i / N, np.float32)
 

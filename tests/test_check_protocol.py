@@ -85,85 +85,35 @@ def test_the_smallest_protocol_passes() -> None:
     check_protocol(Correct)
 
 
-class NoScores(Correct):
-    def scores(self, top1: float) -> list[Score]:
-        return []
+def variant(**members: Any) -> type[Evaluator]:
+    """The smallest protocol with other members."""
+    return type("Variant", (Correct,), members)
 
 
-class OneKeyTwice(Correct):
-    def scores(self, top1: float) -> list[Score]:
-        return [Score("a", "A", 1.0), Score("a", "B", 1.0)]
+def scores(*chosen: Score) -> type[Evaluator]:
+    return variant(scores=lambda self, top1: list(chosen))
 
 
-class OneTitleTwice(Correct):
-    def scores(self, top1: float) -> list[Score]:
-        return [Score("a", "A", 1.0), Score("b", "A", 1.0)]
+def figures(*chosen: Figure) -> type[Evaluator]:
+    return variant(figures=lambda self: list(chosen))
 
 
-class OneFigureTwice(Correct):
-    def figures(self) -> list[Figure]:
-        panel = Panel(title="p", x=np.arange(2), lines={"a": np.arange(2)})
-        return [Lines(name="f", title="F", panels=(panel,)), Lines(name="f", title="F", panels=(panel,))]
+def result(make: Callable[[list[Score]], object]) -> type[Evaluator]:
+    return variant(result=lambda self, top1, train, val: make(self.scores(top1)))
 
 
-class ShowsAnImageThatIsNotThere(Correct):
-    def figures(self) -> list[Figure]:
-        tile = Tile(split="val", index=10_000, caption="")
-        return [ImageGrid(name="f", title="F", rows=(ImageRow(title="r", tiles=(tile,)),))]
+def drawing(draw: Callable[[], float]) -> type[Evaluator]:
+    return variant(result=lambda self, top1, train, val: Correct.result(self, 100 * draw(), train, val))
 
 
-class UnknownFigure(Correct):
-    def figures(self) -> list[Figure]:
-        return [Figure(name="f", title="F")]
-
-
-class ReturnsADictionary(Correct):
-    def result(self, top1: float, train: Split, val: Split) -> Result:
-        return {"top1": top1}  # type: ignore[return-value]
-
-
-class NotJson(Correct):
-    def result(self, top1: float, train: Split, val: Split) -> Result:
-        return Result({"top1": float("inf")}, {}, self.scores(top1))
-
-
-class ArrayOfObjects(Correct):
-    def result(self, top1: float, train: Split, val: Split) -> Result:
-        return Result({}, {"mine": np.array([{}])}, self.scores(top1))
+CURVE = Lines(name="f", title="F", panels=(Panel(title="p", x=np.arange(2), lines={"a": np.arange(2)}),))
+ELSEWHERE = ImageRow(title="r", tiles=(Tile(split="val", index=10_000, caption=""),))
 
 
 class ChangesTheFeatures(Correct):
     def result(self, top1: float, train: Split, val: Split) -> Result:
         train.features[0] *= 2
         return super().result(top1, train, val)
-
-
-class DrawsFromNumpy(Correct):
-    def result(self, top1: float, train: Split, val: Split) -> Result:
-        return super().result(100 * np.random.random(), train, val)
-
-
-class DrawsFromPython(Correct):
-    def result(self, top1: float, train: Split, val: Split) -> Result:
-        return super().result(100 * random.random(), train, val)
-
-
-class DrawsFromTorch(Correct):
-    def result(self, top1: float, train: Split, val: Split) -> Result:
-        return super().result(100 * torch.rand(()).item(), train, val)
-
-
-class DrawsWithoutASeed(Correct):
-    def result(self, top1: float, train: Split, val: Split) -> Result:
-        return super().result(100 * np.random.default_rng().random(), train, val)
-
-
-class CannotDoWithoutLabels(Correct):
-    needs_labels = ()
-
-
-class NeedsNoLabels(Correct):
-    needs_labels = ("training",)
 
 
 @dataclass(frozen=True)
@@ -199,20 +149,6 @@ class OtherFieldsEachTime(Correct):
     number: float = field(default_factory=random.random)
 
 
-class EntryOfAnotherName(Correct):
-    @classmethod
-    def entry(cls, options: dict[str, Any]) -> str:
-        return "other"
-
-
-class NoName(Correct):
-    name = "my name"
-
-
-class NameOfOurs(Correct):
-    name = "nn"
-
-
 class Unfinished(Evaluator):
     name = "unfinished"
 
@@ -224,38 +160,41 @@ class NoDataclass(Evaluator):
         return Result({})
 
 
-class OtherMetricsOnDisk(Correct):
-    def result(self, top1: float, train: Split, val: Split) -> Result:
-        return Result({"top1": (top1,)}, {}, self.scores(top1))
-
-
 @pytest.mark.parametrize(
     ("protocol", "message"),
     [
         (dict, "dict is no subclass of .*Evaluator; derive it from that class"),
         (Unfinished, r"Unfinished has no __call__\(train, val, folder, augmented\); write one"),
         (NoDataclass, r"NoDataclass is no dataclass; write @dataclass\(frozen=True\)"),
-        (NoName, "NoName has the name 'my name'; give it a class variable `name` of letters"),
-        (NameOfOurs, "NameOfOurs has the name 'nn', which is that of a protocol of compress"),
-        (EntryOfAnotherName, "EntryOfAnotherName.entry returned 'other'; return 'common', or that, an underscore"),
+        (variant(name="my name"), "Variant has the name 'my name'; give it a class variable `name` of letters"),
+        (variant(name="nn"), "Variant has the name 'nn', which is that of a protocol of compress"),
+        (variant(entry=lambda *_: "other"),
+         "Variant.entry returned 'other'; return 'common', or that, an underscore"),
         (OptionThatIsNoJson, "option where is a object, which cannot be kept with the result"),
         (OtherFieldsEachTime, "OtherFieldsEachTime has other fields when it is built again"),
-        (ReturnsADictionary, r"returned a dict; return a Result\("),
-        (NoScores, "NoScores hands over no score for labelled images; add a Score"),
-        (OneKeyTwice, "two scores of the key 'a'; give each one of its own"),
-        (OneTitleTwice, "two scores of the title 'A'; give each one of its own"),
-        (OneFigureTwice, "two figures of the name 'f'; give each one of its own"),
-        (ShowsAnImageThatIsNotThere, "shows image 10000 of 'val' in the figure 'f'; the splits are"),
-        (UnknownFigure, "has a Figure among its figures; the kinds are Lines, ConfusionMatrix, ImageGrid, Bars"),
-        (NotJson, "has metrics that are no JSON .*use numbers that are finite"),
-        (OtherMetricsOnDisk, "has metrics that JSON would change; use a dictionary whose keys are words, and lists"),
-        (ArrayOfObjects, "has the array 'mine', which is no NumPy array of numbers or words"),
+        (result(lambda scores: {}), r"returned a dict; return a Result\("),
+        (scores(), "Variant hands over no score for labelled images; add a Score"),
+        (scores(Score("a", "A", 1.0), Score("a", "B", 1.0)), "two scores of the key 'a'; give each one of its own"),
+        (scores(Score("a", "A", 1.0), Score("b", "A", 1.0)), "two scores of the title 'A'; give each one of its own"),
+        (figures(CURVE, CURVE), "two figures of the name 'f'; give each one of its own"),
+        (figures(ImageGrid(name="f", title="F", rows=(ELSEWHERE,))),
+         "shows image 10000 of 'val' in the figure 'f'; the splits are"),
+        (figures(Figure(name="f", title="F")),
+         "has a Figure among its figures; the kinds are Lines, ConfusionMatrix, ImageGrid, Bars"),
+        (result(lambda scores: Result({"top1": float("inf")}, {}, scores)),
+         "has metrics that are no JSON .*use numbers that are finite"),
+        (result(lambda scores: Result({"top1": (5.0,)}, {}, scores)),
+         "has metrics that JSON would change; use a dictionary whose keys are words, and lists"),
+        (result(lambda scores: Result({}, {"mine": np.array([{}])}, scores)),
+         "has the array 'mine', which is no NumPy array of numbers or words"),
         (ChangesTheFeatures, "has changed the features, labels or rows of a split; work on a copy"),
-        (DrawsFromNumpy, "has drawn from a global random generator; draw from one of its own"),
-        (DrawsFromPython, "has drawn from a global random generator; draw from one of its own"),
-        (DrawsFromTorch, "has drawn from a global random generator; draw from one of its own"),
-        (DrawsWithoutASeed, "has another result when it is run again; draw from a generator of its own with a fixed"),
-        (CannotDoWithoutLabels, r"fails where some images have no label \(ValueError: .*needs_labels, which is \(\)"),
+        (drawing(np.random.random), "has drawn from a global random generator; draw from one of its own"),
+        (drawing(random.random), "has drawn from a global random generator; draw from one of its own"),
+        (drawing(lambda: torch.rand(()).item()), "has drawn from a global random generator; draw from one of its own"),
+        (drawing(lambda: np.random.default_rng().random()),
+         "has another result when it is run again; draw from a generator of its own with a fixed"),
+        (variant(needs_labels=()),
+         r"fails where some images have no label \(ValueError: .*needs_labels, which is \(\)"),
         (TakesAugmentedForGranted, "needs augmented features and fails with AssertionError where `augmented` is None"),
         (UsesNoAugmented, "needs augmented features and runs where `augmented` is None; raise UserError there"),
     ],
@@ -273,7 +212,7 @@ def test_an_option_that_is_no_field_is_found() -> None:
         check_protocol(build, power=1.0)
 
 
-@pytest.mark.parametrize("protocol", [NeedsNoLabels, RefusesWithoutAugmented])
+@pytest.mark.parametrize("protocol", [variant(needs_labels=("training",)), RefusesWithoutAugmented])
 def test_what_is_declared_or_refused_in_words_passes(protocol: type[Evaluator]) -> None:
     check_protocol(protocol)
 
@@ -284,7 +223,7 @@ def test_a_result_that_comes_back_otherwise_is_found(part: str, monkeypatch: pyt
 
     from compress_ssl.pipeline.evaluators.results import Results
 
-    other: dict[str, Any] = {"scores": (), "metrics": {}, "figures": OneFigureTwice().figures()[:1], "arrays": {}}
+    other: dict[str, Any] = {"scores": (), "metrics": {}, "figures": [CURVE], "arrays": {}}
     original = Results.get
     monkeypatch.setattr(Results, "get", lambda *given: replace(original(*given), **{part: other[part]}))
     with pytest.raises(AssertionError, match="the result of Correct is not the same when it is read back from disk"):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from store_records import plain_record
 
+from compress_ssl.benchmarks.store_records import plain_record
 from compress_ssl.pipeline.extraction.embed import embed, store_source
 from compress_ssl.pipeline.extraction.extract import LoaderSettings
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from store_records import plain_record
 
+from compress_ssl.benchmarks.store_records import plain_record
 from compress_ssl.pipeline.datasets.decode import GOOD, NOT_FINITE
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.jsonl import read_jsonl as read_journal

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress_ssl.pipeline.methods import METHODS, find_method
+from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import Batch, Method, MethodContext
+from compress_ssl.pipeline.methods.options import find_typed
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.precision import l2_normalize
@@ -390,7 +391,7 @@ def test_a_users_method_is_built_from_its_file_with_its_keys(own: str) -> None:
 
 
 def test_the_recipe_of_a_users_method_applies(own: str) -> None:
-    assert find_method(f"{own}:Mine").recipe.lr == 0.7
+    assert find_typed(f"{own}:Mine").method.recipe.lr == 0.7
 
 
 def test_an_unknown_key_of_a_users_method_is_refused(own: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from object_store import FAULTS, Server
-from store_records import plain_record
 
+from compress_ssl.benchmarks.store_records import plain_record
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.object_store import Bucket

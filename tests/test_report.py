@@ -127,8 +127,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metrics = changed(model__name="<b>me</b> & $x$", data__train="</section>" + "x" * 300)
     folder = tmp_path_factory.mktemp("evaluation")
     return evaluation.write_report(
-        folder, read(metrics), all_figures(MARKUP_NAMES), train=train, val=val, teacher=read(TEACHER), curves=CURVES,
-        load_image=load_image,
+        folder, read(metrics), all_figures(MARKUP_NAMES), splits={"train": train, "val": val}, teacher=read(TEACHER),
+        curves=CURVES, load_image=load_image,
     )  # fmt: skip
 
 
@@ -220,8 +220,8 @@ def write_named(folder: Path, text: str) -> Parsed:
     """A report in which the classes and the protocols have this text as well."""
     train, val = splits(tuple(f"{text}{n}" for n in range(4)))
     page = evaluation.write_report(
-        folder, read(metrics_with(text)), [*all_figures(train.classes, text), *own_figures(text)], train=train, val=val,
-        teacher=read(TEACHER), curves=CURVES, load_image=load_image,
+        folder, read(metrics_with(text)), [*all_figures(train.classes, text), *own_figures(text)],
+        splits={"train": train, "val": val}, teacher=read(TEACHER), curves=CURVES, load_image=load_image,
     )  # fmt: skip
     return Parsed(page.read_text())
 
@@ -293,7 +293,9 @@ def test_images_are_loaded_by_their_row_in_the_data_set_not_by_their_index_in_th
         return load_image(which, row)
 
     train, val = splits()
-    evaluation.write_report(tmp_path, read(METRICS), all_figures(), train=train, val=val, load_image=load)
+    evaluation.write_report(
+        tmp_path, read(METRICS), all_figures(), splits={"train": train, "val": val}, load_image=load
+    )
     assert {which for which, _ in loaded} == {"train", "val"}
     assert all(row in (train if which == "train" else val).rows for which, row in loaded)
     assert all(type(row) is int for _, row in loaded)
@@ -304,7 +306,7 @@ def test_the_same_result_shows_the_same_images(tmp_path: Path) -> None:
     train, val = splits()
     pages = [
         evaluation.write_report(
-            tmp_path / str(n), read(METRICS), all_figures(), train=train, val=val, load_image=load_image
+            tmp_path / str(n), read(METRICS), all_figures(), splits={"train": train, "val": val}, load_image=load_image
         ).read_bytes()
         for n in range(2)
     ]
@@ -317,11 +319,15 @@ def test_sections_without_data_are_left_out_of_the_page(tmp_path: Path) -> None:
     drawn = figures_of("cluster", {}, train_assignment=np.zeros(60, np.int64))
     bare = {key: METRICS[key] for key in ("model", "data")}
     scores = bare | {"cluster": {"clusters": 4, "top1": None, "hungarian_top1": None, "nmi": None}}
-    page = evaluation.write_report(tmp_path, read(scores), drawn, train=train, val=val, load_image=load_image)
+    page = evaluation.write_report(
+        tmp_path, read(scores), drawn, splits={"train": train, "val": val}, load_image=load_image
+    )
     text = page.read_text()
     assert "no scores" in text and "Random images of random clusters" in text
     assert not any(word in text for word in ("Training</h2>", "Nearest neighbours", ">teacher<", "mapped to"))
-    without_images = evaluation.write_report(tmp_path, read(bare), drawn, train=train, val=val).read_text()
+    without_images = evaluation.write_report(
+        tmp_path, read(bare), drawn, splits={"train": train, "val": val}
+    ).read_text()
     assert "Random images of random clusters" not in without_images
 
 
@@ -344,7 +350,7 @@ def test_a_thousand_categories_fit_on_the_page(tmp_path: Path) -> None:
         name="confusion", title="Confusion", counts=confusion, rows=names, columns=(*names, "(none)")
     )
     train, val = splits(names)
-    text = evaluation.write_report(tmp_path, read(METRICS), [matrix], train=train, val=val).read_text()
+    text = evaluation.write_report(tmp_path, read(METRICS), [matrix], splits={"train": train, "val": val}).read_text()
     assert 'n00000003 &rarr; n00000007</td><td class="n">99' in text
     with Image.open(tmp_path / "figures" / "confusion.png") as figure:
         assert figure.width < 2000
@@ -447,7 +453,7 @@ def test_the_probe_of_each_kind_is_drawn_with_its_protocol_under_one_heading(tmp
         for figure in figures_of("linear", {"protocol": protocol}, curve=curve)
     ]
     train, val = splits()
-    text = evaluation.write_report(tmp_path, read(METRICS), drawn, train=train, val=val).read_text()
+    text = evaluation.write_report(tmp_path, read(METRICS), drawn, splits={"train": train, "val": val}).read_text()
     assert re.findall("Protocol: (.*?)</p>", text) == ["centre crops.", "augmented &amp; flipped."]
     assert text.count("<h2>Linear layer</h2>") == 1
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"linear.png", "linear_augmented.png"}
@@ -518,7 +524,7 @@ def test_a_score_of_any_protocol_is_a_row_of_the_report_and_a_column_of_the_comp
         for value, name, role in ((4.0, "small", "student"), (2.5, "large", "teacher"))
     )  # fmt: skip
     train, val = splits()
-    page = evaluation.write_report(tmp_path, own, train=train, val=val, teacher=teachers).read_text()
+    page = evaluation.write_report(tmp_path, own, splits={"train": train, "val": val}, teacher=teachers).read_text()
     row = next(part for part in page.split("<tr>") if "Mean rank" in part)
     assert "rank of the right image" in row and "4.0 places" in row and 'class="n down">+1.5' in row
     worse = with_score(Score("mine.rank", "Mean rank", 9.0, unit="places", range=(1, 40), best="lowest"))

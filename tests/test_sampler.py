@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from store_records import plain_record
 
+from compress_ssl.benchmarks.store_records import plain_record
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.codecs import CODECS, build_codec

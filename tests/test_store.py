@@ -17,8 +17,8 @@ import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from store_records import plain_record
 
+from compress_ssl.benchmarks.store_records import plain_record
 from compress_ssl.pipeline.datasets.decode import BROKEN, GOOD, NOT_FINITE, REASONS
 from compress_ssl.pipeline.runtime import digests
 from compress_ssl.pipeline.runtime.artifact import Mismatch

@@ -17,6 +17,7 @@ import numpy as np
 from compress_ssl.pipeline.evaluators import figure_arrays, find_protocol
 from compress_ssl.pipeline.evaluators.base import Evaluator, Figure, Result, Score, Split
 from compress_ssl.pipeline.evaluators.record import order_by_protocol, replace_key
+from compress_ssl.pipeline.evaluators.requirements import is_ours
 from compress_ssl.pipeline.evaluators.scores import sort_naturally
 from compress_ssl.pipeline.runtime import digests
 from compress_ssl.pipeline.runtime.errors import UserError
@@ -42,11 +43,11 @@ class ResultRecord:
     protocol: str  # the spec
     options: JsonObject
     metrics: JsonObject
-    entry: str | UnsetType = UNSET  # of metrics.json
-    side_by_side: bool | UnsetType = UNSET
-    code: str | UnsetType = UNSET  # digest of the file of a user's class
+    entry: str = ""  # of metrics.json
+    side_by_side: bool = False
+    code: str = ""  # digest of the file of a user's class
     scores: tuple[Score, ...] | UnsetType = UNSET
-    figures: tuple[JsonObject, ...] | UnsetType = UNSET
+    figures: tuple[JsonObject, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,14 +87,13 @@ class Results:
         if found is None:
             return None
         record, arrays = found
-        code = "" if isinstance(record.code, UnsetType) else record.code
-        if record.options != options_of(evaluator) or code != code_of(type(evaluator)):
+        if record.options != options_of(evaluator) or record.code != code_of(type(evaluator)):
             return None
         kept = self._restore(record, arrays)
         return kept.result if kept else None
 
-    def put(self, evaluator: Evaluator, spec: str, result: Result) -> Result:
-        """Write a result, the arrays first, and return it."""
+    def put(self, evaluator: Evaluator, spec: str, result: Result) -> None:
+        """Write a result, the arrays first."""
         name, options = _file_name(evaluator), options_of(evaluator)
         arrays = dict(result.arrays)
         figures = tuple(figure_arrays.pack(figure, arrays) for figure in result.figures)
@@ -107,7 +107,6 @@ class Results:
         self.folder.delete(f"results/{name}.json")
         self.folder.put(f"results/{name}.npz", buffer.getvalue())
         self.folder.put(f"results/{name}.json", json.dumps(to_json(record), indent=1).encode())
-        return result
 
     def gather(self, latest: Iterable[Evaluator]) -> Gathered:
         """The entries, scores and figures of all finished results in the folder.
@@ -126,8 +125,12 @@ class Results:
         ordered = order_by_protocol(scores)
         entries = list(dict.fromkeys(score.key.partition(".")[0] for score in ordered))
         entries += [entry for entry in shown if entry not in entries]
+        metrics = {
+            entry: {key: value for kept in of_entry for key, value in kept.result.metrics.items()}
+            for entry, of_entry in shown.items()
+        }
         return Gathered(
-            {entry: _merge(kept.result.metrics for kept in of_entry) for entry, of_entry in shown.items()},
+            metrics,
             tuple(_with_unique_titles(ordered)),
             tuple(_with_unique_names(kept.result for entry in entries for kept in shown[entry])),
         )
@@ -191,23 +194,14 @@ def _load_arrays(raw: bytes, where: str) -> dict[str, np.ndarray]:
 def _restore_listed(record: ResultRecord, arrays: dict[str, np.ndarray]) -> Kept:
     """The scores and figures that the record lists."""
     assert not isinstance(record.scores, UnsetType)
-    packed = () if isinstance(record.figures, UnsetType) else record.figures
-    figures = [figure_arrays.unpack(figure, arrays) for figure in packed]
+    figures = [figure_arrays.unpack(figure, arrays) for figure in record.figures]
     own = {name: array for name, array in arrays.items() if not name.startswith(figure_arrays.PREFIX)}
     scores = [replace(score, options=record.options) for score in record.scores]
-    entry = record.name if isinstance(record.entry, UnsetType) else record.entry
-    return Kept(record.protocol, entry, record.side_by_side is True, Result(record.metrics, own, scores, figures))
+    result = Result(record.metrics, own, scores, figures)
+    return Kept(record.protocol, record.entry or record.name, record.side_by_side, result)
 
 
 # ---------------------------------------------------------------- gathering
-
-
-def _merge(entries: Iterable[JsonObject]) -> JsonObject:
-    """One entry of several results that stand side by side."""
-    merged: JsonObject = {}
-    for entry in entries:
-        merged |= entry
-    return merged
 
 
 def _with_unique_titles(scores: Iterable[Score]) -> Iterator[Score]:
@@ -266,7 +260,7 @@ def _as_json(value: object, what: str) -> object:
 
 def code_of(cls: type[Evaluator]) -> str:
     """Digest of the file of a user's own class, so that a changed file is run again; "" for our protocols."""
-    if cls.__module__.startswith(f"{__name__.partition('.')[0]}."):
+    if is_ours(cls):
         return ""  # the results of our protocols are kept for ever
     file = inspect.getsourcefile(cls)
     return digests.digest(Path(file).read_bytes()) if file else ""

@@ -1,4 +1,4 @@
-"""The model that an evaluation scores: the student of a run, the teacher of a store, or any model by its spec."""
+"""What an evaluation scores: a run's student, a store's teacher or any model by its spec; and on which images."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from compress_ssl.pipeline import datasets
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.evaluators.record import ModelRecord
 from compress_ssl.pipeline.extraction.teacher import load_live_teacher
@@ -17,7 +18,7 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
-from compress_ssl.pipeline.store import local_cache
+from compress_ssl.pipeline.store import local_cache, source_images
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.records import DataSource
 from compress_ssl.pipeline.training.run_record import read_run
@@ -155,3 +156,30 @@ def open_model(spec: str, image_size: int | None, recorded: Preprocessing | None
         views=ViewSpec("crop-flip", 0, embedder.preprocessing.crop_ratio),
         build_embedder=lambda: embedder,
     )
+
+
+# ---------------------------------------------------------------- images
+
+
+def open_splits(scored: ScoredModel, train: str | None, limit: int | None, val: str) -> tuple[Dataset, Dataset]:
+    """(training images, validation images) of two specs.
+
+    train: None for the images that the scored model was trained or exported on; limit: use only this many of `train`.
+    Raises UserError if the images of a run or store have moved or changed, or if `val` has a class that labelled
+    training images lack: no protocol could predict it.
+    """
+    if train:
+        known = datasets.open_images(train, limit)
+    else:
+        assert scored.data
+        of = str(scored.run or scored.model.store)
+        known = source_images.open_recorded(scored.data, scored.sample_ids or tuple, given=None, flag="--train", of=of)
+    scored_images = datasets.open_images(val)
+    unknown = [name for name in scored_images.classes if name not in known.classes]
+    if unknown and (known.label >= 0).any():
+        raise UserError(
+            f"{len(unknown)} of {len(scored_images.classes)} classes of --val {val} are not among the training images, "
+            f"the first is {unknown[0]!r}; give training images of all classes with --train, or remove these classes "
+            "from --val"
+        )
+    return known, scored_images

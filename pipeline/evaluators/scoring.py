@@ -1,7 +1,6 @@
 """Runs protocols on two splits, keeps what they return, and puts together what an evaluation shows."""
 
 import inspect
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from compress_ssl.pipeline.evaluators.base import AugmentedFeatures, Evaluator, 
 from compress_ssl.pipeline.evaluators.requirements import find_result_faults, is_ours
 from compress_ssl.pipeline.evaluators.results import Gathered, Results, options_of
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.formatting import describe_exception
+from compress_ssl.pipeline.runtime.import_object import describe_with_location
 from compress_ssl.pipeline.runtime.storage import Folder
 
 CHECK = "compress_ssl.pipeline.testing.check_protocol tests a protocol in seconds"
@@ -79,20 +78,12 @@ def score(
     except Exception as wrong:
         if is_ours(type(evaluator)):
             raise
-        where = _place_in(wrong, type(evaluator))
-        raise UserError(f"--protocol {spec} failed: {describe_exception(wrong)}{where}; {CHECK}") from wrong
+        raise UserError(f"--protocol {spec} failed: {describe_with_location(wrong)}; {CHECK}") from wrong
     fault = next(find_result_faults(result, train, val), None)
     if fault:
         where = _place_of(type(evaluator))
         raise UserError(f"--protocol {spec}: {type(evaluator).__name__}.__call__{where} {fault}; {CHECK}")
     return result
-
-
-def _place_in(wrong: Exception, cls: type[Evaluator]) -> str:
-    """The last line of the user's own file that an error came through: " (mine.py, line 3)"; "" if there is none."""
-    file = inspect.getsourcefile(cls)
-    frames = [frame for frame in traceback.extract_tb(wrong.__traceback__) if frame.filename == file]
-    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def _place_of(cls: type[Evaluator]) -> str:

@@ -28,13 +28,3 @@ METHODS: "Registry[Method]" = Registry(
     },
     packages="compress_ssl.methods",
 )
-
-
-def find_method(text: str) -> "type[Method]":
-    """The class of a method's spec, which holds its needs and its published recipe. Imports the method.
-
-    Raises UserError for an unknown method, and for a key that it does not take.
-    """
-    member = METHODS.member(METHODS.check(text, given=("context",)))
-    found: type[Method] = member.build.for_spec(member.argument)  # type: ignore[attr-defined]  # a Method's class
-    return found

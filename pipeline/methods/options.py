@@ -11,12 +11,10 @@ from functools import cached_property
 
 from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import Method, MethodContext
-from compress_ssl.pipeline.runtime.options import Option, from_option, recordable
+from compress_ssl.pipeline.runtime.options import Options, from_option, recordable
 from compress_ssl.pipeline.runtime.registry import Member
 from compress_ssl.pipeline.runtime.signatures import any_key, convert, literal
 from compress_ssl.pipeline.runtime.spec import Spec
-
-Options = Mapping[str, Option]
 
 
 @dataclass(frozen=True)
@@ -82,12 +80,6 @@ class TypedMethod:
     def check(self, filled: Options) -> None:
         """Raise UserError for an unknown option, and for one that is required and neither given nor `filled`."""
         METHODS.check(self.spec, given=("context", *(name for name in filled if name not in self.spec.options)))
-
-    def check_recorded(self, recorded: Options, place: str) -> None:
-        """Raise UserError, which begins with `place`, for a recorded option of the wrong type."""
-        for key, value in recorded.items():
-            if key in self.keys:
-                from_option(value, self.keys[key], f"{place}{key}=")
 
 
 def find_typed(text: str) -> TypedMethod:

@@ -57,7 +57,7 @@ def relation_kl(
     >>> relation_kl(x, x, x, x, 0.04, 0.04)
     tensor(0.)
     """
-    return _loss(teacher, teacher_anchors, student, student_anchors, (tau_t, tau_s), own, block, divergence=True)
+    return _loss(teacher, student, (teacher_anchors, student_anchors), (tau_t, tau_s), own, block, divergence=True)
 
 
 def relation_cross_entropy(
@@ -80,31 +80,32 @@ def relation_cross_entropy(
     >>> relation_cross_entropy(x, x, x[:0], 0.01, 0.2)
     tensor(0.)
     """
-    return _loss(teacher, anchors, student, anchors, (tau_t, tau_s), teacher, block, divergence=False)
+    return _loss(teacher, student, (anchors, anchors), (tau_t, tau_s), teacher, block, divergence=False)
 
 
 def _loss(
     teacher: Tensor,
-    teacher_anchors: Tensor,
     student: Tensor,
-    student_anchors: Tensor,
+    anchors: tuple[Tensor, Tensor],
     taus: tuple[float, float],
     own: Tensor | None,
     block: int,
     divergence: bool,
 ) -> Tensor:
-    """Batch mean of KL(p || q) if `divergence`, else of H(p, q)."""
-    if len(teacher_anchors) != len(student_anchors):
+    """Batch mean of KL(p || q) if `divergence`, else of H(p, q). Pairs are of (teacher, student)."""
+    of_teacher, of_student = (each.detach() for each in anchors)
+    if len(of_teacher) != len(of_student):
         raise ValueError(
-            f"{len(teacher_anchors)} teacher anchors, but {len(student_anchors)} student anchors were given; slot j of "
-            "both must be the same image and view"
+            f"{len(of_teacher)} teacher anchors, but {len(of_student)} student anchors were given; slot j of both must "
+            "be the same image and view"
         )
     with torch.autocast(student.device.type, enabled=False):
         s, t = l2_normalize(student), l2_normalize(teacher.detach())
         column = l2_normalize(own.detach()) if own is not None else None
         needed = s.requires_grad and torch.is_grad_enabled()
-        anchors = teacher_anchors.detach(), student_anchors.detach()
-        losses: Tensor = _Relation.apply(s, t.to(s.dtype), column, *anchors, taus, block, divergence, needed)
+        losses: Tensor = _Relation.apply(
+            s, t.to(s.dtype), column, of_teacher, of_student, taus, block, divergence, needed
+        )
         return losses.mean()
 
 
@@ -117,7 +118,10 @@ class _Context(Protocol):
 
 
 class _Relation(torch.autograd.Function):
-    """Unit rows s (B, d), t (B, D) -> losses (B,). `forward` computes the gradient in s too; `backward` scales it."""
+    """Unit rows s (B, d), t (B, D) -> losses (B,). `forward` computes the gradient in s too; `backward` scales it.
+
+    `forward` has ten parameters, since autograd sees a tensor only if it is an argument of its own.
+    """
 
     @staticmethod
     def forward(ctx: _Context, s: Tensor, t: Tensor, own: Tensor | None, teacher_anchors: Tensor,

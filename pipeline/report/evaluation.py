@@ -33,8 +33,7 @@ def write_report(
     evaluation: Evaluation,
     figures_of_protocols: Sequence[Figure] = (),
     *,
-    train: Split,
-    val: Split,
+    splits: Mapping[str, Split],
     teacher: Evaluation | None = None,
     curves: Sequence[Mapping[str, object]] | None = None,
     load_image: LoadImage | None = None,
@@ -42,8 +41,8 @@ def write_report(
     """Write FOLDER/report.html and FOLDER/figures/*.png; returns the path of the page.
 
     evaluation: this model's; teacher: the teacher's on the same data; figures_of_protocols: in the order of the page;
-    curves: the rows of metrics.jsonl; load_image: loads an image of a split, which the image grids need. What is not
-    given is left out of the page. Each file is replaced whole, and the page is written last.
+    splits: {"train", "val"}; curves: the rows of metrics.jsonl; load_image: loads an image of a split, which the image
+    grids need. What is not given is left out of the page. Each file is replaced whole, and the page is written last.
     """
     out = Folder(folder)
     scores = _build_score_rows(evaluation, teacher)
@@ -57,7 +56,7 @@ def write_report(
         with_teacher=bool(teacher and teacher.scores),
         facts=_collect_facts(evaluation),
         training=_embed_training_curves(out, curves or ()),
-        sections=build_sections(out, figures_of_protocols, {"train": train, "val": val}, load_image),
+        sections=build_sections(out, figures_of_protocols, splits, load_image),
         raw=json.dumps(evaluation.to_json(), indent=1),
     )
     out.put("report.html", page.encode())

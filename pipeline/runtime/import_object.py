@@ -15,6 +15,8 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.spec import did_you_mean
 
+PACKAGE = Path(__file__).parents[2]  # a checkout, in which users may have files of their own
+
 
 def import_object(place: str) -> Callable[..., object]:
     """The function or class at `MODULE:NAME` or `FILE.py:NAME`; modules in the current folder are found too.
@@ -72,12 +74,13 @@ def import_file(file: Path) -> ModuleType:
 
 
 def describe_with_location(wrong: BaseException) -> str:
-    """The exception, and the file and line that raised it, or that called the library which raised it.
+    """The exception, and the user's file and line that raised it, or that called ours or a library which raised it.
 
     `KeyError: 'a' (mine.py, line 3)`
     """
-    libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    libraries += [str(PACKAGE / name) for name in ("pipeline", "stages", "cli.py")]
     frames = traceback.extract_tb(wrong.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<frozen"))]
+    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
     last = (own or frames)[-1]
     return f"{describe_exception(wrong)} ({Path(last.filename).name}, line {last.lineno})"

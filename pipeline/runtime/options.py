@@ -13,6 +13,9 @@ Scalar = bool | int | float | str | None
 Option = Scalar | tuple[Scalar, ...]
 """The value of an option of a method or a student, as it stands in a record."""
 
+Options = Mapping[str, Option]
+"""{name: value} of the options of a method or a student."""
+
 
 def recordable(values: Mapping[str, object]) -> dict[str, Option]:
     """The values that a record can hold, as it holds them; the others are left out."""
@@ -44,6 +47,12 @@ def option_text(value: Option) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return "none" if value is None else str(value)
+
+
+def require_types(options: Options, parameters: Mapping[str, inspect.Parameter], where: str) -> None:
+    """Raise UserError for a recorded option of another type than its parameter; `where` names the options' entry."""
+    for key in options.keys() & parameters.keys():
+        from_option(options[key], parameters[key], f"{where}.{key} is ")
 
 
 def from_option(value: Option, parameter: inspect.Parameter, where: str) -> object:

@@ -190,20 +190,18 @@ def _require_augmented_declared(evaluator: Evaluator, train: Split, val: Split, 
     """Assert that a protocol which needs augmented features says so in words where there are none."""
     if not evaluator.needs_augmented:
         return
+    failure: Exception | None = None
     try:
         evaluator(train, val, folder, None)
     except UserError:
         return
     except Exception as wrong:
-        raise AssertionError(_without_augmented(evaluator, f"fails with {type(wrong).__name__}")) from wrong
-    raise AssertionError(_without_augmented(evaluator, "runs"))
-
-
-def _without_augmented(evaluator: Evaluator, what: str) -> str:
-    return (
-        f"{type(evaluator).__name__} needs augmented features and {what} where `augmented` is None; raise UserError "
+        failure = wrong
+    does = f"fails with {type(failure).__name__}" if failure else "runs"
+    raise AssertionError(
+        f"{type(evaluator).__name__} needs augmented features and {does} where `augmented` is None; raise UserError "
         "there, or return False from needs_augmented"
-    )
+    ) from failure
 
 
 def _require_kept(evaluator: Evaluator, result: Result, train: Split, val: Split, folder: Path) -> Gathered:
@@ -225,7 +223,11 @@ def _require_shown(name: str, result: Result, gathered: Gathered, train: Split, 
     read = parse_metrics(json.loads(json.dumps(evaluation.to_json(), allow_nan=False)), "metrics.json")
     assert read == evaluation, f"metrics.json does not keep the scores of {name}; use words and finite numbers"
     page = write_report(
-        folder, evaluation, gathered.figures, train=train, val=val, load_image=lambda split, row: _picture(row)
+        folder,
+        evaluation,
+        gathered.figures,
+        splits={"train": train, "val": val},
+        load_image=lambda split, row: _picture(row),
     ).read_text()
     _, compared = comparison.compare([evaluation])
     for score in result.scores:

@@ -21,7 +21,7 @@ from compress_ssl.pipeline.training.run_record import (
     ScheduleRecord,
     StudentRecord,
     TrainingRecord,
-    parse_run,
+    read_begun_run,
     read_run,
 )
 from compress_ssl.pipeline.training.sampler import StepSampler
@@ -47,11 +47,11 @@ def claim_run_folders(learner: Learner, spec: LearnerSpec, store: FeatureStore, 
 
 
 def _claim(folder: Folder, asked: RunRecord, spec: LearnerSpec, choice: StudentChoice) -> None:
-    manifest = artifact.claimed(folder, "run")
-    if manifest is None:
+    earlier = read_begun_run(folder)
+    if earlier is None:
         artifact.write(folder, "run", to_json(asked.identity), to_json(asked.about))
         return
-    there = parse_run(manifest, f"{folder}/{artifact.MANIFEST}").identity
+    there = earlier.identity
     # What the record lacks was filled in when the command was resolved.
     there = replace(
         there,

@@ -1,20 +1,22 @@
 """What one learner of a command is made of: its method, its students and how they are trained, all resolved.
 
-`choose_method` and `student_choice.choose_student` put together what the user gave, what the run in the folder
-recorded, and today's defaults, in this order. Below a `LearnerSpec` nobody parses a spec or reads a manifest again.
+`resolve` makes it. Below a `LearnerSpec` nobody parses a spec or reads a manifest again.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 from compress_ssl.pipeline.methods.base import Recipe
-from compress_ssl.pipeline.methods.options import MethodChoice, TypedMethod
+from compress_ssl.pipeline.methods.options import MethodChoice
 from compress_ssl.pipeline.runtime.choices import Precision
-from compress_ssl.pipeline.runtime.spec import parse
-from compress_ssl.pipeline.training.run_record import RunRecord
+from compress_ssl.pipeline.training.choices import OptimizerName
 from compress_ssl.pipeline.training.sampler import Sampling, StepSampler
+from compress_ssl.pipeline.training.schedule import Schedule, ScheduleKind
 from compress_ssl.pipeline.training.settings import TrainingSettings
 from compress_ssl.pipeline.training.student_choice import StudentChoice
-from compress_ssl.pipeline.training.version1_defaults import METHOD_OPTIONS
+
+RECIPE_BATCH = 256
+"""Images per step for which recipes publish their learning rate; for other batch sizes it is scaled linearly."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +43,24 @@ class LearnerSpec:
     begun_steps: int | None = None  # length of the run that was begun; None: there is none, or it is of version 1
 
     def settings(self, sampler: StepSampler) -> TrainingSettings:
-        """The hyper-parameters for the batch and the length of a sampler."""
-        return TrainingSettings.from_recipe(
-            self.recipe, sampler, lr=self.lr, ema=self.ema, precision=self.precision, seed=self.sampling.seed
+        """The hyper-parameters for the batch and the length of a sampler.
+
+        Without `lr`, the recipe's learning rate is scaled linearly with the global batch (Goyal et al. 2017,
+        arXiv 1706.02677); a given `lr` is used unscaled. The warm-up is cut where it is longer than the run.
+        """
+        recipe = self.recipe
+        epochs = sampler.steps * sampler.batch / len(sampler.rows)
+        # A recipe holds plain texts: Schedule and make_optimizer refuse unknown names.
+        kind, optimizer = cast(ScheduleKind, recipe.schedule), cast(OptimizerName, recipe.optimizer)
+        return TrainingSettings(
+            optimizer=optimizer,
+            lr=recipe.lr * sampler.batch / RECIPE_BATCH if self.lr is None else self.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            norm_decay=recipe.norm_decay,
+            schedule=Schedule(kind, min(1.0, recipe.warmup_epochs / epochs), recipe.drops),
+            clip=recipe.clip,
+            ema=self.ema,
+            precision=self.precision,
+            seed=self.sampling.seed,
         )
-
-
-def choose_method(typed: TypedMethod, record: RunRecord | None, where: str) -> MethodChoice:
-    """The method of a spec as typed. Options that it does not give are those with which the run was begun.
-
-    record: of the run, None for a new one; `where` names its manifest in an error. Raises UserError for an unknown
-    option, for one that is missing, and for a value of the wrong type.
-    """
-    spec, there = typed.spec, parse(record.identity.method) if record else None
-    if record is None or there is None or (there.kind, there.argument) != (spec.kind, spec.argument):
-        typed.check({})
-        return MethodChoice(typed.text, spec, typed.method, {**typed.defaults, **typed.given(spec)})
-    recorded = {**typed.defaults, **METHOD_OPTIONS.get(spec.kind, {})}
-    recorded |= typed.given(there, f"{where}: identity.method: ")
-    if record.identity.options:
-        typed.check_recorded(record.identity.options, f"{where}: identity.options: ")
-        recorded |= record.identity.options
-    typed.check(recorded)
-    kept = {name: value for name, value in recorded.items() if typed.accepts(name)}
-    return MethodChoice(record.identity.method, spec, typed.method, {**kept, **typed.given(spec)}, recorded)

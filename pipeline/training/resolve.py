@@ -11,14 +11,16 @@ from pathlib import Path
 
 from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import Recipe
-from compress_ssl.pipeline.methods.options import TypedMethod
+from compress_ssl.pipeline.methods.options import MethodChoice, TypedMethod
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
 from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.options import require_types
 from compress_ssl.pipeline.runtime.records import UNSET
+from compress_ssl.pipeline.runtime.spec import parse
 from compress_ssl.pipeline.training import version1_defaults as version1
 from compress_ssl.pipeline.training.choices import OptimizerName, Pairing
-from compress_ssl.pipeline.training.learner_spec import Execution, LearnerSpec, choose_method
+from compress_ssl.pipeline.training.learner_spec import Execution, LearnerSpec
 from compress_ssl.pipeline.training.run_record import RunRecord
 from compress_ssl.pipeline.training.sampler import Sampling
 from compress_ssl.pipeline.training.schedule import ScheduleKind
@@ -83,7 +85,7 @@ def _resolve_learner(asked: Asked, typed: TypedMethod, group: Sequence[Member], 
     """The learner of some students. begun: the member whose record counts if none of the group has one."""
     source = next((member for member in group if member.record), begun)
     record = source.record
-    method = choose_method(typed, record, f"{source.folder}/{MANIFEST}")
+    method = _choose_method(typed, record, f"{source.folder}/{MANIFEST}")
     recipe = _choose_recipe(asked, typed.method.recipe, record)
     training = record.identity.training if record else None
     return LearnerSpec(
@@ -97,6 +99,26 @@ def _resolve_learner(asked: Asked, typed: TypedMethod, group: Sequence[Member], 
         execution=_resolve_execution(asked, record),
         begun_steps=max((one.record.about.steps or 0 for one in group if one.record), default=0) or None,
     )
+
+
+def _choose_method(typed: TypedMethod, record: RunRecord | None, where: str) -> MethodChoice:
+    """The method of a spec as typed. Options that it does not give are those with which the run was begun.
+
+    record: of the run, None for a new one; `where` names its manifest in errors. Raises UserError for an unknown
+    option, for one that is missing, and for a value of the wrong type.
+    """
+    spec, there = typed.spec, parse(record.identity.method) if record else None
+    if record is None or there is None or (there.kind, there.argument) != (spec.kind, spec.argument):
+        typed.check({})
+        return MethodChoice(typed.text, spec, typed.method, {**typed.defaults, **typed.given(spec)})
+    recorded = {**typed.defaults, **version1.METHOD_OPTIONS.get(spec.kind, {})}
+    recorded |= typed.given(there, f"{where}: identity.method: ")
+    if record.identity.options:
+        require_types(record.identity.options, typed.keys, f"{where}: identity.options")
+        recorded |= record.identity.options
+    typed.check(recorded)
+    kept = {name: value for name, value in recorded.items() if typed.accepts(name)}
+    return MethodChoice(record.identity.method, spec, typed.method, {**kept, **typed.given(spec)}, recorded)
 
 
 def _choose_recipe(asked: Asked, published: Recipe, record: RunRecord | None) -> Recipe:

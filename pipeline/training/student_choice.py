@@ -8,8 +8,7 @@ from pathlib import Path
 from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.models.factory import ModelOptions
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
-from compress_ssl.pipeline.runtime.options import Option, from_option, option_text, recordable
-from compress_ssl.pipeline.runtime.records import UnsetType
+from compress_ssl.pipeline.runtime.options import Option, Options, option_text, recordable, require_types
 from compress_ssl.pipeline.runtime.signatures import any_key, convert, is_required
 from compress_ssl.pipeline.runtime.spec import Spec, parse
 from compress_ssl.pipeline.training.run_record import RunRecord
@@ -23,10 +22,10 @@ class StudentChoice:
 
     words: str  # the spec as it was typed when the run was begun: for its record, its seed and messages
     spec: str  # the same with every own option, to build the network from
-    options: Mapping[str, Option]  # its own options; empty for a network of another library
+    options: Options  # its own options; empty for a network of another library
     image_size: int | None  # side in pixels; None: the student's own
     folder: Path
-    recorded: Mapping[str, Option] | None = None  # own options with which the run in the folder was begun; None: no run
+    recorded: Options | None = None  # own options with which the run in the folder was begun; None: no run
     preprocessing: Preprocessing | None = None  # likewise, of the images; None: the network's own
 
 
@@ -43,9 +42,9 @@ def choose_student(text: str, folder: Path, record: RunRecord | None, image_size
         options = {**_defaults(own), **_given(typed, own)}
         return StudentChoice(text, str(_with_options(typed, own, options)), options, image_size, folder)
     # ---------------------------------------------------------------- the run in the folder is one of this network
-    saved = record.identity.student
-    recorded = {**_defaults(own), **STUDENT_OPTIONS.get(typed.kind, {}), **_given(there, own)}
-    recorded |= _recorded(saved.options, own, f"{folder}/{MANIFEST}")
+    saved, saved_options = record.identity.student, record.identity.student.options or {}
+    require_types(saved_options, own, f"{folder}/{MANIFEST}: identity.student.options")
+    recorded = {**_defaults(own), **STUDENT_OPTIONS.get(typed.kind, {}), **_given(there, own), **saved_options}
     options = {**{name: value for name, value in recorded.items() if name in own}, **_given(typed, own)}
     spec = Spec(typed.kind, typed.argument or there.argument, {**there.options, **typed.options})
     same_words = _foreign(spec, own) == _foreign(there, own)
@@ -88,21 +87,8 @@ def _given(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, Option
     texts = {key: text for key, text in spec.options.items() if key in own and key != argument}
     if argument and spec.argument:
         texts[argument] = spec.argument
-    return recordable({k: convert(text, own[k], _place(spec.kind, k, argument)) for k, text in texts.items()})
-
-
-def _recorded(
-    saved: Mapping[str, Option] | UnsetType, own: Mapping[str, inspect.Parameter], where: str
-) -> dict[str, Option]:
-    """The options of a record. Raises UserError, which names the manifest, for a value of the wrong type."""
-    options = dict(saved or {})
-    for key in options.keys() & own.keys():
-        from_option(options[key], own[key], f"{where}: identity.student.options.{key} is ")
-    return options
-
-
-def _place(kind: str, key: str, argument: str | None) -> str:
-    return f"{kind}:" if key == argument else f"{kind} {key}="
+    places = {key: f"{spec.kind}:" if key == argument else f"{spec.kind} {key}=" for key in texts}
+    return recordable({key: convert(text, own[key], places[key]) for key, text in texts.items()})
 
 
 def _foreign(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, str]:
@@ -110,7 +96,7 @@ def _foreign(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, str]
     return {key: text for key, text in spec.options.items() if key not in own or key == _argument_name(own)}
 
 
-def _with_options(spec: Spec, own: Mapping[str, inspect.Parameter], options: Mapping[str, Option]) -> Spec:
+def _with_options(spec: Spec, own: Mapping[str, inspect.Parameter], options: Options) -> Spec:
     """The spec with every own option."""
     argument = _argument_name(own)
     texts = {key: option_text(value) for key, value in options.items()}

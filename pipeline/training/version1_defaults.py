@@ -7,9 +7,9 @@ the training; else a record without it means the default of its signature.
 
 from collections.abc import Mapping
 
-from compress_ssl.pipeline.runtime.options import Option
+from compress_ssl.pipeline.runtime.options import Options
 
-METHOD_OPTIONS: Mapping[str, Mapping[str, Option]] = {
+METHOD_OPTIONS: Mapping[str, Options] = {
     "compress-2q": {"bank": None, "tau": 0.04, "start": "empty"},
     "compress-2q-momentum": {"bank": None, "tau": 0.04, "start": "empty", "momentum": 0.999},
     "compress-1q": {"bank": None, "tau": 0.04, "start": "store"},
@@ -29,7 +29,7 @@ EPOCHS: Mapping[str, int] = {
 }  # fmt: skip
 """{method: epochs of its recipe}. Everything else of the recipe is in the records of version 1."""
 
-STUDENT_OPTIONS: Mapping[str, Mapping[str, Option]] = {
+STUDENT_OPTIONS: Mapping[str, Options] = {
     "cifar-resnet": {"depth": 20, "width": 16, "drop_path": 0.0},
     "convnet": {"channels": (16, 32, 64)},
 }
