@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.evaluators.record import METRICS, read_evaluation, read_evaluation_record
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
+from compress_ssl.pipeline.runtime.config import POSITIVE, CommandResult, flag, require
 from compress_ssl.pipeline.runtime.formatting import format_bytes, format_duration, is_finite
 from compress_ssl.pipeline.runtime.options import option_text
 from compress_ssl.pipeline.runtime.records import UNSET, to_json

@@ -8,15 +8,19 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 
 
+def build_teacher(spec: str, image_size: int | None) -> Embedder:
+    """The network of a spec. Seeds torch's default generator: random weights are the same ones in every run."""
+    torch.manual_seed(0)
+    return build(spec, image_size=image_size, pretrained_default=True)
+
+
 def load_live_teacher(store: FeatureStore, spec: str | None = None) -> Embedder:
     """Build the network whose features a store holds, from the store's own spec or from `spec`.
 
-    It sets the global seed of torch to 0, as the export does, so that a teacher with random weights is the same
-    network. Raises UserError if its weights are not those that the store was made with.
+    Raises UserError if its weights are not those that the store was made with.
     """
     spec, teacher = spec or store.export.teacher, store.identity.teacher
-    torch.manual_seed(0)
-    embedder = build(spec, image_size=teacher.preprocessing.size, pretrained_default=True)
+    embedder = build_teacher(spec, teacher.preprocessing.size)
     if embedder.digest() != teacher.weights:
         raise UserError(f"{spec} has other weights here than when {store.storage} was made; restore them")
     return embedder
