@@ -36,6 +36,7 @@ _PUBLIC = {
     "ImageGrid": "compress_ssl.pipeline.evaluators.base:ImageGrid",
     "ImageRow": "compress_ssl.pipeline.evaluators.base:ImageRow",
     "Tile": "compress_ssl.pipeline.evaluators.base:Tile",
+    "check_model": "compress_ssl.pipeline.testing:check_model",
     "check_method": "compress_ssl.pipeline.testing:check_method",
     "check_protocol": "compress_ssl.pipeline.testing:check_protocol",
 }

@@ -255,16 +255,19 @@ def _run_command() -> int:
 
 
 def _print(text: str) -> None:
-    """Print a result to stdout."""
+    """Print a result to stdout. What its encoding lacks, such as half a surrogate in a record, is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(text, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:  # the reader closed the pipe, as in `compress models | head`: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
 
 
 def _fail(text: str) -> int:
-    """Print an error in one line to stderr; returns the exit status."""
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    """Print an error in one line to stderr; returns the exit status. Control characters of a file are escaped."""
+    line = " ".join(text.split())
+    shown = "".join(c if c.isprintable() or c.isspace() else c.encode("unicode_escape").decode() for c in line)
+    print(f"error: {shown}", file=sys.stderr)
     return 2
 
 

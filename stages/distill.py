@@ -22,6 +22,7 @@ from compress_ssl.pipeline.methods import METHODS, find_method
 from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.runtime import artifact, launch_env
 from compress_ssl.pipeline.runtime.choices import Precision
+from compress_ssl.pipeline.runtime.command_result import CommandResult
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require, to_flags
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import set_aside
@@ -201,7 +202,7 @@ class Job:
         return (*shared, self.bounded_sampling)
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> CommandResult:
     """Train to the end, continuing from the last checkpoint if there is one.
 
     Returns {"summary", "runs": [folder, ...], "steps"}, and {} on ranks other than 0. With --devices, it starts
@@ -219,7 +220,7 @@ def run(config: Config) -> dict[str, Any]:
         return train_together([resolve(config)])
 
 
-def train_together(jobs: Sequence[Job]) -> dict[str, Any]:
+def train_together(jobs: Sequence[Job]) -> CommandResult:
     """Train all jobs in one pass over the images, in one process, which is alone or one of several ranks.
 
     Returns what `run` returns. The `data_pass_key`s of the jobs must be equal. Raises CannotSharePass if they cannot
@@ -277,7 +278,8 @@ def check(config: Config) -> None:
             "ema": (lambda x: 0 < x < 1, "must be between 0 and 1"),
         },
     )
-    if config.devices and launch_env.is_launched():
+    launched = launch_env.read_launch() is not None  # refuses what no launcher sets
+    if config.devices and launched:
         raise UserError(
             "--devices starts ranks, but this process is already one of several, as by torchrun; leave --devices out"
         )

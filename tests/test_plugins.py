@@ -85,11 +85,11 @@ def test_the_commands_of_the_page_work_and_record_what_leads_to_the_images_from_
 
 def test_the_tests_of_the_page_pass(home: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_photos.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_photos.py", "test_nets.py"],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
 
 
 def test_dask_workers_load_a_data_set_from_a_users_file_and_leave_out_a_bad_image(home: Path) -> None:

@@ -20,6 +20,7 @@ from compress_ssl.pipeline.evaluators.record import order_by_protocol, replace_k
 from compress_ssl.pipeline.evaluators.scores import sort_naturally
 from compress_ssl.pipeline.runtime import digests
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.records import (
     UNSET,
@@ -151,9 +152,8 @@ class Results:
         where = f"results/{name}.json"
         try:
             record = read_record(ResultRecord, parse_json(self.folder.get(where), where), where)
-            with np.load(io.BytesIO(self.folder.get(f"results/{name}.npz"))) as arrays:
-                return record, dict(arrays)
-        except (InvalidRecord, ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
+            return record, _load_arrays(self.folder.get(f"results/{name}.npz"), f"results/{name}.npz")
+        except (InvalidRecord, OSError):
             return None
 
     def _restore(self, record: ResultRecord, arrays: dict[str, np.ndarray]) -> Kept | None:
@@ -175,6 +175,17 @@ class Results:
         ]
         figures = protocol.figures_of(metrics, arrays, self.train, self.val)
         return Kept(record.protocol, entry, protocol.side_by_side, Result(metrics, arrays, scores, figures))
+
+
+def _load_arrays(raw: bytes, where: str) -> dict[str, np.ndarray]:
+    """The arrays in a .npz file. Raises InvalidRecord for anything else."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:  # numpy would also read a single array, or a pickle
+            names = archive.namelist()
+        with np.load(io.BytesIO(raw)) as arrays:
+            return {name.removesuffix(".npy"): arrays[name] for name in names}
+    except Exception as problem:  # numpy, zipfile and zlib raise many types: MemoryError for a lie about a shape
+        raise InvalidRecord(f"{where} is damaged: {describe_exception(problem)}") from None
 
 
 def _restore_listed(record: ResultRecord, arrays: dict[str, np.ndarray]) -> Kept:

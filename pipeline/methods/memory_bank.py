@@ -99,7 +99,11 @@ class MemoryBank(nn.Module):
         return {"pointer": self.pointer, "filled": self.filled}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.pointer, self.filled = state["pointer"], state["filled"]
+        """Raises ValueError for a pointer or a number of filled slots that this bank cannot have."""
+        pointer, filled = state["pointer"], state["filled"]
+        if type(pointer) is not int or type(filled) is not int or not (0 <= pointer < self.size >= filled >= 0):
+            raise ValueError(f"a bank of {self.size} slots has the pointer {pointer!r:.40} and {filled!r:.40} filled")
+        self.pointer, self.filled = pointer, filled
 
 
 def _gather(vectors: Tensor, images: int) -> Tensor:

@@ -144,10 +144,11 @@ def load(file: Path) -> LinearHead:
             classes = parse_json(metadata["classes"], "classes")
             names = None if classes is None else read_record(list[str], classes, "classes")
             unit = read_record(bool, parse_json(metadata.get("unit", "true"), "unit"), "unit")
-            head = LinearHead(*tensors, names, unit=unit)
+            if not all(tensor.is_floating_point() for tensor in tensors):
+                raise ValueError("its numbers are no floats")
+            weight, bias = (tensor.float() for tensor in tensors)  # a file may hold them in half precision
+            head = LinearHead(weight, bias, names, unit=unit)
             head.of = metadata.get("weights", "")
-        if not (head.weight.is_floating_point() and head.bias.is_floating_point()):
-            raise ValueError("its numbers are no floats")
         if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
             raise ValueError("its numbers are not finite")
     except (OSError, safetensors.SafetensorError, ValueError, TypeError, InvalidRecord) as error:

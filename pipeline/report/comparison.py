@@ -113,10 +113,20 @@ def display_names(rows: Sequence[Evaluation]) -> list[str]:
     for row, spec in zip(rows, specs, strict=True):
         runs = [other.model.run for other, same in zip(rows, specs, strict=True) if same == spec and other.model.run]
         if row.model.run and len(set(runs)) > 1:
-            names.append(f"{spec} ({os.path.relpath(row.model.run, os.path.commonpath(runs))})")
+            names.append(f"{spec} ({_shorten_path(row.model.run, runs)})")
         else:
             names.append(spec)
     return names
+
+
+def _shorten_path(run: str, runs: Sequence[str]) -> str:
+    """The path of one of several runs without the folder that all have in common.
+
+    Evaluations record a run as it was named: absolute and relative paths have no folder in common.
+    """
+    if len({os.path.isabs(path) for path in runs}) > 1:
+        return run
+    return os.path.relpath(run, os.path.commonpath(runs))
 
 
 def describe_differences(rows: Sequence[Evaluation]) -> str:

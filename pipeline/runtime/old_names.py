@@ -40,8 +40,8 @@ _PLACES = {
         "journal:metrics_log roster:run_folders"
     ),
     "search": "neighbors:exact",
-    "evaluators": "results subject:scored_model",
-    "report": "scores:metrics figures gallery:image_grids page:html report:evaluation comparison",
+    "evaluators": "results subject:scored_model scores:record",
+    "report": "figures gallery:image_grids page:html report:evaluation comparison",
 }
 """{package: modules of the first version's `pipeline` that it contains now}, as old:new if the name has changed."""
 

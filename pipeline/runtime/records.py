@@ -52,7 +52,7 @@ def read_record(
     """
     try:
         record = msgspec.convert(data, cls)
-    except (msgspec.ValidationError, RecursionError) as wrong:
+    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as wrong:
         raise InvalidRecord(f"{where} is not valid: {_describe(wrong)}; {remedy}") from None
     unknown = None if ignore_unknown else next(_unknown_entries(data, to_json(record)), None)
     if unknown is not None:
@@ -90,6 +90,8 @@ def _describe(wrong: Exception) -> str:
     """The error of msgspec in our words: "identity.data.images: Expected `int`, got `str`"."""
     if isinstance(wrong, RecursionError):
         return "it is nested too deeply"
+    if isinstance(wrong, UnicodeEncodeError):  # msgspec compares names as UTF-8, in which half a surrogate has no bytes
+        return f"the text {ascii(wrong.object)[:80]} has a character that is not Unicode"
     match = _FAULT.match(str(wrong))
     assert match  # the pattern matches any text
     what = match["what"].replace("`", "").replace("Object missing required field", "it lacks the entry")

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import describe_exception
 
 CENTROIDS = 256  # per part of a product quantiser: as many as the one byte of a code can number
 PART_WIDTH = 4  # largest number of dimensions of a part; wider parts cost time and gain nothing, docs/codecs.md
@@ -56,6 +57,10 @@ class Codec(ABC):
 
 class Trained(Codec):
     """A codec with a codebook that is trained on a sample of the features."""
+
+    @abstractmethod
+    def fault_of(self, codebook: bytes, width: int) -> str:
+        """Why the bytes of a file are no codebook for features (..., width), in words; "" if they are one."""
 
     @abstractmethod
     def train(self, features: np.ndarray) -> bytes:
@@ -129,6 +134,22 @@ class ProductQuantiser(Trained):
                 f"use pq:{features[-1]} or less, or int8"
             )
         return (*features[:-1], self.parts)
+
+    def fault_of(self, codebook: bytes, width: int) -> str:
+        try:
+            arrays = safetensors.numpy.load(codebook)
+        except Exception as problem:  # of several types: a header that lies, a type of numbers that numpy has not
+            return describe_exception(problem)
+        part = min(width // self.parts, PART_WIDTH)
+        shapes = {"mean": (width,), "rotation": (self.parts * part, width), "centroids": (self.parts, CENTROIDS, part)}
+        for name, shape in shapes.items():
+            array = arrays.get(name)
+            if array is None or array.shape != shape or array.dtype != np.float32:
+                found = "is missing" if array is None else f"has the shape {array.shape} and the type {array.dtype}"
+                return f"{name} {found}, but must have {shape} and float32"
+            if not np.isfinite(array).all():
+                return f"{name} has values that are not finite"
+        return ""
 
     @cached_property
     def _codebook(self) -> dict[str, np.ndarray]:

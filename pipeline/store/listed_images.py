@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import shorten
 from compress_ssl.pipeline.store.reader import StoreReader
 
 
@@ -16,7 +17,7 @@ def listed_rows(store: StoreReader, file: str, flag: str) -> np.ndarray:
     a name that the store lacks and for a file name that several images share.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # some editors begin with a mark
     except (OSError, ValueError) as problem:  # ValueError: bytes that are no UTF-8, or a path that cannot be one
         raise UserError(f"{flag} nor a readable text file ({problem}); give one of them") from None
     listed = [line.strip() for line in lines if line.strip()]
@@ -30,7 +31,7 @@ def listed_rows(store: StoreReader, file: str, flag: str) -> np.ndarray:
     missing = [name for name in listed if name not in row]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(listed)} ids in {file} are not in {store.storage}, the first is {missing[0]}; "
-            f"they look like {ids[0]}"
+            f"{len(missing)} of {len(listed)} ids in {file} are not in {store.storage}, the first is "
+            f"{shorten(missing[0], 200)}; they look like {ids[0]}"
         )
     return np.array(sorted({row[name] for name in listed}), np.int64)

@@ -9,6 +9,7 @@ import numpy as np
 from compress_ssl.pipeline.datasets.decode import GOOD, REASONS
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.store.codecs import Stored
@@ -47,13 +48,25 @@ class StoreReader(ShardIndex):
         damaged = self._damaged_metadata()
         if damaged:
             raise UserError(f"{self.storage}/{damaged[0]} is gone or damaged; see compress verify --repair")
-        group = open_group(self.storage)
+        group = self._parse_metadata(f"{GROUP}/zarr.json", partial(open_group, self.storage))
         for name in (*self.layouts, *TABLES):
-            if _metadata_key(name) in self.about.small:
-                self._require_fit(name, self._report_damage(name, partial(array_in, group, name)))
+            key = _metadata_key(name)
+            if key in self.about.small:
+                self._require_fit(name, self._parse_metadata(key, partial(array_in, group, name)))
             elif name in self.layouts:
                 raise UserError(self._lack(name))
         return group
+
+    def _parse_metadata(self, key: str, parse: Callable[[], Result]) -> Result:
+        """Call `parse`, which lets Zarr read the metadata in the file `key`. Raises UserError if Zarr cannot."""
+        try:
+            return parse()
+        except Exception as problem:  # of any type: Zarr takes the entries of the JSON to be what it expects
+            if isinstance(problem, UserError) or (isinstance(problem, OSError) and problem.errno):
+                raise  # the object store or the disk failed, which says nothing about the metadata
+            raise UserError(
+                f"{self.storage}/{key} is not valid: Zarr cannot read it ({describe_exception(problem)}); {_REMEDY}"
+            ) from None
 
     def _require_fit(self, name: str, array: ZarrArray) -> None:
         """Raises UserError unless the metadata of an array agrees with the manifest."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from compress_ssl.pipeline.runtime import artifact, digests
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Storage
-from compress_ssl.pipeline.store.codecs import Codec, build_codec
+from compress_ssl.pipeline.store.codecs import Codec, Trained, build_codec
 from compress_ssl.pipeline.store.done_record import DoneRecord, read_done_record
 from compress_ssl.pipeline.store.layout import GROUP, VIEW_BLOCK, ArrayLayout, array_layouts
 from compress_ssl.pipeline.store.records import ExportRecord, StoreRecord, export_record, read_store, store_record
@@ -253,13 +253,19 @@ class ShardIndex:
         return data
 
     def _codebook(self, name: str) -> bytes:
-        """The codebook of an array. Raises UserError if there is none yet or it does not fit its digest."""
+        """The codebook of an array. Raises UserError if there is none yet, or it is damaged or not valid."""
         key = codebook_key(name)
         if key not in self.about.small:  # another process may have trained it since this store was opened
             self.about = read_store(self.storage).about
         if key not in self.about.small:
             raise UserError(f"{self.storage} has no {key} yet; repeat the command that made it")
-        return self.read_small_file(key)
+        data, kind = self.read_small_file(key), self.codecs[name]
+        fault = kind.fault_of(data, self.arrays[name][-1]) if isinstance(kind, Trained) else ""
+        if fault:
+            raise UserError(
+                f"{self.storage}/{key} is not valid: {fault}; restore the store from a copy, or export anew"
+            )
+        return data
 
 
 def array_codecs(codec: str, arrays: Iterable[str], codebook: Callable[[str], bytes] | None = None) -> dict[str, Codec]:

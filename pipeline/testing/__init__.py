@@ -1,7 +1,8 @@
 """Contract tests for what users add: each asserts what the rest of the program needs of a member of a family.
 
-`check_dataset` opens a data set and loads some of its images, `check_method` trains a method on artificial data and
-`check_protocol` scores artificial features. docs/plugins.md shows how to use them in tests of your own.
+`check_dataset` opens a data set and loads some of its images, `check_model` runs a model on a few images,
+`check_method` trains a method on artificial data and `check_protocol` scores artificial features. docs/plugins.md
+shows how to use them in tests of your own.
 """
 
 import importlib
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress_ssl.pipeline.testing.dataset import check_dataset
     from compress_ssl.pipeline.testing.method import check_method
+    from compress_ssl.pipeline.testing.model import check_model
     from compress_ssl.pipeline.testing.protocol import check_protocol
 
-__all__ = ["check_dataset", "check_method", "check_protocol"]
+__all__ = ["check_dataset", "check_method", "check_model", "check_protocol"]
 
-_MODULES = {"check_dataset": "dataset", "check_method": "method", "check_protocol": "protocol"}
+_MODULES = {"check_dataset": "dataset", "check_method": "method", "check_model": "model", "check_protocol": "protocol"}
 """{function: its module here}, imported when the function is first asked for: it needs torch."""
 
 

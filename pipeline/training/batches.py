@@ -132,10 +132,17 @@ class BatchSource:
     def read_features(self, rows: Tensor, views: Tensor, name: str = "embedding") -> Tensor:
         """(n, ...) float32 teacher features of (rows[j], views[j]), for memory banks.
 
-        Raises UserError for features that are not finite.
+        Raises UserError for an (i, v) that the store does not hold, and for features that are not finite.
         """
         features = self.features.get(name) or TeacherFeatures(self.store, name)
         i, v = rows.cpu().numpy(), views.cpu().numpy()
+        absent = (i < 0) | (i >= self.store.images) | ~np.isin(v, self.store.all_views)
+        if absent.any():
+            j = int(np.flatnonzero(absent)[0])
+            raise UserError(
+                f"{self.store.storage} has no {name} of row {i[j]} in view {v[j]}, which a memory bank of a checkpoint "
+                "names; delete the run's newest checkpoint to continue from an earlier one"
+            )
         values = features.read(i, v)
         self._require_finite(name, values, i, v)
         return torch.from_numpy(values)

@@ -17,6 +17,7 @@ import torch
 
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import PART, Folder, replace_file
+from compress_ssl.pipeline.training.restore_state import load_optimizer_state, load_scaler_state
 
 KEEP = 2  # files step-*.pt to keep: if peers are killed between their saves, the step before is one that all have
 STEP_FILE = re.compile(r"step-(\d+)\.pt$")
@@ -99,6 +100,16 @@ def load(path: Path) -> State:
         raise UserError(f"checkpoint {path} is damaged ({why}); delete it to continue from an earlier one") from None
 
 
+def _load_state(part: Stateful, state: State) -> None:
+    """Load a state into a part. Raises one of several types if the state does not fit it."""
+    if isinstance(part, torch.optim.Optimizer):
+        load_optimizer_state(part, state)
+    elif isinstance(part, torch.amp.GradScaler):
+        load_scaler_state(part, state)
+    else:
+        part.load_state_dict(state)
+
+
 def restore(path: Path, parts: Mapping[str, object]) -> State:
     """Load every part that has `load_state_dict`, strictly, and return the whole checkpoint.
 
@@ -118,7 +129,7 @@ def restore(path: Path, parts: Mapping[str, object]) -> State:
             try:
                 if not isinstance(state, dict):
                     raise TypeError(f"expected a state, got {type(state).__name__}")
-                part.load_state_dict(state)
+                _load_state(part, state)
             except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as problem:
                 why = " ".join(str(problem).split())[:200]
                 raise UserError(f"checkpoint {path} does not fit this run: {name}: {why}") from None
