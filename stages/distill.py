@@ -22,8 +22,7 @@ from compress_ssl.pipeline.methods import METHODS, find_method
 from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.runtime import artifact, launch_env
 from compress_ssl.pipeline.runtime.choices import Precision
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require, to_flags
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, CommandResult, flag, require, to_flags
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import set_aside
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
