@@ -5,8 +5,7 @@ from pathlib import Path
 
 from compress_ssl.pipeline.evaluators.record import METRICS, Evaluation, read_evaluation
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.config import CommandResult, flag
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from compress_ssl.pipeline.evaluators.record import read_evaluation
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require, to_flags
+from compress_ssl.pipeline.runtime.config import POSITIVE, CommandResult, flag, require, to_flags
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.lease import set_aside
 from compress_ssl.pipeline.runtime.progress import echo

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.distributed import launch
 from compress_ssl.pipeline.runtime import artifact, launch_env
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import to_flags
+from compress_ssl.pipeline.runtime.config import CommandResult, to_flags
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import set_aside
 from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage

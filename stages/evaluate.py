@@ -22,8 +22,7 @@ from compress_ssl.pipeline.evaluators.record import (
 )
 from compress_ssl.pipeline.runtime import artifact, jsonl
 from compress_ssl.pipeline.runtime.choices import Precision
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, CommandResult, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.lease import set_aside
 from compress_ssl.pipeline.runtime.records import to_json

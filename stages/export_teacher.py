@@ -13,8 +13,7 @@ from compress_ssl.pipeline.extraction.export_job import DEFAULTS, Job, StoreFlag
 from compress_ssl.pipeline.models import MODELS, parse_outputs
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.choices import Precision
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, CommandResult, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import open_storage
 from compress_ssl.pipeline.store.codecs import KNOWN, build_codec

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.evaluators.record import METRICS, read_evaluation, read_evaluation_record
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import POSITIVE, flag, require
+from compress_ssl.pipeline.runtime.config import CommandResult, flag, require
 from compress_ssl.pipeline.runtime.formatting import format_bytes, format_duration, is_finite
 from compress_ssl.pipeline.runtime.options import option_text
 from compress_ssl.pipeline.runtime.records import UNSET, to_json
@@ -18,6 +17,8 @@ from compress_ssl.pipeline.training.metrics_log import MetricsRow, read_metrics
 if TYPE_CHECKING:
     from compress_ssl.pipeline.store.feature_store import FeatureStore
     from compress_ssl.pipeline.training.run_record import RunRecord
+
+PLAUSIBLE = (lambda x: 0 < x <= 10**9, "must be more than 0 and at most 10**9")  # so that products are finite
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def run(config: Config) -> CommandResult:
     """
     storage = open_storage(config.path)
     manifest = artifact.read(storage)
-    require(config, {"students": POSITIVE, "epochs": POSITIVE})
+    require(config, {"students": PLAUSIBLE, "epochs": PLAUSIBLE})
     numbers: CommandResult = {}
     if manifest.kind == "store":
         from compress_ssl.pipeline.store.feature_store import FeatureStore

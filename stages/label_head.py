@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, flag, require
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, CommandResult, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import open_storage
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.config import CommandResult, flag
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import JsonObject
 from compress_ssl.pipeline.runtime.registry import Registry

@@ -4,8 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import flag
+from compress_ssl.pipeline.runtime.config import CommandResult, flag
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import format_bytes
 from compress_ssl.pipeline.runtime.progress import progress_bar

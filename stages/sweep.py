@@ -15,8 +15,7 @@ from pathlib import Path
 
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.command_result import CommandResult
-from compress_ssl.pipeline.runtime.config import check_choices, flag
+from compress_ssl.pipeline.runtime.config import CommandResult, check_choices, flag
 from compress_ssl.pipeline.runtime.config_values import as_texts, build, convert_values, parse_flags
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import shorten

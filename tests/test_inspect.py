@@ -97,3 +97,9 @@ def test_any_other_kind_of_folder_is_described_by_the_settings_it_was_made_with(
     found = inspect.run(inspect.Config(str(tmp_path / "demo")))
     assert (found["kind"], found["teacher"], found["epochs"]) == ("demo", "digits-teacher", "2.0")
     assert "  teacher: digits-teacher" in found["summary"]
+
+
+@pytest.mark.parametrize("odd", [{"epochs": 1e308}, {"epochs": float("inf")}, {"students": 10**30}, {"epochs": 0.0}])
+def test_numbers_of_which_no_saving_can_be_computed_are_refused(made: Path, odd: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(odd))} is .*, but must be more than 0 and at most"):
+        inspect.run(inspect.Config(str(made / "store"), **odd))

@@ -49,7 +49,7 @@ def _open_set(name: str, root: Path, options: Mapping[str, object]) -> MapStyleI
     for key in options:
         if key not in parameters:
             raise UserError(
-                f"torchvision:{name} has no key {key!r}{did_you_mean(key, parameters)} "
+                f"torchvision:{name} has no key {key!r}{did_you_mean(key, parameters) or '.'} "
                 f"Known: {', '.join(list(parameters)[1:])}"
             )
     try:

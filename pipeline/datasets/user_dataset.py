@@ -1,7 +1,8 @@
 """A data set that is not ours, checked: what it says of its images when it is opened, each image when it is loaded."""
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.datasets.decode import BROKEN, GOOD, REASONS, BadImage
 from compress_ssl.pipeline.datasets.map_style import LABELS, MapStyle, integer_labels, to_pixels
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import shorten
 from compress_ssl.pipeline.runtime.import_object import describe_with_location, import_file
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.user_object import describing_errors
@@ -133,8 +135,7 @@ def _checked_ids(dataset: Dataset, name: str) -> list[str]:
     if wrong is not None:
         raise UserError(f"{name}: its `ids` must be texts, but one is {wrong!r}; use str(...)")
     if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        twice = next(each for each in ids if each in seen or seen.add(each))  # type: ignore[func-returns-value]
+        twice = Counter(ids).most_common(1)[0][0]
         raise UserError(f"{name}: its `ids` must differ, but {twice!r} is there twice")
     if len(dataset) != len(ids):
         raise UserError(f"{name} has {len(ids)} `ids` for {len(dataset)} images")
@@ -144,7 +145,7 @@ def _checked_ids(dataset: Dataset, name: str) -> list[str]:
 def _checked_classes(dataset: Dataset, name: str) -> tuple[str, ...]:
     classes = tuple(getattr(dataset, "classes", ()))
     if len(set(classes)) < len(classes) or not all(isinstance(each, str) for each in classes):
-        raise UserError(f"{name}: its `classes` must be texts that differ, but they are {_shorten(classes)}")
+        raise UserError(f"{name}: its `classes` must be texts that differ, but they are {shorten(repr(classes), 80)}")
     return classes
 
 
@@ -161,7 +162,3 @@ def _checked_label(dataset: Dataset, name: str, images: int, classes: int) -> np
             f"{name}: the label {worst} is none of its {classes} `classes`; a label is an index into them, or -1"
         )
     return label.astype(np.int64)
-
-
-def _shorten(names: Sequence[object]) -> str:
-    return f"{names[:5]!r}" + ("..." if len(names) > 5 else "")

@@ -11,6 +11,7 @@ import torch
 from compress_ssl.pipeline.datasets import open_images
 from compress_ssl.pipeline.extraction import cluster
 from compress_ssl.pipeline.extraction.embed import store_source
+from compress_ssl.pipeline.extraction.export_job import StoreFlags
 from compress_ssl.pipeline.extraction.extract import LoaderSettings
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.teacher import load_live_teacher
@@ -26,13 +27,10 @@ class WorkerSettings:
     """What a dask worker must know to build its ExportWorker. Specs and paths are absolute."""
 
     data: str  # spec of the data set
-    limit: int | None  # number of images, spread evenly over the data set; None: all of them
     teacher: str  # spec of the teacher
     store: str  # folder or URL of the store
-    outputs: tuple[str, ...]  # outputs of the teacher to store, the embedding first
+    flags: StoreFlags
     device: str  # auto, cpu, cuda or cuda:N
-    precision: str  # fp32, bf16 or fp16
-    batch_size: int  # images per forward pass
     workers: int | None  # threads that decode, as --workers
     threads: int | None  # torch threads; None: torch's default
     command: str  # a random text, different in each command, so that the cache serves the tasks of one command only
@@ -44,9 +42,10 @@ def build_worker(settings: WorkerSettings) -> ExportWorker:
 
     Raises UserError if this worker finds other images than the command did, or other weights of the teacher.
     """
+    flags = settings.flags
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    dataset = open_images(settings.data, settings.limit)
+    dataset = open_images(settings.data, flags.limit)
     store = FeatureStore(open_storage(settings.store))
     device = _choose_worker_device(settings.device)
     embedder = load_live_teacher(store, settings.teacher)
@@ -55,7 +54,7 @@ def build_worker(settings: WorkerSettings) -> ExportWorker:
             f"{settings.data} holds other images on this worker than on the machine that started the export; "
             "give a path that leads to the same images on all machines"
         )
-    extractor = FeatureExtractor(embedder, device, settings.precision, settings.batch_size, settings.outputs)
+    extractor = FeatureExtractor(embedder, device, flags.precision, flags.batch_size, flags.outputs)
     # threads, because a dask worker cannot have child processes
     loader = LoaderSettings(loader_workers(settings.workers, device), threads=True)
     return ExportWorker(store, store_source(store, dataset, extractor, loader))

@@ -14,15 +14,16 @@ from compress_ssl.pipeline.extraction.extract import LoaderSettings
 from compress_ssl.pipeline.extraction.feature_extractor import FeatureExtractor
 from compress_ssl.pipeline.extraction.provenance import history_event, report_bad_images
 from compress_ssl.pipeline.extraction.store_record import describe_store
+from compress_ssl.pipeline.extraction.teacher import build_teacher
 from compress_ssl.pipeline.extraction.worker import DaskExport, ExportWorker, require_no_failures
-from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.runtime import artifact
+from compress_ssl.pipeline.runtime.config import CommandResult
 from compress_ssl.pipeline.runtime.device import choose_device, device_name, loader_workers
 from compress_ssl.pipeline.runtime.formatting import format_duration
 from compress_ssl.pipeline.runtime.lease import Lease, set_aside
 from compress_ssl.pipeline.runtime.progress import echo, progress_bar
-from compress_ssl.pipeline.runtime.records import JsonObject, to_json
+from compress_ssl.pipeline.runtime.records import to_json
 from compress_ssl.pipeline.runtime.signals import StopRequest
 from compress_ssl.pipeline.runtime.storage import Folder, absolute
 from compress_ssl.pipeline.store import teacher_heads
@@ -60,7 +61,8 @@ def make_plan(job: Job) -> Plan:
     Raises UserError for a device or teacher that cannot be had, and for a store that was begun with other settings.
     """
     device = choose_device(job.device if job.scheduler == "local" else "cpu")  # workers choose their own
-    embedder = build_teacher(job)
+    recorded = job.begun.identity.teacher.preprocessing if job.begun else None
+    embedder = build_teacher(job.teacher, job.flags.image_size, recorded).enable_outputs(job.flags.outputs)
     record = describe_store(job, embedder)
     if job.like:
         require_same_views(record.identity, job.dataset, job.like)
@@ -70,22 +72,14 @@ def make_plan(job: Job) -> Plan:
     return Plan(job, device, embedder, record)
 
 
-def build_teacher(job: Job) -> Embedder:
-    """The teacher with the outputs that the store keeps. Seeds torch's default generator."""
-    torch.manual_seed(0)  # so that a teacher with random weights has the same weights in every run
-    recorded = job.begun.identity.teacher.preprocessing if job.begun else None
-    embedder = build(job.teacher, image_size=job.flags.image_size, pretrained_default=True, recorded=recorded)
-    return embedder.enable_outputs(job.flags.outputs)
-
-
-def estimate_cost(plan: Plan) -> JsonObject:
+def estimate_cost(plan: Plan) -> CommandResult:
     """The estimate that --dry-run prints."""
     views = plan.job.flags.views
     pending = plan.job.begun.pending(views) if plan.job.begun else None
     return estimate(plan.record.identity, views, plan.job.out, pending)
 
 
-def export(plan: Plan) -> JsonObject:
+def export(plan: Plan) -> CommandResult:
     """Create or continue the store: compute the shards that it lacks. Returns the result of `finish`."""
     job, embedder, dataset = plan.job, plan.embedder, plan.job.dataset
     if job.begun:
@@ -118,20 +112,17 @@ def worker_settings(job: Job, store: FeatureStore) -> WorkerSettings:
     """The settings of the dask workers of this command. The store names images and teacher by absolute specs."""
     return WorkerSettings(
         data=store.export.data.spec,
-        limit=job.flags.limit,
         teacher=store.export.teacher,
         store=absolute(job.out),
-        outputs=job.flags.outputs,
+        flags=job.flags,
         device=job.device,
-        precision=job.flags.precision,
-        batch_size=job.flags.batch_size,
         workers=job.workers,
         threads=worker_threads(job.scheduler),
         command=secrets.token_hex(8),
     )
 
 
-def fill(plan: Plan, store: FeatureStore, lease: Lease) -> JsonObject:
+def fill(plan: Plan, store: FeatureStore, lease: Lease) -> CommandResult:
     """Compute the pending shards of the store, then verify that the images did not change meanwhile.
 
     lease: that on the store; losing it stops the computation. Returns the result of `finish`. Raises Interrupted after
@@ -170,7 +161,7 @@ def fill(plan: Plan, store: FeatureStore, lease: Lease) -> JsonObject:
     return made
 
 
-def finish(job: Job, store: FeatureStore, text: str) -> JsonObject:
+def finish(job: Job, store: FeatureStore, text: str) -> CommandResult:
     """Check that the store is complete and agrees with that of --like, write bad-images.tsv, return the summary.
 
     Raises UserError if the store is incomplete, differs from the other one, or if no image could be decoded.

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 class StoreFlags:
     """The flags of an export that its store records, by the names of the flags."""
 
-    views: int  # global views per image
-    policy: Policy
-    seed: int
-    image_size: int | None  # side of a view in pixels; None: the input size of the teacher
-    local_views: int  # local crops per image
-    local_size: int | None  # side of a local crop in pixels; None: 3/7 of a view's
-    keep: str  # outputs of the teacher to store, separated by commas
-    codec: str
-    batch_size: int  # images per forward pass
-    precision: Precision
-    shard_size: int | None  # rows per shard; None: chosen by the number of images and the size of a row
-    limit: int | None  # number of images, spread evenly over the data set; None: all of them
+    views: int = 8  # global views per image
+    policy: Policy = "crop-flip"
+    seed: int = 0
+    image_size: int | None = None  # side of a view in pixels; None: the input size of the teacher
+    local_views: int = 0  # local crops per image
+    local_size: int | None = None  # side of a local crop in pixels; None: 3/7 of a view's
+    keep: str = "embedding"  # outputs of the teacher to store, separated by commas
+    codec: str = "int8"
+    batch_size: int = 64  # images per forward pass
+    precision: Precision = "fp32"
+    shard_size: int | None = None  # rows per shard; None: chosen by the number of images and the size of a row
+    limit: int | None = None  # number of images, spread evenly over the data set; None: all of them
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -42,20 +42,7 @@ class StoreFlags:
         return parse_outputs(self.keep)
 
 
-DEFAULTS = StoreFlags(
-    views=8,
-    policy="crop-flip",
-    seed=0,
-    image_size=None,
-    local_views=0,
-    local_size=None,
-    keep="embedding",
-    codec="int8",
-    batch_size=64,
-    precision="fp32",
-    shard_size=None,
-    limit=None,
-)
+DEFAULTS = StoreFlags()
 """The flags of a new store that are not given."""
 
 

@@ -14,7 +14,7 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.store import integrity
 from compress_ssl.pipeline.store.codecs import Stored
 from compress_ssl.pipeline.store.feature_store import FeatureStore
-from compress_ssl.pipeline.store.shards import Shard, Span, done_key
+from compress_ssl.pipeline.store.shards import Shard, done_key
 
 MIN_UNREADABLE = 8
 """Images. A shard of at least so many, all of which cannot be read, is an error and not a shard of bad images."""
@@ -77,7 +77,7 @@ def write_shard(store: FeatureStore, shard: Shard, rows: list[EncodedRows]) -> N
     fault = ""
     for attempt in range(WRITE_ATTEMPTS):
         spans = store.write(shard, whole.stored, whole.status, whole.content, whole.bad)
-        fault = _first_fault(store, shard, spans)
+        fault = next(filter(None, (integrity.find_fault(store, shard.block, span) for span in spans)), "")
         if not fault:
             return
         for span in spans:  # the shard is pending again, even if this process is killed now
@@ -113,12 +113,3 @@ def require_readable(start: int, status: np.ndarray, bad: Mapping[int, str]) -> 
             f"none of the images of rows {start} to {start + len(status) - 1} can be read, the first: "
             f"{bad[start]}; is their disk still there? What is done is kept, repeat the command to continue"
         )
-
-
-def _first_fault(store: FeatureStore, shard: Shard, spans: list[Span]) -> str:
-    """What is wrong with the first faulty span of views; "" if all are as they were written."""
-    for span in spans:
-        fault = integrity.find_fault(store, shard.block, span)
-        if fault:
-            return fault
-    return ""

@@ -72,12 +72,10 @@ def request_batch(view_dataset: ViewDataset, rows: np.ndarray, views: Sequence[i
     row_bytes = sum(3 * len(of_group) * view_dataset.sizes[group][0][0] ** 2 for group, of_group in numbers.items())
     step = max(1, REQUEST_BYTES // row_bytes)
     parts = [rows[start : start + step] for start in range(0, len(rows), step)]
-    return [ViewRequest(part, {group: _repeat(numbers[group], part) for group in numbers}) for part in parts]
-
-
-def _repeat(views: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """(n, V) int64 with the same views in each row, without a copy per row."""
-    return np.broadcast_to(views, (len(rows), len(views)))
+    return [
+        ViewRequest(part, {group: np.broadcast_to(views, (len(part), len(views))) for group, views in numbers.items()})
+        for part in parts
+    ]
 
 
 def group_pixels(outputs: Sequence[str], batch: Batch, loaded: Sequence[ViewBatch]) -> list[GroupPixels]:

@@ -1,4 +1,4 @@
-"""Fields of a stage's Config, the command line flags that reproduce one, and checks of its values."""
+"""What a command takes and returns: the fields of its Config, flags that reproduce one, checks, and its result."""
 
 import math
 import typing
@@ -12,6 +12,9 @@ from compress_ssl.pipeline.runtime.spec import did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+CommandResult = dict[str, object]
+"""The JSON object that --json prints. Its entry "summary" is the text that a command prints without --json."""
 
 Panel = Literal["What", "Recipe", "Views", "Speed", "Output"]
 """The sections of a command's help, in the order in which they are shown."""

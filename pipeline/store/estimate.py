@@ -13,7 +13,7 @@ from compress_ssl.pipeline.store.shards import Shard
 from compress_ssl.pipeline.views.groups import by_group, group_of_array
 
 
-def estimate(identity: StoreIdentity, views: int, out: str, pending: Sequence[Shard] | None) -> dict[str, int | str]:
+def estimate(identity: StoreIdentity, views: int, out: str, pending: Sequence[Shard] | None) -> dict[str, object]:
     """{"summary", "forwards", "bytes", ...} of an export.
 
     identity: that of the store; views: number of global views; out: folder or URL of the store;
