@@ -1,6 +1,7 @@
 """The model that an evaluation scores: the student of a run, the teacher of a store, or any model by its spec."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 from compress_ssl.pipeline.store import local_cache
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.records import DataSource
-from compress_ssl.pipeline.training.run_record import read_run
+from compress_ssl.pipeline.training.run_record import RunRecord, read_run
 from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
 
@@ -63,7 +64,7 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
     if not file.exists():
         raise UserError(f"{folder} is not finished: it holds no student.safetensors; repeat its distill command")
     size = image_size or student.preprocessing.size
-    embedder = build(student.spec, image_size=size, pretrained_default=False)
+    embedder = _build_student(record, size)
     load_student(embedder, file)
     return ScoredModel(
         model=ModelRecord(
@@ -84,6 +85,18 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
         run=folder,
         teacher_evaluation=artifact.sibling(about.store, "-evaluation"),
     )
+
+
+def _build_student(record: RunRecord, size: int) -> Embedder:
+    """The network of a run. If a user's file was moved, the path that was typed may still lead to it."""
+    try:
+        return build(record.student_spec, image_size=size, pretrained_default=False)
+    except UserError as problem:
+        if record.student_spec == record.identity.student.spec:
+            raise
+        with suppress(UserError):
+            return build(record.identity.student.spec, image_size=size, pretrained_default=False)
+        raise problem
 
 
 def load_student(embedder: Embedder, file: Path) -> None:

@@ -6,6 +6,7 @@ recorded, and today's defaults, in this order. Below a `LearnerSpec` nobody pars
 
 from dataclasses import dataclass
 
+from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import Recipe
 from compress_ssl.pipeline.methods.options import MethodChoice, TypedMethod
 from compress_ssl.pipeline.runtime.choices import Precision
@@ -54,7 +55,7 @@ def choose_method(typed: TypedMethod, record: RunRecord | None, where: str) -> M
     option, for one that is missing, and for a value of the wrong type.
     """
     spec, there = typed.spec, parse(record.identity.method) if record else None
-    if record is None or there is None or (there.kind, there.argument) != (spec.kind, spec.argument):
+    if record is None or there is None or not _same_method(typed, record):
         typed.check({})
         return MethodChoice(typed.text, spec, typed.method, {**typed.defaults, **typed.given(spec)})
     recorded = {**typed.defaults, **METHOD_OPTIONS.get(spec.kind, {})}
@@ -65,3 +66,10 @@ def choose_method(typed: TypedMethod, record: RunRecord | None, where: str) -> M
     typed.check(recorded)
     kept = {name: value for name, value in recorded.items() if typed.accepts(name)}
     return MethodChoice(record.identity.method, spec, typed.method, {**kept, **typed.given(spec)}, recorded)
+
+
+def _same_method(typed: TypedMethod, record: RunRecord) -> bool:
+    """Whether a spec names the recorded method: by the same words, or by another path of the same file."""
+    as_typed = typed.spec, parse(record.identity.method)
+    located = METHODS.locate(typed.text), METHODS.locate(record.method_spec)
+    return any((one.kind, one.argument) == (there.kind, there.argument) for one, there in (as_typed, located))
