@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.import_object import import_object
 from compress_ssl.pipeline.runtime.registry import Registry, Spec, did_you_mean, literal, parse
 
 
@@ -206,3 +207,22 @@ def test_an_absolute_spec_names_the_same_object_from_any_working_directory(
         (DATASETS, "digits:split=test", "digits:split=test"),
     ):
         assert registry.absolute_spec(text) == settled
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def f(:\n", r"python:.*mine\.py could not be imported: SyntaxError: .*\(mine\.py, line 1\)$"),
+        ("x = 1\n1 / 0\n", r"could not be imported: ZeroDivisionError: division by zero \(mine\.py, line 2\)$"),
+        (None, r"python:no_such_module could not be imported: ModuleNotFoundError: No module named 'no_such_module'$"),
+    ],
+)
+def test_an_error_while_importing_names_the_line_of_the_users_code_and_no_line_of_ours(
+    code: str | None, message: str, tmp_path: Path
+) -> None:
+    place = "no_such_module"
+    if code is not None:
+        place = str(tmp_path / "mine.py")
+        (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UserError, match=message):
+        import_object(f"{place}:f")
