@@ -1,6 +1,7 @@
 """Specs `kind:argument,key=value` are parsed, checked and built; errors name the fault and suggest a remedy."""
 
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.import_object import import_object
 from compress_ssl.pipeline.runtime.registry import Registry, Spec, did_you_mean, literal, parse
+from compress_ssl.pipeline.runtime.user_object import from_entry_point
 
 
 class Thing:
@@ -226,3 +228,9 @@ def test_an_error_while_importing_names_the_line_of_the_users_code_and_no_line_o
         (tmp_path / "mine.py").write_text(code)
     with pytest.raises(UserError, match=message):
         import_object(f"{place}:f")
+
+
+def test_a_packages_module_that_does_not_exist_names_no_line_of_ours() -> None:
+    entry = EntryPoint("lost", "no_such_module:f", "compress_ssl.methods")
+    with pytest.raises(UserError, match="No module named 'no_such_module'; mend"):
+        from_entry_point(entry, "method")

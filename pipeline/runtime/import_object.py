@@ -81,6 +81,6 @@ def describe_with_location(wrong: BaseException) -> str:
     frames = traceback.extract_tb(wrong.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<frozen"))]
     last = (own or frames)[-1]
-    if last.filename == __file__:
+    if Path(last.filename).parent == Path(__file__).parent:  # this module, or the one that loads entry points
         return describe_exception(wrong)
     return f"{describe_exception(wrong)} ({Path(last.filename).name}, line {last.lineno})"
