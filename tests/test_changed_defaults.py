@@ -25,7 +25,7 @@ from compress_ssl.pipeline.training import resolve, version1_defaults
 from compress_ssl.pipeline.training.learner_spec import Execution
 from compress_ssl.pipeline.training.run import TrainingRun
 from compress_ssl.pipeline.training.student_choice import own_parameters
-from compress_ssl.stages import distill, export_teacher
+from compress_ssl.stages import distill, evaluate, export_teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -286,6 +286,36 @@ def test_a_method_of_a_users_own_keeps_its_options_too(train: Callable[..., Any]
     assert weights(tmp_path / "run") == weights(tmp_path / "kept")
     with pytest.raises(UserError, match="needs scale="):
         train("new", method=f"python:{file}:Mine", steps=4, image_size=8)
+
+
+def test_a_run_with_a_method_and_a_student_from_files_is_continued_and_evaluated_in_another_folder(
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, elsewhere = tmp_path / "code", tmp_path / "elsewhere"
+    code.mkdir()
+    elsewhere.mkdir()
+    (code / "mine.py").write_text(MINE.replace("DEFAULT", "2"))
+    (code / "nets.py").write_text(
+        "from torch import nn\n\ndef tiny(width: int = 4):\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    monkeypatch.chdir(code)
+    train(method="python:mine.py:Mine,scale=3", student=("python:nets.py:tiny,width=6",), steps=2, image_size=8)
+    recorded = manifest(tmp_path / "run")
+    assert recorded["identity"]["method"] == "python:mine.py:Mine,scale=3"
+    assert recorded["about"]["student"] == f"python:{code}/nets.py:tiny,width=6"
+    shutil.copytree(tmp_path / "run", tmp_path / "kept")
+    train("kept", method="python:mine.py:Mine", student=("python:nets.py:tiny",), steps=4)
+    monkeypatch.chdir(elsewhere)
+    train(method="python:../code/mine.py:Mine", student=(f"python:{code}/nets.py:tiny",), steps=4)
+    assert weights(tmp_path / "run") == weights(tmp_path / "kept")
+    evaluate.run(evaluate.Config(run=tmp_path / "run", val="digits:split=test", protocol=("nn",), workers=0))
+    assert (tmp_path / "run" / "evaluation" / "report.html").exists()
+    for file in ("mine.py", "nets.py"):  # moved to where the same words name them
+        (code / file).rename(elsewhere / file)
+    train(method="python:mine.py:Mine", student=("python:nets.py:tiny",), steps=5)
+    again = evaluate.Config(run=tmp_path / "run", val="digits:split=test", protocol=("nn",), workers=0, overwrite=True)
+    evaluate.run(again)
 
 
 # ---------------------------------------------------------------- the length of a run

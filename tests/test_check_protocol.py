@@ -14,6 +14,8 @@ from compress_ssl import check_protocol
 from compress_ssl.pipeline.evaluators import PROTOCOLS
 from compress_ssl.pipeline.evaluators.base import (
     AugmentedFeatures,
+    Bars,
+    ConfusionMatrix,
     Evaluator,
     Figure,
     ImageGrid,
@@ -202,6 +204,25 @@ class NoDataclass(Evaluator):
 def test_each_kind_of_mistake_is_found_and_named(protocol: Callable[..., Any], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_protocol(protocol)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: Lines(name="f", title="F", panels=(Panel(title="p", x=[1, 2], lines={"a": np.ones(2)}),)),
+         "'f': x of a panel is of type list; give a numpy array"),
+        (lambda: Lines(name="f", title="F", panels=(Panel(title="p", x=np.ones(2), lines={"a": [1.0, 2.0]}),)),
+         "'f': line 'a' is of type list; give a numpy array"),
+        (lambda: Bars(name="f", title="F", labels=("a",), values=[1.0]), "'f': values is of type list"),
+        (lambda: Bars(name="f", title="F", labels=("a",), values=np.array(["1"])), "values is an array of <U1"),
+        (lambda: Bars(name="f", title="F", labels=("a",), values=np.array([np.inf])), "values has values that are not"),
+        (lambda: ConfusionMatrix(name="f", title="F", counts=np.ones(3), rows=("a",), columns=("a",)),
+         r"'f': counts is an array of float64 with the shape \(3,\); give numbers in an array with 2 axes"),
+    ],
+)  # fmt: skip
+def test_a_figure_whose_numbers_are_no_array_says_which_part_it_is(draw: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw()
 
 
 def test_an_option_that_is_no_field_is_found() -> None:

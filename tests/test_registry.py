@@ -3,6 +3,7 @@
 import inspect
 import json
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 
 from compress_ssl.pipeline.runtime.digests import canonical
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.import_object import import_object
 from compress_ssl.pipeline.runtime.options import from_option, recordable
 from compress_ssl.pipeline.runtime.registry import Registry
 from compress_ssl.pipeline.runtime.signatures import convert, literal
 from compress_ssl.pipeline.runtime.spec import Spec, did_you_mean, parse
+from compress_ssl.pipeline.runtime.user_object import from_entry_point
 
 
 class Thing:
@@ -221,3 +224,28 @@ def test_an_option_that_is_not_finite_is_recorded_as_text_and_read_as_that_numbe
     recorded = recordable({"x": value, "more": (value, 1.0)})
     assert json.loads(canonical(recorded)) == {"x": text, "more": [text, 1.0]}
     assert str(from_option(recorded["x"], parameter, "x=")) == text == str(literal(text))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def f(:\n", r"python:.*mine\.py could not be imported: SyntaxError: .*\(mine\.py, line 1\)$"),
+        ("x = 1\n1 / 0\n", r"could not be imported: ZeroDivisionError: division by zero \(mine\.py, line 2\)$"),
+        (None, r"python:no_such_module could not be imported: ModuleNotFoundError: No module named 'no_such_module'$"),
+    ],
+)
+def test_an_error_while_importing_names_the_line_of_the_users_code_and_no_line_of_ours(
+    code: str | None, message: str, tmp_path: Path
+) -> None:
+    place = "no_such_module"
+    if code is not None:
+        place = str(tmp_path / "mine.py")
+        (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UserError, match=message):
+        import_object(f"{place}:f")
+
+
+def test_a_packages_module_that_does_not_exist_names_no_line_of_ours() -> None:
+    entry = EntryPoint("lost", "no_such_module:f", "compress_ssl.methods")
+    with pytest.raises(UserError, match="No module named 'no_such_module'; mend"):
+        from_entry_point(entry, "method")

@@ -533,6 +533,16 @@ def test_a_score_of_any_protocol_is_a_row_of_the_report_and_a_column_of_the_comp
     assert "<dt>Mean rank</dt><dd>rank of the right image</dd>" in page
 
 
+@pytest.mark.usefixtures("empty_figures")
+def test_a_score_without_a_unit_is_shown_without_one_and_without_empty_brackets(tmp_path: Path) -> None:
+    own = with_score(Score("mine.rank", "Mean rank", 4.0, unit="", range=(1, 40), plotted=True))
+    train, val = splits()
+    assert '<td class="n big">4.0</td>' in evaluation.write_report(tmp_path, own, train=train, val=val).read_text()
+    text, page = comparison.compare([own])
+    assert "()" not in text and "()" not in page
+    assert own.summary.endswith("Mean rank 4.00")
+
+
 def test_a_comparison_plots_the_scores_that_ask_for_it_and_no_others() -> None:
     plotted: list[str] = []
     original = figures.draw_scatter

@@ -48,8 +48,9 @@ class Lines(Figure):
         if not self.panels or not all(panel.lines for panel in self.panels):
             raise ValueError(f"figure {self.name!r} has no line to draw")
         for panel in self.panels:
+            _require_numbers(self.name, panel.x, 1, what="x of a panel")
             for name, line in panel.lines.items():
-                _require_numbers(self.name, line, 1, finite=False)
+                _require_numbers(self.name, line, 1, finite=False, what=f"line {name!r}")
                 if line.shape != panel.x.shape or not len(line):
                     raise ValueError(
                         f"figure {self.name!r}: line {name!r} has {line.shape} values for {panel.x.shape} places on "
@@ -72,7 +73,7 @@ class ConfusionMatrix(Figure):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_numbers(self.name, self.counts, 2)
+        _require_numbers(self.name, self.counts, 2, what="counts")
         if self.counts.shape != (len(self.rows), len(self.columns)):
             raise ValueError(
                 f"figure {self.name!r}: counts of shape {self.counts.shape} do not fit {len(self.rows)} rows and "
@@ -121,17 +122,28 @@ class Bars(Figure):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_numbers(self.name, self.values, 1, finite=False, what="values")
         if self.values.shape != (len(self.labels),) or not self.labels:
             raise ValueError(f"figure {self.name!r} has {self.values.shape} values for {len(self.labels)} labels")
-        _require_numbers(self.name, self.values[~np.isnan(self.values)], 1)
+        _require_numbers(self.name, self.values[~np.isnan(self.values)], 1, what="values")
 
 
 KINDS: dict[str, type[Figure]] = {kind.__name__: kind for kind in (Lines, ConfusionMatrix, ImageGrid, Bars)}
 
 
-def _require_numbers(name: str, values: np.ndarray, axes: int, finite: bool = True) -> None:
-    """Raises ValueError unless these are numbers in an array with that many axes, finite if that is asked."""
-    if not isinstance(values, np.ndarray) or values.ndim != axes or values.dtype.kind not in "biuf":
-        raise ValueError(f"figure {name!r} needs an array of numbers with {axes} axes")
+def _require_numbers(name: str, values: np.ndarray, axes: int, finite: bool = True, *, what: str) -> None:
+    """Raises ValueError unless these are numbers in an array with that many axes, finite if that is asked.
+
+    what: the part of the figure that the error names.
+    """
+    if not isinstance(values, np.ndarray):
+        raise ValueError(
+            f"figure {name!r}: {what} is of type {type(values).__name__}; give a numpy array of numbers (np.asarray)"
+        )
+    if values.ndim != axes or values.dtype.kind not in "biuf":
+        raise ValueError(
+            f"figure {name!r}: {what} is an array of {values.dtype} with the shape {values.shape}; give numbers in an "
+            f"array with {axes} {'axis' if axes == 1 else 'axes'}"
+        )
     if finite and not np.isfinite(values).all():
-        raise ValueError(f"figure {name!r} has values that are not finite; leave them out")
+        raise ValueError(f"figure {name!r}: {what} has values that are not finite; leave them out")

@@ -154,8 +154,7 @@ class Evaluation:
     @property
     def summary(self) -> str:
         """The model and its scores in one line."""
-        units = {score.title: "" if score.unit == "%" else f" {score.unit}" for score in self.scores}
-        scores = "  ".join(f"{score.title} {score.value:.2f}{units[score.title]}" for score in self.scores)
+        scores = "  ".join(f"{score.title} {score.value:.2f}{score.suffix}" for score in self.scores)
         return f"{self.model.name} ({self.model.role}): {scores or 'no labels, so no scores'}"
 
     @property

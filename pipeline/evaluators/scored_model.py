@@ -1,6 +1,7 @@
 """What an evaluation scores: a run's student, a store's teacher or any model by its spec; and on which images."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from compress_ssl.pipeline.runtime.storage import Folder, is_url, open_storage
 from compress_ssl.pipeline.store import local_cache, source_images
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.records import DataSource
-from compress_ssl.pipeline.training.run_record import read_run
+from compress_ssl.pipeline.training.run_record import RunRecord, read_run
 from compress_ssl.pipeline.training.student_choice import choose_student
 from compress_ssl.pipeline.views.augment import ViewSpec
 from compress_ssl.pipeline.views.preprocessing import Preprocessing
@@ -64,8 +65,7 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
     file = folder / "student.safetensors"
     if not file.exists():
         raise UserError(f"{folder} is not finished: it holds no student.safetensors; repeat its distill command")
-    choice = choose_student(student.spec, folder, record, image_size)
-    embedder = build(choice.spec, image_size=choice.image_size, recorded=choice.preprocessing)
+    embedder = _build_student(record, folder, image_size)
     load_student(embedder, file)
     return ScoredModel(
         model=ModelRecord(
@@ -86,6 +86,23 @@ def open_run(folder: Path, image_size: int | None) -> ScoredModel:
         run=folder,
         teacher_evaluation=artifact.sibling(about.store, "-evaluation"),
     )
+
+
+def _build_student(record: RunRecord, folder: Path, image_size: int | None) -> Embedder:
+    """The network of a run. If a user's file was moved, the path that was typed may still lead to it."""
+
+    def build_spec(spec: str) -> Embedder:
+        choice = choose_student(spec, folder, record, image_size)
+        return build(choice.spec, image_size=choice.image_size, recorded=choice.preprocessing)
+
+    try:
+        return build_spec(record.student_spec)
+    except UserError as problem:
+        if record.student_spec == record.identity.student.spec:
+            raise
+        with suppress(UserError):
+            return build_spec(record.identity.student.spec)
+        raise problem
 
 
 def load_student(embedder: Embedder, file: Path) -> None:

@@ -54,6 +54,11 @@ class Score:
         return self.term or self.title
 
     @property
+    def suffix(self) -> str:
+        """The unit as it follows the number, " s"; "" for percent, which is not written, and without a unit."""
+        return "" if self.unit in ("", "%") else f" {self.unit}"
+
+    @property
     def description(self) -> str:
         """The note and, in brackets, the detail."""
         if not (self.note and self.detail):

@@ -89,7 +89,7 @@ def build_table(rows: Sequence[Evaluation]) -> Table:
                 best.add(column)
         table_rows.append(Row(cells, best, row.model.is_teacher))
     legend = f"best of the {'students' if len(ranked) < len(rows) else 'rows'}" if columns else ""
-    heads = [title if score.unit == "%" else f"{title} ({score.unit})" for title, score in columns.items()]
+    heads = [f"{title} ({score.unit})" if score.suffix else title for title, score in columns.items()]
     return Table([*FACTS, *heads], table_rows, legend)
 
 
@@ -179,7 +179,7 @@ def _plot_sizes(rows: Sequence[Evaluation]) -> EmbeddedChart | None:
         for row, name in zip(rows, display_names(rows), strict=True):
             if column.plotted and title in row.by_title and row.model.parameters:
                 dot = figures.Dot(name, row.model.parameters, row.by_title[title].value, row.model.is_teacher)
-                dots.setdefault(f"{title} ({column.unit})", []).append(dot)
+                dots.setdefault(f"{title} ({column.unit})" if column.unit else title, []).append(dot)
     if not dots:
         return None
     chart = figures.draw_scatter(dict(list(dots.items())[:MAX_PANELS]))

@@ -76,11 +76,14 @@ def import_file(file: Path) -> ModuleType:
 def describe_with_location(wrong: BaseException) -> str:
     """The exception, and the user's file and line that raised it, or that called ours or a library which raised it.
 
-    `KeyError: 'a' (mine.py, line 3)`
+    `KeyError: 'a' (mine.py, line 3)`. No place is given where no line of the user's was run: a module that does not
+    exist, or a file that cannot be compiled, whose error names the line itself.
     """
     libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     libraries += [str(PACKAGE / name) for name in ("pipeline", "stages", "cli.py")]
     frames = traceback.extract_tb(wrong.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
     last = (own or frames)[-1]
+    if Path(last.filename).parent == Path(__file__).parent:  # this module, or the one that loads entry points
+        return describe_exception(wrong)
     return f"{describe_exception(wrong)} ({Path(last.filename).name}, line {last.lineno})"

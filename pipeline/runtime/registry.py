@@ -221,6 +221,13 @@ class Registry(Generic[Built_co]):
         _options(member, spec, given)
         return spec
 
+    def locate(self, text: str) -> Spec:
+        """The spec with absolute paths, to compare it with another; as it is if what it names cannot be imported."""
+        try:
+            return parse(self.absolute_spec(text))
+        except UserError:
+            return parse(text)
+
     def absolute_spec(self, text: str) -> str:
         """The spec with absolute paths, so that it names the same object from any working directory."""
         spec = self.parse(text)
@@ -280,4 +287,8 @@ def _describe_keys(member: Member, keys: Iterable[str]) -> str:
 
 
 def _absolute(path: str) -> str:
-    return path if path.lower() == "none" else str(Path(path).expanduser().absolute())
+    """The absolute path, without `..`, so that two ways to write it from two folders are the same text."""
+    if path.lower() == "none":
+        return path
+    absolute = Path(path).expanduser().absolute()
+    return str(absolute.resolve() if ".." in absolute.parts else absolute)

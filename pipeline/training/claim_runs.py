@@ -6,10 +6,15 @@ continue on other machines. Its length is recorded beside the identity, and so i
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from compress_ssl.pipeline.methods import METHODS
+from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import UNSET, to_json
+from compress_ssl.pipeline.runtime.records import UNSET, UnsetType, to_json
+from compress_ssl.pipeline.runtime.registry import Registry
+from compress_ssl.pipeline.runtime.spec import parse
 from compress_ssl.pipeline.runtime.storage import Folder, absolute
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.learner import Learner
@@ -141,7 +146,15 @@ def _about(student: Student, spec: LearnerSpec, store: FeatureStore, sampler: St
         channels_last=spec.execution.channels_last,
         compile=spec.execution.compile,
         sync_bn=spec.execution.sync_bn,
+        student=_located(MODELS, student.model.spec),
+        method=_located(METHODS, spec.method.words),
     )
+
+
+def _located(family: Registry[Any], spec: str) -> str | UnsetType:  # of models or of methods
+    """The spec with absolute paths if it has a relative one, else UNSET."""
+    located = str(family.locate(spec))
+    return UNSET if located == str(parse(spec)) else located
 
 
 # ---------------------------------------------------------------- the length of a run

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress_ssl.pipeline.distributed import collectives
+from compress_ssl.pipeline.methods import METHODS
 from compress_ssl.pipeline.methods.base import Recipe
 from compress_ssl.pipeline.methods.options import MethodChoice, TypedMethod
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
@@ -108,7 +109,7 @@ def _choose_method(typed: TypedMethod, record: RunRecord | None, where: str) -> 
     option, for one that is missing, and for a value of the wrong type.
     """
     spec, there = typed.spec, parse(record.identity.method) if record else None
-    if record is None or there is None or (there.kind, there.argument) != (spec.kind, spec.argument):
+    if record is None or there is None or not _same_method(typed, record):
         typed.check({})
         return MethodChoice(typed.text, spec, typed.method, {**typed.defaults, **typed.given(spec)})
     recorded = {**typed.defaults, **version1.METHOD_OPTIONS.get(spec.kind, {})}
@@ -119,6 +120,13 @@ def _choose_method(typed: TypedMethod, record: RunRecord | None, where: str) -> 
     typed.check(recorded)
     kept = {name: value for name, value in recorded.items() if typed.accepts(name)}
     return MethodChoice(record.identity.method, spec, typed.method, {**kept, **typed.given(spec)}, recorded)
+
+
+def _same_method(typed: TypedMethod, record: RunRecord) -> bool:
+    """Whether a spec names the recorded method: by the same words, or by another path of the same file."""
+    as_typed = typed.spec, parse(record.identity.method)
+    located = METHODS.locate(typed.text), METHODS.locate(record.method_spec)
+    return any((one.kind, one.argument) == (there.kind, there.argument) for one, there in (as_typed, located))
 
 
 def _choose_recipe(asked: Asked, published: Recipe, record: RunRecord | None) -> Recipe:

@@ -102,6 +102,8 @@ class RunAbout:
     channels_last: bool | UnsetType = UNSET
     compile: bool | UnsetType = UNSET
     sync_bn: bool | UnsetType = UNSET
+    student: str | UnsetType = UNSET  # identity.student.spec with absolute paths, if a path in it is relative
+    method: str | UnsetType = UNSET  # identity.method, likewise
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,16 @@ class RunRecord:
 
     identity: RunIdentity
     about: RunAbout
+
+    @property
+    def student_spec(self) -> str:
+        """The student's spec, in any working directory. In a run of version 1, a path may be relative."""
+        return self.about.student or self.identity.student.spec
+
+    @property
+    def method_spec(self) -> str:
+        """The method's spec, likewise."""
+        return self.about.method or self.identity.method
 
 
 def read_run(storage: Storage) -> RunRecord:

@@ -37,11 +37,12 @@ def choose_student(text: str, folder: Path, record: RunRecord | None, image_size
     """
     typed = MODELS.parse(text)
     own = own_parameters(typed)
-    there = parse(record.identity.student.spec) if record else None
-    if record is None or there is None or not _same_network(typed, there, own):
+    pair = _matching_specs(typed, record, own) if record else None
+    if record is None or pair is None:
         options = {**_defaults(own), **_given(typed, own)}
         return StudentChoice(text, str(_with_options(typed, own, options)), options, image_size, folder)
     # ---------------------------------------------------------------- the run in the folder is one of this network
+    typed, there = pair
     saved, saved_options = record.identity.student, record.identity.student.options or {}
     require_types(saved_options, own, f"{folder}/{MANIFEST}: identity.student.options")
     recorded = {**_defaults(own), **STUDENT_OPTIONS.get(typed.kind, {}), **_given(there, own), **saved_options}
@@ -65,6 +66,18 @@ def own_parameters(spec: Spec) -> dict[str, inspect.Parameter]:
     common = {f.name for f in fields(ModelOptions)}
     parameters = member.signature.parameters.values()
     return {p.name: p for p in parameters if p.name not in common and not is_required(p)}
+
+
+def _matching_specs(typed: Spec, record: RunRecord, own: Mapping[str, inspect.Parameter]) -> tuple[Spec, Spec] | None:
+    """The asked spec and the recorded one, both as typed or both with absolute paths; None for two networks.
+
+    As typed comes first: a run and the user's file may have been moved together.
+    """
+    located = MODELS.locate(str(typed)), MODELS.locate(record.student_spec)
+    pairs = [(typed, parse(record.identity.student.spec)), located]
+    same = [pair for pair in pairs if _same_network(*pair, own)]
+    agreeing = [(one, there) for one, there in same if _foreign(one, own).items() <= _foreign(there, own).items()]
+    return next(iter(agreeing or same), None)
 
 
 def _same_network(one: Spec, other: Spec, own: Mapping[str, inspect.Parameter]) -> bool:
