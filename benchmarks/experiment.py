@@ -73,8 +73,11 @@ class Experiment:
     def score(self, arm: str, seed: int = 0, **subject: Any) -> None:
         """Evaluate a `run`, `store` or `model` for the table; `subject` holds the flags of `evaluate` that name it."""
         out, val = self.out / "scores" / arm / f"seed-{seed}", str(self.images / "test")
-        config = evaluate.Config(val=val, protocol=self.protocols, out=out, workers=self.workers, **subject)
-        evaluate.run(config)
+        together = tuple(protocol for protocol in self.protocols if protocol not in CLUSTERS)
+        # k-means runs have one entry of metrics.json, so each is a command; results/ keeps all of them
+        alone = [(protocol,) for protocol in self.protocols if protocol in CLUSTERS]
+        for protocols in [together, *alone]:
+            evaluate.run(evaluate.Config(val=val, protocol=protocols, out=out, workers=self.workers, **subject))
 
     def finish(self, arms: Mapping[str, str], columns: Iterable[str]) -> None:
         """Print the table in Markdown and write OUT/results.json; arms without scores are left out.
