@@ -48,6 +48,7 @@ class Lines(Figure):
         if not self.panels or not all(panel.lines for panel in self.panels):
             raise ValueError(f"figure {self.name!r} has no line to draw")
         for panel in self.panels:
+            _require_numbers(self.name, panel.x, 1)
             for name, line in panel.lines.items():
                 _require_numbers(self.name, line, 1, finite=False)
                 if line.shape != panel.x.shape or not len(line):
@@ -73,6 +74,8 @@ class ConfusionMatrix(Figure):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_numbers(self.name, self.counts, 2)
+        if not self.counts.size:
+            raise ValueError(f"figure {self.name!r} has no counts to draw")
         if self.counts.shape != (len(self.rows), len(self.columns)):
             raise ValueError(
                 f"figure {self.name!r}: counts of shape {self.counts.shape} do not fit {len(self.rows)} rows and "
@@ -121,6 +124,7 @@ class Bars(Figure):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_numbers(self.name, self.values, 1, finite=False)
         if self.values.shape != (len(self.labels),) or not self.labels:
             raise ValueError(f"figure {self.name!r} has {self.values.shape} values for {len(self.labels)} labels")
         _require_numbers(self.name, self.values[~np.isnan(self.values)], 1)

@@ -5,10 +5,13 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.evaluators.base import AugmentedFeatures, Evaluator, Result, Split, require_labels
 from compress_ssl.pipeline.evaluators.requirements import find_result_faults, is_ours
 from compress_ssl.pipeline.evaluators.results import Gathered, Results, options_of
+from compress_ssl.pipeline.runtime import digests
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.storage import Folder
@@ -72,23 +75,33 @@ def score(
     evaluator: Evaluator, spec: str, train: Split, val: Split, augmented: AugmentedFeatures | None, out: Path
 ) -> Result:
     """Run one protocol. Raises UserError if a user's own raises an error or returns what cannot be kept."""
+    ours = is_ours(type(evaluator))
+    before = None if ours else _digests(train, val)
     try:
         result = evaluator(train, val, out, augmented)
     except UserError:
         raise
-    except Exception as wrong:
-        if is_ours(type(evaluator)):
+    except (Exception, SystemExit) as wrong:
+        if ours:
             raise
         where = _place_in(wrong, type(evaluator))
         raise UserError(f"--protocol {spec} failed: {describe_exception(wrong)}{where}; {CHECK}") from wrong
     fault = next(find_result_faults(result, train, val), None)
+    if before and before != _digests(train, val):  # protocols after it would score what it left
+        fault = "has changed the features, labels or rows of a split; work on a copy"
     if fault:
         where = _place_of(type(evaluator))
         raise UserError(f"--protocol {spec}: {type(evaluator).__name__}.__call__{where} {fault}; {CHECK}")
     return result
 
 
-def _place_in(wrong: Exception, cls: type[Evaluator]) -> str:
+def _digests(*splits: Split) -> list[str]:
+    """Digests of the arrays of splits."""
+    arrays = [array for split in splits for array in (split.features, split.label, split.rows)]
+    return [digests.digest(np.ascontiguousarray(array)) for array in arrays]
+
+
+def _place_in(wrong: BaseException, cls: type[Evaluator]) -> str:
     """The last line of the user's own file that an error came through: " (mine.py, line 3)"; "" if there is none."""
     file = inspect.getsourcefile(cls)
     frames = [frame for frame in traceback.extract_tb(wrong.__traceback__) if frame.filename == file]

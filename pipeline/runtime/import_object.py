@@ -71,13 +71,25 @@ def import_file(file: Path) -> ModuleType:
     return module
 
 
+def passes_users_code(wrong: BaseException) -> bool:
+    """Whether an exception came through code that is neither ours nor that of an installed package."""
+    top = Path(__file__).parents[2]
+    ours = tuple(str(top / name) for name in ("pipeline", "stages", "cli.py"))
+    frames = traceback.extract_tb(wrong.__traceback__)
+    return any(not frame.filename.startswith((*_libraries(), *ours, "<")) for frame in frames)
+
+
+def _libraries() -> tuple[str, ...]:
+    """The folders of Python's own modules and of installed packages."""
+    return tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+
+
 def describe_with_location(wrong: BaseException) -> str:
     """The exception, and the file and line that raised it, or that called the library which raised it.
 
     `KeyError: 'a' (mine.py, line 3)`
     """
-    libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
     frames = traceback.extract_tb(wrong.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<frozen"))]
+    own = [frame for frame in frames if not frame.filename.startswith((*_libraries(), "<frozen"))]
     last = (own or frames)[-1]
     return f"{describe_exception(wrong)} ({Path(last.filename).name}, line {last.lineno})"

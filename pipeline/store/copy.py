@@ -260,8 +260,13 @@ def parse_images(text: str | None, read: Callable[[str], str], ids: Sequence[str
 
 def rows_of(begun: FeatureStore, ids: Sequence[str]) -> np.ndarray:
     """The rows, among these ids of the source, of the images of a copy that has begun; all if it has others."""
+    if begun.images == len(ids):
+        return np.arange(len(ids))
+    try:
+        wanted = [str(name) for name in begun.table("sample_id")]
+    except UserError:  # stopped before it was written: the copy does not say which images it was to hold
+        return np.arange(len(ids))
     row_of = {name: i for i, name in enumerate(ids)}
-    wanted = [str(name) for name in begun.table("sample_id")]
     if not set(wanted) <= row_of.keys():
         return np.arange(len(ids))  # it is no copy of this source, and is refused as such
     return np.array(sorted(row_of[name] for name in wanted), np.int64)
