@@ -397,6 +397,7 @@ class Harmful(Evaluator):
         ("train.features[:] = 0; return Result({}, {}, scores)", "has changed the features, labels or rows of a split"),
         ("val.label[:] = 0; return Result({}, {}, scores)", "has changed the features, labels or rows of a split"),
         ("raise SystemExit(3)", "failed: SystemExit: 3"),
+        (r'return Result({}, {}, [Score("a", "A\nB", 1.0)])', "must be one line"),
         ("return Result({}, {}, None)", "has scores that are a NoneType; give a list"),
         ("return Result({}, {}, (s for s in scores))", "has scores that are a generator; give a list"),
         ("return Result({}, {}, scores, iter([]))", "has figures that are a list_iterator; give a list"),
@@ -435,3 +436,22 @@ def test_an_option_may_be_infinite_and_its_result_is_found_again(tmp_path: Path)
     assert made["metrics"]["scores"][-1]["options"] == {"limit": "inf"}
     module = next(m for name, m in __import__("sys").modules.items() if name.endswith(f"/{tmp_path.name}/harmful%2Epy"))
     assert len(module.CALLS) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "linear:weight_decay=-1", "linear:momentum=2", "linear:lr=inf", "linear:seed=99999999999999999999",
+        "cluster:seed=2147483648", "cluster:iterations=2147483648", "linear:weight_decay=nan", "linear:momentum=-0.1",
+    ],
+)  # fmt: skip
+def test_an_option_of_our_protocols_that_is_out_of_range_is_refused_by_its_name(spec: str, tmp_path: Path) -> None:
+    option = spec.partition(":")[2].partition("=")[0]
+    with pytest.raises(UserError, match=f"{option}=.* must be"):
+        PROTOCOLS.build(spec)
+
+
+def test_a_summary_without_scores_names_missing_labels_only_where_labels_are_missing(tmp_path: Path) -> None:
+    file = tmp_path / "silent.py"
+    file.write_text(HARMFUL.replace("BODY", "return Result({}, {}, [])"))
+    assert score(tmp_path / "out", f"python:{file}:Harmful")["summary"].splitlines()[0].endswith("(model): no scores")

@@ -23,7 +23,7 @@ def build_protocol(text: str, out: Path) -> Evaluator:
     kept: dict[str, Option] = {}
     for key, value in _recorded_options(evaluator, text, out).items():
         option = to_option(value)
-        if key in keys and key not in spec.options and value != now[key] and not isinstance(option, UnsetType):
+        if key in keys and key not in spec.options and value != now.get(key) and not isinstance(option, UnsetType):
             kept[key] = option
     if not kept:
         return evaluator

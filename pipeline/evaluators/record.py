@@ -156,7 +156,8 @@ class Evaluation:
         """The model and its scores in one line."""
         units = {score.title: "" if score.unit == "%" else f" {score.unit}" for score in self.scores}
         scores = "  ".join(f"{score.title} {score.value:.2f}{units[score.title]}" for score in self.scores)
-        return f"{self.model.name} ({self.model.role}): {scores or 'no labels, so no scores'}"
+        none = "no scores" if self.data.classes else "no labels, so no scores"
+        return f"{self.model.name} ({self.model.role}): {scores or none}"
 
     @property
     def by_title(self) -> dict[str, Score]:

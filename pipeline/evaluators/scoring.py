@@ -98,7 +98,7 @@ def score(
 def _digests(*splits: Split) -> list[str]:
     """Digests of the arrays of splits."""
     arrays = [array for split in splits for array in (split.features, split.label, split.rows)]
-    return [digests.digest(np.ascontiguousarray(array)) for array in arrays]
+    return [digests.digest(np.ascontiguousarray(array).data) for array in arrays]
 
 
 def _place_in(wrong: BaseException, cls: type[Evaluator]) -> str:
