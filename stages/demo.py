@@ -36,6 +36,7 @@ STUDENTS = (
 PIXELS = "python:compress_ssl.pipeline.models.networks.digits:Pixels"
 METHOD = "compress-2q:tau=0.1"
 VIEWS, SIZE, BATCH, RATE = 8, 16, 64, 0.05  # views per image; student's side in pixels; images; learning rate
+EPOCHS = 30  # training epochs of a demo that begins now
 STARTS = 20  # k-means runs behind each figure of cluster alignment
 PROTOCOLS = ("nn", "knn:k=20", "cluster")
 RESULTS = "results.json"
@@ -58,7 +59,9 @@ class Config:
     """
 
     out: Path = flag(Path("demo"), "The folder of all results of the demo.", metavar="FOLDER")
-    epochs: float = flag(30.0, "Training epochs of the students; fewer give a faster demo with lower scores.")
+    epochs: float | None = flag(
+        None, f"Training epochs of the students; fewer give a faster demo with lower scores. Default: {EPOCHS}."
+    )
     overwrite: bool = flag(False, "Start from scratch. An existing demo is moved aside, not deleted.")
 
 
@@ -86,9 +89,13 @@ def run(config: Config) -> CommandResult:
     home = Folder(config.out)
     if config.overwrite:
         set_aside(config.out, "demo")
+    begun = artifact.claimed(home, "demo")
+    recorded = begun.identity.get("epochs") if begun else EPOCHS
+    chosen = recorded if config.epochs is None and isinstance(recorded, int | float) else config.epochs
+    epochs = float(EPOCHS if chosen is None else chosen)
     identity = {
         "teacher": TEACHER, "students": STUDENTS, "method": METHOD, "views": VIEWS, "image_size": SIZE,
-        "batch_size": BATCH, "lr": RATE, "epochs": float(config.epochs),
+        "batch_size": BATCH, "lr": RATE, "epochs": epochs,
     }  # fmt: skip
     artifact.claim(home, "demo", identity)
     if home.exists(RESULTS):
@@ -97,7 +104,7 @@ def run(config: Config) -> CommandResult:
         if all((config.out / row.evaluation / "report.html").exists() for row in rows):
             return finish(config.out, rows, "is finished already")
     began = time.monotonic()
-    rows = run_stages(config.out, config.epochs)
+    rows = run_stages(config.out, epochs)
     home.put(RESULTS, json.dumps(to_json(rows), indent=1).encode() + b"\n")
     return finish(config.out, rows, f"made in {format_duration(time.monotonic() - began)}")
 

@@ -172,6 +172,7 @@ def resolve(config: Config) -> Job:
     config = convert_paths(config)
     check_flags(config)
     from compress_ssl.pipeline.evaluators import PROTOCOLS, scoring
+    from compress_ssl.pipeline.evaluators.begun import build_protocol
     from compress_ssl.pipeline.evaluators.scored_model import open_splits
     from compress_ssl.pipeline.evaluators.split_features import EmbedSettings, recorded_batch_size
     from compress_ssl.pipeline.runtime.device import choose_device
@@ -179,6 +180,8 @@ def resolve(config: Config) -> Job:
     evaluators = {spec: PROTOCOLS.build(spec) for spec in config.protocol}
     out = config.out or default_out(config)
     earlier = read_earlier(config, out)
+    if earlier:
+        evaluators = {spec: build_protocol(spec, out) for spec in config.protocol}
     scored = open_scored_model(config, earlier, any(evaluator.needs_augmented for evaluator in evaluators.values()))
     train, val = open_splits(scored, config.train, config.limit, config.val)
     precision = config.precision or (earlier.identity.precision if earlier else PRECISION)

@@ -498,3 +498,67 @@ def test_a_run_keeps_the_preprocessing_of_its_images_when_that_of_the_network_ch
     train("kept", steps=3)
     assert weights(tmp_path / "run") == weights(tmp_path / "kept")
     assert manifest(tmp_path / "run") == manifest(tmp_path / "kept")
+
+
+# ---------------------------------------------------------------- a user's own code that changes
+
+NETWORK = """
+from torch import nn
+class Tiny(nn.Sequential):
+    preprocessing = {"size": 8}
+def tiny(width: int = WIDTH, dropout: float = DROP, names: list[str] = ["a", "b,c"], none=None):
+    assert names == ["a", "b,c"] and none is None
+    return Tiny(nn.Conv2d(3, width, 5, 2), nn.ReLU(), nn.Dropout(dropout), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+"""
+
+
+def test_a_network_of_a_users_own_keeps_its_options_in_training_and_in_scoring(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    from compress_ssl.stages import evaluate
+
+    file = tmp_path / "nets.py"
+    begun, changed = (NETWORK.replace("WIDTH", w).replace("DROP", d) for w, d in (("4", "0.1"), ("6", "0.9")))
+    words = (f"python:{file}:tiny",)
+    file.write_text(begun)
+    train(student=words, steps=1)
+    assert manifest(tmp_path / "run")["identity"]["student"]["options"] == {
+        "width": 4, "dropout": 0.1, "names": ["a", "b,c"], "none": None,
+    }  # fmt: skip
+    shutil.copytree(tmp_path / "run", tmp_path / "kept")
+    train("kept", student=words, steps=3)
+    file.write_text(changed)
+    train(student=words, steps=3)
+    assert weights(tmp_path / "run") == weights(tmp_path / "kept")
+    assert manifest(tmp_path / "run") == manifest(tmp_path / "kept")
+    config = evaluate.Config("digits:split=test", tmp_path / "run", protocol=("nn",), workers=0, device="cpu")
+    assert evaluate.run(config)["metrics"]["model"]["width"] == 4  # type: ignore[index]
+    with pytest.raises(Mismatch, match="student.options.width is 4 there, 5 asked"):
+        train(student=(f"{words[0]},width=5",), steps=4)
+
+
+ADDED = """
+from compress_ssl.pipeline.methods.regression import Regression
+class Mine(Regression):
+    def __init__(self, *, context, one=1SECOND):
+        super().__init__(context=context)
+    def forward(self, batch, outputs):
+        return [FACTOR * loss for loss in super().forward(batch, outputs)]
+"""
+
+
+def test_an_option_that_a_users_method_gets_later_is_recorded_when_the_run_goes_on(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+
+    def go_on(steps: int, second: str) -> Any:
+        file.write_text(ADDED.replace("SECOND", second).replace("FACTOR", "1"))
+        train(method=f"python:{file}:Mine", steps=steps, image_size=8)
+        return manifest(tmp_path / "run")["identity"]["options"]
+
+    assert go_on(1, "") == {"one": 1}
+    assert go_on(2, ", second=2") == {"one": 1, "second": 2}
+    assert go_on(3, ", second=3") == {"one": 1, "second": 2}
+    with pytest.raises(Mismatch, match="options.second is 2 there, null asked"):
+        go_on(4, "")

@@ -119,6 +119,7 @@ def two_views(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_views")
 def test_the_same_command_again_runs_no_stage(finished: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "run_stages", None)
+    assert "is finished already" in demo.run(demo.Config(out=finished.out))["summary"], "the epochs are recorded"
     repeated = demo.run(demo.Config(out=finished.out, epochs=1))
     assert repeated["rows"] == finished.result["rows"]
     assert repeated["summary"].splitlines()[-1] == f"demo is finished already: {finished.out}"

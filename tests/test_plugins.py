@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +154,17 @@ class Fails(Dataset):
         return self.server.get(i)
     def changed_rows(self, content, since):
         return self.server.changed()
+class Exits(Fails):
+    def load(self, i):
+        raise SystemExit("no")
+class Reversed(Fails):
+    def load(self, i):
+        pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)[::-1]
+        pixels.flags.writeable = False
+        return pixels, 1
+def ends(): raise SystemExit(3)
+def surrogate(): return Items(ids=["a", "b", "\\udc80", "d"])
+def codes(): return type("Codes", (Items,), {"classes": None})(targets=[0, 1, 2, 10**9])
 class Good(Fails):
     def load(self, i):
         raise BadImage(0, "but its status is that of a good one")
@@ -191,12 +203,18 @@ def test_an_exception_in_a_users_load_makes_a_bad_image_with_file_and_line_as_it
     for spec, message in {
         f"{mine}:labelled": r"KeyError: 'row 2' \(mine.py, line 15\)",
         f"{mine}:Fails": r"AttributeError: 'Fails' object has no attribute 'server' \(mine.py, line 32\)",
+        f"{mine}:Exits": r"SystemExit: no \(mine.py, line 37\)",
         f"{mine}:Good": "but its status is that of a good one",
         f"{mine}:Floats": r"returned float64 \(8, 8, 3\) as pixels",
     }.items():
         with pytest.raises(BadImage, match=message) as caught:
             DATASETS.build(spec).load(2)
         assert caught.value.status == BROKEN
+
+
+def test_pixels_of_any_layout_are_rendered(mine: str) -> None:
+    pixels, _ = DATASETS.build(f"{mine}:Reversed").load(0)
+    assert pixels.flags.c_contiguous and pixels.flags.writeable and pixels[0, 0, 0] == 36
 
 
 @pytest.mark.parametrize(
@@ -208,6 +226,9 @@ def test_an_exception_in_a_users_load_makes_a_bad_image_with_file_and_line_as_it
         ("arrays", r"it is a ndarray of float32 \(3, 8, 8\): take out transforms such as ToTensor"),
         ("broken", r"python:mine.py:broken failed: RuntimeError: no server \(mine.py, line 25\)"),
         ("empty", "has no images"),
+        ("ends", r"python:mine.py:ends failed: SystemExit: 3 \(mine.py, line"),
+        ("surrogate", r"must be UTF-8, but '\\udc80' is not"),
+        ("codes", "the label 1000000000 is no number of a class"),
         ("same", "'a' is there twice"),
         ("Unfinished", r"failed: TypeError: Can't instantiate abstract class Unfinished"),
         ("strict,cuont=3", "strict has no key 'cuont'; did you mean 'count'. Known: count"),
@@ -393,3 +414,80 @@ def test_a_positional_only_parameter_of_a_packages_function_takes_the_argument(s
     }.items():
         with pytest.raises(UserError, match=f"thing 'table' of some-things 1.0 {message}"):
             things.check(spec)
+
+
+# ---------------------------------------------------------------- methods and models in training
+
+BROKEN_METHOD = """
+from torch import nn
+from compress_ssl.pipeline.methods.base import Method
+class Broken(Method):
+    def __init__(self, *, context):
+        super().__init__()
+        self.head = nn.Linear(context.students[0].width, 1)
+    def forward(self, batch, outputs):
+        loss = self.head(outputs[0]["embedding"]).mean()
+        BODY
+    def after_step(self, batch):
+        AFTER
+class Fixed(nn.Module):
+    preprocessing = {"size": 8, **EXTRA}
+    def forward(self, images):
+        return images.flatten(1)[:, :8]
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("teacher") / "store"
+    spec = "convnet:channels=4+8,pretrained=false"
+    flags: dict[str, Any] = {"views": 2, "image_size": 8, "limit": 20, "workers": 0, "device": "cpu"}
+    export_teacher.run(export_teacher.Config("digits", spec, str(out), **flags))
+    return out
+
+
+def train_broken(
+    teacher: Path, tmp_path: Path, body: str, after: str = "pass", extra: str = "{}", student: str = "convnet"
+) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(BROKEN_METHOD.replace("BODY", body).replace("AFTER", after).replace("EXTRA", extra))
+    flags: dict[str, Any] = {"steps": 2, "image_size": 8, "workers": 0, "device": "cpu"}
+    words = (student.format(file),)
+    distill.run(distill.Config(str(teacher), words, f"python:{file}:Broken", tmp_path / "run", **flags))
+
+
+@pytest.mark.parametrize(
+    ("body", "after", "message"),
+    [
+        ("return batch.nothing", "pass", r"Broken or its student failed: AttributeError.*\(broken.py, line 10\)"),
+        ("return [loss]", "1 / 0", r"failed: ZeroDivisionError: division by zero \(broken.py, line 12\)"),
+        ("return loss", "pass", "returned a Tensor; return a list with one loss for each of 1 students"),
+        ("return [loss, loss]", "pass", "returned 2 losses; return a list"),
+        ("return [loss.detach()]", "pass", "must be a scalar tensor with a gradient"),
+        ("return [loss[None]]", "pass", r"returned a loss of shape \(1,\); each loss"),
+        ("return [1.0]", "pass", "returned a float; each loss must be a scalar tensor"),
+    ],
+)
+def test_what_is_wrong_with_a_users_method_in_training_is_said_in_words(
+    body: str, after: str, message: str, teacher: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train_broken(teacher, tmp_path, body, after)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("{}", "has no parameter that can be trained"),
+        ('{"mean": (1, 2)}', "its attribute preprocessing is not valid: mean"),
+        ('{"mean": 0.5}', "its attribute preprocessing is not valid: 'float' object is not iterable"),
+        ('{"std": (0, 1, 1)}', "its attribute preprocessing is not valid: std"),
+        ('{"size": "x"}', "its attribute preprocessing is not valid: size"),
+        ('{"interpolation": "foo"}', "its attribute preprocessing is not valid: interpolation"),
+    ],
+)
+def test_a_users_network_that_cannot_be_a_student_is_refused_with_the_cause(
+    extra: str, message: str, teacher: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train_broken(teacher, tmp_path, "return [loss]", extra=extra, student="python:{}:Fixed")

@@ -366,3 +366,106 @@ def test_the_test_of_the_page_passes(mine: Path, monkeypatch: pytest.MonkeyPatch
     scope: dict[str, Any] = {}
     exec(documented(1), scope)
     scope["test_centroid_meets_the_requirements_of_a_protocol"]()
+
+
+# ---------------------------------------------------------------- defaults that change
+
+
+def test_a_default_of_a_protocol_that_changes_changes_no_evaluation_that_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress_ssl.pipeline.evaluators.knn import WeightedNeighbors
+
+    out = tmp_path / "out"
+    score(out, "knn", "knn:k=5")
+    before = (out / "metrics.json").read_bytes()
+    monkeypatch.setattr(WeightedNeighbors.__init__, "__kwdefaults__", {"k": 3, "temperature": 0.5})
+    monkeypatch.setattr(WeightedNeighbors, "temperature", 0.5)
+    score(out, "knn", "knn:k=5")
+    assert (out / "metrics.json").read_bytes() == before
+    assert score(out, "knn", "knn:temperature=0.07")["metrics"]["knn"].keys() == {"20", "5", "3"}
+    assert list(score(tmp_path / "new", "knn")["metrics"]["knn"]) == ["3,temperature=0.5"]
+
+
+# ---------------------------------------------------------------- protocols that do harm
+
+HARMFUL = '''
+from dataclasses import dataclass
+import numpy as np
+from compress_ssl import Evaluator, Result, Score
+from compress_ssl.pipeline.evaluators.figures import Bars, ConfusionMatrix, Lines, Panel
+@dataclass(frozen=True)
+class Harmful(Evaluator):
+    """A test's."""
+    name = "harmful"
+    limit: float = float("inf")
+    def __call__(self, train, val, folder, augmented=None):
+        scores = [Score("a", "A", 1.0)]
+        BODY
+'''
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("train.features[:] = 0; return Result({}, {}, scores)", "has changed the features, labels or rows of a split"),
+        ("val.label[:] = 0; return Result({}, {}, scores)", "has changed the features, labels or rows of a split"),
+        ("raise SystemExit(3)", "failed: SystemExit: 3"),
+        (r'return Result({}, {}, [Score("a", "A\nB", 1.0)])', "must be one line"),
+        ("return Result({}, {}, None)", "has scores that are a NoneType; give a list"),
+        ("return Result({}, {}, (s for s in scores))", "has scores that are a generator; give a list"),
+        ("return Result({}, {}, scores, iter([]))", "has figures that are a list_iterator; give a list"),
+        ('return Result({}, {}, [Score("a", "A", 1.0, unit=5)])', "has a score that cannot be kept"),
+        ('return Result({}, {}, [Score("a", "A", 1.0, note=None)])', "has a score that cannot be kept"),
+        ('return Result({}, {}, scores, [Bars(name="b", title=None, labels=("x",), values=np.ones(1))])', "be kept"),
+        ('return Result({}, {}, scores, [Bars(name="b", title="t", labels=("x",), values=[1.0])])', "array of numbers"),
+        (
+            'return Result({}, {}, scores, [ConfusionMatrix(name="b", title="t", rows=(), columns=(), '
+            "counts=np.zeros((0, 0)))])",
+            "has no counts to draw",
+        ),
+        (
+            'return Result({}, {}, scores, [Lines(name="b", title="t", panels=(Panel(title="p", x=[1.0], '
+            'lines={"l": np.ones(1)}),))])',
+            "array of numbers",
+        ),
+    ],
+)  # fmt: skip
+def test_a_protocol_that_does_harm_or_hands_over_what_cannot_be_read_again_is_refused_and_nothing_is_kept(
+    body: str, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "harmful.py"
+    file.write_text(HARMFUL.replace("BODY", body))
+    with pytest.raises(UserError) as refusal:
+        score(tmp_path / "out", f"python:{file}:Harmful", "nn")
+    assert words in str(refusal.value)
+    assert not list((tmp_path / "out").glob("results/*"))
+
+
+def test_an_option_may_be_infinite_and_its_result_is_found_again(tmp_path: Path) -> None:
+    file = tmp_path / "harmful.py"
+    file.write_text(HARMFUL.replace("BODY", "CALLS.append(1); return Result({}, {}, scores)") + "CALLS = []\n")
+    for _ in range(2):
+        made = score(tmp_path / "out", f"python:{file}:Harmful")
+    assert made["metrics"]["scores"][-1]["options"] == {"limit": "inf"}
+    module = next(m for name, m in __import__("sys").modules.items() if name.endswith(f"/{tmp_path.name}/harmful%2Epy"))
+    assert len(module.CALLS) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "linear:weight_decay=-1", "linear:momentum=2", "linear:lr=inf", "linear:seed=99999999999999999999",
+        "cluster:seed=2147483648", "cluster:iterations=2147483648", "linear:weight_decay=nan", "linear:momentum=-0.1",
+    ],
+)  # fmt: skip
+def test_an_option_of_our_protocols_that_is_out_of_range_is_refused_by_its_name(spec: str, tmp_path: Path) -> None:
+    option = spec.partition(":")[2].partition("=")[0]
+    with pytest.raises(UserError, match=f"{option}=.* must be"):
+        PROTOCOLS.build(spec)
+
+
+def test_a_summary_without_scores_names_missing_labels_only_where_labels_are_missing(tmp_path: Path) -> None:
+    file = tmp_path / "silent.py"
+    file.write_text(HARMFUL.replace("BODY", "return Result({}, {}, [])"))
+    assert score(tmp_path / "out", f"python:{file}:Harmful")["summary"].splitlines()[0].endswith("(model): no scores")

@@ -330,3 +330,17 @@ def test_the_command_is_called_store_copy(source: Path, tmp_path: Path) -> None:
     completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr
     assert json.loads(completed.stdout)["views"] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("settings", [{"images": "::2"}, {"codec": "float16"}, {"images": "5:9", "codec": "pq:4"}])
+def test_a_copy_that_is_repeated_without_its_flags_keeps_its_images_and_codec(
+    settings: dict[str, str], source: Path, tmp_path: Path
+) -> None:
+    copy(source, tmp_path / "copy", views="0:4", **settings)
+    copy(source, tmp_path / "grown", **settings)
+    copy(source, tmp_path / "copy", views="0:4")
+    copy(source, tmp_path / "copy")
+    grown, repeated = files(tmp_path / "grown"), files(tmp_path / "copy")
+    assert {key: data for key, data in repeated.items() if key.startswith("features")} == {
+        key: data for key, data in grown.items() if key.startswith("features")
+    }

@@ -14,6 +14,10 @@ LABELS = ("targets", "labels", "_labels")
 """Attributes that may hold one integer per image; the data sets of torchvision have the first or one of the others."""
 
 
+MAX_CLASSES = 1_000_000
+"""Most classes that are named by their numbers: a label beyond is no index, for instance a code or a time."""
+
+
 class MapStyleItems(Protocol):
     """A data set of torch: item i is an image, or a tuple or list whose first member is one."""
 
@@ -37,6 +41,8 @@ class MapStyle(Dataset):
         self.label = np.full(len(items), -1, np.int64) if label is None else label
         count = int(self.label.max(initial=-1)) + 1
         classes = getattr(items, "classes", None)
+        if classes is None and count > MAX_CLASSES:
+            raise UserError(f"the label {count - 1} is no number of a class; number the classes 0, 1, ... without gaps")
         names = list(classes if classes is not None else ()) or range(count)
         self.classes = tuple(str(c[0]) if isinstance(c, tuple) else str(c) for c in names)[:count]
 

@@ -46,12 +46,12 @@ class UserDataset(Dataset):
             raise
         except UserError as wrong:
             raise BadImage(BROKEN, str(wrong)) from None
-        except Exception as wrong:  # the code of others may raise anything
+        except (Exception, SystemExit) as wrong:  # the code of others may raise anything, and may call sys.exit
             raise BadImage(BROKEN, describe_with_location(wrong)) from wrong
         problem = describe_problem(pixels, content)
         if problem:
             raise BadImage(BROKEN, f"its load returned {problem}")
-        return pixels, content
+        return np.require(pixels, requirements=("C", "W")), content  # of torch: no negative stride, nothing read-only
 
     def changed_rows(self, content: np.ndarray, since: float) -> list[int]:
         with describing_errors(f"changed_rows of {self.name}"):
@@ -134,6 +134,9 @@ def _checked_ids(dataset: Dataset, name: str) -> list[str]:
     wrong = next((each for each in ids if not isinstance(each, str)), None)
     if wrong is not None:
         raise UserError(f"{name}: its `ids` must be texts, but one is {wrong!r}; use str(...)")
+    unwritable = next((each for each in ids if not each.isascii() and _has_surrogate(each)), None)
+    if unwritable is not None:
+        raise UserError(f"{name}: its `ids` must be UTF-8, but {unwritable!r} is not; percent-escape such bytes")
     if len(set(ids)) < len(ids):
         twice = Counter(ids).most_common(1)[0][0]
         raise UserError(f"{name}: its `ids` must differ, but {twice!r} is there twice")
@@ -142,10 +145,17 @@ def _checked_ids(dataset: Dataset, name: str) -> list[str]:
     return [str(each) for each in ids]
 
 
+def _has_surrogate(text: str) -> bool:
+    """Whether a text has half a character, as file names that are not UTF-8 have it in Python."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _checked_classes(dataset: Dataset, name: str) -> tuple[str, ...]:
     classes = tuple(getattr(dataset, "classes", ()))
     if len(set(classes)) < len(classes) or not all(isinstance(each, str) for each in classes):
         raise UserError(f"{name}: its `classes` must be texts that differ, but they are {shorten(repr(classes), 80)}")
+    if any(_has_surrogate(each) for each in classes):
+        raise UserError(f"{name}: its `classes` must be UTF-8, but they are {shorten(repr(classes), 80)}")
     return classes
 
 

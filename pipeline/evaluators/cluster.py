@@ -79,8 +79,10 @@ class ClusterAlignment(Evaluator):
             raise UserError(
                 f"protocol 'cluster': clusters={self.clusters} cannot separate images; give clusters=2 or more"
             )
-        if self.iterations < 1:
-            raise UserError(f"protocol 'cluster': iterations={self.iterations} must be 1 or more")
+        if not 1 <= self.iterations < 2**31:
+            raise UserError(f"protocol 'cluster': iterations={self.iterations} must be from 1 to 2**31 - 1")
+        if not -(2**31) <= self.seed < 2**31:
+            raise UserError(f"protocol 'cluster': seed={self.seed} must be a number of 32 bits")
 
     def __call__(self, train: Split, val: Split, folder: Path, augmented: AugmentedFeatures | None = None) -> Result:
         """Metrics, the first five in percent: `top1`, `hungarian_top1`, `nmi` and `ari` on validation, `train_top1`.

@@ -74,6 +74,8 @@ class ConfusionMatrix(Figure):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_numbers(self.name, self.counts, 2, what="counts")
+        if not self.counts.size:
+            raise ValueError(f"figure {self.name!r} has no counts to draw")
         if self.counts.shape != (len(self.rows), len(self.columns)):
             raise ValueError(
                 f"figure {self.name!r}: counts of shape {self.counts.shape} do not fit {len(self.rows)} rows and "

@@ -3,6 +3,7 @@
 Shapes: n training and n_val validation images, d dims, C classes, B images of a batch.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -86,8 +87,14 @@ class LinearProbe(Evaluator):
         for key in ("epochs", "batch_size"):
             if getattr(self, key) < 1:
                 raise UserError(f"protocol 'linear': {key}={getattr(self, key)} must be 1 or more")
-        if not self.lr > 0:
-            raise UserError(f"protocol 'linear': lr={self.lr} must be above 0, for instance 0.01")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"protocol 'linear': lr={self.lr} must be above 0 and finite, for instance 0.01")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"protocol 'linear': momentum={self.momentum} must be at least 0 and below 1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"protocol 'linear': weight_decay={self.weight_decay} must be at least 0 and finite")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"protocol 'linear': seed={self.seed} must be a number of 64 bits")
 
     @property
     def needs_augmented(self) -> bool:

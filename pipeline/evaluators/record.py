@@ -155,7 +155,8 @@ class Evaluation:
     def summary(self) -> str:
         """The model and its scores in one line."""
         scores = "  ".join(f"{score.title} {score.value:.2f}{score.suffix}" for score in self.scores)
-        return f"{self.model.name} ({self.model.role}): {scores or 'no labels, so no scores'}"
+        none = "no scores" if self.data.classes else "no labels, so no scores"
+        return f"{self.model.name} ({self.model.role}): {scores or none}"
 
     @property
     def by_title(self) -> dict[str, Score]:

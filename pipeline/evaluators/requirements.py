@@ -8,11 +8,12 @@ from dataclasses import is_dataclass
 
 import numpy as np
 
-from compress_ssl.pipeline.evaluators import PROTOCOLS, find_protocol
+from compress_ssl.pipeline.evaluators import PROTOCOLS, figure_arrays, find_protocol
 from compress_ssl.pipeline.evaluators.base import Evaluator, Figure, ImageGrid, Result, Score, Split
 from compress_ssl.pipeline.evaluators.figure_arrays import PREFIX
 from compress_ssl.pipeline.evaluators.figures import KINDS
 from compress_ssl.pipeline.evaluators.record import OWN_ENTRIES
+from compress_ssl.pipeline.runtime.records import InvalidRecord, parse_json, read_record, to_json
 
 SPLITS = ("training", "validation")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
@@ -59,9 +60,18 @@ def find_result_faults(result: object, train: Split, val: Split) -> Iterator[str
         return
     yield from _metrics_faults(result.metrics)
     yield from _array_faults(result.arrays)
+    for what, parts in (("scores", result.scores), ("figures", result.figures)):
+        if not isinstance(parts, list | tuple):
+            yield f"has {what} that are a {type(parts).__name__}; give a list"
+            return
     for score in result.scores:
         if not isinstance(score, Score):
             yield f"has a {type(score).__name__} among its scores; make each a Score(key, title, value)"
+            return
+        try:
+            read_record(Score, parse_json(json.dumps(to_json(score)).encode(), "it"), f"the score {score.key!r}")
+        except (InvalidRecord, TypeError, ValueError) as wrong:
+            yield f"has a score that cannot be kept: {wrong}"
             return
     for what, values in (("key", [s.key for s in result.scores]), ("title", [s.title for s in result.scores])):
         for twice in _repeated(values):
@@ -97,6 +107,12 @@ def _figure_faults(figures: Iterable[object], images: dict[str, int]) -> Iterato
             yield f"has a {type(figure).__name__} among its figures; the kinds are {', '.join(KINDS)}"
             continue
         names.append(figure.name)
+        arrays: dict[str, np.ndarray] = {}
+        try:
+            figure_arrays.unpack(json.loads(json.dumps(figure_arrays.pack(figure, arrays), allow_nan=False)), arrays)
+        except (TypeError, ValueError, KeyError) as wrong:
+            yield f"has the figure {figure.name!r}, which cannot be kept: {wrong}"
+            continue
         if isinstance(figure, ImageGrid):
             for tile in (tile for row in figure.rows for tile in row.tiles):
                 if tile.split not in images or not 0 <= tile.index < images[tile.split]:

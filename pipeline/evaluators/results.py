@@ -7,6 +7,7 @@ format on disk. The .json file is written last: a result without it is not finis
 import inspect
 import io
 import json
+import math
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -246,8 +247,8 @@ def options_of(evaluator: Evaluator) -> JsonObject:
 
 def _as_json(value: object, what: str) -> object:
     """The value of an option as it will be read from JSON."""
-    if isinstance(value, PurePath):
-        return str(value)
+    if isinstance(value, PurePath) or (isinstance(value, float) and not math.isfinite(value)):
+        return str(value)  # JSON has no infinity
     try:
         read: object = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):

@@ -47,6 +47,8 @@ class Score:
         for name in ("key", "title"):
             if not getattr(self, name).strip():
                 raise ValueError(f"a score has an empty {name}; every score needs both a key and a title")
+            if len(getattr(self, name).splitlines()) > 1:
+                raise ValueError(f"the {name} {getattr(self, name)!r} of a score must be one line: it heads a column")
 
     @property
     def explained(self) -> str:

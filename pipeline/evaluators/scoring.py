@@ -4,10 +4,13 @@ import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.evaluators.base import AugmentedFeatures, Evaluator, Result, Split, require_labels
 from compress_ssl.pipeline.evaluators.requirements import find_result_faults, is_ours
 from compress_ssl.pipeline.evaluators.results import Gathered, Results, options_of
+from compress_ssl.pipeline.runtime import digests
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.import_object import describe_with_location
 from compress_ssl.pipeline.runtime.storage import Folder
@@ -71,19 +74,29 @@ def score(
     evaluator: Evaluator, spec: str, train: Split, val: Split, augmented: AugmentedFeatures | None, out: Path
 ) -> Result:
     """Run one protocol. Raises UserError if a user's own raises an error or returns what cannot be kept."""
+    ours = is_ours(type(evaluator))
+    before = None if ours else _digests(train, val)
     try:
         result = evaluator(train, val, out, augmented)
     except UserError:
         raise
-    except Exception as wrong:
-        if is_ours(type(evaluator)):
+    except (Exception, SystemExit) as wrong:
+        if ours:
             raise
         raise UserError(f"--protocol {spec} failed: {describe_with_location(wrong)}; {CHECK}") from wrong
     fault = next(find_result_faults(result, train, val), None)
+    if before and before != _digests(train, val):  # protocols after it would score what it left
+        fault = "has changed the features, labels or rows of a split; work on a copy"
     if fault:
         where = _place_of(type(evaluator))
         raise UserError(f"--protocol {spec}: {type(evaluator).__name__}.__call__{where} {fault}; {CHECK}")
     return result
+
+
+def _digests(*splits: Split) -> list[str]:
+    """Digests of the arrays of splits."""
+    arrays = [array for split in splits for array in (split.features, split.label, split.rows)]
+    return [digests.digest(np.ascontiguousarray(array).data) for array in arrays]
 
 
 def _place_of(cls: type[Evaluator]) -> str:

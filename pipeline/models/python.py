@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -9,10 +10,13 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.factory import ModelOptions, model_kind, safe_name
 from compress_ssl.pipeline.models.network import Network
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.records import read_record
 from compress_ssl.pipeline.runtime.signatures import is_required
 from compress_ssl.pipeline.runtime.spec import did_you_mean
 from compress_ssl.pipeline.runtime.user_object import UserObject
 from compress_ssl.pipeline.views.preprocessing import IMAGENET, Preprocessing
+
+_REMEDY = "size is a whole number of pixels, mean and std have three numbers each, for pixels in [0, 1]"
 
 
 def model(user: UserObject) -> Callable[..., Embedder]:
@@ -57,5 +61,16 @@ def _preprocessing(module: nn.Module, name: str, options: ModelOptions) -> Prepr
         )
     if "size" not in given and options.size is None:
         raise UserError(f"the image size of {name} is unknown; add size=, --image-size or an attribute `preprocessing`")
-    values = {**{name: getattr(IMAGENET, name) for name in names}, "size": options.size, **given}
-    return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+    return _checked({**{name: getattr(IMAGENET, name) for name in names}, "size": options.size or 1, **given}, name)
+
+
+def _checked(values: Mapping[str, Any], name: str) -> Preprocessing:
+    """The preprocessing of these values. Raises UserError for values of the wrong types or out of range."""
+    try:
+        numbers = {key: [float(number) for number in values[key]] for key in ("mean", "std")}
+        crop = float(values["crop_ratio"])
+    except (TypeError, ValueError) as wrong:
+        raise UserError(f"{name}: its attribute preprocessing is not valid: {wrong}; {_REMEDY}") from None
+    return read_record(
+        Preprocessing, {**values, **numbers, "crop_ratio": crop}, f"{name}: its attribute preprocessing", remedy=_REMEDY
+    )

@@ -73,17 +73,28 @@ def import_file(file: Path) -> ModuleType:
     return module
 
 
+def passes_users_code(wrong: BaseException) -> bool:
+    """Whether an exception came through code that is neither ours nor that of an installed package."""
+    frames = traceback.extract_tb(wrong.__traceback__)
+    return any(not frame.filename.startswith(_not_the_users()) for frame in frames)
+
+
+def _not_the_users() -> tuple[str, ...]:
+    """What the names of files begin with that are Python's own, of installed packages, or ours."""
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    return (*libraries, *(str(PACKAGE / name) for name in ("pipeline", "stages", "cli.py")), "<")
+
+
 def describe_with_location(wrong: BaseException) -> str:
     """The exception, and the user's file and line that raised it, or that called ours or a library which raised it.
 
     `KeyError: 'a' (mine.py, line 3)`. No place is given where no line of the user's was run: a module that does not
     exist, or a file that cannot be compiled, whose error names the line itself.
     """
-    libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-    libraries += [str(PACKAGE / name) for name in ("pipeline", "stages", "cli.py")]
     frames = traceback.extract_tb(wrong.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
+    own = [frame for frame in frames if not frame.filename.startswith(_not_the_users())]
     last = (own or frames)[-1]
-    if Path(last.filename).parent == Path(__file__).parent:  # this module, or the one that loads entry points
+    # A frozen module, this module, or the one that loads entry points.
+    if last.filename.startswith("<") or Path(last.filename).parent == Path(__file__).parent:
         return describe_exception(wrong)
     return f"{describe_exception(wrong)} ({Path(last.filename).name}, line {last.lineno})"

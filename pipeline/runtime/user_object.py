@@ -60,7 +60,7 @@ def describing_errors(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as wrong:  # the code of others may raise anything
+    except (Exception, SystemExit) as wrong:  # the code of others may raise anything, and may call sys.exit
         raise UserError(f"{name} failed: {describe_with_location(wrong)}") from wrong
 
 

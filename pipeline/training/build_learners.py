@@ -6,6 +6,7 @@ from compress_ssl.pipeline.distributed import collectives
 from compress_ssl.pipeline.methods.base import Method, MethodContext
 from compress_ssl.pipeline.models import build
 from compress_ssl.pipeline.models.embedder import Embedder
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.store import teacher_heads
 from compress_ssl.pipeline.store.feature_store import FeatureStore
@@ -52,6 +53,8 @@ def build_student(choice: StudentChoice, seed: int, execution: Execution, device
     """
     torch.manual_seed(seed)
     embedder = build(choice.spec, image_size=choice.image_size, recorded=choice.preprocessing)
+    if not any(p.requires_grad for p in embedder.parameters()):
+        raise UserError(f"--student {choice.words} has no parameter that can be trained; choose another student")
     embedder.spec = choice.words  # it seeds the student's randomness and is recorded: the same for ever
     memory_format = torch.channels_last if execution.channels_last else torch.contiguous_format
     embedder = embedder.to(device).to(memory_format=memory_format)

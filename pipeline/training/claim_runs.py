@@ -183,19 +183,29 @@ def require_length(learner: Learner, spec: LearnerSpec, sampler: StepSampler) ->
 
 
 def record_changes(learner: Learner, spec: LearnerSpec, sampler: StepSampler) -> None:
-    """Record a larger number of steps, and how the network is run now, beside the identity of each student's run.
+    """Record a larger number of steps, how the network is run now, and options that are new in a user's code.
 
     A record of version 1 stays as it is.
     """
-    for student in learner.students:
+    for student, choice in zip(learner.students, spec.students, strict=True):
         folder = Folder(student.folder)
         record = read_run(folder)
-        about = record.about
+        about, identity = record.about, _completed(record.identity, spec, choice)
         if about.steps is UNSET:
             continue
         if sampler.steps > about.steps:
             about = replace(about, steps=sampler.steps, epochs=spec.sampling.epochs)
         now = spec.execution
         about = replace(about, channels_last=now.channels_last, compile=now.compile, sync_bn=now.sync_bn)
-        if about != record.about:
-            artifact.write(folder, "run", to_json(record.identity), to_json(about))
+        if (identity, about) != (record.identity, record.about):
+            artifact.write(folder, "run", to_json(identity), to_json(about))
+
+
+def _completed(there: RunIdentity, spec: LearnerSpec, choice: StudentChoice) -> RunIdentity:
+    """The identity with the options that the method and the network did not have yet when the run was begun."""
+    options = {**choice.options, **(there.student.options or {})}
+    return replace(
+        there,
+        options={**spec.method.options, **(there.options or {})},
+        student=replace(there.student, options=options or UNSET),
+    )

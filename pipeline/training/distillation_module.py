@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_ssl.pipeline.methods.base import Batch, Method, Outputs
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.training.student import Student
 from compress_ssl.pipeline.views.groups import ViewGroup, group_of_array
 
@@ -31,6 +32,7 @@ class DistillationModule(nn.Module):
         outputs = [self._forward_student(batch, number) for number in range(len(self.students))]
         torch.manual_seed(seed)
         losses = self.method(batch, outputs)
+        _require_losses(losses, len(self.students), type(self.method).__name__)
         return losses, [out["embedding"].detach() for out in outputs]
 
     def _forward_student(self, batch: Batch, number: int) -> Outputs:
@@ -40,6 +42,19 @@ class DistillationModule(nn.Module):
             outputs = _unflatten(forward(batch.images_of(group)[number], names), len(batch.rows))
             found |= {group.array(name): value for name, value in outputs.items()}
         return found
+
+
+def _require_losses(losses: object, students: int, method: str) -> None:
+    """Raise UserError unless a method, which may be a user's, has returned a scalar with a gradient per student."""
+    if not isinstance(losses, list | tuple) or len(losses) != students:
+        what = f"{len(losses)} losses" if isinstance(losses, list | tuple) else f"a {type(losses).__name__}"
+        raise UserError(
+            f"{method}.forward returned {what}; return a list with one loss for each of {students} students"
+        )
+    for loss in losses:
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+            what = f"a loss of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise UserError(f"{method}.forward returned {what}; each loss must be a scalar tensor with a gradient")
 
 
 def _unflatten(outputs: dict[str, Tensor], images: int) -> Outputs:

@@ -7,7 +7,9 @@ import torch
 
 from compress_ssl.pipeline.datasets.base import Dataset
 from compress_ssl.pipeline.distributed import collectives
+from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import pluralize
+from compress_ssl.pipeline.runtime.import_object import describe_with_location, passes_users_code
 from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.training.batches import BatchSource
 from compress_ssl.pipeline.training.claim_runs import claim_run_folders, record_changes, require_length
@@ -121,10 +123,20 @@ class TrainingRun:
 
     @contextmanager
     def isolating_divergence(self, learner: Learner) -> Iterator[None]:
-        """Stop the learner if it diverges inside the `with`. Raises Diverged only if no other learner is left."""
+        """Stop the learner if it diverges inside the `with`. Raises Diverged only if no other learner is left.
+
+        An error in a user's own method or network becomes a UserError with its file and line.
+        """
         try:
             yield
         except Diverged as error:
             learner.failure = str(error)
             if all(other.failure for other in self.learners):
                 raise
+        except UserError:
+            raise
+        except Exception as wrong:
+            if not passes_users_code(wrong):
+                raise
+            name = type(learner.method).__name__
+            raise UserError(f"{name} or its student failed: {describe_with_location(wrong)}") from wrong

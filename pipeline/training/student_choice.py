@@ -9,7 +9,9 @@ from compress_ssl.pipeline.models import MODELS
 from compress_ssl.pipeline.models.factory import ModelOptions
 from compress_ssl.pipeline.runtime.artifact import MANIFEST
 from compress_ssl.pipeline.runtime.options import Option, Options, option_text, recordable, require_types
-from compress_ssl.pipeline.runtime.signatures import any_key, convert, is_required
+from compress_ssl.pipeline.runtime.records import UNSET
+from compress_ssl.pipeline.runtime.registry import PYTHON
+from compress_ssl.pipeline.runtime.signatures import any_key, convert, is_required, positional_parameters
 from compress_ssl.pipeline.runtime.spec import Spec, parse
 from compress_ssl.pipeline.training.run_record import RunRecord
 from compress_ssl.pipeline.training.version1_defaults import STUDENT_OPTIONS
@@ -21,7 +23,7 @@ class StudentChoice:
     """A student's spec, its own options, the size of its images and the folder of its run."""
 
     words: str  # the spec as it was typed when the run was begun: for its record, its seed and messages
-    spec: str  # the same with every own option, to build the network from
+    spec: str  # the same with the own options that are not today's defaults, to build the network from
     options: Options  # its own options; empty for a network of another library
     image_size: int | None  # side in pixels; None: the student's own
     folder: Path
@@ -56,16 +58,18 @@ def choose_student(text: str, folder: Path, record: RunRecord | None, image_size
 
 
 def own_parameters(spec: Spec) -> dict[str, inspect.Parameter]:
-    """{option: its parameter} of the own options of a network of ours that have a default, the argument included.
+    """{option: its parameter} of the own options of a network of ours or a user's that have a default.
 
-    Empty for a kind that passes its keys on to another library, and for a user's function.
+    The argument is included. Empty for a kind that passes its keys on to another library.
     """
     member = MODELS.member(spec)
-    if member.user or any_key(member.signature):
+    if any_key(member.signature) and not member.user:
         return {}
-    common = {f.name for f in fields(ModelOptions)}
-    parameters = member.signature.parameters.values()
-    return {p.name: p for p in parameters if p.name not in common and not is_required(p)}
+    without = {f.name for f in fields(ModelOptions)}
+    if spec.kind == PYTHON:  # the argument is the place of the function
+        without |= {p.name for p in positional_parameters(member.signature)}
+    parameters = [p for p in member.signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return {p.name: p for p in parameters if p.name not in without and not is_required(p)}
 
 
 def _matching_specs(typed: Spec, record: RunRecord, own: Mapping[str, inspect.Parameter]) -> tuple[Spec, Spec] | None:
@@ -110,8 +114,9 @@ def _foreign(spec: Spec, own: Mapping[str, inspect.Parameter]) -> dict[str, str]
 
 
 def _with_options(spec: Spec, own: Mapping[str, inspect.Parameter], options: Options) -> Spec:
-    """The spec with every own option."""
-    argument = _argument_name(own)
-    texts = {key: option_text(value) for key, value in options.items()}
-    head = texts.pop(argument) if argument else spec.argument
+    """The spec with every own option that is not what its parameter has by default, and with the argument."""
+    argument, defaults = _argument_name(own), _defaults(own)
+    changed = {key: value for key, value in options.items() if key == argument or value != defaults.get(key, UNSET)}
+    texts = {key: option_text(value) for key, value in changed.items()}
+    head = texts.pop(argument, "") if argument else spec.argument
     return Spec(spec.kind, head, {**_foreign(spec, own), **texts})
