@@ -146,3 +146,12 @@ def test_the_store_of_like_gives_views_policy_and_seed_unless_they_are_given_and
     with pytest.raises(UserError, match=r"--seed 0 was asked, but .* has 7; leave --seed out"):
         export(images, tmp_path / "other", seed=0, **like)
     assert "is complete already" in export(images, tmp_path / "store")["summary"]
+
+
+@pytest.mark.parametrize("flag", ["views", "local_views", "shard_size", "batch_size", "limit", "image_size"])
+def test_a_number_that_no_store_can_record_is_refused_before_anything_is_written(
+    images: Path, tmp_path: Path, flag: str
+) -> None:
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} is {10**30}, but must be from"):
+        export(images, tmp_path / "store", **{flag: 10**30})
+    assert not (tmp_path / "store").exists()
