@@ -13,14 +13,18 @@ from compress_ssl.pipeline.extraction.export_job import DEFAULTS, Job, StoreFlag
 from compress_ssl.pipeline.models import MODELS, parse_outputs
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.choices import Precision
-from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, CommandResult, flag, require
+from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, CommandResult, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.storage import open_storage
 from compress_ssl.pipeline.store.codecs import KNOWN, build_codec
+from compress_ssl.pipeline.views.groups import ROOM
 from compress_ssl.pipeline.views.policies import Policy
 
 if TYPE_CHECKING:
     from compress_ssl.pipeline.store.feature_store import FeatureStore
+
+# A store's manifest holds no larger number, see `store.records.MAX_EXTENT`.
+STORABLE = (lambda x: 0 < x <= 2**40, "must be from 1 to 2**40")
 
 
 @dataclass(frozen=True)
@@ -182,14 +186,14 @@ def check(config: Config) -> None:
     require(
         config,
         {
-            "views": POSITIVE,
-            "batch_size": POSITIVE,
-            "image_size": POSITIVE,
+            "views": (lambda x: 0 < x <= ROOM, f"must be from 1 to {ROOM}"),
+            "batch_size": STORABLE,
+            "image_size": STORABLE,
             "workers": NOT_NEGATIVE,
-            "shard_size": POSITIVE,
-            "limit": POSITIVE,
-            "local_views": NOT_NEGATIVE,
-            "local_size": POSITIVE,
+            "shard_size": STORABLE,
+            "limit": STORABLE,
+            "local_views": (lambda x: 0 <= x <= ROOM, f"must be from 0 to {ROOM}"),
+            "local_size": STORABLE,
             "seed": (lambda x: 0 <= x < 2**64, "must be from 0 to 2**64 - 1"),
         },
     )

@@ -164,3 +164,12 @@ def test_a_store_keeps_the_preprocessing_of_its_teacher_and_the_crop_of_like_whe
     identity, about = FeatureStore(Folder(other)).identity, FeatureStore(Folder(other)).about
     assert identity.views.crop_ratio == 1.0 and identity.teacher.preprocessing.crop_ratio == 0.5
     assert about.views == 16, "the store of --like has 12, and this one was grown since"
+
+
+@pytest.mark.parametrize("flag", ["views", "local_views", "shard_size", "batch_size", "limit", "image_size"])
+def test_a_number_that_no_store_can_record_is_refused_before_anything_is_written(
+    images: Path, tmp_path: Path, flag: str
+) -> None:
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} is {10**30}, but must be from"):
+        export(images, tmp_path / "store", **{flag: 10**30})
+    assert not (tmp_path / "store").exists()
