@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from compress_ssl.pipeline.runtime.digests import canonical, fingerprint
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import JsonObject, Meta, parse_json, read_record, to_json
+from compress_ssl.pipeline.runtime.records import JsonObject, Meta, parse_json, read_record, require_shallow, to_json
 from compress_ssl.pipeline.runtime.storage import Folder, Storage, is_url, open_storage
 
 FORMAT = 1  # version of the layout of manifest.json
@@ -134,6 +134,7 @@ def parse(raw: bytes, where: str) -> Manifest:
             f"{where} has format {_short(entries.get('format'))}, but this version of compress reads {FORMAT}; "
             "use the version that made it"
         )
+    require_shallow(entries, where)
     return read_record(Manifest, entries, where)
 
 
