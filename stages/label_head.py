@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.config import NOT_NEGATIVE, POSITIVE, CommandResult, flag, require
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import shorten
 from compress_ssl.pipeline.runtime.storage import open_storage
 
 if TYPE_CHECKING:
@@ -90,6 +91,12 @@ def resolve(config: Config) -> Job:
 
     store = FeatureStore(storage)
     classes = store.class_names()
+    if len(set(classes)) < len(classes):
+        name = next(name for name in classes if classes.count(name) > 1)
+        raise UserError(
+            f"{config.store} has two classes of the name {shorten(name, 80)}, and a head tells classes apart by their "
+            "names; rename one of their folders and export anew"
+        )
     store.require_complete([0])
     label = np.where(store.table("status") == GOOD, store.table("label"), -1)
     if share is None:

@@ -15,7 +15,7 @@ from typing import Annotated
 from compress_ssl.pipeline.runtime.digests import canonical, fingerprint
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import shorten
-from compress_ssl.pipeline.runtime.records import JsonObject, Meta, read_record, to_json
+from compress_ssl.pipeline.runtime.records import JsonObject, Meta, read_record, require_shallow, to_json
 from compress_ssl.pipeline.runtime.storage import Folder, Storage, is_url, open_storage
 
 FORMAT = 1  # version of the layout of manifest.json
@@ -141,6 +141,7 @@ def parse(raw: bytes, where: str) -> Manifest:
             f"{where} has format {_json(entries.get('format'))}, but this version of compress reads {FORMAT}; "
             "use the version that made it"
         )
+    require_shallow(entries, where)
     return read_record(Manifest, entries, where)
 
 

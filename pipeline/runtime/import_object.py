@@ -14,6 +14,7 @@ from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.spec import did_you_mean
+from compress_ssl.pipeline.runtime.storage import local_path
 
 PACKAGE = Path(__file__).parents[2]  # a checkout, in which users may have files of their own
 
@@ -32,7 +33,7 @@ def import_object(place: str) -> Callable[..., object]:
     try:
         with old_names.importable():
             if where.endswith(".py"):
-                module = import_file(Path(where).expanduser())
+                module = import_file(local_path(where))
             else:
                 module = importlib.import_module(old_names.translate(where))
     except UserError:

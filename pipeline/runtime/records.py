@@ -8,7 +8,7 @@ back as it was read is refused too, so no entry of another version of compress i
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -18,10 +18,12 @@ from compress_ssl.pipeline.runtime.errors import UserError
 
 __all__ = [
     "UNSET", "Count", "Digest", "InvalidRecord", "JsonObject", "Meta", "Number", "Positive", "PositiveNumber", "Sha256",
-    "UnsetType", "parse_json", "read_record", "to_json",
+    "UnsetType", "parse_json", "read_record", "require_shallow", "to_json",
 ]  # fmt: skip
 
 Record = TypeVar("Record")
+
+MAX_LEVELS = 100  # of lists and objects inside each other: our own records have up to six
 
 JsonObject = dict[str, Any]  # Any: a JSON object whose entries are not known here
 Number = int | float  # a number as it stands on disk: 1 stays 1 and 1.0 stays 1.0
@@ -75,11 +77,30 @@ def _with_lists(value: object) -> object:
 
 
 def parse_json(raw: bytes | str, where: str) -> object:
-    """Parse JSON from disk. Raises InvalidRecord if it is none: NaN and infinity are none, nor is very deep nesting."""
+    """Parse JSON from disk. Raises InvalidRecord if it is none (NaN and infinity are none) or nested too deeply."""
     try:
-        return json.loads(raw, parse_constant=_refuse_constant)
+        parsed: object = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise InvalidRecord(f"{where} is damaged: it is not valid JSON; {_REMEDY}") from None
+    require_shallow(parsed, where)
+    return parsed
+
+
+def require_shallow(parsed: object, where: str) -> None:
+    """Raise InvalidRecord for JSON of more than MAX_LEVELS levels: what walks through a record calls itself per level.
+
+    Python stops at a thousand calls, wherever it is then.
+    """
+    level = [parsed]
+    for _ in range(MAX_LEVELS):
+        level = [entry for value in level if isinstance(value, dict | list) for entry in _entries(value)]
+        if not level:
+            return
+    raise InvalidRecord(f"{where} is not valid: it has more than {MAX_LEVELS} levels; {_REMEDY}")
+
+
+def _entries(value: JsonObject | list[object]) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _refuse_constant(name: str) -> None:

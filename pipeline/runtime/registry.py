@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import shorten
 from compress_ssl.pipeline.runtime.signatures import (
     any_key,
     convert,
@@ -30,6 +30,7 @@ from compress_ssl.pipeline.runtime.signatures import (
     signature_of,
 )
 from compress_ssl.pipeline.runtime.spec import Spec, did_you_mean, parse
+from compress_ssl.pipeline.runtime.storage import local_path
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from compress_ssl.pipeline.runtime.user_object import UserObject
 
 Built_co = TypeVar("Built_co", covariant=True)
+
+MAX_SHOWN = 80  # characters of an unknown kind that an error repeats
 
 PYTHON = "python"
 """The kind of a spec that names a function or class by its place."""
@@ -160,14 +163,15 @@ class Registry(Generic[Built_co]):
             return spec
         if _KIND.fullmatch(spec.kind) and spec.kind in self.packages:
             return spec
-        if self.path_means and (Path(text).expanduser().exists() or text.startswith((".", "/", "~"))):
+        if self.path_means and (local_path(text).exists() or text.startswith((".", "/", "~"))):
             return Spec(self.path_means, text)
         problem = self._problem(spec.kind)
         if problem:
             raise UserError(problem)
         hint = did_you_mean(spec.kind, self.kinds()) or "."
         path = ", and there is no file or folder of that name" if self.path_means and text == spec.kind else ""
-        raise UserError(f"unknown {self.family} {spec.kind!r}{path}{hint} Known: {', '.join(self.kinds())}")
+        kind = shorten(repr(spec.kind), MAX_SHOWN)
+        raise UserError(f"unknown {self.family} {kind}{path}{hint} Known: {', '.join(self.kinds())}")
 
     def resolve(self, kind: str) -> Callable[..., Any]:  # its result is a Built_co, or a builder of one for `python`
         """Import the object of a kind of the table. Raises UserError if an optional package is not installed."""
@@ -290,5 +294,5 @@ def _absolute(path: str) -> str:
     """The absolute path, without `..`, so that two ways to write it from two folders are the same text."""
     if path.lower() == "none":
         return path
-    absolute = Path(path).expanduser().absolute()
+    absolute = local_path(path).absolute()
     return str(absolute.resolve() if ".." in absolute.parts else absolute)

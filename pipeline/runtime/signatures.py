@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.storage import local_path
 
 
 def signature_of(function: Callable[..., object]) -> inspect.Signature:
@@ -96,5 +97,5 @@ def _convert_to(text: str, wanted: object) -> object:
         except ValueError:
             raise ValueError("must be a whole number" if wanted is int else "must be a number") from None
     if wanted is Path:
-        return Path(text).expanduser()
+        return local_path(text)
     return text if wanted is str else literal(text)

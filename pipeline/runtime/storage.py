@@ -91,7 +91,9 @@ def absolute(where: str | os.PathLike[str]) -> str:
 
 
 def local_path(text: str | os.PathLike[str]) -> Path:
-    """A path in which a beginning `~` is the home folder. Raises UserError if there is no such user."""
+    """A path in which a beginning `~` is the home folder. Raises UserError if there is no such user, and for a NUL."""
+    if "\0" in os.fspath(text):
+        raise UserError(f"{os.fspath(text)!r} holds a NUL character, and no path can; take it out")
     try:
         return Path(text).expanduser()
     except RuntimeError:

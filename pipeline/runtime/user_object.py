@@ -12,6 +12,7 @@ from compress_ssl.pipeline.runtime import old_names
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.import_object import describe_with_location, import_object
 from compress_ssl.pipeline.runtime.signatures import signature_of
+from compress_ssl.pipeline.runtime.storage import local_path
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -72,7 +73,7 @@ def from_place(place: str) -> UserObject:
     """The object of `python:PLACE`. Raises UserError if it cannot be imported."""
     target = import_object(place)
     where, _, name = place.rpartition(":")
-    file = Path(where).expanduser().absolute() if where.endswith(".py") else None
+    file = local_path(where).absolute() if where.endswith(".py") else None
     stem = file.stem if file else old_names.recorded_name(where)
     return UserObject(f"python:{place}", target, ("python", stem, name), file)
 

@@ -12,7 +12,7 @@ from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.formatting import describe_exception
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.storage import Folder
-from compress_ssl.pipeline.store.codecs import Stored
+from compress_ssl.pipeline.store.codecs import Stored, Trained
 from compress_ssl.pipeline.store.layout import GROUP, TABLES, UNWRITTEN, ZarrArray, ZarrGroup, array_in, open_group
 from compress_ssl.pipeline.store.records import HistoryEvent, read_history
 from compress_ssl.pipeline.store.shard_reader import read_view
@@ -29,13 +29,17 @@ class StoreReader(ShardIndex):
     """A store open for reading. Raises UserError if there is none or its manifest is damaged."""
 
     def require_complete(self, views: Sequence[int] | None = None) -> None:
-        """As `ShardIndex.require_complete`, and raises UserError for a manifest that does not fit the arrays.
+        """As `ShardIndex.require_complete`, and raises UserError for a manifest or a codebook that fits no array.
 
         Of a store in a bucket, only what is read is compared: reading all metadata there costs a request per array.
         """
         if isinstance(self.storage, Folder):
             _ = self.group
         super().require_complete(views)
+        if isinstance(self.storage, Folder):
+            for name, kind in self.codecs.items():
+                if isinstance(kind, Trained):
+                    self._codebook(name)
 
     # ---------------------------------------------------------------- arrays
 
