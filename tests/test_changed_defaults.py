@@ -12,15 +12,17 @@ import pytest
 import test_version1 as version1
 
 from compress_ssl.pipeline.distributed import collectives
-from compress_ssl.pipeline.methods import METHODS
+from compress_ssl.pipeline.methods import METHODS, compress
 from compress_ssl.pipeline.methods.base import Recipe
 from compress_ssl.pipeline.methods.compress import OneQueue, TwoQueuesMomentum
 from compress_ssl.pipeline.methods.options import find_typed
 from compress_ssl.pipeline.models import MODELS
+from compress_ssl.pipeline.runtime import artifact
 from compress_ssl.pipeline.runtime.artifact import Mismatch
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.options import require_types
 from compress_ssl.pipeline.runtime.spec import Spec
+from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training import resolve, version1_defaults
 from compress_ssl.pipeline.training.learner_spec import Execution
 from compress_ssl.pipeline.training.run import TrainingRun
@@ -94,7 +96,11 @@ def change_student(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(build.__wrapped__.__kwdefaults__, "channels", (5, 6))
 
 
-CHANGES = (change_method, change_recipe, change_flags, change_student)
+def change_published_bank(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(compress, "PUBLISHED", 7)
+
+
+CHANGES = (change_method, change_published_bank, change_recipe, change_flags, change_student)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -114,6 +120,33 @@ def test_a_run_that_is_made_longer_keeps_the_defaults_with_which_it_was_begun(
     assert weights(tmp_path / "new") != weights(tmp_path / "run"), "a new run has the changed default"
     first, other = (manifest(tmp_path / name) for name in ("run", "new"))
     assert first["identity"] != other["identity"] or first["about"] != other["about"]
+
+
+def test_the_size_of_a_bank_and_the_target_that_were_left_open_are_recorded(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    train(method="seed", steps=1, image_size=8)
+    options = manifest(tmp_path / "run")["identity"]["options"]
+    assert (options["bank"], options["target"], options["small"]) == (30, "embedding", False)
+    for words in ("seed", "seed:bank=none,target=auto", "seed:bank=30"):
+        assert train(method=words)["steps"] == 1
+    with pytest.raises(Mismatch, match=r"options.bank is 30 there, 29 asked"):
+        train(method="seed:bank=29")
+
+
+def test_a_record_without_options_means_the_published_bank_of_version_1(
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(steps=1, image_size=8)
+    folder = Folder(tmp_path / "run")
+    there = artifact.read(folder)
+    identity = {name: entry for name, entry in there.identity.items() if name != "options"}
+    artifact.write(folder, "run", identity, there.about)
+    shutil.copytree(tmp_path / "run", tmp_path / "kept")
+    train("kept", steps=3)
+    change_published_bank(monkeypatch)
+    train(steps=3)
+    assert weights(tmp_path / "run") == weights(tmp_path / "kept")
 
 
 @pytest.mark.parametrize("length", [{"epochs": 2.5}, {"steps": 3}])
@@ -179,7 +212,7 @@ def test_keys_of_the_method_and_of_the_student_that_are_not_given_are_those_of_t
     ("changed", "words"),
     [
         ({"method": "compress-2q:tau=0.07"}, "options.tau is 0.04 there, 0.07 asked (--method tau=)"),
-        ({"method": "compress-2q:bank=20"}, "options.bank is null there, 20 asked (--method bank=)"),
+        ({"method": "compress-2q:bank=20"}, "options.bank is 30 there, 20 asked (--method bank=)"),
         ({"student": ("cifar-resnet:14",)}, "student.options.depth is 8 there, 14 asked (--student depth=)"),
         ({"student": ("cifar-resnet:width=3",)}, "student.options.width is 2 there, 3 asked (--student width=)"),
         ({"student": ("cifar-resnet:mean=0.5+0.5+0.5",)}, '"cifar-resnet:mean=0.5+0.5+0.5" asked (--student)'),

@@ -81,7 +81,7 @@ def test_a_record_of_version_1_is_written_byte_for_byte_as_it_was_read(folder: P
 
 def test_a_run_records_every_option_and_its_length(made: Path) -> None:
     record = read_run(Folder(made / "run"))
-    assert record.identity.options == {"bank": None, "tau": 0.04, "start": "store"}
+    assert record.identity.options == {"bank": 20, "tau": 0.04, "start": "store"}
     assert record.identity.student.options == {"channels": (4,)}
     assert (record.about.steps, record.about.epochs) == (2, None)
     written = artifact.Manifest(artifact.FORMAT, "run", to_json(record.identity), to_json(record.about))

@@ -23,6 +23,7 @@ from compress_ssl.pipeline.models.embedder import Embedder
 from compress_ssl.pipeline.models.linear_head import LinearHead
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.options import Option
 from compress_ssl.pipeline.views.groups import ViewGroup, group_of_array
 
 
@@ -76,6 +77,8 @@ class MethodContext:
     notes: list[str] = field(default_factory=list)  # the method appends choices that the user should know about
     heads: Mapping[str, Tensor] = field(default_factory=dict)  # the teacher's frozen heads, named as in its file
     images: int = 0  # N, unusable images included: every row is below this
+    # The method appends what an option that was left open (None, "auto") stands for; the run's record keeps it.
+    resolved: dict[str, Option] = field(default_factory=dict)
 
     @property
     def teacher_width(self) -> int:
@@ -200,6 +203,7 @@ def choose_target(context: MethodContext, asked: Target, method: str) -> str:
     """The stored array to compare with: as `asked`; `auto` is the projection if it is stored, else the embedding."""
     if asked != "auto":
         return asked
+    context.resolved["target"] = "projection" if "projection" in context.widths else "embedding"
     if "projection" in context.widths:
         return "projection"
     context.notes.append(
@@ -212,15 +216,15 @@ def bank_size(asked: int | None, published: int, context: MethodContext) -> int:
     """Number of slots K of a memory bank: as asked, else as published, but at most half the usable images.
 
     A longer queue would often hold an older view of an image of the batch, an anchor that is no negative.
-    If the published size is cut, a note is appended to `context`. Raises UserError if `asked` is not from 1
-    to the number of usable images.
+    A size that is not asked is recorded in `context`; if it is cut, a note is appended. Raises UserError if `asked`
+    is not from 1 to the number of usable images.
     """
     n = len(context.rows)
     if asked is not None:
         if not 0 < asked <= n:
             raise UserError(f"bank={asked} was asked, but must be from 1 to the {n} usable images; take bank={n // 2}")
         return asked
-    size = min(published, max(1, n // 2))
+    size = context.resolved["bank"] = min(published, max(1, n // 2))
     if size < published:
         context.notes.append(f"bank of {size} anchors instead of the published {published}: half of {n} images")
     return size

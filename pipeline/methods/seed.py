@@ -78,7 +78,9 @@ class Seed(Method):
         self.tau_t, self.tau_s = tau_t, tau_s
         self.target = choose_target(context, target, "seed")
         self.small_target = LOCAL_CROPS.array(self.target)
-        self.small = self.small_target in context.widths if small is None else small
+        if small is None:
+            small = context.resolved["small"] = self.small_target in context.widths
+        self.small = small
         self.needs = Needs((self.target,))
         if self.small:
             self.needs = Needs((self.target, self.small_target), ("embedding", LOCAL_CROPS.array("embedding")))

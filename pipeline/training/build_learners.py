@@ -43,7 +43,7 @@ def build_learner(spec: LearnerSpec, store: FeatureStore, sampler: StepSampler, 
         student.enable_outputs(method.needs.outputs, compiled=spec.execution.compile)
     for note in context.notes:
         echo(note)
-    return Learner(group, method, spec.settings(sampler))
+    return Learner(group, method, spec.settings(sampler), context.resolved)
 
 
 def build_student(choice: StudentChoice, seed: int, execution: Execution, device: torch.device) -> Embedder:

@@ -13,6 +13,7 @@ from compress_ssl.pipeline.methods.base import Batch, Method
 from compress_ssl.pipeline.models.precision import autocast
 from compress_ssl.pipeline.runtime import philox
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.options import Options
 from compress_ssl.pipeline.runtime.storage import Folder
 from compress_ssl.pipeline.training import checkpoint, diagnostics
 from compress_ssl.pipeline.training.distillation_module import DistillationModule
@@ -33,8 +34,12 @@ class Learner:
     The result does not depend on which other learners train in the same run.
     """
 
-    def __init__(self, students: Sequence[Student], method: Method, settings: TrainingSettings):
+    def __init__(
+        self, students: Sequence[Student], method: Method, settings: TrainingSettings, resolved: Options | None = None
+    ):
+        """resolved: what options of the method that were left open stand for, see MethodContext."""
         self.students, self.method, self.settings = list(students), method, settings
+        self.resolved = resolved or {}
         specs = "+".join(student.model.spec for student in students)
         self.seed = settings.seed ^ (zlib.crc32(specs.encode()) << 32)  # learners of one run draw independently
         module = DistillationModule(students, method)

@@ -3,12 +3,13 @@
 `resolve` makes it. Below a `LearnerSpec` nobody parses a spec or reads a manifest again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from compress_ssl.pipeline.methods.base import Recipe
 from compress_ssl.pipeline.methods.options import MethodChoice
 from compress_ssl.pipeline.runtime.choices import Precision
+from compress_ssl.pipeline.runtime.options import Options
 from compress_ssl.pipeline.training.choices import OptimizerName
 from compress_ssl.pipeline.training.sampler import Sampling, StepSampler
 from compress_ssl.pipeline.training.schedule import Schedule, ScheduleKind
@@ -41,6 +42,18 @@ class LearnerSpec:
     sampling: Sampling
     execution: Execution
     begun_steps: int | None = None  # length of the run that was begun; None: there is none, or it is of version 1
+
+    def with_resolved(self, resolved: Options) -> "LearnerSpec":
+        """The spec in which options of the method that were left open are what they stand for.
+
+        An option that was recorded as open in the same way, as version 1 did, stands for the same.
+        """
+        method = self.method
+        recorded = method.recorded
+        if recorded is not None:
+            same = {key: value for key, value in resolved.items() if recorded.get(key) == method.options.get(key)}
+            recorded = {**recorded, **same}
+        return replace(self, method=replace(method, options={**method.options, **resolved}, recorded=recorded))
 
     def settings(self, sampler: StepSampler) -> TrainingSettings:
         """The hyper-parameters for the batch and the length of a sampler.

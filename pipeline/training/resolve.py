@@ -117,6 +117,8 @@ def _choose_method(typed: TypedMethod, record: RunRecord | None, where: str) -> 
     if record.identity.options:
         require_types(record.identity.options, typed.keys, f"{where}: identity.options")
         recorded |= record.identity.options
+    elif spec.kind in version1.BANKS and recorded.get("bank") is None:
+        recorded["bank"] = min(version1.BANKS[spec.kind], max(1, record.identity.images // 2))
     typed.check(recorded)
     kept = {name: value for name, value in recorded.items() if typed.accepts(name)}
     return MethodChoice(record.identity.method, spec, typed.method, {**kept, **typed.given(spec)}, recorded)

@@ -38,7 +38,7 @@ class TrainingRun:
         device: torch.device,
     ):
         """specs: from which the learners were built, in their order."""
-        self.specs = list(specs)
+        self.specs = [spec.with_resolved(learner.resolved) for spec, learner in zip(specs, learners, strict=True)]
         self.store, self.sampler, self.learners, self.device = store, sampler, list(learners), device
         self.batches = BatchSource(store, dataset, sampler, self.learners, device)
 

@@ -23,6 +23,11 @@ METHOD_OPTIONS: Mapping[str, Options] = {
 }
 """{method: {option: value}}. A method of a user's own has no line: its own signature holds."""
 
+BANKS: Mapping[str, int] = {
+    "compress-2q": 128_000, "compress-2q-momentum": 128_000, "compress-1q": 128_000, "seed": 65_536, "esvit": 4096,
+}  # fmt: skip
+"""{method: slots of its memory bank where `bank` is None}; at most half the usable images."""
+
 EPOCHS: Mapping[str, int] = {
     "compress-2q": 130, "compress-2q-momentum": 130, "compress-1q": 130, "seed": 200, "regression": 130, "crd": 240,
     "simclr-v2": 400, "esvit": 300, "dogo": 1000, "dogo-frozen": 1000,
