@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress_ssl.pipeline.evaluators.record import (
+    FLAGS,
     METRICS,
     DataRecord,
     Evaluation,
@@ -18,7 +19,7 @@ from compress_ssl.pipeline.evaluators.record import (
     on_same_images,
     read_evaluation_record,
     read_teacher,
-    require_same_images,
+    require_same_inputs,
 )
 from compress_ssl.pipeline.runtime import artifact, jsonl
 from compress_ssl.pipeline.runtime.choices import Precision
@@ -119,7 +120,7 @@ def run(config: Config) -> CommandResult:
     folder = Folder(job.out)
     if config.overwrite:
         set_aside(job.out, "evaluation")  # after the checks: a refused command moves nothing
-    artifact.claim(folder, "evaluation", to_json(job.record.identity), to_json(job.record.about))
+    artifact.claim(folder, "evaluation", to_json(job.record.identity), to_json(job.record.about), FLAGS)
 
     from compress_ssl.pipeline.evaluators import scoring, split_features
     from compress_ssl.pipeline.report import evaluation as pages
@@ -196,7 +197,7 @@ def resolve(config: Config) -> Job:
         EvaluationAbout(scored.model, config.train or str(scored.data and scored.data.spec), config.val),
     )
     if earlier:
-        require_same_images(earlier, record, str(out))
+        require_same_inputs(earlier, record, str(out))
     scoring.require_distinct(evaluators)
     scoring.require_fitting(evaluators, scored.model.name, scored.weights, train, val)
     choose_device(config.device)

@@ -512,7 +512,7 @@ def test_an_unfinished_store_is_refused_until_its_command_is_repeated(world: Wor
     "more, words",
     [
         (["--seed", 1], ["views.seed is 0 there, 1 asked"]),
-        (["--codec", "float32"], ['codec is "int8" there, "float32" asked']),
+        (["--codec", "float32"], ['codec is "int8" there, "float32" asked (--codec)']),
         (["--image-size", 9], ["preprocessing.size is 8 there, 9 asked"]),
         (["--teacher", "convnet:channels=8,pretrained=false"], ["teacher.weights"]),
         (["--limit", 5], ["other images", "are gone", "--overwrite"]),

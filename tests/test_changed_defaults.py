@@ -595,3 +595,17 @@ def test_an_option_that_a_users_method_gets_later_is_recorded_when_the_run_goes_
     assert go_on(3, ", second=3") == {"one": 1, "second": 2}
     with pytest.raises(Mismatch, match="options.second is 2 there, null asked"):
         go_on(4, "")
+
+
+def test_an_evaluation_of_a_student_that_was_trained_further_is_refused_in_words(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    def score() -> None:
+        options: dict[str, Any] = {"protocol": ("nn",), "workers": 0, "device": "cpu"}
+        evaluate.run(evaluate.Config(val="digits:split=test", run=tmp_path / "run", **options))
+
+    train(steps=1, image_size=8)
+    score()
+    train(steps=2)
+    with pytest.raises(Mismatch, match="other weights than convnet has now, as after more training; start anew with"):
+        score()

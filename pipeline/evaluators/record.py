@@ -116,11 +116,20 @@ class EvaluationRecord:
     about: EvaluationAbout
 
 
-def require_same_images(earlier: EvaluationRecord, asked: EvaluationRecord, where: str) -> None:
-    """Raises Mismatch if the evaluation in a folder was made from other images than a command asks for.
+FLAGS = {"precision": "--precision", "model.preprocessing.size": "--image-size"}
+"""{entry of an evaluation's identity: the flag that it comes from}."""
 
-    The claim of the folder would refuse them too, but without naming the images.
+
+def require_same_inputs(earlier: EvaluationRecord, asked: EvaluationRecord, where: str) -> None:
+    """Raises Mismatch if the evaluation in a folder was made from other images or weights than a command asks for.
+
+    The claim of the folder would refuse them too, but would not say in words what they are.
     """
+    if earlier.identity.model.weights != asked.identity.model.weights:
+        raise Mismatch(
+            f"{where} was made with other weights than {asked.about.model.name} has now, as after more training; start "
+            "anew with --overwrite, or choose another --out"
+        )
     there, now = earlier.identity.data, asked.identity.data
     for which, same, was, spec in (
         ("train", there.train == now.train, earlier.about.train, asked.about.train),

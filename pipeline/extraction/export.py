@@ -39,6 +39,14 @@ from compress_ssl.pipeline.store.feature_store import FeatureStore
 from compress_ssl.pipeline.store.layout import Column
 from compress_ssl.pipeline.store.records import StoreRecord
 
+FLAGS = {
+    "teacher.weights": "--teacher", "teacher.name": "--teacher", "teacher.width": "--teacher",
+    "teacher.preprocessing.size": "--image-size", "views.policy": "--policy", "views.seed": "--seed",
+    "codec": "--codec", "batch_size": "--batch-size", "precision": "--precision", "shard_rows": "--shard-size",
+    "local.views": "--local-views", "local.size": "--local-size",
+}  # fmt: skip
+"""{entry of a store's identity: the flag that it comes from}."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,7 +76,7 @@ def make_plan(job: Job) -> Plan:
         require_same_views(record.identity, job.dataset, job.like)
         record = replace(record, about=replace(record.about, like=job.like.fingerprint))
     if job.begun:
-        artifact.claim(job.storage, "store", to_json(record.identity))
+        artifact.claim(job.storage, "store", to_json(record.identity), flags=FLAGS)
     return Plan(job, device, embedder, record)
 
 

@@ -160,17 +160,20 @@ def write(storage: Storage, kind: str, identity: Mapping[str, object], about: Ma
 
 
 def claim(
-    storage: Storage, kind: str, identity: Mapping[str, object], about: Mapping[str, object] | None = None
-) -> tuple[Manifest, bool]:
+    storage: Storage, kind: str, identity: Mapping[str, object], about: Mapping[str, object] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> tuple[Manifest, bool]:  # fmt: skip
     """Make a folder an artifact of a kind and identity -> (its manifest, whether it was written just now).
 
     If the folder has a manifest already, its identity is compared with `identity`: raises Mismatch with the settings
-    that differ. Raises UserError if the folder holds anything else.
+    that differ. flags: {dotted name of a setting: the flag that it comes from}, for this list. Raises UserError if
+    the folder holds anything else.
     """
     manifest = claimed(storage, kind)
     if manifest is None:
         return write(storage, kind, identity, about or {}), True
-    require_equal(storage, manifest.identity, json.loads(canonical(identity)))
+    known = flags or {}
+    require_equal(storage, manifest.identity, json.loads(canonical(identity)), lambda name: known.get(name, ""))
     return manifest, False
 
 
