@@ -367,7 +367,7 @@ NEAR_MISSES = [
     (["export-teacher", "--views", "many"], ["--views is many", "must be a whole number"]),
     ([], ["No command was given", "--help"]),
     (["EXPORT", "--views", "0"], ["--views is 0", "must be from 1 to"]),
-    (["EXPORT", "--limit", "-1"], ["--limit is -1", "more than 0"]),
+    (["EXPORT", "--limit", "-1"], ["--limit is -1", "must be from 1 to"]),
     (["EXPORT", "--policy", "mocov2"], ["--policy is mocov2", "moco-v2"]),
     (["EXPORT", "--policy", "none"], ["--policy none defines only view 0", "use --views 1"]),
     (["EXPORT", "--codec", "int9"], ["'int9'", "int8"]),

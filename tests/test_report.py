@@ -537,9 +537,10 @@ def test_a_score_of_any_protocol_is_a_row_of_the_report_and_a_column_of_the_comp
 def test_a_score_without_a_unit_is_shown_without_one_and_without_empty_brackets(tmp_path: Path) -> None:
     own = with_score(Score("mine.rank", "Mean rank", 4.0, unit="", range=(1, 40), plotted=True))
     train, val = splits()
-    assert '<td class="n big">4.0</td>' in evaluation.write_report(tmp_path, own, train=train, val=val).read_text()
-    text, page = comparison.compare([own])
-    assert "()" not in text and "()" not in page
+    page = evaluation.write_report(tmp_path, own, splits={"train": train, "val": val})
+    assert '<td class="n big">4.0</td>' in page.read_text()
+    text, compared = comparison.compare([own])
+    assert "()" not in text and "()" not in compared
     assert own.summary.endswith("Mean rank 4.00")
 
 

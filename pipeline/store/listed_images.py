@@ -19,7 +19,8 @@ def listed_rows(store: StoreReader, file: str, flag: str) -> np.ndarray:
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # some editors begin with a mark
     except (OSError, ValueError) as problem:  # ValueError: bytes that are no UTF-8, or a path that cannot be one
-        raise UserError(f"{flag} nor a readable text file ({problem}); give one of them") from None
+        why = "it is no text in UTF-8" if isinstance(problem, UnicodeDecodeError) else problem
+        raise UserError(f"{flag} nor a readable text file ({why}); give one of them") from None
     listed = [line.strip() for line in lines if line.strip()]
     ids = [str(name) for name in store.table("sample_id")]
     file_names = [name.rpartition("/")[2] for name in ids]
