@@ -51,16 +51,15 @@ class Config:
         metavar="SPEC",
     )
     run: Path | None = flag(
-        None, "Score the student of this run of compress distill. Default: give one of --run, --store, --model.",
+        None,
+        "Score the student of this run of compress distill. Give one of --run, --store and --model. Default: none.",
         metavar="RUN",
-    )  # fmt: skip
+    )
     store: str | None = flag(
-        None, "Score the teacher of this feature store; its view 0 is used if stored. Default: as for --run.",
+        None, "Score the teacher of this feature store; its view 0 is used if stored. Default: none.",
         metavar="STORE",
     )  # fmt: skip
-    model: str | None = flag(
-        None, "Score any model: timm:NAME, cifar-resnet:20, ... Default: as for --run.", metavar="SPEC"
-    )
+    model: str | None = flag(None, "Score any model: timm:NAME, cifar-resnet:20, ... Default: none.", metavar="SPEC")
     train: str | None = flag(
         None, "The images for neighbours, clusters and probes. Default: those of the run or store.", metavar="SPEC"
     )

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from compress_ssl.pipeline.runtime.config import CommandResult, flag
 from compress_ssl.pipeline.runtime.errors import UserError
-from compress_ssl.pipeline.runtime.records import JsonObject
+from compress_ssl.pipeline.runtime.options import option_text, to_option
+from compress_ssl.pipeline.runtime.records import JsonObject, UnsetType
 from compress_ssl.pipeline.runtime.registry import Registry
 
 GIVEN = ("context",)
@@ -77,7 +78,7 @@ def describe(registry: Registry[object], kind: str) -> JsonObject:
     of = {"package": registry.package(kind)} if kind in registry.packages else {}
     try:
         keys = registry.keys(kind, given=GIVEN).items()
-        defaults = {name: "..." if p.default is p.empty else str(p.default) for name, p in keys}
+        defaults = {name: "..." if p.default is p.empty else typed_default(p.default) for name, p in keys}
         return {"summary": registry.summary(kind), "keys": defaults, **of}
     except UserError as problem:
         return {"summary": f"cannot be used: {problem}", "keys": {}, **of}
@@ -90,3 +91,9 @@ def search_models(text: str) -> CommandResult:
     matching = [name for name in names() if text.lower() in name.lower()]
     summary = "\n".join(matching) or f"no model of timm or torchvision has {text!r} in its name"
     return {"summary": summary, "names": matching}
+
+
+def typed_default(default: object) -> str:
+    """A default as it would be typed in a spec: `false`, `16+32+64`, `none`."""
+    option = to_option(default)
+    return str(default) if isinstance(option, UnsetType) else option_text(option)

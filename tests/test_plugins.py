@@ -491,3 +491,14 @@ def test_a_users_network_that_cannot_be_a_student_is_refused_with_the_cause(
 ) -> None:
     with pytest.raises(UserError, match=message):
         train_broken(teacher, tmp_path, "return [loss]", extra=extra, student="python:{}:Fixed")
+
+
+def test_a_listing_shows_defaults_as_they_are_typed() -> None:
+    def default(config: object, kind: str, key: str) -> object:
+        menu: Any = listing.run(config)["menu"]  # type: ignore[arg-type]
+        return menu[kind]["keys"][key]
+
+    assert default(listing.Models(), "convnet", "channels") == "16+32+64"
+    assert default(listing.Methods(), "compress-2q", "bank") == "none"
+    assert default(listing.Protocols(), "linear", "augment") == "false"
+    assert default(listing.Protocols(), "classifier", "head") == "..."
