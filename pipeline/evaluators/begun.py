@@ -39,7 +39,6 @@ def _recorded_options(evaluator: Evaluator, text: str, out: Path) -> JsonObject:
             record = read_record(ResultRecord, parse_json(folder.get(name), name), name)
         except (InvalidRecord, OSError):
             continue  # the result is computed again
-        code = "" if isinstance(record.code, UnsetType) else record.code
-        if (record.name, record.protocol, code) == (evaluator.name, text, code_of(type(evaluator))):
+        if (record.name, record.protocol, record.code) == (evaluator.name, text, code_of(type(evaluator))):
             return record.options
     return {}
