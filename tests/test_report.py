@@ -567,3 +567,18 @@ def test_a_bar_begins_at_zero_unless_the_range_leaves_it_out(
 ) -> None:
     score = Score("a", "A", value, range=(low, high))
     assert score.fraction(score.value) == pytest.approx(share)
+
+
+@pytest.mark.usefixtures("empty_figures")
+def test_the_numbers_of_a_protocol_that_is_not_known_here_are_shown_by_their_names(tmp_path: Path) -> None:
+    model = {"name": "net", "role": "model", "parameters": 5, "width": 3}
+    data = {"train": "digits", "train_images": 6, "val": "digits", "val_images": 6, "classes": 3}
+    mine = {"top1": 50, "seconds": 120.5, "how": "fast", "good": True, "nested": {"top1": 1}}
+    own = parse_metrics({"model": model, "data": data, "mine": mine, "nn": {"top1": 40.0}}, "metrics.json")
+    assert [(score.title, score.value) for score in own.scores] == [
+        ("NN", 40.0), ("mine top1", 50.0), ("mine seconds", 120.5),
+    ]  # fmt: skip
+    train, val = splits()
+    page = evaluation.write_report(tmp_path, own, splits={"train": train, "val": val}).read_text()
+    table, compared = comparison.compare([own])
+    assert all(text in shown for text in ("mine top1", "120.5") for shown in (page, table, compared))

@@ -4,6 +4,7 @@ metrics.json = {"model", "data", one entry for each protocol, "scores"}. Version
 protocols themselves read their entries.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from compress_ssl.pipeline.evaluators.scores import Score, sort_naturally
 from compress_ssl.pipeline.runtime.artifact import Manifest, Mismatch
 from compress_ssl.pipeline.runtime.choices import Precision
 from compress_ssl.pipeline.runtime.errors import UserError
+from compress_ssl.pipeline.runtime.formatting import is_finite
 from compress_ssl.pipeline.runtime.progress import echo
 from compress_ssl.pipeline.runtime.records import (
     UNSET,
@@ -226,11 +228,11 @@ def parse_metrics(entries: object, where: str) -> Evaluation:
 
 
 def _scores_of_version1(entry: str, metrics: object, where: str) -> list[Score]:
-    """The scores in one entry, which its protocol reads; none if no protocol has such an entry."""
+    """The scores in one entry, which its protocol reads; of an entry that no protocol here has, its numbers."""
     kind = entry.partition("_")[0]  # an entry is a protocol's name, or that name, "_" and a variant
     protocol = find_protocol(kind)
     if protocol is None:
-        return []
+        return list(_numbers_of(entry, metrics))
     if not isinstance(metrics, dict):
         raise InvalidRecord(
             f"{where} is not valid: {entry} is {metrics!r:.40}, not what the protocol {kind!r} writes; restore it "
@@ -251,6 +253,15 @@ def order_by_protocol(scores: list[Score]) -> list[Score]:
         return (kinds.index(kind) if kind in kinds else len(kinds)), entry
 
     return sorted(scores, key=place)
+
+
+def _numbers_of(entry: str, metrics: object) -> Iterator[Score]:
+    """The numbers in an entry of metrics.json that is known by its name alone, as scores without a unit."""
+    for name, value in metrics.items() if isinstance(metrics, dict) else ():
+        title = " ".join(f"{entry} {name}".split())
+        if is_finite(value) and not isinstance(value, bool):
+            limits = (min(0.0, value), max(100.0, value))
+            yield Score(f"{entry}.{name}", title, value, "a number of metrics.json", unit="", range=limits)
 
 
 def replace_key(score: Score, entry: str) -> Score:
