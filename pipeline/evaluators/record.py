@@ -130,7 +130,8 @@ def require_same_inputs(earlier: EvaluationRecord, asked: EvaluationRecord, wher
     if earlier.identity.model.weights != asked.identity.model.weights:
         raise Mismatch(
             f"{where} was made with other weights than {asked.about.model.name} has now, as after more training; start "
-            "anew with --overwrite, or choose another --out"
+            "anew with --overwrite, or choose another --out",
+            differing=["model.weights"],
         )
     there, now = earlier.identity.data, asked.identity.data
     for which, same, was, spec in (
