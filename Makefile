@@ -1,5 +1,5 @@
 # make demo   make the environment and run the three stages on embedded data, into ./demo
-# make test   make the environment if needed and run the tests, about eight minutes on two cores
+# make test   make the environment if needed and run the tests, about seven minutes on two cores
 # make test-all  make test, then the slow tests: building a wheel, linting a clone
 # make lint   ruff and mypy
 # make bench  speed and memory, as JSON
