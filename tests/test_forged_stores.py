@@ -3,7 +3,6 @@
 Whoever forges a manifest recomputes its digest. `forge` does so, in the manifest and in its second copy.
 """
 
-import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forgery import MISSING, changed, places, read_entries, write_entries
 
 from compress_ssl.pipeline.runtime import digests
 from compress_ssl.pipeline.runtime.errors import UserError
@@ -23,7 +23,6 @@ DONE = "done/0000001.0004-0006.json"  # of rows 12 to 23 and views 4 and 5
 ODD = 1.25  # seconds: a number that a test of the sum recognises
 
 Forgery = Callable[[Any], Any]
-Path_ = tuple[str | int, ...]
 
 
 @pytest.fixture(scope="module")
@@ -45,41 +44,9 @@ def store(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "store"))
 
 
-def manifest_of(store: Path) -> dict[str, Any]:
-    entries: dict[str, Any] = json.loads((store / "manifest.json").read_bytes())
-    del entries["digest"]
-    return entries
-
-
-def forge(store: Path, entries: Any) -> None:
-    """Write a manifest with a right digest to both of its places."""
-    data = json.dumps({**entries, "digest": digests.fingerprint(entries)}, indent=1, sort_keys=True)
-    for place in (store, store / "copy"):
-        (place / "manifest.json").write_text(data + "\n")
-
-
 def forge_done(store: Path, record: Any) -> None:
     """Write a done record with a right seal."""
     (store / DONE).write_bytes(digests.canonical(digests.sealed(record)) + b"\n")
-
-
-def leaves(value: Any, path: Path_ = ()) -> Iterator[Path_]:
-    """The places of all entries of a JSON value, dictionaries and lists included."""
-    if path:
-        yield path
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, entry in pairs:
-        yield from leaves(entry, (*path, key))
-
-
-def replaced(value: Any, path: Path_, by: Any) -> Any:
-    """A copy of a JSON value with another entry at `path`."""
-    value = copy.deepcopy(value)
-    place = value
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = by
-    return value
 
 
 def commands(store: Path, out: Path) -> dict[str, Callable[[], Any]]:
@@ -132,21 +99,12 @@ def test_every_command_works_on_the_store_that_is_forged_below(store: Path, tmp_
 
 def edit(path: str, by: Any) -> Forgery:
     """Replace an entry of the manifest, named by dots."""
-    return lambda entries: replaced(entries, tuple(path.split(".")), by)
+    return lambda entries: changed(entries, tuple(path.split(".")), by)
 
 
 def drop(path: str) -> Forgery:
     """Remove an entry of the manifest, named by dots."""
-
-    def forged(entries: Any) -> Any:
-        *way, last = path.split(".")
-        place = entries
-        for key in way:
-            place = place[key]
-        del place[last]
-        return entries
-
-    return forged
+    return edit(path, MISSING)
 
 
 def add(path: str, key: str, by: Any) -> Forgery:
@@ -217,7 +175,7 @@ def add(path: str, key: str, by: Any) -> Forgery:
 def test_a_manifest_that_is_whole_but_not_valid_ends_every_command_in_words_that_name_the_entry(
     store: Path, tmp_path: Path, forgery: Forgery, words: str
 ) -> None:
-    forge(store, forgery(manifest_of(store)))
+    write_entries(store, forgery(read_entries(store)))
     before = sorted(path for path in tmp_path.rglob("*") if "repaired" not in path.parts)
     said = outcomes(store, tmp_path)
     assert all(words in text for text in said.values()), said
@@ -238,7 +196,7 @@ def test_a_manifest_that_is_whole_but_not_valid_ends_every_command_in_words_that
 def test_what_only_some_commands_need_ends_those_in_words(
     store: Path, tmp_path: Path, forgery: Forgery, by_command: set[str]
 ) -> None:
-    forge(store, forgery(manifest_of(store)))
+    write_entries(store, forgery(read_entries(store)))
     said = outcomes(store, tmp_path)
     assert {name for name, text in said.items() if text} == by_command
 
@@ -253,11 +211,11 @@ def test_a_manifest_that_is_no_json_object_ends_every_command_in_words(store: Pa
 def test_any_entry_of_a_manifest_replaced_by_a_value_of_another_type_is_named_or_does_no_harm(
     store: Path, tmp_path: Path
 ) -> None:
-    good = manifest_of(store)
+    good = read_entries(store)
     harmless = 0
-    for path in leaves({key: good[key] for key in ("identity", "about")}):
+    for path in places({key: good[key] for key in ("identity", "about")}):
         for value in VALUES:
-            forge(store, replaced(good, path, value))
+            write_entries(store, changed(good, path, value))
             try:
                 FeatureStore(Folder(store))
             except UserError as error:
@@ -281,8 +239,8 @@ def damaged(store: Path) -> list[str]:
 
 def forgeries_of_done_records(record: dict[str, Any]) -> Iterator[Any]:
     """Another type in every place, missing entries, other rows, views and arrays."""
-    for path in leaves(record):
-        yield from (replaced(record, path, value) for value in VALUES)
+    for path in places(record):
+        yield from (changed(record, path, value) for value in VALUES)
     for key in record:
         yield {name: entry for name, entry in record.items() if name != key}
     yield from ({**record, "rows": rows} for rows in ([0, 12], [12, 10**30]))
@@ -340,7 +298,7 @@ def test_a_line_of_the_history_that_is_no_event_is_left_out_with_a_warning(
     event = json.loads((store / "history.jsonl").read_bytes())
     event["seconds"] = ODD
     good = json.dumps(event)
-    forged = [json.dumps(replaced(event, path, value)) for path in leaves(event) for value in VALUES]
+    forged = [json.dumps(changed(event, path, value)) for path in places(event) for value in VALUES]
     known = [line for line in forged if line == good]
     lines = [good, *forged, "[" * 100_000, "7", "{", "\x00", json.dumps({**event, "newer": 1})]
     (store / "history.jsonl").write_bytes("\n".join(lines).encode() + b"\xff\n")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forgery import MISSING, Place, changed, places, read_entries, write_entries
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 
@@ -86,40 +87,19 @@ def top(original: Path, tmp_path: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------- forging
 
 
-def forge(manifest: Path, entries: Any) -> None:
-    """Write a manifest with a right digest, and its second copy if it has one."""
-    data = json.dumps({**entries, "digest": digests.fingerprint(entries)}, indent=1, sort_keys=True).encode() + b"\n"
-    manifest.write_bytes(data)
-    if (manifest.parent / "copy").is_dir():
-        (manifest.parent / "copy" / manifest.name).write_bytes(data)
-
-
-def entries_of(manifest: Path) -> Any:
-    entries = json.loads(manifest.read_bytes())
-    del entries["digest"]
-    return entries
-
-
 def replace_small_file(store: Path, key: str, data: bytes) -> None:
     """Write a small file of a store, with its digest in the manifest, in both places."""
     for place in (store, store / "copy"):
         (place / key).write_bytes(data)
-    entries = entries_of(store / "manifest.json")
+    entries = read_entries(store)
     entries["about"]["small"][key] = digests.digest(data)
-    forge(store / "manifest.json", entries)
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, entry in pairs:
-        yield from places(entry, (*path, key))
+    write_entries(store, entries)
 
 
 def mutate(value: Any, random_: random.Random) -> Any:
     """A copy of a JSON value in which one entry is replaced, removed, added, wrapped, or nested deeply."""
     value = copy.deepcopy(value)
-    path = random_.choice(list(places(value))[1:])
+    path = random_.choice(list(places(value)))
     place = value
     for key in path[:-1]:
         place = place[key]
@@ -222,7 +202,7 @@ def test_a_file_with_any_entry_changed_is_refused_in_words_and_nothing_is_change
             file.write_bytes(random_.choice(RAW))
         elif is_manifest(file):
             with contextlib.suppress(ValueError):  # NaN has no digest, and stays as it was
-                forge(file, mutate(entries_of(file), random_))
+                write_entries(file.parent, mutate(read_entries(file.parent), random_))
         else:
             file.write_text(json.dumps(mutate(json.loads(good), random_)))
         name = random_.choice(list(target.commands))
@@ -307,52 +287,36 @@ def test_a_codebook_that_is_no_safetensors_file_is_named(top: Path) -> None:
 # ---------------------------------------------------------------- checkpoints
 
 
-State = dict[str, Any]
-
-
-def set_entry(*path: Any, to: Any) -> Callable[[State], None]:
-    def change(state: State) -> None:
-        place: Any = state
-        for key in path[:-1]:
-            place = place[key]
-        if to is None:
-            del place[path[-1]]
-        else:
-            place[path[-1]] = to
-
-    return change
-
-
 GROUP = ("optimizer", "param_groups", 0)
 BANK = ("method", "bank._extra_state")
 
 
 @pytest.mark.parametrize(
-    ("method", "change", "words"),
+    ("method", "place", "entry", "words"),
     [
-        ("dogo", set_entry("optimizer", "state", 0, "exp_avg", to=1.5), "optimizer: state[0].exp_avg does not fit"),
-        ("dogo", set_entry("optimizer", "state", 1, "exp_avg", to=torch.zeros(3)), "state[1].exp_avg does not fit"),
-        ("dogo", set_entry("optimizer", "state", 0, "exp_avg_sq", to=None), "state[0] holds"),
-        ("dogo", set_entry("optimizer", "state", 0, "step", to=torch.tensor(-7.0)), "state[0].step does not fit"),
-        ("regression", set_entry("optimizer", "state", 0, "momentum_buffer", to=torch.zeros(3)), "momentum_buffer"),
-        ("regression", set_entry(*GROUP, "weight_decay", to=None), "param_groups[0].weight_decay is None"),
-        ("regression", set_entry(*GROUP, "dampening", to="x"), "param_groups[0].dampening is 'x'"),
-        ("regression", set_entry(*GROUP, "foreach", to=torch.zeros(2)), "param_groups[0].foreach is tensor"),
-        ("regression", set_entry("best", to=torch.zeros(2)), "best is no number"),
-        ("compress-2q", set_entry(*BANK, to={"pointer": "x", "filled": 0}), "has the pointer 'x'"),
-        ("compress-2q", set_entry(*BANK, to={"pointer": 10**9, "filled": 0}), "has the pointer 1000000000"),
-        ("compress-2q", set_entry(*BANK, to={"pointer": 0}), "method: 'filled'"),
-        ("compress-2q", set_entry("method", "bank.rows", to=torch.full((12,), 10**6)), "of row 1000000 in view"),
-        ("compress-2q", set_entry("method", "bank.views", to=torch.full((12,), 77)), "in view 77"),
+        ("dogo", ("optimizer", "state", 0, "exp_avg"), 1.5, "optimizer: state[0].exp_avg does not fit"),
+        ("dogo", ("optimizer", "state", 1, "exp_avg"), torch.zeros(3), "state[1].exp_avg does not fit"),
+        ("dogo", ("optimizer", "state", 0, "exp_avg_sq"), MISSING, "state[0] holds"),
+        ("dogo", ("optimizer", "state", 0, "step"), torch.tensor(-7.0), "state[0].step does not fit"),
+        ("regression", ("optimizer", "state", 0, "momentum_buffer"), torch.zeros(3), "momentum_buffer"),
+        ("regression", (*GROUP, "weight_decay"), MISSING, "param_groups[0].weight_decay is None"),
+        ("regression", (*GROUP, "dampening"), "x", "param_groups[0].dampening is 'x'"),
+        ("regression", (*GROUP, "foreach"), torch.zeros(2), "param_groups[0].foreach is tensor"),
+        ("regression", ("best",), torch.zeros(2), "best is no number"),
+        ("compress-2q", BANK, {"pointer": "x", "filled": 0}, "has the pointer 'x'"),
+        ("compress-2q", BANK, {"pointer": 10**9, "filled": 0}, "has the pointer 1000000000"),
+        ("compress-2q", BANK, {"pointer": 0}, "method: 'filled'"),
+        ("compress-2q", ("method", "bank.rows"), torch.full((12,), 10**6), "of row 1000000 in view"),
+        ("compress-2q", ("method", "bank.views"), torch.full((12,), 77), "in view 77"),
     ],
 )
 def test_a_state_that_torch_would_take_and_fail_with_in_a_later_step_is_refused_when_it_is_loaded(
-    top: Path, method: str, change: Callable[[State], None], words: str
+    top: Path, method: str, place: Place, entry: Any, words: str
 ) -> None:
     run = top / method / "convnet-channels-5" if method == "dogo" else top / method
     file = run / "checkpoints" / "step-00000004.pt"
     state = torch.load(file, weights_only=True)
-    change(state)
+    state = changed(state, place, entry)
     file.unlink()
     torch.save(state, file)
     before = content(top)
@@ -432,9 +396,9 @@ def said_by(*words: object) -> tuple[int, str, str]:
 
 
 def test_half_a_surrogate_in_a_record_is_printed_escaped(top: Path) -> None:
-    entries = entries_of(top / "store" / "manifest.json")
+    entries = read_entries(top / "store")
     entries["about"]["teacher"] = "convnet:\ud800"
-    forge(top / "store" / "manifest.json", entries)
+    write_entries(top / "store", entries)
     status, out, _ = said_by("inspect", top / "store")
     assert status == 0 and "convnet:\\ud800" in out
 
@@ -456,9 +420,9 @@ def test_an_error_has_no_control_character_of_a_file(top: Path) -> None:
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "a\0b"])
 def test_a_path_that_cannot_be_one_is_refused_in_words_wherever_it_stands(top: Path, path: str) -> None:
-    entries = entries_of(top / "store" / "manifest.json")
+    entries = read_entries(top / "store")
     entries["about"]["data"]["spec"] = f"folder:{path}"
-    forge(top / "store" / "manifest.json", entries)
+    write_entries(top / "store", entries)
     assert said_by("inspect", path)[0] == 2
     assert path.strip("~").partition("\0")[0] in outcome(lambda: train(top, "seed", 1))
     for flags in (("--teacher", f"convnet:weights={path}"), ("--teacher", f"python:{path}.py:net")):
@@ -467,8 +431,8 @@ def test_a_path_that_cannot_be_one_is_refused_in_words_wherever_it_stands(top: P
 
 
 def test_a_head_of_classes_with_equal_names_is_refused(top: Path) -> None:
-    entries = entries_of(top / "store" / "manifest.json")
+    entries = read_entries(top / "store")
     entries["about"]["classes"][1] = entries["about"]["classes"][0]
-    forge(top / "store" / "manifest.json", entries)
+    write_entries(top / "store", entries)
     config = label_head.Config(str(top / "store"), top / "new", labels="50%")
     assert "has two classes of the name 0" in outcome(lambda: label_head.run(config))

@@ -242,6 +242,16 @@ def test_every_public_name_can_be_imported() -> None:
         _ = compress_ssl.nothing
 
 
+def test_a_line_of_a_page_has_at_most_120_characters_unless_it_is_of_a_table() -> None:
+    long = [
+        f"{page.relative_to(ROOT)}:{number}"
+        for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 120 and not line.startswith("|")
+    ]
+    assert not long
+
+
 @pytest.mark.extended
 def test_the_wheel_holds_the_packages_alone_and_runs_beside_a_users_own_names(clone: Path, tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]

@@ -3,14 +3,13 @@
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forgery import MISSING, Place, changed, places, read_entries, write_entries
 
 from compress_ssl.pipeline.runtime import artifact
-from compress_ssl.pipeline.runtime.digests import fingerprint
 from compress_ssl.pipeline.runtime.errors import UserError
 from compress_ssl.pipeline.runtime.records import InvalidRecord, to_json
 from compress_ssl.pipeline.runtime.storage import Folder
@@ -53,17 +52,6 @@ def home(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "home"))
 
 
-def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
-    """Write a manifest with a digest that fits, as somebody would who forges one."""
-    (folder / "manifest.json").write_text(json.dumps({**entries, "digest": fingerprint(entries)}))
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    entries: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    del entries["digest"]
-    return entries
-
-
 # ---------------------------------------------------------------- read and written
 
 
@@ -91,36 +79,15 @@ def test_a_run_records_every_option_and_its_length(made: Path) -> None:
 # ---------------------------------------------------------------- malformed
 
 
-def leaves(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all entries, of objects and lists too."""
-    entries = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
-    for key, value in entries:
-        yield (*path, key)
-        yield from leaves(value, (*path, key))
-
-
-MISSING = object()
 FORGERIES = (
     MISSING, None, True, -1, 0, 3, 0.5, -2.5, 1e308, 10**400, "", "x", "seed:tau_t=x,tau_t=y", "convnet:channels=99",
     [], [[]], ["x"], [3, 2, 1], {}, {"x": 1},
 )  # fmt: skip
 
 
-def forge(entries: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
-    """A copy of a manifest with another value in one place; with MISSING, without it."""
-    copy = json.loads(json.dumps(entries))
-    part = copy
-    for key in path[:-1]:
-        part = part[key]
-    if value is MISSING:
-        del part[path[-1]]
-    else:
-        part[path[-1]] = value
-    return copy
-
-
-def entries_of(folder: Path) -> list[tuple[Any, ...]]:
-    return [path for path in leaves(read_manifest(folder)) if path[0] in ("identity", "about")]
+def places_of(folder: Path) -> list[Place]:
+    """The places of all entries of a run's identity and about."""
+    return [place for place in places(read_entries(folder)) if place[0] in ("identity", "about")]
 
 
 def ends_well(act: Any) -> str:
@@ -138,25 +105,25 @@ def test_inspect_ends_in_words_for_every_forged_entry_of_a_runs_manifest(folder:
     run = home / "run"
     if folder == "version1":
         shutil.copy(VERSION1 / "runs-seed/manifest.json", run / "manifest.json")
-    entries, refused = read_manifest(run), 0
-    for path in entries_of(run):
+    entries, refused = read_entries(run), 0
+    for path in places_of(run):
         for value in FORGERIES:
-            write_manifest(run, forge(entries, path, value))
+            write_entries(run, changed(entries, path, value))
             refused += bool(ends_well(lambda: inspect.run(inspect.Config(str(run)))))
-    assert refused > 10 * len(entries_of(run)), "most of them are of a wrong type"
+    assert refused > 10 * len(places_of(run)), "most of them are of a wrong type"
 
 
 @pytest.mark.parametrize("command", ["distill", "evaluate"])
 def test_a_command_ends_in_words_for_random_forgeries_of_a_runs_manifest(command: str, home: Path) -> None:
     commands = {"distill": lambda: repeat(home, steps=2), "evaluate": lambda: score(home)}
     run, draw = home / "run", random.Random(command)
-    entries, paths = read_manifest(run), entries_of(run)
+    entries, paths = read_entries(run), places_of(run)
     student = (run / "student.safetensors").read_bytes()
     for _ in range(40):
-        write_manifest(run, forge(entries, draw.choice(paths), draw.choice(FORGERIES)))
+        write_entries(run, changed(entries, draw.choice(paths), draw.choice(FORGERIES)))
         ends_well(commands[command])
         assert (run / "student.safetensors").read_bytes() == student
-    write_manifest(run, entries)
+    write_entries(run, entries)
     assert not ends_well(commands[command])
 
 
@@ -180,7 +147,7 @@ def test_a_command_ends_in_words_for_random_forgeries_of_a_runs_manifest(command
     ],
 )
 def test_the_malformed_entry_is_named(path: tuple[str, ...], value: Any, words: str, home: Path) -> None:
-    write_manifest(home / "run", forge(read_manifest(home / "run"), path, value))
+    write_entries(home / "run", changed(read_entries(home / "run"), path, value))
     with pytest.raises(InvalidRecord) as error:
         read_run(Folder(home / "run"))
     assert f"{home / 'run'}/manifest.json" in str(error.value) and words in str(error.value)
@@ -201,7 +168,7 @@ def test_the_malformed_entry_is_named(path: tuple[str, ...], value: Any, words: 
 def test_a_forged_option_is_not_blamed_on_what_was_typed(
     path: tuple[str, ...], value: Any, words: str, home: Path
 ) -> None:
-    write_manifest(home / "run", forge(read_manifest(home / "run"), path, value))
+    write_entries(home / "run", changed(read_entries(home / "run"), path, value))
     with pytest.raises(UserError) as error:
         repeat(home, steps=4)
     assert words in str(error.value) and str(home / "run") in str(error.value)
